@@ -1,0 +1,44 @@
+# make demo, make test: everything from a fresh clone. `make help` lists the targets.
+# PYTHON=/path/to/python3.12 names the interpreter; without it tools/find_python looks for one.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# OpenMP threads beyond one lose on small tensors and shared machines; MuJoCo renders without a screen.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench sweep assets clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+
+$(STAMP): pyproject.toml tools/find_python
+	@python=$$(PYTHON="$(PYTHON)" sh tools/find_python) && echo "using $$python" && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[example,dev]"
+	@touch $@
+
+setup: $(STAMP)  ## the virtual environment with everything in it
+
+demo: $(STAMP)  ## fine-tune the small pi0_fast with AdamW and with CRaFT; results in examples/out
+	$(BIN)/python examples/pi0_fast_craft.py
+
+test: $(STAMP) lint  ## linters, types, all tests
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sweep: $(STAMP)  ## epsilon against success and drift, several seeds (about an hour on 2 cores)
+	$(BIN)/python examples/sweep_epsilon.py
+
+assets: $(STAMP)  ## record the demonstrations and pretrain the small policy again
+	$(BIN)/python examples/metaworld_pi0_fast/make_assets.py all
+
+clean:  ## remove the environment and what runs have written
+	rm -rf $(VENV) examples/out build *.egg-info

@@ -1,0 +1,12 @@
+"""CRaFT: fine-tune under the constraint that a pretrained model does not drift.
+
+`CraftOptimizer` wraps any torch optimizer; `craft_optim.anchors` builds the cached snapshot that drift is measured
+against.
+"""
+
+from craft_optim import dual, functional, metrics, schedules
+from craft_optim.optimizer import CraftOptimizer, RetentionClosure
+
+__all__ = ["CraftOptimizer", "RetentionClosure", "anchors", "dual", "functional", "metrics", "schedules"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,59 @@
+"""The slow, readable ground truth of `craft_optim.surgery`: flatten everything to float64 and follow the formulas."""
+
+import torch
+from torch import Tensor
+
+from craft_optim.gradients import Gradients
+
+__all__ = ["reference_gram", "reference_merge"]
+
+
+def _flatten(gradients: Gradients, like: list[Tensor]) -> Tensor:
+    """All gradients as one float64 vector; missing ones are zeros of their parameter's size."""
+    pieces = []
+    for g, p in zip(gradients, like, strict=True):
+        g = torch.zeros_like(p) if g is None else g
+        g = g.to_dense() if g.is_sparse else g
+        g = torch.view_as_real(g) if g.is_complex() else g
+        pieces.append(g.double().reshape(-1))
+    return torch.cat(pieces)
+
+
+def reference_gram(task: Gradients, retention: Gradients, parameters: list[Tensor]) -> tuple[float, float, float]:
+    """(s_tt, s_rr, s_tr) in float64."""
+    t, r = _flatten(task, parameters), _flatten(retention, parameters)
+    return float((t * t).sum()), float((r * r).sum()), float((t * r).sum())
+
+
+def reference_merge(
+    task: Gradients,
+    retention: Gradients,
+    parameters: list[Tensor],
+    *,
+    lam: float,
+    project: bool = True,
+    conflict_threshold: float = 0.0,
+    merge: str = "weighted",
+    blocks: list[list[int]] | None = None,
+) -> list[Tensor]:
+    """The merged gradient of every parameter as a float64 tensor (complex128 for complex parameters)."""
+    out: list[Tensor] = [torch.empty(0)] * len(parameters)
+    for block in blocks if blocks is not None else [list(range(len(parameters)))]:
+        params = [parameters[i] for i in block]
+        t = _flatten([task[i] for i in block], params)
+        r = _flatten([retention[i] for i in block], params)
+        tt, rr, tr = float(t @ t), float(r @ r), float(t @ r)
+        cos = tr / (tt**0.5 * rr**0.5) if tt > 0 and rr > 0 else 0.0
+        p = tr / rr if project and tt > 0 and rr > 0 and cos < conflict_threshold else 0.0
+        g = {
+            "weighted": t + (lam - p) * r,
+            "equal": 0.5 * t + 0.5 * (r - p * r),
+            "task_priority": t + (min(lam, 1.0) - p) * r,
+        }[merge]
+        widths = [param.numel() * (2 if param.is_complex() else 1) for param in params]
+        for i, param, piece in zip(block, params, torch.split(g, widths), strict=True):
+            if param.is_complex():
+                out[i] = torch.view_as_complex(piece.reshape(*param.shape, 2).contiguous())
+            else:
+                out[i] = piece.reshape(param.shape)
+    return out

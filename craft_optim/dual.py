@@ -1,0 +1,256 @@
+"""Controllers of the multiplier lambda: pure functions of (state, violation).
+
+A controller is called once per retention step with that step's retention loss and epsilon. It returns the multiplier to
+use in this step's merge and the state to keep for the next one. The state is a small dict of finite Python floats, so
+that any checkpoint format can hold it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+__all__ = ["AugmentedLagrangian", "Controller", "DualAscent", "MultiplicativePI", "NuPI", "Update", "make_controller"]
+
+
+class Update(NamedTuple):
+    """What a controller returns.
+
+    Attributes:
+        multiplier: lambda for this step's merge, >= 0, never above `cap`.
+        state: The state to pass at the next retention step.
+        capped: Whether `cap` held the multiplier down.
+    """
+
+    multiplier: float
+    state: dict[str, float]
+    capped: bool
+
+
+class Controller(Protocol):
+    """The interface that `CraftOptimizer(dual=...)` accepts."""
+
+    def initial_state(self) -> dict[str, float]:
+        """Finite floats, the same keys for the whole run."""
+        ...
+
+    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+        """One update. `loss` and `epsilon` are finite and `epsilon` >= 0; `cap` >= 0."""
+        ...
+
+
+def _clip(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)
+
+
+def _check(owner: str, name: str, value: float, low: float, *, open_low: bool = False) -> None:
+    if not math.isfinite(value) or value < low or (open_low and value == low):
+        raise ValueError(
+            f"{owner}: `{name}` must be finite and {'>' if open_low else '>='} {low:g}. Found {name}={value!r}."
+        )
+
+
+def log_violation(loss: float, epsilon: float) -> float:
+    """log(loss / epsilon), with its limits: -inf for loss <= 0, +inf for epsilon = 0 < loss."""
+    if loss <= 0.0:
+        return -math.inf
+    if epsilon == 0.0:
+        return math.inf
+    return math.log(loss) - math.log(epsilon)
+
+
+@dataclass(frozen=True)
+class MultiplicativePI:
+    """PI control of the relative violation, on the logarithm of the multiplier (the default, `dual="pi"`).
+
+    With e = log(L_ret / epsilon):
+
+        lambda   = min(lambda_I exp(kp clip(e, -4, 2)), cap)
+        lambda_I = clip(lambda_I exp(ki clip(e, -1, 1)), 1e-3, lambda_max)      no increase while capped
+
+    Working with ratios makes it indifferent to the units of both losses.
+
+    Args:
+        initial: lambda_I(0), > 0.
+        ki: Integral gain per retention step, >= 0.
+        kp: Proportional gain, >= 0.
+        maximum: Upper bound of the multiplier.
+    """
+
+    initial: float = 1.0
+    ki: float = 0.1
+    kp: float = 1.0
+    maximum: float = 1e4
+    minimum: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check("MultiplicativePI", "initial", self.initial, 0.0, open_low=True)
+        _check("MultiplicativePI", "ki", self.ki, 0.0)
+        _check("MultiplicativePI", "kp", self.kp, 0.0)
+        _check("MultiplicativePI", "minimum", self.minimum, 0.0, open_low=True)
+        _check("MultiplicativePI", "maximum", self.maximum, self.minimum)
+
+    def initial_state(self) -> dict[str, float]:
+        return {"integral": _clip(self.initial, self.minimum, self.maximum)}
+
+    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+        integral = state["integral"]
+        error = log_violation(loss, epsilon)
+        wanted = min(integral * math.exp(self.kp * _clip(error, -4.0, 2.0)), self.maximum)
+        capped = wanted > cap
+        if not (capped and error > 0.0):  # anti-windup
+            integral = _clip(integral * math.exp(self.ki * _clip(error, -1.0, 1.0)), self.minimum, self.maximum)
+        return Update(min(wanted, cap), {"integral": integral}, capped)
+
+
+@dataclass(frozen=True)
+class DualAscent:
+    """Projected gradient ascent on the dual, the published rule (`dual="ascent"`).
+
+        lambda_{t+1} = clip(lambda_t + eta (L_ret - epsilon), 0, lambda_max)
+
+    The merge uses lambda_t. eta has the unit 1 / L_ret^2 x task loss: it has to be tuned per problem.
+
+    Args:
+        initial: lambda_0, >= 0.
+        learning_rate: eta, >= 0.
+        maximum: lambda_max.
+    """
+
+    initial: float = 1.0
+    learning_rate: float = 0.01
+    maximum: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check("DualAscent", "initial", self.initial, 0.0)
+        _check("DualAscent", "learning_rate", self.learning_rate, 0.0)
+        _check("DualAscent", "maximum", self.maximum, 0.0)
+
+    def initial_state(self) -> dict[str, float]:
+        return {"multiplier": _clip(self.initial, 0.0, self.maximum)}
+
+    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+        multiplier = state["multiplier"]
+        following = _clip(multiplier + self.learning_rate * (loss - epsilon), 0.0, self.maximum)
+        return Update(min(multiplier, cap), {"multiplier": following}, multiplier > cap)
+
+
+@dataclass(frozen=True)
+class NuPI:
+    """The nuPI controller: additive PI on an exponential moving average of the violation (`dual="nupi"`).
+
+    With e_t = L_ret - epsilon and xi_t = nu xi_{t-1} + (1 - nu) e_t, xi_0 = e_0:
+
+        lambda_t = clip(lambda_0 + kp xi_t + ki sum_{s <= t} e_s, 0, lambda_max)
+
+    The running sum is clipped to [0, lambda_max] so that it cannot wind up, and does not grow while `cap` binds.
+    Source: Sohrabi et al. 2024, "On PI controllers for updating Lagrange multipliers", arXiv:2406.04558.
+
+    Args:
+        initial: lambda_0, >= 0.
+        ki: Integral gain, >= 0.
+        kp: Proportional gain, >= 0.
+        nu: Smoothing in [0, 1).
+        maximum: lambda_max.
+    """
+
+    initial: float = 1.0
+    ki: float = 0.1
+    kp: float = 1.0
+    nu: float = 0.0
+    maximum: float = 1e4
+
+    def __post_init__(self) -> None:
+        _check("NuPI", "initial", self.initial, 0.0)
+        _check("NuPI", "ki", self.ki, 0.0)
+        _check("NuPI", "kp", self.kp, 0.0)
+        _check("NuPI", "maximum", self.maximum, 0.0)
+        if not 0.0 <= self.nu < 1.0:
+            raise ValueError(f"NuPI: `nu` must be in [0, 1). Found nu={self.nu!r}.")
+
+    def initial_state(self) -> dict[str, float]:
+        return {"integral": _clip(self.initial, 0.0, self.maximum), "average": 0.0, "seeded": 0.0}
+
+    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+        error = loss - epsilon
+        average = self.nu * state["average"] + (1.0 - self.nu) * error if state["seeded"] else error
+        integral = _clip(state["integral"] + self.ki * error, 0.0, self.maximum)
+        wanted = _clip(integral + self.kp * average, 0.0, self.maximum)
+        capped = wanted > cap
+        if capped and error > 0.0:
+            integral = state["integral"]
+        return Update(min(wanted, cap), {"integral": integral, "average": average, "seeded": 1.0}, capped)
+
+
+@dataclass(frozen=True)
+class AugmentedLagrangian:
+    """Method of multipliers for an inequality (`dual="augmented_lagrangian"`).
+
+    The penalty (max(0, mu + c (L_ret - epsilon))^2 - mu^2) / (2 c) has the gradient lambda g_r with
+
+        lambda = clip(mu + c (L_ret - epsilon), 0, lambda_max)
+        mu     = clip(mu + eta (L_ret - epsilon), 0, lambda_max)
+
+    Source: Hestenes 1969; Nocedal & Wright, Numerical Optimization, ch. 17.
+
+    Args:
+        initial: mu_0, >= 0.
+        learning_rate: eta, >= 0.
+        penalty: c, > 0.
+        maximum: lambda_max.
+    """
+
+    initial: float = 1.0
+    learning_rate: float = 0.1
+    penalty: float = 1.0
+    maximum: float = 1e4
+
+    def __post_init__(self) -> None:
+        _check("AugmentedLagrangian", "initial", self.initial, 0.0)
+        _check("AugmentedLagrangian", "learning_rate", self.learning_rate, 0.0)
+        _check("AugmentedLagrangian", "penalty", self.penalty, 0.0, open_low=True)
+        _check("AugmentedLagrangian", "maximum", self.maximum, 0.0)
+
+    def initial_state(self) -> dict[str, float]:
+        return {"multiplier": _clip(self.initial, 0.0, self.maximum)}
+
+    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+        error = loss - epsilon
+        mu = state["multiplier"]
+        wanted = _clip(mu + self.penalty * error, 0.0, self.maximum)
+        capped = wanted > cap
+        if not (capped and error > 0.0):
+            mu = _clip(mu + self.learning_rate * error, 0.0, self.maximum)
+        return Update(min(wanted, cap), {"multiplier": mu}, capped)
+
+
+def make_controller(
+    dual: str | Controller, *, initial: float = 1.0, learning_rate: float = 0.1, maximum: float = 1e4
+) -> Controller:
+    """A controller by its name, or the given object as it is.
+
+    Args:
+        dual: "pi", "ascent", "nupi", "augmented_lagrangian", or an object with the interface of `Controller`.
+        initial: lambda at the start.
+        learning_rate: The gain of the integral or ascent term.
+        maximum: Upper bound of lambda.
+
+    Raises:
+        ValueError: If the name is unknown or a value is out of its range.
+        TypeError: If `dual` is neither a name nor a controller.
+    """
+    if not isinstance(dual, str):
+        if callable(dual) and hasattr(dual, "initial_state"):
+            return dual
+        raise TypeError(f"`dual` must be a name or a controller object. Found {type(dual).__name__}.")
+    if dual == "pi":
+        return MultiplicativePI(initial, learning_rate, maximum=maximum)
+    if dual == "ascent":
+        return DualAscent(initial, learning_rate, maximum)
+    if dual == "nupi":
+        return NuPI(initial, learning_rate, maximum=maximum)
+    if dual == "augmented_lagrangian":
+        return AugmentedLagrangian(initial, learning_rate, maximum=maximum)
+    raise ValueError(
+        f"`dual` must be one of 'pi', 'ascent', 'nupi', 'augmented_lagrangian', or a controller. Found dual={dual!r}."
+    )

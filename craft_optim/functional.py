@@ -1,0 +1,85 @@
+"""The pieces of one step as functions, for people who write their own loop.
+
+Example:
+    >>> import torch
+    >>> from craft_optim.functional import project_and_merge_
+    >>> task, retention = [torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])]
+    >>> gram = project_and_merge_(task, retention, lam=0.0)
+    >>> gram.tr, retention[0].tolist()
+    (-1.0, [0.5, 0.5])
+"""
+
+from collections.abc import Mapping
+
+from craft_optim.dual import Controller, Update
+from craft_optim.gradients import Gradients
+from craft_optim.schedules import epsilon_at
+from craft_optim.surgery import Gram, inner_products, merge_, weights
+
+__all__ = ["Gram", "epsilon_at", "gram", "project_and_merge_", "update_multiplier"]
+
+
+def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
+    """Inner products of two lists of gradients of equal length; entries may be None (zero).
+
+    Sums are formed in float32 or wider. Cost: 2N element reads and one read of the device.
+
+    Returns:
+        `Gram` with `tt`, `rr`, `tr` and `cos` as Python floats.
+
+    Raises:
+        ValueError: If the lists differ in length.
+    """
+    return inner_products(task_grads, retention_grads)[0].gram()
+
+
+def project_and_merge_(
+    task_grads: Gradients,
+    retention_grads: Gradients,
+    *,
+    lam: float,
+    project: bool = True,
+    conflict_threshold: float = 0.0,
+    merge: str = "weighted",
+) -> Gram:
+    """Writes the merged gradient a g_t + w g_r into `retention_grads` and returns what it measured.
+
+    See `craft_optim.surgery` for the formula. Entries of the list are replaced where nothing could be written into:
+    a missing retention gradient becomes the task gradient (times a). With lam = 0, project and threshold 0 this is
+    A-GEM (Chaudhry et al. 2019, arXiv:1812.00420).
+
+    Args:
+        task_grads: Task gradients; not changed.
+        retention_grads: Retention gradients, of the same length and shapes; overwritten.
+        lam: The multiplier, >= 0.
+        project: Whether to remove the conflicting component.
+        conflict_threshold: A cosine below this is a conflict; in [-1, 1].
+        merge: "weighted", "equal" or "task_priority".
+
+    Raises:
+        ValueError: If lam is negative, a name is unknown, the lists differ in length, or a gradient is not finite;
+            the gradients are then unchanged.
+    """
+    if not lam >= 0.0:
+        raise ValueError(f"`lam` must be >= 0. Found lam={lam!r}.")
+    measured = gram(task_grads, retention_grads)
+    if not measured.finite:
+        raise ValueError(f"The gradients hold NaN or inf: {measured}. Skip this step.")
+    chosen = weights(measured, lam=lam, project=project, conflict_threshold=conflict_threshold, merge=merge)
+    retention_grads[:] = merge_(task_grads, retention_grads, [chosen])
+    return measured
+
+
+def update_multiplier(
+    controller: Controller, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = float("inf")
+) -> Update:
+    """One step of a controller of `craft_optim.dual`: (multiplier, next state, capped). Pure.
+
+    Args:
+        controller: For example `craft_optim.dual.MultiplicativePI()`.
+        state: `controller.initial_state()` at first, then the last `Update.state`.
+        loss: The retention loss.
+        epsilon: The allowed drift at this step.
+        cap: Upper bound of the multiplier on this step, for example rho |g_t| / |g_r|.
+    """
+    return controller(state, loss=loss, epsilon=epsilon, cap=cap)

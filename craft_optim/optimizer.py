@@ -1,0 +1,651 @@
+"""CraftOptimizer: the order of one step, and the `torch.optim.Optimizer` contract. No arithmetic."""
+
+import copy
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+from craft_optim.dual import Controller, DualAscent, Update, make_controller
+from craft_optim.gradients import Gradients, all_zero, gradients_of, put, set_aside
+from craft_optim.schedules import Linear, Schedule, as_schedule, epsilon_at
+from craft_optim.surgery import Granularity, Merge, blocks_of, decide, inner_products, merge_
+
+__all__ = ["CraftOptimizer", "RetentionClosure"]
+
+Projection = Literal["violated", "always", "never"]
+
+# Retention steps in a row with lambda at its cap and the constraint violated before a warning says so.
+_PATIENCE_AT_CAP = 100
+
+
+class RetentionClosure(Protocol):
+    """What `CraftOptimizer` calls: no arguments, returns the retention loss as a scalar tensor with a graph.
+
+    A plain function will do. Two optional attributes are used where they exist: `position` (int, readable and
+    writable: anchor batches drawn so far), which makes a resumed run see the same anchors, and `parameters()`, whose
+    gradients are protected from the retention backward even if other optimizers own them.
+    """
+
+    def __call__(self) -> Tensor: ...
+
+
+class CraftOptimizer(torch.optim.Optimizer):
+    r"""Any torch optimizer, under the constraint that the model does not drift: L_ret <= epsilon(t).
+
+    One step takes the task gradients g_t from `p.grad`, runs the retention closure and its backward (g_r), and lets the
+    base optimizer step on
+
+        g = a g_t + w g_r,        by default a = 1, w = lambda - p
+
+    where p = <g_t, g_r> / |g_r|^2 while L_ret > epsilon and the gradients conflict, else 0 (see `craft_optim.surgery`),
+    and lambda follows L_ret / epsilon (see `craft_optim.dual`). `p.grad` holds the task gradients again afterwards.
+    Without a retention closure it is the base optimizer, bit for bit.
+
+    Pass this object wherever the loop used the base optimizer: schedulers, scalers, checkpoints. Its own state is a
+    handful of floats named `craft_*` in every parameter group.
+
+    Cost of a step that runs retention: one forward and backward of the closure, one additional copy of the gradients
+    while they live, about 5N elements of memory traffic, one read of the device. Other steps cost the base's step.
+
+    Args:
+        base_optimizer: The optimizer that does the step.
+        retention_closure: Returns L_ret on an anchor batch, for example `craft_optim.anchors.LogitRetention`; None for
+            none.
+        epsilon: The drift to allow, in the unit of L_ret: a number, a `craft_optim.schedules` object, or any callable
+            step -> float.
+        dual: How lambda is found: "pi" (default), "ascent", "nupi", "augmented_lagrangian" or a
+            `craft_optim.dual.Controller`.
+        lambda_init: lambda at the start. Ignored, like the next two, if `dual` is an object.
+        lambda_lr: Gain of the integral or ascent term.
+        lambda_max: Upper bound of lambda.
+        rho: Cap on the retention gradient's share: lambda <= rho |g_t| / |g_r|. None means max(1, retention_every);
+            `math.inf` turns it off.
+        projection: "violated" (only while L_ret > epsilon), "always", or "never".
+        conflict_threshold: The projection acts where the *cosine* of the gradients is below this; in [-1, 1].
+        merge: "weighted", "equal" or "task_priority".
+        granularity: What shares a decision: "global", "group" or "tensor".
+        retention_every: Run retention on every K-th step, beginning with the first; the others are the base's alone.
+        max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. Clip task gradients
+            as ever, before `step`.
+        on_metrics: Called with `metrics` after every retention step, for example `craft_optim.metrics.JSONLWriter`.
+
+    Attributes:
+        metrics: Floats measured on the last retention step; `craft_optim.metrics.METRICS` says what each one is. Empty
+            before the first.
+        base_optimizer: The wrapped optimizer.
+        retention_closure: May be set again, for example after unpickling.
+
+    Raises:
+        TypeError: If `base_optimizer` is not an optimizer, or `retention_closure` or `dual` cannot be called.
+        ValueError: If a value is out of its range, a name is unknown, or two groups share a parameter.
+
+    Example:
+        >>> import torch
+        >>> from craft_optim import CraftOptimizer
+        >>> model = torch.nn.Linear(2, 1)
+        >>> start = [p.detach().clone() for p in model.parameters()]
+        >>> def drift():
+        ...     return sum(((p - q) ** 2).sum() for p, q in zip(model.parameters(), start))
+        >>> optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), drift, epsilon=0.01)
+        >>> for _ in range(200):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     loss = optimizer.step()
+        >>> 0.008 < optimizer.metrics["retention_loss"] < 0.012
+        True
+    """
+
+    # A GradScaler hands unscaling to an optimizer that says True; a fused base says it, but unscales too late for us.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        retention_closure: RetentionClosure | Callable[[], Tensor] | None = None,
+        *,
+        epsilon: float | Schedule = 0.05,
+        dual: str | Controller = "pi",
+        lambda_init: float = 1.0,
+        lambda_lr: float = 0.1,
+        lambda_max: float = 1e4,
+        rho: float | None = None,
+        projection: Projection = "violated",
+        conflict_threshold: float = 0.0,
+        merge: Merge = "weighted",
+        granularity: Granularity = "global",
+        retention_every: int = 1,
+        max_grad_norm: float | None = None,
+        on_metrics: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:
+        _check_base(base_optimizer)
+        if retention_closure is not None and not callable(retention_closure):
+            raise TypeError(
+                "`retention_closure` must be callable without arguments and return the retention loss, or be None. "
+                f"Found {type(retention_closure).__name__}."
+            )
+        _check_choice("projection", projection, get_args(Projection))
+        _check_choice("merge", merge, get_args(Merge))
+        _check_choice("granularity", granularity, get_args(Granularity))
+        if not -1.0 <= conflict_threshold <= 1.0:
+            raise ValueError(
+                "`conflict_threshold` is a cosine and must be in [-1, 1]. "
+                f"Found conflict_threshold={conflict_threshold!r}."
+            )
+        if not isinstance(retention_every, int) or retention_every < 1:
+            raise ValueError(f"`retention_every` must be an integer >= 1. Found retention_every={retention_every!r}.")
+        for name, value in (("max_grad_norm", max_grad_norm), ("rho", rho)):
+            if value is not None and not value > 0.0:
+                raise ValueError(f"`{name}` must be > 0, or None. Found {name}={value!r}.")
+
+        self.base_optimizer = base_optimizer
+        self.retention_closure = retention_closure
+        self.epsilon = as_schedule(epsilon)
+        self.controller = make_controller(dual, initial=lambda_init, learning_rate=lambda_lr, maximum=lambda_max)
+        self.rho = max(1.0, float(retention_every)) if rho is None else float(rho)
+        self.projection = projection
+        self.conflict_threshold = conflict_threshold
+        self.merge = merge
+        self.granularity = granularity
+        self.retention_every = retention_every
+        self.max_grad_norm = max_grad_norm
+        self.on_metrics = on_metrics
+        self.metrics: dict[str, float] = {}
+        self._steps_at_cap = 0
+        self._lost_closure = False
+
+        # `Optimizer.__init__` would copy the groups; they, the state and the defaults stay the base's own objects.
+        self._make_hooks()
+        self._complete_groups()
+
+    @classmethod
+    def published(
+        cls,
+        base_optimizer: torch.optim.Optimizer,
+        retention_closure: RetentionClosure | Callable[[], Tensor],
+        *,
+        total_steps: int,
+        **overrides: Any,
+    ) -> "CraftOptimizer":
+        """The behaviour and defaults of the published method, for comparison.
+
+        Dual ascent with eta = 0.01, lambda_0 = 1, lambda_max = 10 and no cap; epsilon from 1 to 0.1, linear over
+        `total_steps`; projection always, where the cosine is below -0.1; every 5 steps.
+
+        Args:
+            base_optimizer: As for the class.
+            retention_closure: As for the class.
+            total_steps: Length of training in optimizer steps.
+            overrides: Any keyword of the class.
+        """
+        settings: dict[str, Any] = {
+            "epsilon": Linear(1.0, 0.1, total_steps),
+            "dual": DualAscent(1.0, 0.01, 10.0),
+            "rho": math.inf,
+            "projection": "always",
+            "conflict_threshold": -0.1,
+            "retention_every": 5,
+        }
+        return cls(base_optimizer, retention_closure, **(settings | overrides))
+
+    @classmethod
+    def bind(
+        cls,
+        optimizer_class: type[torch.optim.Optimizer],
+        retention_closure: RetentionClosure | Callable[[], Tensor] | None,
+        **craft: Any,
+    ) -> "type[CraftOptimizer]":
+        """A class that builds the base and wraps it, for frameworks that want an optimizer class.
+
+        Args:
+            optimizer_class: Called as `optimizer_class(params, **kwargs)` with what the framework passes.
+            retention_closure: As for the class.
+            craft: Keywords of the class.
+
+        Example:
+            >>> import torch
+            >>> AdamW = CraftOptimizer.bind(torch.optim.AdamW, None, epsilon=0.05)
+            >>> AdamW(torch.nn.Linear(2, 1).parameters(), lr=1e-3).param_groups[0]["lr"]
+            0.001
+        """
+
+        class Bound(CraftOptimizer):
+            def __init__(self, params: Any, **kwargs: Any) -> None:
+                super().__init__(optimizer_class(params, **kwargs), retention_closure, **craft)
+
+            def __reduce_ex__(self, protocol: Any) -> Any:
+                # A class made in a function cannot be found again by name; its objects unpickle as plain wrappers.
+                return _empty_wrapper, (), self.__getstate__()
+
+        Bound.__name__ = Bound.__qualname__ = f"Craft{optimizer_class.__name__}"
+        return Bound
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimizer step; see the class.
+
+        Args:
+            closure: As for any torch optimizer; retention is merged after each of its evaluations. Within one step all
+                evaluations use the same anchors and the same multiplier.
+
+        Returns:
+            What the base's `step` returns.
+
+        Raises:
+            ValueError: If epsilon(t) is negative or not finite.
+            TypeError, RuntimeError: If the closure does not return a scalar with a graph, or its gradient reaches none
+                of the parameters. Nothing has changed then, neither parameters nor state nor the anchors' position.
+        """
+        if self.retention_closure is None:
+            if self._lost_closure:
+                self._lost_closure = False
+                warnings.warn(
+                    "This CraftOptimizer was unpickled, which leaves its retention closure behind: it now steps "
+                    "without retention. Set `optimizer.retention_closure` again.",
+                    stacklevel=2,
+                )
+            return self._step_base(closure)
+
+        state = self._craft_state()
+        step = int(state["craft_step"])
+        parameters = self._parameters()
+        if closure is None:
+            if self._is_priming(step, parameters):
+                return self._step_base(None)
+            idle = all(p.grad is None for p in parameters)
+        else:
+            idle = False
+        if idle or step % self.retention_every != 0:
+            result = self._step_base(closure)
+            self._write({"craft_step": float(step + 1)})
+            if self.metrics:
+                self.metrics["fresh"] = 0.0
+            return result
+
+        retention = _RetentionStep(self, state, epsilon_at(self.epsilon, step), parameters)
+        with retention.undone_after_errors():
+            if closure is None:
+                retention.merge()
+                result = self._step_base(None)
+            else:
+                evaluate = closure
+
+                def merged_closure() -> Any:
+                    with torch.enable_grad():
+                        loss = evaluate()
+                    retention.merge()
+                    return loss
+
+                result = self._step_base(merged_closure)
+        self._finish(step, retention)
+        return result
+
+    def _step_base(self, closure: Callable[[], Any] | None) -> Any:
+        # `self.base_optimizer.step` and not its class's: a scheduler built on the base patches the instance.
+        with _without_global_hooks():
+            return self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+
+    def _is_priming(self, step: int, parameters: list[Tensor]) -> bool:
+        """Whether a framework steps on zero gradients only to make the base create its state.
+
+        torch.distributed.checkpoint does so, with lr = 0, whenever it saves or loads an optimizer without state.
+        """
+
+        def is_zero(rate: Any) -> bool:  # a rate on an accelerator is not read: that would be a wait on every step
+            return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
+
+        if step != 0 and not all(is_zero(group.get("lr")) for group in self.param_groups):
+            return False
+        return all_zero(gradients_of(parameters))
+
+    def _finish(self, step: int, retention: "_RetentionStep") -> None:
+        self._write(retention.state | {"craft_step": float(step + 1)})
+        if not retention.metrics:
+            self.metrics |= {"skipped": retention.state["craft_skipped"], "fresh": 0.0}
+        else:
+            self.metrics = retention.metrics | {"retention_step": float(step), "fresh": 1.0}
+            self._watch_cap()
+            if self.on_metrics is not None:
+                self.on_metrics(self.metrics)
+
+    def _watch_cap(self) -> None:
+        stuck = self.metrics["capped"] == 1.0 and self.metrics["retention_loss"] > self.metrics["epsilon"]
+        self._steps_at_cap = self._steps_at_cap + 1 if stuck else 0
+        if self._steps_at_cap == _PATIENCE_AT_CAP:
+            warnings.warn(
+                f"lambda has been at its cap for {_PATIENCE_AT_CAP} retention steps while the drift "
+                f"({self.metrics['retention_loss']:.3g}) is above epsilon ({self.metrics['epsilon']:.3g}). The "
+                f"constraint is not met: raise epsilon, raise rho (now {self.rho:g}), lower retention_every (now "
+                f"{self.retention_every}), or lower the learning rate.",
+                stacklevel=4,
+            )
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.base_optimizer.param_groups for p in group["params"]]
+
+    # -- our state: floats in every parameter group --------------------------------------------------------------------
+
+    def _initial_state(self) -> dict[str, float]:
+        return {
+            "craft_step": 0.0,
+            "craft_lambda": 0.0,
+            "craft_anchor_position": float(getattr(self.retention_closure, "position", 0)),
+            "craft_skipped": 0.0,
+            **{f"craft_dual_{name}": float(value) for name, value in self.controller.initial_state().items()},
+        }
+
+    def _complete_groups(self) -> None:
+        """Gives every group all of our keys: what the first group has, else the initial values.
+
+        A base restored from one of our checkpoints before it is wrapped thus goes on where the checkpoint was.
+        """
+        groups = self.base_optimizer.param_groups
+        known = self._initial_state()
+        present = {key: float(groups[0][key]) for key in known if key in groups[0]}
+        for group in groups:
+            for stale in [key for key in group if key.startswith("craft_") and key not in known]:
+                del group[stale]
+        self._write(known | present)
+        if hasattr(self.retention_closure, "position"):
+            self.retention_closure.position = int(groups[0]["craft_anchor_position"])  # type: ignore[union-attr]
+
+    def _craft_state(self) -> dict[str, float]:
+        group = self.base_optimizer.param_groups[0]
+        return {key: value for key, value in group.items() if key.startswith("craft_")}
+
+    def _write(self, state: Mapping[str, float]) -> None:
+        for group in self.base_optimizer.param_groups:
+            group.update(state)
+
+    # -- the torch.optim.Optimizer contract ----------------------------------------------------------------------------
+
+    def _make_hooks(self) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+    # torch declares these as attributes; here they are the base's own, also after frameworks rebind them.
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property  # type: ignore[override]
+    def state(self) -> Any:
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what schedule-free bases need: forwarding more would make a GradScaler trust the base's answers.
+        if name in ("train", "eval") and "base_optimizer" in self.__dict__:
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients as the base does."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base; it takes part in retention from the next step."""
+        self.base_optimizer.add_param_group(param_group)
+        self._complete_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with the floats `craft_*` in every param group."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class, or a plain one of the base (lambda and step then start anew)."""
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        self.base_optimizer.load_state_dict(state_dict)
+        self._complete_groups()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The closure and the sink hold models and files; hooks and a scheduler's patch of `step` stay behind, as they
+        # do with torch's own optimizers.
+        left_behind = ("retention_closure", "on_metrics", "step")
+        return {k: v for k, v in self.__dict__.items() if k not in left_behind and not k.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.retention_closure = None
+        self.on_metrics = None
+        self._lost_closure = True
+        self._make_hooks()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CraftOptimizer":
+        """A copy of the base and the state; the closure and the sink are shared with the original."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.retention_closure = self.retention_closure
+        twin.on_metrics = self.on_metrics
+        twin._lost_closure = self._lost_closure
+        return twin
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} (epsilon: {self.epsilon}, dual: {self.controller})\n{self.base_optimizer!r}"
+
+
+def _empty_wrapper() -> CraftOptimizer:
+    return CraftOptimizer.__new__(CraftOptimizer)
+
+
+class _RetentionStep:
+    """The retention side of one optimizer step: from task gradients in `.grad` to merged gradients in `.grad`.
+
+    Attributes:
+        state: The `craft_*` floats to write once the base has stepped.
+        metrics: What was measured; empty if nothing was.
+    """
+
+    def __init__(
+        self, optimizer: CraftOptimizer, state: dict[str, float], epsilon: float, parameters: list[Tensor]
+    ) -> None:
+        self.state = dict(state)
+        self.metrics: dict[str, float] = {}
+        self._o = optimizer
+        self._epsilon = epsilon
+        self._parameters = parameters
+        self._update: Update | None = None
+        self._task: Gradients | None = None
+        closure = optimizer.retention_closure
+        self._closure = cast(Callable[[], Tensor], closure)
+        self._start = getattr(closure, "position", None)
+
+    @contextmanager
+    def undone_after_errors(self) -> Iterator[None]:
+        """Leaves the task gradients in `.grad`; after an exception also the anchors where they were."""
+        try:
+            yield
+        except BaseException:
+            self._rewind()
+            raise
+        finally:
+            if self._task is not None:
+                put(self._parameters, self._task)
+
+    def _rewind(self) -> None:
+        if self._start is not None:
+            self._closure.position = self._start  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Runs the retention pass and points `.grad` at the merged gradients, or at the task's if it was not finite."""
+        o = self._o
+        self._task = task = gradients_of(self._parameters)
+        self._rewind()  # a line search evaluates more than once: always on the same anchors
+        loss, retention = self._retention_gradients()
+        products, (value,) = inner_products(task, retention, loss)
+        if self._start is not None:
+            self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
+        gram = products.gram()
+        if not (math.isfinite(value) and gram.finite):
+            self._skip(value, gram.tt, gram.rr)
+            return
+
+        if self._update is None:
+            cap = o.rho * math.sqrt(gram.tt) / math.sqrt(gram.rr) if gram.rr > 0.0 else math.inf
+            dual_state = {
+                k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")
+            }
+            self._update = o.controller(dual_state, loss=value, epsilon=self._epsilon, cap=cap)
+            self.state |= {f"craft_dual_{k}": float(v) for k, v in self._update.state.items()}
+            self.state["craft_lambda"] = self._update.multiplier
+        decision = decide(
+            products,
+            blocks_of(o.granularity, [len(group["params"]) for group in o.param_groups]),
+            lam=self._update.multiplier,
+            project=o.projection == "always" or (o.projection == "violated" and value > self._epsilon),
+            conflict_threshold=o.conflict_threshold,
+            merge=o.merge,
+            max_norm=o.max_grad_norm,
+        )
+        put(self._parameters, merge_(task, retention, decision.coefficients))
+        if not self.metrics:  # of a line search, the first evaluation: where the step began
+            self.metrics = {
+                "retention_loss": value,
+                "epsilon": self._epsilon,
+                "lambda": self._update.multiplier,
+                "violation": value / self._epsilon if self._epsilon > 0.0 else math.inf if value > 0.0 else 0.0,
+                "grad_dot": gram.tr,
+                "grad_cos": gram.cos,
+                "conflict": decision.conflict,
+                "projected": decision.projected,
+                "task_grad_norm": math.sqrt(gram.tt),
+                "retention_grad_norm": math.sqrt(gram.rr),
+                "merged_grad_norm": decision.norm,
+                "capped": float(self._update.capped),
+                "clipped": float(decision.clipped),
+                "skipped": self.state["craft_skipped"],
+            }
+
+    def _retention_gradients(self) -> tuple[Tensor, Gradients]:
+        """L_ret and its gradients, with every `.grad` that it could reach set aside."""
+        own = {id(p) for p in self._parameters}
+        reachable: Iterable[Tensor] = getattr(self._closure, "parameters", tuple)()
+        others = [p for p in reachable if id(p) not in own]
+        with set_aside(self._parameters + others):
+            with torch.enable_grad():
+                loss = self._closure()
+                _check_loss(loss)
+                loss.backward()  # type: ignore[no-untyped-call]
+            retention = gradients_of(self._parameters)
+        if all(g is None for g in retention):
+            raise RuntimeError(
+                "The retention loss reaches none of the optimizer's parameters: every retention gradient is None. "
+                "Does the closure run the model that is being trained (not a copy, not a re-created PEFT wrapper), and "
+                "are the parameters behind the anchored output trainable?"
+            )
+        return loss.detach(), retention
+
+    def _skip(self, loss: float, tt: float, rr: float) -> None:
+        self.state["craft_skipped"] += 1.0
+        put(self._parameters, self._task or [])
+        culprit = "task gradient" if not math.isfinite(tt) else "retention pass"
+        if self.state["craft_skipped"] in (1.0, 10.0, 100.0, 1000.0):
+            warnings.warn(
+                f"The {culprit} is not finite (L_ret = {loss:g}, |g_ret|^2 = {rr:g}, |g_task|^2 = {tt:g}): step "
+                f"{int(self.state['craft_step'])} used the task gradient alone, lambda is unchanged. Skipped so far: "
+                f"{int(self.state['craft_skipped'])} (reported again at 10, 100, 1000).",
+                stacklevel=6,
+            )
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Hooks for all optimizers fire for the wrapper; the base's step within must not fire them a second time."""
+    tables: list[dict[int, Any]] = [
+        cast(dict[int, Any], torch_optimizer._global_optimizer_pre_hooks),
+        cast(dict[int, Any], torch_optimizer._global_optimizer_post_hooks),
+    ]
+    kept = [OrderedDict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, kept, strict=True):
+            added = OrderedDict(table)
+            table.clear()
+            table.update(entries)
+            table.update(added)
+
+
+def _check_base(base: object) -> None:
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(
+            "`base_optimizer` must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()). "
+            f"Found {type(base).__name__}."
+        )
+    if isinstance(base, CraftOptimizer):
+        raise TypeError("`base_optimizer` is a CraftOptimizer already: wrap its `base_optimizer` instead.")
+    seen: dict[int, int] = {}
+    for i, group in enumerate(base.param_groups):
+        for p in group["params"]:
+            if seen.setdefault(id(p), i) != i:
+                raise ValueError(
+                    f"`base_optimizer` has a parameter of shape {tuple(p.shape)} in the groups {seen[id(p)]} and {i}: "
+                    "it would be stepped twice. Put each parameter into one group."
+                )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Found {name}={value!r}.")
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"`retention_closure` must return the retention loss as a tensor. Found {type(loss).__name__}. "
+            "Return the loss itself, not loss.item(), and do not call backward."
+        )
+    if loss.numel() != 1:
+        raise RuntimeError(
+            f"`retention_closure` must return a scalar. Found a tensor of shape {tuple(loss.shape)}. Reduce it, for "
+            "example with .mean()."
+        )
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "`retention_closure` returned a loss without a graph: it reaches no trainable parameter. Is it computed "
+            "under no_grad, detached, or from a model whose parameters are all frozen?"
+        )

@@ -1,0 +1,118 @@
+"""epsilon(t): how much drift is allowed at step t.
+
+With q = min(t / steps, 1), from `start` to `end`. Every schedule is a plain callable `step -> epsilon`, and so may be
+any function of your own.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Constant", "Cosine", "Exponential", "Linear", "Schedule", "as_schedule", "epsilon_at"]
+
+Schedule = Callable[[int], float]
+
+
+def _check(name: str, value: float, *, positive: bool = False) -> None:
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        bound = "> 0" if positive else ">= 0"
+        raise ValueError(f"`{name}` must be a finite number {bound}. Found {name}={value!r}.")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same epsilon on every step.
+
+    Args:
+        value: The allowed drift, in the units of the retention loss; finite and >= 0.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _check("epsilon", self.value)
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Ramp:
+    """The fields and checks that the ramps from `start` to `end` share."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check("start", self.start)
+        _check("end", self.end)
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1. Found steps={self.steps!r}.")
+
+    def _progress(self, step: int) -> float:
+        return min(max(step, 0) / self.steps, 1.0)
+
+
+class Linear(_Ramp):
+    """epsilon(t) = start - (start - end) q.
+
+    Args:
+        start: epsilon at step 0.
+        end: epsilon from step `steps` on.
+        steps: Length of the ramp in optimizer steps. If epsilon decays, end by the middle of training.
+    """
+
+    def __call__(self, step: int) -> float:
+        return self.start - (self.start - self.end) * self._progress(step)
+
+
+class Cosine(_Ramp):
+    """epsilon(t) = end + (start - end)(1 + cos(pi q)) / 2. Arguments as for `Linear`."""
+
+    def __call__(self, step: int) -> float:
+        return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * self._progress(step))) / 2.0
+
+
+class Exponential(_Ramp):
+    """epsilon(t) = start (end / start)^q, which reaches `end` at q = 1; both ends must be > 0.
+
+    Arguments as for `Linear`.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("start", self.start, positive=True)
+        _check("end", self.end, positive=True)
+
+    def __call__(self, step: int) -> float:
+        return float(self.start * (self.end / self.start) ** self._progress(step))
+
+
+def as_schedule(epsilon: float | Schedule) -> Schedule:
+    """Returns `epsilon` as a callable; a number becomes `Constant`.
+
+    Raises:
+        ValueError: If a number is negative or not finite.
+        TypeError: If `epsilon` is neither a number nor callable.
+    """
+    if callable(epsilon):
+        return epsilon
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
+        raise TypeError(f"`epsilon` must be a number or a callable step -> float. Found {type(epsilon).__name__}.")
+    return Constant(float(epsilon))
+
+
+def epsilon_at(epsilon: float | Schedule, step: int) -> float:
+    """The value of a number or schedule at `step`, checked.
+
+    Args:
+        epsilon: A number, a schedule of this module, or any callable step -> float.
+        step: Optimizer steps taken so far, from 0.
+
+    Raises:
+        ValueError: If the value is negative or not finite.
+    """
+    value = float(as_schedule(epsilon)(step))
+    _check(f"epsilon({step})", value)
+    return value

@@ -1,0 +1,129 @@
+import math
+
+import pytest
+
+from craft_optim.dual import AugmentedLagrangian, DualAscent, MultiplicativePI, NuPI, make_controller
+
+NAMES = ["pi", "ascent", "nupi", "augmented_lagrangian"]
+
+
+def run(controller, losses, epsilon, cap=math.inf):
+    state, updates = controller.initial_state(), []
+    for loss in losses:
+        updates.append(controller(state, loss=loss, epsilon=epsilon, cap=cap))
+        state = updates[-1].state
+    return updates
+
+
+def test_pi_follows_its_formula():
+    pi = MultiplicativePI(initial=2.0, ki=0.1, kp=1.0)
+    first, second = run(pi, [0.1, 0.02], 0.05)
+    e1, e2 = math.log(2.0), math.log(0.4)
+    assert first.multiplier == pytest.approx(2.0 * math.exp(e1))
+    assert second.multiplier == pytest.approx(2.0 * math.exp(0.1 * e1) * math.exp(e2))
+    assert second.state["integral"] == pytest.approx(2.0 * math.exp(0.1 * (e1 + e2)))
+
+
+@pytest.mark.parametrize(("loss", "proportional", "integral"), [(1e9, 2.0, 1.0), (1e-9, -4.0, -1.0), (0.0, -4.0, -1.0)])
+def test_pi_clips_the_error(loss, proportional, integral):
+    (update,) = run(MultiplicativePI(), [loss], 0.05)
+    assert update.multiplier == pytest.approx(math.exp(proportional))
+    assert update.state["integral"] == pytest.approx(math.exp(0.1 * integral))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_pi_does_not_care_about_the_unit_of_the_loss(scale):
+    losses = [0.2, 0.1, 0.04, 0.05]
+    plain = [u.multiplier for u in run(MultiplicativePI(), losses, 0.05)]
+    scaled = [u.multiplier for u in run(MultiplicativePI(), [x * scale for x in losses], 0.05 * scale)]
+    assert scaled == pytest.approx(plain, rel=1e-9)
+
+
+def test_pi_bounds_and_zero_epsilon():
+    assert run(MultiplicativePI(maximum=3.0), [1e3] * 200, 0.05)[-1].multiplier == 3.0
+    assert run(MultiplicativePI(), [1e-12] * 500, 0.05)[-1].state["integral"] == pytest.approx(1e-3)
+    (update,) = run(MultiplicativePI(), [0.1], 0.0)
+    assert update.multiplier == pytest.approx(math.exp(2.0))
+
+
+@pytest.mark.parametrize("name", ["pi", "nupi", "augmented_lagrangian"])
+def test_no_windup_while_capped(name):
+    controller = make_controller(name)
+    updates = run(controller, [10.0] * 50, 0.05, cap=0.5)
+    assert all(u.capped and u.multiplier == 0.5 for u in updates)
+    memory = {"pi": "integral", "nupi": "integral", "augmented_lagrangian": "multiplier"}[name]
+    assert updates[-1].state[memory] == controller.initial_state()[memory]
+    # Falling is allowed under the cap.
+    assert run(controller, [0.001] * 5, 0.05, cap=1e-3)[-1].state[memory] < 1.0
+
+
+def test_ascent_is_the_published_rule():
+    ascent = DualAscent(1.0, 0.01, 10.0)
+    first, second, third = run(ascent, [3.0, 0.2, 0.2], 1.0)
+    assert first.multiplier == 1.0
+    assert second.multiplier == pytest.approx(1.0 + 0.01 * 2.0)
+    assert third.multiplier == pytest.approx(1.0 + 0.01 * 2.0 - 0.01 * 0.8)
+    assert run(ascent, [1e6] * 3, 1.0)[-1].multiplier == 10.0
+    assert run(ascent, [0.0] * 300, 1.0)[-1].multiplier == 0.0
+
+
+def test_nupi_seeds_its_average_with_the_first_violation():
+    nupi = NuPI(initial=1.0, ki=0.0, kp=1.0, nu=0.9)
+    first, second = run(nupi, [0.55, 0.05], 0.05)
+    assert first.multiplier == pytest.approx(1.5)  # an average that starts at 0 would give 1.05
+    assert second.multiplier == pytest.approx(1.0 + 0.9 * 0.5)
+
+
+def test_nupi_with_nu_zero_is_a_pi_controller():
+    losses = [0.3, 0.1, 0.02]
+    updates = run(NuPI(initial=1.0, ki=0.5, kp=2.0, nu=0.0), losses, 0.05)
+    errors = [x - 0.05 for x in losses]
+    for t, update in enumerate(updates):
+        assert update.multiplier == pytest.approx(1.0 + 0.5 * sum(errors[: t + 1]) + 2.0 * errors[t])
+
+
+def test_augmented_lagrangian_is_the_gradient_of_its_penalty():
+    al = AugmentedLagrangian(initial=0.5, learning_rate=0.2, penalty=3.0)
+    first, second = run(al, [0.4, 0.01], 0.1)
+    assert first.multiplier == pytest.approx(0.5 + 3.0 * 0.3)
+    assert second.multiplier == pytest.approx(max(0.0, 0.5 + 0.2 * 0.3 - 3.0 * 0.09))
+    assert run(al, [0.0], 1.0)[0].multiplier == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_controllers_are_pure_and_their_state_is_finite_floats(name):
+    controller = make_controller(name)
+    state = controller.initial_state()
+    before = dict(state)
+    a = controller(state, loss=0.3, epsilon=0.1)
+    b = controller(state, loss=0.3, epsilon=0.1)
+    assert state == before
+    assert a == b
+    assert set(a.state) == set(state)
+    assert all(type(v) is float and math.isfinite(v) for v in [*state.values(), *a.state.values()])
+
+
+def test_unknown_names_and_objects():
+    with pytest.raises(ValueError, match="Found dual='pid'"):
+        make_controller("pid")
+    with pytest.raises(TypeError, match="int"):
+        make_controller(3)
+    own = NuPI()
+    assert make_controller(own) is own
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: MultiplicativePI(initial=0.0), "initial"),
+        (lambda: MultiplicativePI(ki=-1.0), "ki"),
+        (lambda: MultiplicativePI(maximum=1e-9), "maximum"),
+        (lambda: DualAscent(initial=-1.0), "initial"),
+        (lambda: DualAscent(learning_rate=math.nan), "learning_rate"),
+        (lambda: NuPI(nu=1.0), "nu"),
+        (lambda: AugmentedLagrangian(penalty=0.0), "penalty"),
+    ],
+)
+def test_bad_settings_name_themselves(build, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        build()
