@@ -367,6 +367,57 @@ def test_jsonl_stays_json_when_a_value_is_not_finite(tmp_path):
     }
 
 
+def test_accumulation_needs_nothing():
+    # Four micro-batches before one step are one batch; an earlier implementation kept only the last of them.
+    results = []
+    for parts in (1, 4):
+        model = network()
+        craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Drift(model))
+        for step in range(5):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+            for part in x.chunk(parts):
+                (nn.functional.cross_entropy(model(part), part[:, :3].argmin(1)) / parts).backward()
+            craft.step()
+            craft.zero_grad()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_only_one_copy_of_the_gradients_is_added():
+    # Task gradients are stashed by pointer and the merge writes into the retention buffers.
+    model = network()
+    allocated = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            allocated.append({p.grad.data_ptr() for p in model.parameters()})
+            return super().step(closure)
+
+    drift = Drift(model)
+    buffers = []
+
+    class Watching(Drift):
+        def __call__(self):
+            loss = drift()
+            for p in model.parameters():
+                assert p.grad is None, "task gradients are set aside while the retention pass runs"
+            return loss
+
+    craft = CraftOptimizer(Spy(model.parameters(), lr=0.1), Watching(model), dual="ascent")
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: buffers.append(p.grad.data_ptr()))
+    task_loss(model, 0).backward()
+    task = {p.grad.data_ptr() for p in model.parameters()}
+    buffers.clear()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)  # away from the teacher, so that there is something to merge
+    craft.step()
+    assert allocated == [set(buffers)]
+    assert not set(buffers) & task
+
+
 def test_max_grad_norm_caps_what_the_base_steps_on():
     model = network()
     seen = []
