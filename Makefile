@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sweep assets clean
+.PHONY: help setup demo test lint sweep assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -38,7 +38,7 @@ sweep: $(STAMP)  ## epsilon against success and drift, several seeds (about an h
 	$(BIN)/python examples/sweep_epsilon.py
 
 assets: $(STAMP)  ## record the demonstrations and pretrain the small policy again
-	$(BIN)/python examples/metaworld_pi0_fast/make_assets.py all
+	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all
 
 clean:  ## remove the environment and what runs have written
 	rm -rf $(VENV) examples/out build *.egg-info

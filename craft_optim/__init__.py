@@ -4,7 +4,7 @@
 against.
 """
 
-from craft_optim import dual, functional, metrics, schedules
+from craft_optim import anchors, dual, functional, metrics, schedules
 from craft_optim.optimizer import CraftOptimizer, RetentionClosure
 
 __all__ = ["CraftOptimizer", "RetentionClosure", "anchors", "dual", "functional", "metrics", "schedules"]

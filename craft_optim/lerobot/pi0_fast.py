@@ -7,7 +7,7 @@ processors: the prompt holds the discretised, normalised state, so other statist
 Example:
     batches = (anchor_inputs(preprocessor(batch)) for batch in dataloader)
     cache = anchors.build(policy, batches, "anchors/", forward=action_logits, mask=action_mask)
-    retention = anchors.LogitRetention(policy, cache, forward=action_logits, mask=action_mask)
+    retention = anchors.LogitRetention(policy, cache, forward=action_logits)
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["action_logits", "action_mask", "anchor_inputs", "prefix_spans", "run_prefix"]
 
@@ -35,7 +35,7 @@ def anchor_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def action_logits(policy: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def action_logits(policy: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The logits of every action token given the ones before it (teacher forcing).
 
     The same computation as `policy.forward`, without its loss; no gradient checkpointing of its own. Entry i predicts
@@ -68,7 +68,7 @@ def action_mask(batch: Mapping[str, Tensor]) -> Tensor:
     return batch[ACTION_MASK][:, 1:].bool()
 
 
-def run_prefix(policy: nn.Module, batch: Mapping[str, Tensor]) -> None:
+def run_prefix(policy: Any, batch: Mapping[str, Tensor]) -> None:
     """Runs images and prompt through the decoder, for hidden-state anchors; needs no action tokens.
 
     Action tokens are never attended to by the prefix, so its hidden states are those of the full training forward.
@@ -76,7 +76,7 @@ def run_prefix(policy: nn.Module, batch: Mapping[str, Tensor]) -> None:
     _run(policy, batch, None, None)
 
 
-def prefix_spans(policy: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def prefix_spans(policy: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Valid positions of the prefix, in its order: all cameras, then the prompt.
 
     Returns:

@@ -1,0 +1,70 @@
+"""Floating images that came from bytes, stored as bytes again; only where that loses nothing.
+
+Most pipelines turn bytes k = 0..255 into floats by one of a few formulas. `encode` tries them and keeps the first whose
+decoding gives back every bit of the input; where none does, the tensor has to stay as it is.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["FORMULAS", "decode", "encode", "encode_alike"]
+
+# name: (bytes as float32 -> values, in place; rough inverse). Mathematically equal formulas round differently, and only
+# one of them matches a given pipeline, so each has its own entry.
+FORMULAS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "k/255": (lambda k: k.div_(255.0), lambda x: x * 255.0),
+    "k/255*2-1": (lambda k: k.div_(255.0).mul_(2.0).sub_(1.0), lambda x: (x + 1.0) * 127.5),
+    "(k/255-0.5)/0.5": (lambda k: k.div_(255.0).sub_(0.5).div_(0.5), lambda x: (x + 1.0) * 127.5),
+    "k*(1/255)": (lambda k: k.mul_(1.0 / 255.0), lambda x: x * 255.0),
+    "(k*(1/255)-0.5)/0.5": (lambda k: k.mul_(1.0 / 255.0).sub_(0.5).div_(0.5), lambda x: (x + 1.0) * 127.5),
+    "(k-127.5)/127.5": (lambda k: k.sub_(127.5).div_(127.5), lambda x: (x + 1.0) * 127.5),
+    "k/127.5-1": (lambda k: k.div_(127.5).sub_(1.0), lambda x: (x + 1.0) * 127.5),
+    "k": (lambda k: k, lambda x: x),
+}
+
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
+
+def decode(codes: Tensor, formula: str, dtype: torch.dtype) -> Tensor:
+    """Bytes -> floats: `formula` in float32 on the CPU, then rounded to `dtype`."""
+    return FORMULAS[formula][0](codes.float()).to(dtype)
+
+
+def _codes(images: Tensor, formula: str) -> Tensor | None:
+    """The bytes that decode to exactly these floats, or None."""
+    # nan_to_num: casting NaN to uint8 is undefined; the comparison then rejects it
+    codes = FORMULAS[formula][1](images.float()).nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
+    bits = _BITS[images.dtype]
+    return codes if torch.equal(decode(codes, formula, images.dtype).view(bits), images.view(bits)) else None
+
+
+def encode(images: Tensor, formulas: Iterable[str] = tuple(FORMULAS)) -> tuple[Tensor, str] | None:
+    """Floats -> (uint8 codes, formula) if decoding reproduces every bit, else None.
+
+    Takes CPU tensors. Costs a few passes over the data for the formula that fits, little for the others.
+    """
+    if images.dtype not in _BITS or images.numel() == 0:
+        return None
+    images = images.contiguous()
+    probe = images.reshape(-1)[:: max(1, images.numel() // 1024)].contiguous()
+    for formula in formulas:
+        if _codes(probe, formula) is not None and (codes := _codes(images, formula)) is not None:
+            return codes, formula
+    return None
+
+
+def encode_alike(parts: Iterable[Tensor]) -> tuple[list[Tensor], str] | None:
+    """As `encode`, with the first formula that fits every part. A single image may fit several: a black one does."""
+    parts = list(parts)
+    for formula in FORMULAS:
+        codes = [encoded[0] for part in parts if (encoded := encode(part, (formula,))) is not None]
+        if len(codes) == len(parts):
+            return codes, formula
+    return None

@@ -1,0 +1,170 @@
+"""How a model is run on anchors, by the teacher's pass and by every retention pass alike.
+
+Drift must be the distance between two functions, not noise: dropout is off and normalisation statistics stand still.
+And the training around it must not notice: flags, random numbers and autocast are afterwards what they were.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from .structure import Inputs, map_tensors
+
+__all__ = ["autocast_dtype", "autocast_to", "call", "device_of", "isolated_rng", "logits_of", "steady", "to_device"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+_KINDS = (
+    nn.modules.dropout._DropoutNd,
+    nn.modules.batchnorm._NormBase,  # batch and instance norm
+    nn.MultiheadAttention,  # drops attention weights by a functional call
+)
+_NAMES = ("Dropout", "DropPath", "StochasticDepth", "BatchNorm", "SpectralNorm")
+
+
+def _is_noisy(module: nn.Module) -> bool:
+    """Whether the module's own forward depends on `training`: dropout, normalisation statistics, functional dropout."""
+    if isinstance(module, _KINDS) or any(name in type(module).__name__ for name in _NAMES):
+        return True
+    own = vars(module)
+    # A module that checkpoints its activations does so only while `training`: eval mode would cost the memory it saves.
+    if any("checkpoint" in name and value is True for name, value in own.items()):
+        return False
+    drops = any("drop" in name and isinstance(value, float | int) and value > 0 for name, value in own.items())
+    # GPT-2's attention reads the probability off its dropout child and its own `training`.
+    return drops or any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.children())
+
+
+class _Flags:
+    """The `training` flags of a model's noisy modules: off, and back. Restores also when it is forgotten."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = [m for m in model.modules() if _is_noisy(m)]
+        self.turned_off: list[nn.Module] = []
+
+    def off(self) -> None:
+        now = [m for m in self.modules if m.training]
+        self.turned_off += now
+        for module in now:
+            module.training = False
+
+    def restore(self) -> None:
+        for module in self.turned_off:
+            module.training = True
+        self.turned_off = []
+
+    __del__ = restore
+
+
+class _SteadyBackward(torch.autograd.Function):
+    """Identity. Its backward, the first of all, turns the flags off again until the whole backward is done.
+
+    Activation checkpointing repeats the forward during the backward: with dropout back on it would be another function.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, flags: _Flags) -> Tensor:
+        ctx.flags = flags
+        return loss.clone()  # not a view: callers may scale it in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.flags.off()
+        Variable._execution_engine.queue_callback(ctx.flags.restore)  # type: ignore[attr-defined]
+        return grad, None
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the block dropout and normalisation modules are in eval mode; afterwards every flag is what it was.
+
+    Other modules keep their mode: `model.eval()` would switch gradient checkpointing off. Yields a function that makes
+    a loss remember this for its backward; without activation checkpointing it changes nothing.
+    """
+    flags = _Flags(model)
+    flags.off()
+    needed = bool(flags.turned_off)
+
+    def remember(loss: Tensor) -> Tensor:
+        if not (needed and loss.requires_grad):
+            return loss
+        remembering: Tensor = _SteadyBackward.apply(loss, flags)  # type: ignore[no-untyped-call]
+        return remembering
+
+    try:
+        yield remember
+    finally:
+        flags.restore()
+
+
+@contextmanager
+def isolated_rng(device: torch.device, seed: int | None) -> Iterator[None]:
+    """Within the block the CPU's and `device`'s random numbers start from `seed` (None: from where they are).
+
+    Afterwards both generators are as before.
+    """
+    accelerator: Any = None if device.type in ("cpu", "meta") else getattr(torch, device.type)
+    here = accelerator.device(device) if hasattr(accelerator, "device") else nullcontext()
+    with here:
+        states = torch.get_rng_state(), accelerator.get_rng_state() if accelerator else None
+    try:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed every accelerator
+            if accelerator:
+                with here:
+                    accelerator.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        if accelerator:
+            with here:
+                accelerator.set_rng_state(states[1])
+
+
+def autocast_dtype(device: torch.device, wanted: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a pass with `autocast=wanted` runs under now; None where autocast is off."""
+    if wanted is not None:
+        return wanted
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def autocast_to(device: torch.device, wanted: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast to `wanted`; None leaves autocast as it is."""
+    if wanted is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=wanted)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lives; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """The batch on `device`; tensors that are there already are not copied."""
+    return map_tensors(lambda x: x.to(device, non_blocking=True), inputs)
+
+
+def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
+    """`forward(model, inputs)`, or the model on the tensor, the tuple or the mapping."""
+    if forward is not None:
+        return forward(model, inputs)
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(**inputs)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits in what a model or a `forward` returned: the tensor itself, `.logits`, or `["logits"]`."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None

@@ -1,0 +1,286 @@
+"""Fine-tune a pi0_fast that knows one task on another one: with plain AdamW, and with CraftOptimizer(AdamW).
+
+    python examples/pi0_fast_craft.py                          # small policy, MetaWorld, all shipped: minutes on a CPU
+    python examples/pi0_fast_craft.py --seeds 3                # the same with three seeds
+    python examples/pi0_fast_craft.py --retention hidden       # anchor hidden states instead of action-token logits
+    python examples/pi0_fast_craft.py --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/new_task \
+        --anchors.repo_id=you/old_task --device=cuda           # a policy and datasets of the hub
+
+Both methods start from the same weights and see the same batches in the same order. Everything that is specific to
+retention is in `anchor` and in the one line that wraps the optimizer.
+"""
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
+from metaworld_pi0_fast.batches import PreparedFrames
+from metaworld_pi0_fast.demonstrations import load_frames
+from metaworld_pi0_fast.pictures import draw_curves, draw_success
+from metaworld_pi0_fast.policy import load_policy, make_processors, parameter_count, save_policy
+from metaworld_pi0_fast.rollouts import GL_HELP, RolloutPool, Rollouts, gl_backend, save_gif
+from metaworld_pi0_fast.summary import Outcome, print_table, summarise
+from rich.console import Console
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from craft_optim import CraftOptimizer, anchors
+from craft_optim.lerobot.pi0_fast import action_logits, action_mask, anchor_inputs, prefix_spans, run_prefix
+
+METHODS = ("pretrained", "adamw", "craft")
+# Chosen by `make sweep`: the largest drift that keeps the old task, per kind of retention.
+EPSILON = {"logits": 0.03, "hidden": 0.03}
+PROBE_EVERY = 25  # steps between two measurements of the drift, for the picture
+
+console = Console()
+
+
+@dataclass
+class Task:
+    """A task's demonstrations, and its name in the simulator if it has one."""
+
+    name: str
+    frames: PreparedFrames
+    environment: str | None
+
+    def batches(self, rows: Tensor, batch_size: int = 32) -> Iterator[dict[str, Tensor]]:
+        """What the policy's network reads of these rows, for building a cache."""
+        for part in rows.split(batch_size):
+            yield anchor_inputs(self.frames.train_batch(part))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--policy.path", dest="policy", default=None, help="folder or hub id of a pi0_fast (default: the shipped one)")
+    add("--dataset.repo_id", dest="dataset", default=None, help="LeRobotDataset of the new task (default: shipped)")
+    add("--anchors.repo_id", dest="anchors", default=None, help="LeRobotDataset of what to keep (default: shipped)")
+    add("--dataset.episodes", dest="episodes", type=int, default=None, help="use the first N episodes of each dataset")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to run (default: all)")
+    add("--retention", choices=tuple(EPSILON), default="logits", help="what the anchors hold (default: logits)")
+    add("--layers", nargs="+", type=int, default=[1, 2, -1], help="layers for --retention hidden; -1 is the last")
+    add("--epsilon", type=float, default=None, help=f"drift to allow (default: {EPSILON})")
+    add("--retention-every", type=int, default=1, help="run retention on every K-th step (default: 1)")
+    add("--rho", type=float, default=None, help="cap on the retention gradient's share (default: CraftOptimizer's)")
+    add("--anchor-batch-size", type=int, default=16, help="anchors per retention pass (default: 16)")
+    add("--steps", type=int, default=800, help="fine-tuning steps (default: 800)")
+    add("--batch-size", type=int, default=16, help="frames per step (default: 16)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate, cosine with 50 steps of warm-up (default: 1e-3)")
+    add("--seeds", type=int, default=1, help="number of seeds, counted from --seed (default: 1)")
+    add("--seed", type=int, default=0, help="the first seed (default: 0)")
+    add("--rollouts", type=int, default=20, help="episodes per task and policy, on held-out goals; 0 for none")
+    add("--workers", type=int, default=2, help="rollout processes (default: 2)")
+    add("--device", default="cpu", help="device to train on (default: cpu)")
+    add("--threads", type=int, default=1, help="CPU threads; more are slower on a model this small (default: 1)")
+    add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
+    add("--resume", action="store_true", help="go on from the checkpoints in --out")
+    add("--out", type=Path, default=Path(__file__).parent / "out", help="where the results go")
+    args = parser.parse_args(arguments)
+    if args.policy and not (args.dataset and args.anchors):
+        parser.error("--policy.path needs --dataset.repo_id (the new task) and --anchors.repo_id (what to keep)")
+    if args.epsilon is None:
+        args.epsilon = EPSILON[args.retention]
+    return args
+
+
+def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Namespace) -> anchors.AnchorCache:
+    """Writes down what the policy says about these frames before it is fine-tuned."""
+    if args.retention == "logits":
+        settings = {"forward": action_logits, "mask": action_mask}
+    else:
+        pooling = {"image": "masked_mean", "text": "masked_mean"}
+        settings = {"forward": run_prefix, "logits": False, "layers": args.layers, "pooling": pooling}
+        settings["spans"] = prefix_spans
+    return anchors.build(policy, task.batches(rows), path, model_id=args.policy or "small pi0_fast", **settings)
+
+
+def retention_of(policy: Any, cache: anchors.AnchorCache, args: argparse.Namespace, seed: int) -> Any:
+    """The retention closure: drift from the snapshot on the next batch of anchors."""
+    batch_size = min(args.anchor_batch_size, len(cache))
+    if args.retention == "logits":
+        return anchors.LogitRetention(policy, cache, batch_size, forward=action_logits, seed=seed)
+    return anchors.HiddenRetention(policy, cache, batch_size, forward=run_prefix, seed=seed)
+
+
+def rows_of_step(rows: Tensor, batch_size: int, seed: int, step: int) -> Tensor:
+    """The training frames of a step: a function of seed and step alone, so that a resumed run sees the same ones."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return rows[torch.randint(len(rows), (batch_size,), generator=generator)]
+
+
+def warmup_cosine(steps: int, warmup: int = 50, floor: float = 0.05) -> Any:
+    """The usual learning-rate factor: linear warm-up, then a cosine to `floor`."""
+    return lambda t: min(1.0, (t + 1) / warmup) * (floor + (1 - floor) * (1 + math.cos(math.pi * t / steps)) / 2)
+
+
+def fine_tune(
+    policy: Any, method: str, new: Task, retention: Any, probe: list[Any], args: argparse.Namespace, seed: int
+) -> float:
+    """Trains `policy` on the new task, writes metrics and checkpoints, and returns the milliseconds per step."""
+    folder = args.out / "runs" / f"{method}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.01)
+    if method == "craft":
+        optimizer = CraftOptimizer(
+            optimizer,
+            retention,
+            epsilon=args.epsilon,
+            rho=args.rho,
+            retention_every=args.retention_every,
+            max_grad_norm=1.0,
+        )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(args.steps))
+
+    torch.manual_seed(seed)
+    first, seconds = 0, 0.0
+    if args.resume and (folder / "training.pt").is_file():
+        saved = torch.load(folder / "training.pt", weights_only=True, map_location=args.device)
+        policy.load_state_dict(saved["policy"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        torch.set_rng_state(saved["rng"].cpu())
+        first, seconds = saved["step"], saved["seconds"]
+    metrics = folder / "metrics.jsonl"
+    kept = metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:first] if first else []
+    metrics.write_text("".join(kept), encoding="utf-8")  # steps after the checkpoint are run again
+
+    policy.train()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc=f"{method} (seed {seed})")
+    for step in bar:
+        batch = new.frames.train_batch(rows_of_step(new.frames.train_indices, args.batch_size, seed, step))
+        started = time.perf_counter()
+        loss, _ = policy.forward(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        seconds += time.perf_counter() - started
+
+        row = {"method": method, "seed": seed, "step": step, "loss": loss.item(), **getattr(optimizer, "metrics", {})}
+        if step % PROBE_EVERY == 0 or step == args.steps - 1:
+            row["drift"] = retention.drift(probe)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", drift=f"{row['drift']:.4f}")
+        with metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if (step + 1) % args.save_every == 0 or step == args.steps - 1:
+            save_policy(policy, folder / "policy")
+            state = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}
+            progress = {"step": step + 1, "seconds": seconds, "rng": torch.get_rng_state()}
+            aside = folder / "training.pt.part"  # a kill in the middle of writing leaves the last checkpoint whole
+            torch.save({name: part.state_dict() for name, part in state.items()} | progress, aside)
+            aside.replace(folder / "training.pt")
+    policy.eval()
+    return 1e3 * seconds / args.steps
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs everything and returns the summary that is also written to `summary.json`."""
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    if not args.resume:
+        shutil.rmtree(args.out / "runs", ignore_errors=True)
+        shutil.rmtree(args.out / "anchors", ignore_errors=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    source = args.policy or ASSETS / "pretrained"
+    policy = load_policy(source, device=args.device)
+    processors = make_processors(policy, path=source)
+
+    def task(repo_id: str | None, environment: str) -> Task:
+        data = repo_id or ASSETS / "demonstrations" / environment
+        episodes = list(range(args.episodes)) if args.episodes else None
+        frames = load_frames(data, policy.config.chunk_size, episodes=episodes)
+        name = repo_id or environment
+        return Task(name, PreparedFrames(frames, processors[0]), None if repo_id else environment)
+
+    old, new = task(args.anchors, OLD_TASK), task(args.dataset, NEW_TASK)
+    console.print(
+        f"[bold]pi0_fast[/bold], {parameter_count(policy) / 1e6:.2f} M parameters; keep [cyan]{old.name}[/cyan] "
+        f"({len(old.frames.train_indices)} frames as anchors), learn [cyan]{new.name}[/cyan] "
+        f"({len(new.frames.train_indices)} frames)"
+    )
+
+    with ExitStack() as stack:
+        pool = None
+        if args.rollouts and old.environment and new.environment:
+            if gl_backend() is None:
+                console.print(f"[yellow]Rollouts are skipped, everything else runs.[/yellow] {GL_HELP}")
+            else:
+                pool = stack.enter_context(RolloutPool(workers=args.workers))
+        return _run(args, policy, processors, old, new, pool)
+
+
+def _run(
+    args: argparse.Namespace, policy: Any, processors: Any, old: Task, new: Task, pool: RolloutPool | None
+) -> dict[str, Any]:
+    snapshot = copy.deepcopy(policy.state_dict())
+    anchor_cache = anchor(policy, old, old.frames.train_indices, args.out / "anchors" / args.retention, args)
+    heldout_cache = anchor(
+        policy, old, old.frames.heldout_indices, args.out / "anchors" / f"{args.retention}-held-out", args
+    )
+
+    def success(task: Task, film: bool = False) -> Rollouts | None:
+        if pool is None:
+            return None
+        return pool.run(policy, processors, task.environment, episodes=args.rollouts, film_stride=4 if film else 0)
+
+    def evaluate(method: str, seed: int, ms_per_step: float | None) -> Outcome:
+        retention = retention_of(policy, anchor_cache, args, seed)
+        old_rollouts, new_rollouts = success(old, film=method == "craft"), success(new)
+        if old_rollouts is not None and old_rollouts.film is not None:
+            save_gif(old_rollouts.film, args.out / "rollout.gif")
+        return Outcome(
+            method=method,
+            seed=seed,
+            old_success=old_rollouts and old_rollouts.successes,
+            new_success=new_rollouts and new_rollouts.successes,
+            old_ce=old.frames.heldout_loss(policy),
+            new_ce=new.frames.heldout_loss(policy),
+            drift_anchor=retention.drift(),
+            drift_heldout=retention.drift(heldout_cache),
+            ms_per_step=ms_per_step,
+        )
+
+    outcomes: list[Outcome] = []
+    seeds = list(range(args.seed, args.seed + args.seeds))
+    probe = [anchor_cache.read(range(0, len(anchor_cache), max(1, len(anchor_cache) // 64)))]
+    rows = []
+    if "pretrained" in args.methods:
+        outcomes.append(evaluate("pretrained", seeds[0], None))
+    for seed in seeds:
+        for method in [m for m in args.methods if m != "pretrained"]:
+            policy.load_state_dict(snapshot)
+            retention = retention_of(policy, anchor_cache, args, seed)
+            ms = fine_tune(policy, method, new, retention, probe, args, seed)
+            outcomes.append(evaluate(method, seed, ms))
+            rows.append((args.out / "runs" / f"{method}-seed{seed}" / "metrics.jsonl").read_text(encoding="utf-8"))
+    (args.out / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
+
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "methods"}
+    summary = summarise(outcomes, args.epsilon) | {"seeds": seeds, "settings": settings}
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (args.out / "outcomes.json").write_text(
+        json.dumps([asdict(o) for o in outcomes], indent=2) + "\n", encoding="utf-8"
+    )
+    print_table(summary, old.name, new.name, console)
+    draw_curves(args.out / "metrics.jsonl", args.epsilon, args.out / "curves.png")
+    if pool is not None:
+        draw_success(summary, old.name, new.name, args.out / "success.png")
+    console.print(f"Pictures, metrics, summary and checkpoints are in [bold]{args.out}[/bold]")
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,491 @@
+"""Retention closures: what they return, what they refuse, and that nothing around them notices."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from craft_optim.anchors import (
+    AnchorCache,
+    AnchorMismatchError,
+    AnchorRetention,
+    HiddenRetention,
+    LogitRetention,
+    build,
+)
+
+Batches = Callable[..., list[dict[str, Any]]]
+
+
+def disturb(model: nn.Module, scale: float = 0.05) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+
+
+@pytest.fixture
+def cache(classifier: nn.Module, points: Tensor, tmp_path: Path) -> AnchorCache:
+    return build(classifier, points.split(7), tmp_path / "cache", shard_size=16, layers=("1",), dtype=torch.float32)
+
+
+def make(kind: str, model: nn.Module, cache: AnchorCache, batch_size: int = 16, **kwargs: Any) -> AnchorRetention:
+    if kind == "kl":
+        return LogitRetention(model, cache, batch_size, **kwargs)
+    return HiddenRetention(model, cache, batch_size, loss=kind, **kwargs)
+
+
+KINDS = ["kl", "mse", "l1", "cosine"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unmodified_model_has_no_drift(kind: str, classifier: nn.Module, cache: AnchorCache) -> None:
+    retention = make(kind, classifier, cache)
+    loss = retention()
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.requires_grad
+    assert abs(loss.item()) < 1e-6
+    assert abs(retention.drift()) < 1e-6
+    loss.backward()
+    assert retention.parameters() == list(classifier.parameters())
+
+
+def by_hand(kind: str, model: nn.Module, teacher: nn.Module, x: Tensor, variance: float) -> float:
+    with torch.no_grad():
+        if kind == "kl":
+            p, q = (m(x).double().log_softmax(-1) for m in (teacher, model))
+            return float((p.exp() * (p - q)).sum() / len(x))
+        h, h0 = (torch.tanh(m[0](x)).double() for m in (model, teacher))
+        if kind == "cosine":
+            return float(sum(1 - (a @ b) / (a.norm() * b.norm()) for a, b in zip(h, h0, strict=True)) / len(x))
+        if kind == "mse":
+            return float((h - h0).square().sum() / len(x) / (variance * 16))
+        return float((h - h0).abs().sum() / (len(x) * 16) / variance**0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_what_it_says(kind: str, classifier: nn.Module, cache: AnchorCache, points: Tensor) -> None:
+    teacher = copy.deepcopy(classifier)
+    with torch.no_grad():
+        variance = float(torch.tanh(teacher[0](points)).double().var(0, unbiased=False).mean())
+    retention = make(kind, classifier, cache, strict=False)
+    disturb(classifier)
+    assert retention.drift() == pytest.approx(by_hand(kind, classifier, teacher, points, variance), rel=1e-4)
+    assert retention.drift(batch_size=7) == pytest.approx(retention.drift(batch_size=50), rel=1e-5)
+    rows = retention._sampler.indices(0)
+    loss = retention()
+    assert loss.item() == pytest.approx(by_hand(kind, classifier, teacher, points[rows], variance), rel=1e-4)
+    loss.backward()
+    # one plain gradient step reduces it
+    before = retention.drift()
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            if parameter.grad is not None:
+                parameter -= 1e-3 * parameter.grad / parameter.grad.norm()
+    assert retention.drift() < before
+
+
+def test_positions_determine_the_anchors(classifier: nn.Module, cache: AnchorCache) -> None:
+    disturb(classifier)
+    retention = LogitRetention(classifier, cache, 16, strict=False)
+    losses = [retention().item() for _ in range(5)]
+    assert retention.position == 5
+    assert len(set(losses)) == 5
+    again = LogitRetention(classifier, cache, 16)
+    again.position = 3
+    assert [again().item() for _ in range(2)] == losses[3:]
+    retention.position = 0
+    assert retention().item() == losses[0]
+    retention.drift()
+    assert retention.position == 1
+    assert LogitRetention(classifier, cache, 16, strict=False, seed=1)().item() != losses[0]
+    for bad in (-1, 0.5):
+        with pytest.raises(ValueError, match="position"):
+            retention.position = bad
+
+
+def test_ranks_draw_different_anchors(classifier: nn.Module, cache: AnchorCache) -> None:
+    disturb(classifier)
+    whole = LogitRetention(classifier, cache, 16, strict=False)().item()
+    parts = [LogitRetention(classifier, cache, 8, strict=False, rank=r, world_size=2)().item() for r in (0, 1)]
+    assert parts[0] != parts[1]
+    assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_held_out_anchors_have_their_own_drift(
+    kind: str, classifier: nn.Module, cache: AnchorCache, points: Tensor, tmp_path: Path
+) -> None:
+    other = build(classifier, [torch.randn(9, 6)], tmp_path / "held-out", layers=("1",), dtype=torch.float32)
+    disturb(classifier)
+    retention = make(kind, classifier, cache, strict=False)
+    held_out = retention.drift(other)
+    assert held_out > 0
+    assert held_out != pytest.approx(retention.drift())
+    batches = [other.read(range(4)), other.read(range(4, 9))]
+    assert retention.drift(batches) == pytest.approx(held_out, rel=1e-5)
+    with pytest.raises(ValueError, match="at least one batch"):
+        retention.drift([])
+    plain = build(classifier, [points], tmp_path / "logits")
+    if kind == "mse":
+        with pytest.raises(ValueError, match="hidden states"):
+            retention.drift(plain)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_nothing_around_a_pass_notices(
+    kind: str, training: bool, fails: bool, noisy: Any, points: Tensor, tmp_path: Path
+) -> None:
+    noisy.train(training)
+    noisy.head.bias.requires_grad_(False)
+    cache = build(noisy, [points], tmp_path, layers=("attention",), dtype=torch.float32)
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        torch.rand(3)
+        out: Tensor = model(x)
+        if fails:
+            raise RuntimeError("out of memory")
+        return out
+
+    layers = {} if kind == "kl" else {"layers": ("attention",)}
+    retention = make(kind, noisy, cache, forward=forward if kind == "kl" or not fails else failing, **layers)
+
+    def state() -> list[Any]:
+        return [
+            [m.training for m in noisy.modules()],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in noisy.modules()],
+            [p.requires_grad for p in noisy.parameters()],
+            {k: v.clone() for k, v in noisy.state_dict().items()},
+            torch.get_rng_state(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_grad_enabled(),
+            retention.position if fails else None,
+        ]
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return all(torch.equal(a[k], b[k]) for k in a)
+        return bool(a == b)
+
+    for run in (retention, retention.drift):
+        before = state()
+        with torch.no_grad():
+            if fails:
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    run()
+            else:
+                result = run()
+                if isinstance(result, Tensor):
+                    with torch.enable_grad():
+                        result.backward()
+        after = state()
+        assert [same(a, b) for a, b in zip(before, after, strict=True)] == [True] * len(before)
+    if not fails:
+        assert any(p.grad is not None for p in noisy.parameters())
+
+
+def failing(model: nn.Module, x: Tensor) -> Tensor:
+    raise RuntimeError("out of memory")
+
+
+def test_dropout_in_the_pass_is_off_but_training_goes_on(noisy: Any, points: Tensor, tmp_path: Path) -> None:
+    """Without that, dropout puts a floor under the drift, and the task draws other masks than without retention."""
+    noisy.body[1].eval()  # its statistics would drift with the task's batches
+    cache = build(noisy, [points], tmp_path)
+    retention = LogitRetention(noisy, cache, 16)
+    torch.manual_seed(3)
+    plain = [noisy(points).sum().item() for _ in range(2)]
+    torch.manual_seed(3)
+    first = noisy(points).sum().item()
+    assert abs(retention().item()) < 1e-5
+    assert [first, noisy(points).sum().item()] == plain
+    assert plain[0] != plain[1]
+
+
+def test_passes_that_draw_random_numbers_are_reproducible(classifier: nn.Module, cache: AnchorCache) -> None:
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = model(x + torch.randn_like(x))
+        return out
+
+    retention = LogitRetention(classifier, cache, 16, forward=forward, strict=False)
+    first = [retention().item(), retention().item()]
+    retention.position = 0
+    torch.manual_seed(99)
+    assert [retention().item(), retention().item()] == first
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_rounding_stays_far_below_the_tolerance(
+    llama: nn.Module, token_batches: Batches, tmp_path: Path, compute: str, dtype: torch.dtype, top_k: int | None
+) -> None:
+    if compute == "bfloat16":
+        llama.bfloat16()
+    autocast = torch.bfloat16 if compute == "autocast" else None
+    cache = build(llama, token_batches((9, 12)), tmp_path, top_k=top_k, layers=(1, -1), dtype=dtype, autocast=autocast)
+    for kind in KINDS:
+        retention = make(kind, llama, cache, 4, autocast=autocast)
+        drift = retention().item()
+        assert drift <= retention._default_tolerance() / 10
+        assert drift > -1e-6
+
+
+def test_a_mask_says_which_positions_count(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
+    batches = token_batches((4, 6), (3, 9))
+    cache = build(llama, batches, tmp_path, dtype=torch.float32)
+    teacher = copy.deepcopy(llama).eval()
+    disturb(llama, 0.02)
+    total, count = 0.0, 0
+    student = copy.deepcopy(llama).eval()
+    with torch.no_grad():
+        for batch in batches:
+            p, q = (m(**batch).logits.double().log_softmax(-1) for m in (teacher, student))
+            kl = (p.exp() * (p - q)).sum(-1)[batch["attention_mask"].bool()]
+            total, count = total + float(kl.sum()), count + len(kl)
+    retention = LogitRetention(llama, cache, 3, strict=False)
+    assert retention.drift() == pytest.approx(total / count, rel=1e-3)
+
+    def first(inputs: Any) -> Tensor:
+        mask = torch.zeros_like(inputs["input_ids"])
+        mask[:, 0] = 1
+        return mask
+
+    elsewhere = LogitRetention(llama, cache, 3, strict=False, mask=first).drift()
+    with torch.no_grad():
+        pairs = [[m(**b).logits[:, 0].double().log_softmax(-1) for m in (teacher, student)] for b in batches]
+    kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
+    assert elsewhere == pytest.approx(float(kl.mean()), rel=1e-3)
+    named = LogitRetention(llama, cache, 3, strict=False, mask="attention_mask")
+    assert named.drift() == pytest.approx(total / count, rel=1e-3)
+    with pytest.raises(ValueError, match="'labels'"):
+        LogitRetention(llama, cache, 3, strict=False, mask="labels").drift()
+
+
+@pytest.mark.parametrize("mode", ["masked_mean", "first", "last", "none"])
+def test_hidden_states_of_a_vision_language_model(
+    mode: str, vlm: nn.Module, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    pooling = {"image": mode, "text": mode}
+    cache = build(vlm, image_text_batches, tmp_path, logits=False, layers=(1, -1), pooling=pooling, dtype=torch.float32)
+    retention = HiddenRetention(vlm, cache, 5, weights={1: 2.0, (3, "text"): 0.0})
+    assert retention().item() < 1e-6
+    teacher = copy.deepcopy(vlm).eval()
+    disturb(vlm, 0.01)
+    student = copy.deepcopy(vlm).eval()
+    expected, weights = 0.0, {(1, "image"): 2.0, (1, "text"): 2.0, (3, "image"): 1.0}
+    for (layer, span), weight in weights.items():
+        pairs = []
+        for batch in image_text_batches:
+            image, attended = batch["input_ids"] == 59, batch["attention_mask"].bool()
+            mask = image if span == "image" else attended & ~image
+            states = [tap(m, batch, layer).double() for m in (student, teacher)]
+            for s, t, valid in zip(*states, mask, strict=True):
+                s, t = s[valid], t[valid]
+                choose = {
+                    "masked_mean": lambda x: x.mean(0, keepdim=True),
+                    "first": lambda x: x[:1],
+                    "last": lambda x: x[-1:],
+                }
+                pairs.append([choose.get(mode, lambda x: x)(x) for x in (s, t)])
+        s, t = (torch.cat(x) for x in zip(*pairs, strict=True))
+        expected += weight * float((s - t).square().mean() / t.var(0, unbiased=False).mean())
+    assert retention.drift() == pytest.approx(expected / sum(weights.values()), rel=1e-3)
+
+
+def tap(model: nn.Module, batch: dict[str, Tensor], layer: int) -> Tensor:
+    """Residual entering a layer, the test's own way."""
+    decoder, kept = model.model.language_model, []
+    target = decoder.norm if layer == len(decoder.layers) else decoder.layers[layer]
+    handle = target.register_forward_pre_hook(lambda m, a: kept.append(a[0].detach()))
+    model(**batch)
+    handle.remove()
+    return kept[0]
+
+
+def test_hidden_retention_runs_no_further_than_it_must(
+    llama: nn.Module, token_batches: Batches, tmp_path: Path
+) -> None:
+    cache = build(llama, token_batches((6, 8)), tmp_path, layers=(1, 2), dtype=torch.float32)
+    reached = []
+    for i, layer in enumerate(llama.model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: reached.append(i))
+    llama.lm_head.register_forward_pre_hook(lambda *_: reached.append("head"))
+    HiddenRetention(llama, cache, 4, layers=(1,))().backward()
+    assert reached == [0, 1]
+    assert llama.model.layers[0].mlp.up_proj.weight.grad is not None
+    assert llama.model.layers[1].mlp.up_proj.weight.grad is None
+    assert llama.lm_head.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_gradient_checkpointing_gives_the_same_gradients(
+    kind: str, llama: nn.Module, token_batches: Batches, tmp_path: Path
+) -> None:
+    cache = build(llama, token_batches((6, 8)), tmp_path, layers=(1, -1), dtype=torch.float32)
+    disturb(llama)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            llama.gradient_checkpointing_enable()
+        llama.zero_grad()
+        make(kind, llama, cache, 4, strict=False)().backward()
+        gradients.append([None if p.grad is None else p.grad.clone() for p in llama.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+# What the first call finds out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_weights_are_named(kind: str, classifier: nn.Module, cache: AnchorCache) -> None:
+    disturb(classifier)
+    retention = make(kind, classifier, cache)
+    with pytest.raises(AnchorMismatchError, match="other weights"):
+        retention()
+    assert retention.position == 0
+    retention.strict = False
+    retention()
+
+
+def test_a_fine_tuned_checkpoint_may_continue(classifier: nn.Module, cache: AnchorCache) -> None:
+    disturb(classifier)
+    retention = LogitRetention(classifier, cache)
+    retention.position = 7
+    retention()
+
+
+def test_another_dtype_is_named(classifier: nn.Module, cache: AnchorCache) -> None:
+    with torch.no_grad():
+        classifier[2].weight.mul_(1000)
+    with pytest.raises(AnchorMismatchError, match="dtype"):
+        LogitRetention(classifier.double(), cache, forward=lambda m, x: m(x.double()))()
+
+
+def test_active_dropout_is_named(classifier: nn.Module, cache: AnchorCache) -> None:
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = model(nn.functional.dropout(x, 0.5))
+        return out
+
+    with pytest.raises(AnchorMismatchError, match="random: dropout"):
+        LogitRetention(classifier, cache, forward=forward)()
+
+
+def test_other_autocast_is_named(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+    with torch.no_grad():
+        classifier[2].weight.mul_(30)
+    cache = build(classifier, [points], tmp_path, autocast=torch.bfloat16)
+    with pytest.raises(AnchorMismatchError, match="under autocast bfloat16, this pass runs under None"):
+        LogitRetention(classifier, cache, tolerance=1e-6)()
+    assert abs(LogitRetention(classifier, cache, autocast=torch.bfloat16)().item()) < 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert abs(LogitRetention(classifier, cache)().item()) < 1e-4
+
+
+def test_another_path_through_the_model_is_named(classifier: nn.Module, cache: AnchorCache) -> None:
+    """An extra token, another processor: the same weights see other inputs."""
+    with pytest.raises(AnchorMismatchError, match=r"weights are the same.*forward="):
+        LogitRetention(classifier, cache, forward=lambda m, x: m(x.flip(1)))()
+
+
+def test_another_layer_of_the_same_number_is_named(
+    llama: nn.Module, gpt2: nn.Module, token_batches: Batches, tmp_path: Path
+) -> None:
+    cache = build(llama, token_batches((4, 6)), tmp_path, logits=False, layers=(1,))
+    with pytest.raises(AnchorMismatchError, match="other tensors"):
+        HiddenRetention(gpt2, cache, 4)()
+    narrow = type(llama)(type(llama.config)(**{**llama.config.to_dict(), "hidden_size": 16, "head_dim": 8}))
+    with pytest.raises(AnchorMismatchError, match=r"\(4, 16\).*\(4, 32\)"):
+        HiddenRetention(narrow, cache, 4)()
+
+
+def test_outputs_of_another_shape_are_named(classifier: nn.Module, cache: AnchorCache) -> None:
+    wide = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5))
+    for strict in (True, False):
+        with pytest.raises(AnchorMismatchError, match=r"\(16, 5\).*\(16, 4\)"):
+            LogitRetention(wide, cache, strict=strict)()
+    with pytest.raises(AnchorMismatchError, match="NoneType"):
+        LogitRetention(classifier, cache, forward=lambda m, x: None)()
+
+
+def test_the_tolerance_can_be_set(classifier: nn.Module, cache: AnchorCache) -> None:
+    disturb(classifier)
+    LogitRetention(classifier, cache, tolerance=10.0)()
+    with pytest.raises(ValueError, match="tolerance"):
+        LogitRetention(classifier, cache, tolerance=-1.0)
+
+
+def test_a_drift_that_is_not_a_number_is_a_mismatch(classifier: nn.Module, cache: AnchorCache) -> None:
+    with pytest.raises(AnchorMismatchError, match="nan"):
+        LogitRetention(classifier, cache, forward=lambda m, x: m(x) * torch.nan)()
+
+
+# Caches that do not serve
+
+
+def test_the_wrong_kind_of_cache_is_refused(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+    logits = build(classifier, [points], tmp_path / "logits", top_k=2)
+    hidden = build(classifier, [points], tmp_path / "hidden", logits=False, layers=("1",))
+    with pytest.raises(ValueError, match=r"needs a cache with logits.*hidden states of layers 1"):
+        LogitRetention(classifier, hidden)
+    with pytest.raises(ValueError, match=r"needs a cache with hidden states.*the top 2 of 4 logits"):
+        HiddenRetention(classifier, logits)
+    with pytest.raises(ValueError, match=r"layers \['2'\].*layers 1"):
+        HiddenRetention(classifier, hidden, layers=("2",))
+
+
+def test_features_that_do_not_vary_have_no_scale(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+    cache = build(classifier, [points[:1]], tmp_path, logits=False, layers=("1",))
+    for loss in ("mse", "l1"):
+        with pytest.raises(ValueError, match="do not vary over the 1 anchors"):
+            HiddenRetention(classifier, cache, 1, loss=loss)
+    assert abs(HiddenRetention(classifier, cache, 1, loss="cosine")().item()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"loss": "huber"}, "'huber'"),
+        ({"layers": ()}, "at least one layer"),
+        ({"weights": {"1": -1.0}}, "-1.0"),
+        ({"weights": {"1": 0.0}}, "all be zero"),
+        ({"weights": {"5": 1.0}}, r"\['5'\]"),
+        ({"batch_size": 51}, "batch_size <= 50"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(
+    classifier: nn.Module, cache: AnchorCache, kwargs: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        HiddenRetention(classifier, cache, **kwargs)
+
+
+def test_parameters_of_others_get_gradients_that_can_be_put_back(
+    llama: nn.Module, token_batches: Batches, tmp_path: Path
+) -> None:
+    cache = build(llama, token_batches((4, 6)), tmp_path)
+    disturb(llama)
+    retention = LogitRetention(llama, cache, 4, strict=False)
+    retention().backward()
+    reached = {id(p) for p in llama.parameters() if p.grad is not None}
+    assert reached <= {id(p) for p in retention.parameters()}
+    assert len(reached) == len(list(llama.parameters()))
+
+
+def test_a_model_may_move_after_the_closure_is_made(classifier: nn.Module, cache: AnchorCache) -> None:
+    retention = LogitRetention(classifier, cache, strict=False)
+    classifier.to("meta")
+    assert retention.device == torch.device("meta")
+    assert LogitRetention(classifier, cache, device="cpu").device == torch.device("cpu")

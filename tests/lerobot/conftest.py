@@ -1,0 +1,37 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lerobot", reason="pip install 'craft-optim[lerobot]', Python >= 3.12")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped policy and 64 preprocessed frames of each task."""
+    from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
+    from metaworld_pi0_fast.batches import PreparedFrames
+    from metaworld_pi0_fast.demonstrations import load_frames
+    from metaworld_pi0_fast.policy import load_policy, make_processors
+
+    policy = load_policy(ASSETS / "pretrained")
+    processors = make_processors(policy, path=ASSETS / "pretrained")
+    frames = {}
+    for name in (OLD_TASK, NEW_TASK):
+        loaded = load_frames(ASSETS / "demonstrations" / name, policy.config.chunk_size, episodes=[0, 1])
+        frames[name] = PreparedFrames(loaded, processors[0], heldout_episodes=1)
+    return policy, processors, frames[OLD_TASK], frames[NEW_TASK]
+
+
+@pytest.fixture
+def policy(shipped):
+    """The shipped policy, put back to its weights and mode after the test."""
+    policy = shipped[0]
+    weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    yield policy.eval()
+    policy.load_state_dict(weights)
+    policy.zero_grad()
+    policy.eval()
