@@ -55,7 +55,7 @@ class Task:
 
     def batches(self, rows: Tensor, batch_size: int = 32) -> Iterator[dict[str, Tensor]]:
         """What the policy's network reads of these rows, for building a cache."""
-        for part in rows.split(batch_size):
+        for part in torch.split(rows, batch_size):
             yield anchor_inputs(self.frames.train_batch(part))
 
 
@@ -96,13 +96,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Namespace) -> anchors.AnchorCache:
     """Writes down what the policy says about these frames before it is fine-tuned."""
+    name, batches = args.policy or "small pi0_fast", task.batches(rows)
     if args.retention == "logits":
-        settings = {"forward": action_logits, "mask": action_mask}
-    else:
-        pooling = {"image": "masked_mean", "text": "masked_mean"}
-        settings = {"forward": run_prefix, "logits": False, "layers": args.layers, "pooling": pooling}
-        settings["spans"] = prefix_spans
-    return anchors.build(policy, task.batches(rows), path, model_id=args.policy or "small pi0_fast", **settings)
+        return anchors.build(policy, batches, path, model_id=name, forward=action_logits, mask=action_mask)
+    return anchors.build(
+        policy,
+        batches,
+        path,
+        model_id=name,
+        forward=run_prefix,
+        logits=False,
+        layers=args.layers,
+        spans=prefix_spans,
+        pooling={"image": "masked_mean", "text": "masked_mean"},
+    )
 
 
 def retention_of(policy: Any, cache: anchors.AnchorCache, args: argparse.Namespace, seed: int) -> Any:
@@ -182,7 +189,7 @@ def fine_tune(
             torch.save({name: part.state_dict() for name, part in state.items()} | progress, aside)
             aside.replace(folder / "training.pt")
     policy.eval()
-    return 1e3 * seconds / args.steps
+    return float(1e3 * seconds / args.steps)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -232,7 +239,7 @@ def _run(
     )
 
     def success(task: Task, film: bool = False) -> Rollouts | None:
-        if pool is None:
+        if pool is None or task.environment is None:
             return None
         return pool.run(policy, processors, task.environment, episodes=args.rollouts, film_stride=4 if film else 0)
 
@@ -244,8 +251,8 @@ def _run(
         return Outcome(
             method=method,
             seed=seed,
-            old_success=old_rollouts and old_rollouts.successes,
-            new_success=new_rollouts and new_rollouts.successes,
+            old_success=None if old_rollouts is None else old_rollouts.successes,
+            new_success=None if new_rollouts is None else new_rollouts.successes,
             old_ce=old.frames.heldout_loss(policy),
             new_ce=new.frames.heldout_loss(policy),
             drift_anchor=retention.drift(),

@@ -41,7 +41,7 @@ from .structure import Inputs, Structure, flatten
 
 __all__ = ["Mask", "build"]
 
-Mask = str | Callable[[Inputs], Tensor]
+Mask = str | Callable[[Any], Tensor]
 
 _PROGRESS = "build.json"
 _log = logging.getLogger("craft_optim")
