@@ -282,7 +282,8 @@ def _run(
         json.dumps([asdict(o) for o in outcomes], indent=2) + "\n", encoding="utf-8"
     )
     print_table(summary, old.name, new.name, console)
-    draw_curves(args.out / "metrics.jsonl", args.epsilon, args.out / "curves.png")
+    if rows:
+        draw_curves(args.out / "metrics.jsonl", args.epsilon, args.out / "curves.png")
     if pool is not None:
         draw_success(summary, old.name, new.name, args.out / "success.png")
     console.print(f"Pictures, metrics, summary and checkpoints are in [bold]{args.out}[/bold]")
