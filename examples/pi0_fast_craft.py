@@ -26,9 +26,9 @@ import torch
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
 from metaworld_pi0_fast.batches import PreparedFrames
 from metaworld_pi0_fast.demonstrations import load_frames
-from metaworld_pi0_fast.pictures import draw_curves, draw_success
+from metaworld_pi0_fast.pictures import draw_curves, draw_films, draw_success
 from metaworld_pi0_fast.policy import load_policy, make_processors, parameter_count, save_policy
-from metaworld_pi0_fast.rollouts import GL_HELP, RolloutPool, Rollouts, gl_backend, save_gif
+from metaworld_pi0_fast.rollouts import GL_HELP, RolloutPool, Rollouts, gl_backend
 from metaworld_pi0_fast.summary import Outcome, print_table, summarise
 from rich.console import Console
 from torch import Tensor
@@ -238,6 +238,8 @@ def _run(
         policy, old, old.frames.heldout_indices, args.out / "anchors" / f"{args.retention}-held-out", args
     )
 
+    films: dict[str, Any] = {}  # the first held-out goal of the old task, per method
+
     def success(task: Task, film: bool = False) -> Rollouts | None:
         if pool is None or task.environment is None:
             return None
@@ -245,9 +247,10 @@ def _run(
 
     def evaluate(method: str, seed: int, ms_per_step: float | None) -> Outcome:
         retention = retention_of(policy, anchor_cache, args, seed)
-        old_rollouts, new_rollouts = success(old, film=method == "craft"), success(new)
+        filmed = method != "pretrained" and method not in films
+        old_rollouts, new_rollouts = success(old, film=filmed), success(new)
         if old_rollouts is not None and old_rollouts.film is not None:
-            save_gif(old_rollouts.film, args.out / "rollout.gif")
+            films[method] = old_rollouts.film
         return Outcome(
             method=method,
             seed=seed,
@@ -275,7 +278,7 @@ def _run(
             rows.append((args.out / "runs" / f"{method}-seed{seed}" / "metrics.jsonl").read_text(encoding="utf-8"))
     (args.out / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
 
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "methods"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("methods", "out")}
     summary = summarise(outcomes, args.epsilon) | {"seeds": seeds, "settings": settings}
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (args.out / "outcomes.json").write_text(
@@ -286,6 +289,8 @@ def _run(
         draw_curves(args.out / "metrics.jsonl", args.epsilon, args.out / "curves.png")
     if pool is not None:
         draw_success(summary, old.name, new.name, args.out / "success.png")
+    if films:
+        draw_films(films, args.out / "rollout.gif")
     console.print(f"Pictures, metrics, summary and checkpoints are in [bold]{args.out}[/bold]")
     return summary
 

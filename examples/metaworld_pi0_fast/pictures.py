@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -125,4 +128,25 @@ def draw_sweep(result: dict[str, Any], path: Path) -> Path:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return path
+
+
+def draw_films(films: dict[str, npt.NDArray[np.uint8]], path: Path, milliseconds: int = 60) -> Path:
+    """Films side by side as an endless GIF, each under its method's name; the shorter ones wait at their last picture.
+
+    Args:
+        films: Method -> pictures of shape `(n, height, width, 3)`, uint8, of one size.
+        path: File to write.
+        milliseconds: Duration of one picture.
+    """
+    length = max(len(film) for film in films.values())
+    height, width = next(iter(films.values())).shape[1:3]
+    pictures = []
+    for i in range(length):
+        picture = Image.new("RGB", (width * len(films), height + 16), "white")
+        for j, (method, film) in enumerate(films.items()):
+            ImageDraw.Draw(picture).text((j * width + 4, 2), LABELS[method], fill=COLOURS[method])
+            picture.paste(Image.fromarray(film[min(i, len(film) - 1)]), (j * width, 16))
+        pictures.append(picture.quantize(96))
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, optimize=True)
     return path

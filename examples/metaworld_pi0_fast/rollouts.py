@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +22,7 @@ from .demonstrations import CAMERA_KEY, RECORDING_SEED, STATE_KEY
 from .environment import GL_HELP, Camera, Environment, Goals, gl_backend, instruction, use_gl
 from .policy import load_policy, make_processors, save_policy
 
-__all__ = ["GL_HELP", "RolloutPool", "Rollouts", "gl_backend", "run_episodes", "save_gif"]
+__all__ = ["GL_HELP", "RolloutPool", "Rollouts", "gl_backend", "run_episodes"]
 
 HELDOUT_SEED = 1000
 """Added to the seed of a call, so that its goals are never those of the demonstrations."""
@@ -211,20 +210,3 @@ def _run_in_worker(folder: str, task: str, goals: list[int], seed: int, max_step
     policy = load_policy(folder, device="cpu")
     preprocessor, postprocessor = make_processors(policy, path=folder)
     return run_episodes(policy, preprocessor, postprocessor, task, goals, seed, max_steps, film_stride)
-
-
-def save_gif(film: npt.NDArray[np.uint8], path: str | Path, milliseconds: int = 60) -> Path:
-    """Writes pictures of shape `(n, height, width, 3)` as an endless GIF.
-
-    Args:
-        film: From `Rollouts.film`.
-        path: File to write.
-        milliseconds: Duration of one picture.
-    """
-    from PIL import Image
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = [Image.fromarray(picture) for picture in film]
-    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0, optimize=True)
-    return path

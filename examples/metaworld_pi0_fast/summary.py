@@ -93,13 +93,13 @@ def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -
     def number(row: dict[str, Any], key: str, form: str) -> str:
         return "-" if row[key] is None else format(row[key], form)
 
-    for label, task in (("success, old task", "old_success"), ("success, new task", "new_success")):
+    for label, task in (("old task: success", "old_success"), ("new task: success", "new_success")):
         table.add_row(label, *(format_rate(summary[m], task) for m in methods))
     for label, key, form in (
-        ("held-out cross-entropy, old task", "old_ce", ".3f"),
-        ("held-out cross-entropy, new task", "new_ce", ".3f"),
-        ("drift on the anchors", "drift_anchor", ".4f"),
-        ("drift on held-out frames", "drift_heldout", ".4f"),
+        ("old task: held-out CE", "old_ce", ".3f"),
+        ("new task: held-out CE", "new_ce", ".3f"),
+        ("drift on anchors", "drift_anchor", ".4f"),
+        ("drift on held-out", "drift_heldout", ".4f"),
         ("ms per step", "ms_per_step", ".0f"),
     ):
         table.add_row(label, *(number(summary[m], key, form) for m in methods))
