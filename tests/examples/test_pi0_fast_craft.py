@@ -5,13 +5,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import pi0_fast_craft as example
 import pytest
 import torch
-
-pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import pi0_fast_craft as example
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
 from metaworld_pi0_fast.policy import load_policy
 from metaworld_pi0_fast.summary import Outcome, summarise
