@@ -158,6 +158,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
         self._steps_at_cap = 0
+        self._warned_at_cap = False
         self._lost_closure = False
 
         # `Optimizer.__init__` would copy the groups; they, the state and the defaults stay the base's own objects.
@@ -313,12 +314,13 @@ class CraftOptimizer(torch.optim.Optimizer):
             self.metrics = retention.metrics | {"retention_step": float(step), "fresh": 1.0}
             self._watch_cap()
             if self.on_metrics is not None:
-                self.on_metrics(self.metrics)
+                self.on_metrics(dict(self.metrics))
 
     def _watch_cap(self) -> None:
         stuck = self.metrics["capped"] == 1.0 and self.metrics["retention_loss"] > self.metrics["epsilon"]
         self._steps_at_cap = self._steps_at_cap + 1 if stuck else 0
-        if self._steps_at_cap == _PATIENCE_AT_CAP:
+        if self._steps_at_cap == _PATIENCE_AT_CAP and not self._warned_at_cap:
+            self._warned_at_cap = True
             warnings.warn(
                 f"lambda has been at its cap for {_PATIENCE_AT_CAP} retention steps while the drift "
                 f"({self.metrics['retention_loss']:.3g}) is above epsilon ({self.metrics['epsilon']:.3g}). The "
