@@ -1,0 +1,112 @@
+"""Every optimizer and configuration of torch's own test data through the wrapper, against its bare twin."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from craft_optim import CraftOptimizer
+
+pytest.importorskip("expecttest", reason="torch's test data imports it: pip install 'craft-optim[dev]'")
+from torch.testing._internal.common_optimizers import optim_db
+
+
+def configurations():
+    for info in optim_db:
+        implementations = [{}, *({name: True} for name in info.supported_impls if name != "differentiable")]
+        for given, implementation in itertools.product(info.optim_inputs_func(device="cpu"), implementations):
+            kwargs = {**given.kwargs, **implementation}
+            # The same twice over, or what torch itself refuses.
+            if (given.kwargs.get("foreach") or given.kwargs.get("fused")) and implementation:
+                continue
+            if kwargs.get("capturable") or kwargs.get("differentiable"):  # of CUDA graphs, and of meta-learning
+                continue
+            label = ",".join(f"{k}={v}" for k, v in kwargs.items() if not isinstance(v, torch.Tensor))
+            yield pytest.param(info, kwargs, id=f"{info.optim_cls.__name__}({label})")
+
+
+CONFIGURATIONS = list(configurations())
+
+
+def model_for(info):
+    torch.manual_seed(0)
+    if info.only_supports_sparse_grads:
+        return nn.Embedding(7, 3, sparse=True)
+    bias = info.optim_cls.__name__ != "Muon"  # it takes matrices only
+    return nn.Sequential(nn.Linear(5, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias)).double()
+
+
+def loss_of(model, step):
+    generator = torch.Generator().manual_seed(step)
+    if isinstance(model, nn.Embedding):
+        return model(torch.randint(7, (4,), generator=generator)).square().sum()
+    return model(torch.randn(8, 5, generator=generator, dtype=torch.float64)).square().mean()
+
+
+def run(info, kwargs, wrap, steps=6):
+    model = model_for(info)
+    kwargs = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    optimizer = wrap(info.optim_cls(model.parameters(), **kwargs), model)
+    for step in range(steps):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        if info.step_requires_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+    state = [
+        value
+        for p in model.parameters()
+        for value in optimizer.state[p].values()
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    ]
+    return [p.detach().clone() for p in model.parameters()], state, optimizer
+
+
+@pytest.mark.parametrize(("info", "kwargs"), CONFIGURATIONS)
+def test_without_a_closure_it_is_the_bare_optimizer_bit_for_bit(info, kwargs):
+    expected, expected_state, _ = run(info, kwargs, lambda base, model: base)
+    found, found_state, _ = run(info, kwargs, lambda base, model: CraftOptimizer(base))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected_state, found_state, strict=True))
+
+
+@pytest.mark.parametrize(("info", "kwargs"), CONFIGURATIONS)
+def test_a_retention_gradient_with_no_weight_changes_nothing(info, kwargs):
+    # Runs the whole active path: stash, second backward, inner products, restore. With lambda = 0 and no projection the
+    # base must be handed the task gradients themselves.
+    def wrap(base, model):
+        def drift():
+            if isinstance(model, nn.Embedding):
+                return model(torch.tensor([0, 1])).square().sum()
+            return sum(p.square().sum() for p in model.parameters())
+
+        return CraftOptimizer(
+            base, drift, dual="ascent", lambda_init=0.0, lambda_lr=0.0, projection="never", rho=math.inf
+        )
+
+    expected, _, _ = run(info, kwargs, lambda base, model: base)
+    found, _, craft = run(info, kwargs, wrap)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert craft.metrics["fresh"] == 1.0
+    assert craft.metrics["retention_grad_norm"] > 0.0
+
+
+@pytest.mark.parametrize(("info", "kwargs"), CONFIGURATIONS)
+def test_state_dicts_travel_both_ways(info, kwargs):
+    _, _, bare = run(info, kwargs, lambda base, model: base)
+    _, _, craft = run(info, kwargs, lambda base, model: CraftOptimizer(base))
+    saved = craft.state_dict()
+    craft.load_state_dict(bare.state_dict())
+    bare.load_state_dict(saved)
+    twin_groups = [{k: v for k, v in g.items() if not k.startswith("craft_")} for g in saved["param_groups"]]
+    for group, twin in zip(bare.state_dict()["param_groups"], twin_groups, strict=True):
+        assert {k: v for k, v in group.items() if not k.startswith("craft_")}.keys() == twin.keys()
