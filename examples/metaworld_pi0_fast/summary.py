@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
@@ -74,6 +75,9 @@ def summarise(outcomes: Iterable[Outcome], epsilon: float) -> dict[str, Any]:
     return summary
 
 
+_CAPTION = "[..]: 95 % interval; CE: cross-entropy per action token on held-out frames, nats"
+
+
 def format_rate(row: dict[str, Any], task: str) -> str:
     """A success rate with its 95 % interval."""
     if row[task] is None:
@@ -85,10 +89,12 @@ def format_rate(row: dict[str, Any], task: str) -> str:
 def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -> None:
     """The summary as a table; success rates with their 95 % interval."""
     methods = [m for m in ("pretrained", "adamw", "craft") if m in summary]
-    table = Table(title=f"old task: {old}, new task: {new}; seeds {summary['seeds']}")
-    table.add_column("")
+    table = Table(
+        title=f"old task: {old}, new task: {new}; seeds {summary['seeds']}", box=SIMPLE_HEAD, caption=_CAPTION
+    )
+    table.add_column("", no_wrap=True)
     for method in methods:
-        table.add_column(method, justify="right")
+        table.add_column(method, justify="right", no_wrap=True)
 
     def number(row: dict[str, Any], key: str, form: str) -> str:
         return "-" if row[key] is None else format(row[key], form)
@@ -96,10 +102,10 @@ def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -
     for label, task in (("old task: success", "old_success"), ("new task: success", "new_success")):
         table.add_row(label, *(format_rate(summary[m], task) for m in methods))
     for label, key, form in (
-        ("old task: held-out CE", "old_ce", ".3f"),
-        ("new task: held-out CE", "new_ce", ".3f"),
+        ("old task: CE", "old_ce", ".3f"),
+        ("new task: CE", "new_ce", ".3f"),
         ("drift on anchors", "drift_anchor", ".4f"),
-        ("drift on held-out", "drift_heldout", ".4f"),
+        ("drift, held-out", "drift_heldout", ".4f"),
         ("ms per step", "ms_per_step", ".0f"),
     ):
         table.add_row(label, *(number(summary[m], key, form) for m in methods))
@@ -111,9 +117,10 @@ def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -
 def print_sweep(result: dict[str, Any], console: Console) -> None:
     """A row per epsilon, AdamW last."""
     old, new = result["tasks"]["old"], result["tasks"]["new"]
-    table = Table(title=f"old task: {old}, new task: {new}; retention: {result['retention']}; seeds {result['seeds']}")
-    for column in ("epsilon", "old task", "new task", "drift on anchors", "/ epsilon", "drift held out", "ms per step"):
-        table.add_column(column, justify="right")
+    title = f"old task: {old}, new task: {new}; retention: {result['retention']}; seeds {result['seeds']}"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("epsilon", "old task", "new task", "drift", "drift / epsilon", "held out", "ms/step"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in [*result["craft"], result["adamw"]]:
         epsilon = row.get("epsilon")
         ratio = "-"
