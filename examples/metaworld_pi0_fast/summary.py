@@ -89,9 +89,8 @@ def format_rate(row: dict[str, Any], task: str) -> str:
 def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -> None:
     """The summary as a table; success rates with their 95 % interval."""
     methods = [m for m in ("pretrained", "adamw", "craft") if m in summary]
-    table = Table(
-        title=f"old task: {old}, new task: {new}; seeds {summary['seeds']}", box=SIMPLE_HEAD, caption=_CAPTION
-    )
+    title = f"old task: {old}, new task: {new}; seeds {summary['seeds']}"
+    table = Table(title=title, caption=_CAPTION, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for method in methods:
         table.add_column(method, justify="right", no_wrap=True)
