@@ -34,7 +34,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-sweep: $(STAMP)  ## epsilon against success and drift, several seeds (about an hour on 2 cores)
+sweep: $(STAMP)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
 	$(BIN)/python examples/sweep_epsilon.py
 
 assets: $(STAMP)  ## record the demonstrations and pretrain the small policy again

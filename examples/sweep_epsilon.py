@@ -1,6 +1,6 @@
 """What epsilon means for the small pi0_fast: success and drift over a range of epsilons, several seeds.
 
-    python examples/sweep_epsilon.py                       # about an hour on 2 cores; results in examples/results
+    python examples/sweep_epsilon.py                       # about half an hour on 2 cores; results in examples/results
     python examples/sweep_epsilon.py --retention hidden --epsilons 0.02 0.05 0.1
 
 Every point is a run of `pi0_fast_craft.py` in a process of its own. A sweep that was stopped goes on where it was:
