@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_action_tokens_decode_to_the_actions():
     error = tokenizer.decode(ids) - chunks
     assert np.sqrt((error**2).mean()) <= 0.5 / 6.0
     assert np.array_equal(tokenizer.decode([ids[0][:1]])[0].shape, (10, 4)), "a cut-off answer still has the shape"
+
+
+def test_the_shipped_tokenizers_code_is_the_examples_own():
+    from metaworld_pi0_fast import fast_tokenizer
+
+    shipped = PRETRAINED / "tokenizers" / "fast" / "fast_tokenizer.py"
+    assert shipped.read_text() == Path(fast_tokenizer.__file__).read_text()
 
 
 def test_a_saved_policy_can_be_moved(policy, processors, tmp_path, frames):
