@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
@@ -159,6 +160,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.metrics: dict[str, float] = {}
         self._steps_at_cap = 0
         self._warned_at_cap = False
+        self._warned_of_processes = False
         self._lost_closure = False
 
         # `Optimizer.__init__` would copy the groups; they, the state and the defaults stay the base's own objects.
@@ -271,6 +273,7 @@ class CraftOptimizer(torch.optim.Optimizer):
             return result
 
         retention = _RetentionStep(self, state, epsilon_at(self.epsilon, step), parameters)
+        self._warn_of_processes()
         with retention.undone_after_errors():
             if closure is None:
                 retention.merge()
@@ -305,6 +308,18 @@ class CraftOptimizer(torch.optim.Optimizer):
         if step != 0 and not all(is_zero(group.get("lr")) for group in self.param_groups):
             return False
         return all_zero(gradients_of(parameters))
+
+    def _warn_of_processes(self) -> None:
+        if self._warned_of_processes or not (dist.is_available() and dist.is_initialized()):
+            return
+        self._warned_of_processes = True
+        if dist.get_world_size() > 1:
+            warnings.warn(
+                f"torch.distributed runs {dist.get_world_size()} processes, and CraftOptimizer does not yet average "
+                "retention gradients, nor agree on lambda, over them: replicas of one model would drift apart. Train in "
+                "one process.",
+                stacklevel=4,
+            )
 
     def _finish(self, step: int, retention: "_RetentionStep") -> None:
         self._write(retention.state | {"craft_step": float(step + 1)})
