@@ -316,8 +316,8 @@ class CraftOptimizer(torch.optim.Optimizer):
         if dist.get_world_size() > 1:
             warnings.warn(
                 f"torch.distributed runs {dist.get_world_size()} processes, and CraftOptimizer does not yet average "
-                "retention gradients, nor agree on lambda, over them: replicas of one model would drift apart. Train in "
-                "one process.",
+                "retention gradients, nor agree on lambda, over them: replicas of one model would drift apart. "
+                "Train in one process.",
                 stacklevel=4,
             )
 
