@@ -1,6 +1,6 @@
 """A batch as named tensors, and back: what is stored of a model's inputs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,8 @@ def flatten(batch: Any) -> tuple[Structure, dict[str, Tensor], int]:
     for name, tensor in named.items():
         if tensor.ndim == 0 or tensor.layout != torch.strided:
             raise ValueError(
-                f"Input {name!r} must be dense with the anchors as first dimension. Found {_shown(tensor)}."
+                f"Input {name!r} must be dense with the anchors as first dimension. Found shape "
+                f"{tuple(tensor.shape)}, layout {tensor.layout}."
             )
     sizes = {name: len(tensor) for name, tensor in named.items()}
     count = next(iter(sizes.values()))
@@ -89,10 +90,6 @@ def flatten(batch: Any) -> tuple[Structure, dict[str, Tensor], int]:
     return Structure(kind, tuple(named), tuple(skipped)), named, count
 
 
-def _shown(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, layout {tensor.layout}"
-
-
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """The batch with `function` applied to each of its tensors."""
     if isinstance(inputs, Tensor):
@@ -100,8 +97,3 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     if isinstance(inputs, tuple):
         return tuple(None if x is None else function(x) for x in inputs)
     return {name: function(x) for name, x in inputs.items()}
-
-
-def common(names: Iterable[str]) -> str:
-    """Names for an error message."""
-    return ", ".join(repr(name) for name in names) or "none"
