@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -13,14 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from craft_optim.dual import Controller, DualAscent, Update, make_controller
-from craft_optim.gradients import Gradients, all_zero, gradients_of, put, set_aside
+from craft_optim.distributed import Layout, find_layout
+from craft_optim.dual import Controller, DualAscent, make_controller
+from craft_optim.gradients import all_zero, gradients_of
+from craft_optim.retention_step import Projection, RetentionStep, Rules
+from craft_optim.scaling import initial_scale
 from craft_optim.schedules import Linear, Schedule, as_schedule, epsilon_at
-from craft_optim.surgery import Granularity, Merge, blocks_of, decide, inner_products, merge_
+from craft_optim.surgery import Granularity, Merge
 
 __all__ = ["CraftOptimizer", "RetentionClosure"]
-
-Projection = Literal["violated", "always", "never"]
 
 # Retention steps in a row with lambda at its cap and the constraint violated before a warning says so.
 _PATIENCE_AT_CAP = 100
@@ -29,9 +30,12 @@ _PATIENCE_AT_CAP = 100
 class RetentionClosure(Protocol):
     """What `CraftOptimizer` calls: no arguments, returns the retention loss as a scalar tensor with a graph.
 
-    A plain function will do. Two optional attributes are used where they exist: `position` (int, readable and
-    writable: anchor batches drawn so far), which makes a resumed run see the same anchors, and `parameters()`, whose
-    gradients are protected from the retention backward even if other optimizers own them.
+    A plain function will do. Optional attributes are used where they exist:
+
+    - `position` (int, readable and writable: anchor batches drawn so far) makes a resumed run see the same anchors.
+    - `parameters()`: their gradients are protected from the retention backward even if other optimizers own them.
+    - `shard(rank, world_size, mean)` is called before the first pass of several processes, so that each draws anchors
+      of its own; `mean(tensor)` averages a small tensor over the processes.
     """
 
     def __call__(self) -> Tensor: ...
@@ -75,7 +79,11 @@ class CraftOptimizer(torch.optim.Optimizer):
         retention_every: Run retention on every K-th step, beginning with the first; the others are the base's alone.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. Clip task gradients
             as ever, before `step`.
-        on_metrics: Called with `metrics` after every retention step, for example `craft_optim.metrics.JSONLWriter`.
+        process_group: The processes that gradients of plain (not sharded) parameters are averaged over. None: those of
+            the DDP module that holds the parameters; needed where gradients are averaged in another way. False: none.
+            See `craft_optim.distributed`.
+        on_metrics: Called with `metrics` after every retention step, for example `craft_optim.metrics.JSONLWriter`; of
+            several processes, by one.
 
     Attributes:
         metrics: Floats measured on the last retention step; `craft_optim.metrics.METRICS` says what each one is. Empty
@@ -106,6 +114,11 @@ class CraftOptimizer(torch.optim.Optimizer):
     # A GradScaler hands unscaling to an optimizer that says True; a fused base says it, but unscales too late for us.
     _step_supports_amp_scaling = False
 
+    # Found out at the first retention pass.
+    _float16: bool | None
+    _layout: Layout | None
+    _layout_of: list[int]  # the ids of the parameters that it was found for
+
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
@@ -123,6 +136,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         granularity: Granularity = "global",
         retention_every: int = 1,
         max_grad_norm: float | None = None,
+        process_group: "dist.ProcessGroup | Literal[False] | None" = None,
         on_metrics: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
         _check_base(base_optimizer)
@@ -156,11 +170,12 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.granularity = granularity
         self.retention_every = retention_every
         self.max_grad_norm = max_grad_norm
+        self.process_group = process_group
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
         self._steps_at_cap = 0
         self._warned_at_cap = False
-        self._warned_of_processes = False
+        self._forget_circumstances()
         self._lost_closure = False
 
         # `Optimizer.__init__` would copy the groups; they, the state and the defaults stay the base's own objects.
@@ -256,13 +271,19 @@ class CraftOptimizer(torch.optim.Optimizer):
                 )
             return self._step_base(closure)
 
+        return self._constrained_step(closure)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
+    def _constrained_step(self, closure: Callable[[], Any] | None) -> Any:
         state = self._craft_state()
         step = int(state["craft_step"])
         parameters = self._parameters()
         if closure is None:
             if self._is_priming(step, parameters):
                 return self._step_base(None)
-            idle = all(p.grad is None for p in parameters)
+            # FSDP1 may leave a process with parameters without elements only: it waits for the others' step.
+            here = [p.grad is None for p in parameters if p.numel() > 0]
+            idle = bool(here) and all(here)
         else:
             idle = False
         if idle or step % self.retention_every != 0:
@@ -272,8 +293,24 @@ class CraftOptimizer(torch.optim.Optimizer):
                 self.metrics["fresh"] = 0.0
             return result
 
-        retention = _RetentionStep(self, state, epsilon_at(self.epsilon, step), parameters)
-        self._warn_of_processes()
+        retention = RetentionStep(
+            cast(Callable[[], Tensor], self.retention_closure),
+            Rules(
+                self.controller,
+                self.rho,
+                self.projection,
+                self.conflict_threshold,
+                self.merge,
+                self.granularity,
+                self.max_grad_norm,
+            ),
+            parameters,
+            [len(group["params"]) for group in self.param_groups],
+            state=state,
+            epsilon=epsilon_at(self.epsilon, step),
+            layout=self._find_layout(parameters),
+            float16=self._float16,
+        )
         with retention.undone_after_errors():
             if closure is None:
                 retention.merge()
@@ -307,26 +344,33 @@ class CraftOptimizer(torch.optim.Optimizer):
 
         if step != 0 and not all(is_zero(group.get("lr")) for group in self.param_groups):
             return False
-        return all_zero(gradients_of(parameters))
+        layout = self._find_layout(parameters)
+        if layout is None:
+            return all_zero(gradients_of(parameters))
+        # A shard may be all zero, or empty, where others are not: all processes must agree.
+        zero = all_zero(layout.local(gradients_of(parameters), parameters))
+        return not layout.any(not zero, next(p.device for p in parameters))
 
-    def _warn_of_processes(self) -> None:
-        if self._warned_of_processes or not (dist.is_available() and dist.is_initialized()):
-            return
-        self._warned_of_processes = True
-        if dist.get_world_size() > 1:
-            warnings.warn(
-                f"torch.distributed runs {dist.get_world_size()} processes, and CraftOptimizer does not yet average "
-                "retention gradients, nor agree on lambda, over them: replicas of one model would drift apart. "
-                "Train in one process.",
-                stacklevel=4,
-            )
+    def _find_layout(self, parameters: list[Tensor]) -> Layout | None:
+        """The layout of these very parameters: frameworks put others into the groups after an optimizer is made."""
+        found_for = [id(p) for p in parameters]
+        if found_for != self._layout_of:
+            self._layout = layout = find_layout(parameters, self.process_group)
+            self._layout_of = found_for
+            shard = getattr(self.retention_closure, "shard", None)
+            if shard is not None and layout is not None:
+                shard(layout.rank, layout.world_size, layout.mean)
+        return self._layout
 
-    def _finish(self, step: int, retention: "_RetentionStep") -> None:
+    def _finish(self, step: int, retention: RetentionStep) -> None:
+        self._float16 = retention.float16
         self._write(retention.state | {"craft_step": float(step + 1)})
         if not retention.metrics:
             self.metrics |= {"skipped": retention.state["craft_skipped"], "fresh": 0.0}
         else:
             self.metrics = retention.metrics | {"retention_step": float(step), "fresh": 1.0}
+            if self._layout is not None and not self._layout.first:
+                return  # the values are the same on every process: one of them reports
             self._watch_cap()
             if self.on_metrics is not None:
                 self.on_metrics(dict(self.metrics))
@@ -344,6 +388,9 @@ class CraftOptimizer(torch.optim.Optimizer):
                 stacklevel=4,
             )
 
+    def _forget_circumstances(self) -> None:
+        self._float16, self._layout, self._layout_of = None, None, []
+
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base_optimizer.param_groups for p in group["params"]]
 
@@ -355,6 +402,7 @@ class CraftOptimizer(torch.optim.Optimizer):
             "craft_lambda": 0.0,
             "craft_anchor_position": float(getattr(self.retention_closure, "position", 0)),
             "craft_skipped": 0.0,
+            **initial_scale(),
             **{f"craft_dual_{name}": float(value) for name, value in self.controller.initial_state().items()},
         }
 
@@ -458,13 +506,15 @@ class CraftOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # The closure and the sink hold models and files; hooks and a scheduler's patch of `step` stay behind, as they
         # do with torch's own optimizers.
-        left_behind = ("retention_closure", "on_metrics", "step")
+        left_behind = ("retention_closure", "on_metrics", "process_group", "_layout", "_layout_of", "step")
         return {k: v for k, v in self.__dict__.items() if k not in left_behind and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.retention_closure = None
         self.on_metrics = None
+        self.process_group = None
+        self._forget_circumstances()
         self._lost_closure = True
         self._make_hooks()
 
@@ -475,6 +525,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.retention_closure = self.retention_closure
         twin.on_metrics = self.on_metrics
+        twin.process_group = self.process_group
         twin._lost_closure = self._lost_closure
         return twin
 
@@ -484,127 +535,6 @@ class CraftOptimizer(torch.optim.Optimizer):
 
 def _empty_wrapper() -> CraftOptimizer:
     return CraftOptimizer.__new__(CraftOptimizer)
-
-
-class _RetentionStep:
-    """The retention side of one optimizer step: from task gradients in `.grad` to merged gradients in `.grad`.
-
-    Attributes:
-        state: The `craft_*` floats to write once the base has stepped.
-        metrics: What was measured; empty if nothing was.
-    """
-
-    def __init__(
-        self, optimizer: CraftOptimizer, state: dict[str, float], epsilon: float, parameters: list[Tensor]
-    ) -> None:
-        self.state = dict(state)
-        self.metrics: dict[str, float] = {}
-        self._o = optimizer
-        self._epsilon = epsilon
-        self._parameters = parameters
-        self._update: Update | None = None
-        self._task: Gradients | None = None
-        closure = optimizer.retention_closure
-        self._closure = cast(Callable[[], Tensor], closure)
-        self._start = getattr(closure, "position", None)
-
-    @contextmanager
-    def undone_after_errors(self) -> Iterator[None]:
-        """Leaves the task gradients in `.grad`; after an exception also the anchors where they were."""
-        try:
-            yield
-        except BaseException:
-            self._rewind()
-            raise
-        finally:
-            if self._task is not None:
-                put(self._parameters, self._task)
-
-    def _rewind(self) -> None:
-        if self._start is not None:
-            self._closure.position = self._start  # type: ignore[attr-defined]
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Runs the retention pass and points `.grad` at the merged gradients, or at the task's if it was not finite."""
-        o = self._o
-        self._task = task = gradients_of(self._parameters)
-        self._rewind()  # a line search evaluates more than once: always on the same anchors
-        loss, retention = self._retention_gradients()
-        products, (value,) = inner_products(task, retention, loss)
-        if self._start is not None:
-            self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
-        gram = products.gram()
-        if not (math.isfinite(value) and gram.finite):
-            self._skip(value, gram.tt, gram.rr)
-            return
-
-        if self._update is None:
-            cap = o.rho * math.sqrt(gram.tt) / math.sqrt(gram.rr) if gram.rr > 0.0 else math.inf
-            dual_state = {
-                k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")
-            }
-            self._update = o.controller(dual_state, loss=value, epsilon=self._epsilon, cap=cap)
-            self.state |= {f"craft_dual_{k}": float(v) for k, v in self._update.state.items()}
-            self.state["craft_lambda"] = self._update.multiplier
-        decision = decide(
-            products,
-            blocks_of(o.granularity, [len(group["params"]) for group in o.param_groups]),
-            lam=self._update.multiplier,
-            project=o.projection == "always" or (o.projection == "violated" and value > self._epsilon),
-            conflict_threshold=o.conflict_threshold,
-            merge=o.merge,
-            max_norm=o.max_grad_norm,
-        )
-        put(self._parameters, merge_(task, retention, decision.coefficients))
-        if not self.metrics:  # of a line search, the first evaluation: where the step began
-            self.metrics = {
-                "retention_loss": value,
-                "epsilon": self._epsilon,
-                "lambda": self._update.multiplier,
-                "violation": value / self._epsilon if self._epsilon > 0.0 else math.inf if value > 0.0 else 0.0,
-                "grad_dot": gram.tr,
-                "grad_cos": gram.cos,
-                "conflict": decision.conflict,
-                "projected": decision.projected,
-                "task_grad_norm": math.sqrt(gram.tt),
-                "retention_grad_norm": math.sqrt(gram.rr),
-                "merged_grad_norm": decision.norm,
-                "capped": float(self._update.capped),
-                "clipped": float(decision.clipped),
-                "skipped": self.state["craft_skipped"],
-            }
-
-    def _retention_gradients(self) -> tuple[Tensor, Gradients]:
-        """L_ret and its gradients, with every `.grad` that it could reach set aside."""
-        own = {id(p) for p in self._parameters}
-        reachable: Iterable[Tensor] = getattr(self._closure, "parameters", tuple)()
-        others = [p for p in reachable if id(p) not in own]
-        with set_aside(self._parameters + others):
-            with torch.enable_grad():
-                loss = self._closure()
-                _check_loss(loss)
-                loss.backward()  # type: ignore[no-untyped-call]
-            retention = gradients_of(self._parameters)
-        if all(g is None for g in retention):
-            raise RuntimeError(
-                "The retention loss reaches none of the optimizer's parameters: every retention gradient is None. "
-                "Does the closure run the model that is being trained (not a copy, not a re-created PEFT wrapper), and "
-                "are the parameters behind the anchored output trainable?"
-            )
-        return loss.detach(), retention
-
-    def _skip(self, loss: float, tt: float, rr: float) -> None:
-        self.state["craft_skipped"] += 1.0
-        put(self._parameters, self._task or [])
-        culprit = "task gradient" if not math.isfinite(tt) else "retention pass"
-        if self.state["craft_skipped"] in (1.0, 10.0, 100.0, 1000.0):
-            warnings.warn(
-                f"The {culprit} is not finite (L_ret = {loss:g}, |g_ret|^2 = {rr:g}, |g_task|^2 = {tt:g}): step "
-                f"{int(self.state['craft_step'])} used the task gradient alone, lambda is unchanged. Skipped so far: "
-                f"{int(self.state['craft_skipped'])} (reported again at 10, 100, 1000).",
-                stacklevel=6,
-            )
 
 
 @contextmanager
@@ -648,21 +578,3 @@ def _check_base(base: object) -> None:
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}. Found {name}={value!r}.")
-
-
-def _check_loss(loss: object) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"`retention_closure` must return the retention loss as a tensor. Found {type(loss).__name__}. "
-            "Return the loss itself, not loss.item(), and do not call backward."
-        )
-    if loss.numel() != 1:
-        raise RuntimeError(
-            f"`retention_closure` must return a scalar. Found a tensor of shape {tuple(loss.shape)}. Reduce it, for "
-            "example with .mean()."
-        )
-    if not loss.requires_grad:
-        raise RuntimeError(
-            "`retention_closure` returned a loss without a graph: it reaches no trainable parameter. Is it computed "
-            "under no_grad, detached, or from a model whose parameters are all frozen?"
-        )

@@ -18,7 +18,7 @@ the retention buffers. One read of the device per call of `inner_products`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -215,7 +215,12 @@ def blocks_of(granularity: str, group_sizes: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def inner_products(task: Gradients, retention: Gradients, *scalars: Tensor) -> tuple[Products, list[float]]:
+def inner_products(
+    task: Gradients,
+    retention: Gradients,
+    *scalars: Tensor,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Products, list[float]]:
     """<g_t, g_t>, <g_r, g_r> and <g_t, g_r> of every pair of tensors.
 
     Sums are formed in float32 over blocks and added up in float64, whatever the gradients' dtype; a total that float32
@@ -225,6 +230,8 @@ def inner_products(task: Gradients, retention: Gradients, *scalars: Tensor) -> t
         task: Task gradients; entries may be None, sparse, complex, of any floating dtype and on any device.
         retention: Retention gradients, of the same length and shapes.
         scalars: Further tensors of one element to fetch in the same read of the device.
+        reduce: Gets rows tt, rr, tr and scalars, float64 `[4, max(n_tensors, n_scalars)]` on the device of the first
+            gradient, before they are read, and returns as many; for sums over several processes.
 
     Returns:
         The products and the values of `scalars` as floats.
@@ -234,16 +241,20 @@ def inner_products(task: Gradients, retention: Gradients, *scalars: Tensor) -> t
     """
     if len(task) != len(retention):
         raise ValueError(f"`task` and `retention` must have the same length. Found {len(task)} and {len(retention)}.")
-    products, values = _products(task, retention, scalars, torch.float32)
+    products, values = _products(task, retention, scalars, torch.float32, reduce)
     total = products.gram()
     low, high = _TRUSTED
     if any(not low < square < high for square in (total.tt, total.rr)):
-        products, _ = _products(task, retention, (), torch.float64)
+        products, _ = _products(task, retention, (), torch.float64, reduce)
     return products, values
 
 
 def _products(
-    task: Gradients, retention: Gradients, scalars: Sequence[Tensor], dtype: torch.dtype
+    task: Gradients,
+    retention: Gradients,
+    scalars: Sequence[Tensor],
+    dtype: torch.dtype,
+    reduce: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Products, list[float]]:
     sums = np.zeros((4, max(len(task), len(scalars))))
     on_device: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
@@ -265,10 +276,19 @@ def _products(
             if x is not None and y is not None:
                 add(2, i, torch.dot(x, y))
 
+    home = next((g.device for g in (*task, *retention) if g is not None), torch.device("cpu"))
+    if reduce is not None and on_device.keys() == {home}:  # the sums of all processes, before the one read
+        entries = on_device.pop(home)
+        places = torch.tensor([row * sums.shape[1] + i for row, i, _ in entries], device=home)
+        total = torch.from_numpy(sums).to(home).view(-1).index_add_(0, places, torch.stack([x for _, _, x in entries]))
+        sums = reduce(total.view(sums.shape)).cpu().numpy()
+        reduce = None
     for entries in on_device.values():
         read = torch.stack([value for _, _, value in entries]).tolist()
         for (row, i, _), value in zip(entries, read, strict=True):
             sums[row, i] += value
+    if reduce is not None:
+        sums = reduce(torch.from_numpy(sums).to(home)).cpu().numpy()
     n = len(task)
     return Products(sums[0, :n], sums[1, :n], sums[2, :n]), sums[3, : len(scalars)].tolist()
 

@@ -855,18 +855,6 @@ def test_a_cap_that_binds_for_long_is_reported_once():
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_several_processes_are_not_a_silent_surprise(monkeypatch, processes):
-    model = network()
-    craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Drift(model))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        train(model, craft, 3)
-    assert [str(processes) in str(w.message) for w in caught] == [True] * (processes > 1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .names import modules_by_name, plain_name
 from .passes import Forward, call
 from .structure import Inputs
 
@@ -85,17 +86,18 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def resolve_layers(model: nn.Module, layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """Layers as they are recorded: numbers made non-negative, names checked, repetitions refused.
+    """Layers as they are recorded: numbers made non-negative, names checked and plain, repetitions refused.
 
     Raises:
         ValueError: A number is out of range, a name names no module, or a layer comes twice.
     """
     resolved: list[Layer] = []
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     for layer in layers:
         if isinstance(layer, str):
             if layer not in modules:
                 raise ValueError(f"`layers` must be layer numbers or names of modules. There is no module {layer!r}.")
+            layer = plain_name(layer)
         elif isinstance(layer, int) and not isinstance(layer, bool):
             decoder = find_decoder(model)
             last = len(decoder.layers)
@@ -160,7 +162,7 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
     try:
         for layer in wanted:
             if isinstance(layer, str):
-                handles.append(model.get_submodule(layer).register_forward_hook(after(layer)))
+                handles.append(modules_by_name(model)[layer].register_forward_hook(after(layer)))
                 continue
             decoder = find_decoder(model)
             target = decoder.norm
@@ -179,9 +181,22 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
             handle.remove()
 
 
-def _is_fully_sharded(model: nn.Module) -> bool:
-    names = ("FSDPModule", "FullyShardedDataParallel")
-    return any(kind.__name__ in names for module in model.modules() for kind in type(module).__mro__)
+def _has(model: nn.Module, kind: str) -> bool:
+    """Whether the model has modules of this class; by name, which costs no import."""
+    return any(base.__name__ == kind for module in model.modules() for base in type(module).__mro__)
+
+
+class _Tied(torch.autograd.Function):
+    """The first tensor; its backward also sends zeros through the second, and so through the whole model."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, output: Tensor) -> Tensor:
+        ctx.zeros = output.detach().new_zeros(()).expand(output.shape)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, ctx.zeros
 
 
 def run(
@@ -195,7 +210,8 @@ def run(
     """One forward: what it returned, and the hidden states of `layers`.
 
     Without `output` the forward ends at the deepest tap and None is returned: neither later layers nor the vocabulary
-    head run. Under FSDP it runs to its end: its hooks after the forward prepare the backward.
+    head run. Under FSDP it runs to its end, because its hooks after the forward prepare the backward; under FSDP1 so
+    does the backward, which begins at the output or not at all.
 
     Raises:
         ValueError: A tap was not reached.
@@ -203,8 +219,12 @@ def run(
     if not layers:
         return call(model, inputs, forward), {}
     result: Any = None
-    with taps(model, layers, stop=not output and not _is_fully_sharded(model)) as hidden:
+    fsdp1 = _has(model, "FullyShardedDataParallel")
+    with taps(model, layers, stop=not (output or fsdp1 or _has(model, "FSDPModule"))) as hidden:
         result = call(model, inputs, forward)
+    end = _first_tensor(result)
+    if fsdp1 and isinstance(end, Tensor) and end.requires_grad:
+        hidden = {layer: _Tied.apply(tensor, end) for layer, tensor in hidden.items()}  # type: ignore[no-untyped-call]
     if missing := [layer for layer in layers if layer not in hidden]:
         raise ValueError(
             f"The forward of {type(model).__name__} never reached layers {missing}: it does not call these "

@@ -5,16 +5,11 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from .names import plain_name
+
 __all__ = ["compare_fingerprints", "fingerprint"]
 
 _SAMPLES = 64  # values per tensor: one optimizer step changes practically all of them
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile wrap names, not weights
-
-
-def _plain(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.replace(prefix, "", 1) if name.startswith(prefix) else name.replace("." + prefix, ".")
-    return name
 
 
 def _sample(tensor: Tensor) -> bytes:
@@ -39,7 +34,7 @@ def fingerprint(model: nn.Module) -> str:
         ValueError: A tensor has no data (device "meta").
     """
     structure, dtypes, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted((_plain(k), v) for k, v in model.state_dict().items() if isinstance(v, Tensor)):
+    for name, tensor in sorted((plain_name(k), v) for k, v in model.state_dict().items() if isinstance(v, Tensor)):
         if tensor.device.type == "meta":
             raise ValueError(f"`model` must be on a real device. Found {name!r} on 'meta': load the weights first.")
         gather = getattr(tensor, "full_tensor", None)

@@ -1,0 +1,22 @@
+"""Names of modules and tensors as the model itself has them, whatever wraps it."""
+
+from torch import nn
+
+__all__ = ["modules_by_name", "plain_name"]
+
+# What DistributedDataParallel, torch.compile, FSDP1 and activation checkpointing insert.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def plain_name(name: str) -> str:
+    """The name without the parts that wrappers have inserted."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Plain name, and name, -> module; of a wrapper and what it wraps, the wrapper has the plain name."""
+    exact = dict(model.named_modules())
+    plain: dict[str, nn.Module] = {}
+    for name, module in exact.items():
+        plain.setdefault(plain_name(name), module)
+    return plain | exact

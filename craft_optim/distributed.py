@@ -1,0 +1,341 @@
+"""Several processes, one decision: what of a gradient is here, whom it is averaged with, whose sums are added up.
+
+For processes i with the local parts t_i, r_i of the task and retention gradients and the drift L_i of their anchors:
+
+    <g_t, g_r> = sum_i share_i <t_i, r_i>,        L = mean_i L_i
+
+share_i is 1 over the number of processes that hold the same elements, so that every element counts once, however it is
+sharded or replicated. One all-reduce forms all sums; its result, and so every decision, is the same on every process.
+
+| parameters are | retention gradients | share |
+|---|---|---|
+| plain, on N processes (DDP) | averaged here | 1/N |
+| DTensors (FSDP2, HSDP, TP) | reduced by FSDP2's own hooks | 1 / (replicas within the mesh x processes outside of it) |
+| FSDP1's | reduced by FSDP1's own hooks | size of the shard group / N |
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from craft_optim.gradients import Gradients
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Layout", "average", "find_layout"]
+
+Group = Any  # dist.ProcessGroup, a name that torch builds without distributed do not have
+
+# Bytes that are copied into one buffer and averaged by one collective.
+_BUCKET = 1 << 25
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an optimizer's parameters are spread over processes.
+
+    Attributes:
+        everyone: Groups; a sum over one after another is the sum over all processes that decide together.
+        averaged_over: Group over which gradients that nobody else reduces are averaged; None if there are none.
+        rank: This process' place among those that see different data.
+        world_size: Their number. Smaller than the number of all under tensor parallelism.
+        ddp: DDP modules, whose own reduction is off during a retention pass.
+        fsdp1: id of a parameter that FSDP1 sharded -> number of processes it is sharded over.
+    """
+
+    everyone: tuple[Group, ...]
+    averaged_over: Group | None
+    rank: int
+    world_size: int
+    ddp: tuple["DistributedDataParallel", ...] = ()
+    fsdp1: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of processes that decide together."""
+        return math.prod(group.size() for group in self.everyone)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks for all of them."""
+        return all(group.rank() == 0 for group in self.everyone)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place; the same bits on each."""
+        for group in self.everyone:
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return self.total(tensor.clone()) / self.size
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self.total(torch.tensor(float(flag), device=device)))
+
+    def shares(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Weight of this process' sum over each parameter's elements: float64 `[n]`."""
+        return torch.tensor([self._share(p) for p in parameters], dtype=torch.float64)
+
+    def _share(self, p: Tensor) -> float:
+        if isinstance(p, DTensor):
+            mesh = p.device_mesh
+            replicas = math.prod(mesh.size(d) for d, place in enumerate(p.placements) if place.is_replicate())
+            return mesh.size() / (replicas * self.size)
+        return self.fsdp1.get(id(p), 1) / self.size
+
+    @contextmanager
+    def own_reduction(self) -> Iterator[None]:
+        """Within the block DDP does not reduce: its buckets would be those of the task gradients, or await them all."""
+        with ExitStack() as stack:
+            for module in self.ddp:
+                stack.enter_context(module.no_sync())
+            yield
+
+    def averaged(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """Averages, in place, the gradients that no hook has reduced. See `average`."""
+        if self.averaged_over is None:
+            return gradients
+        mine = [i for i, p in enumerate(parameters) if self._is_unreduced(p)]
+        reduced = average(
+            [_local(gradients[i]) for i in mine], [_local(parameters[i]) for i in mine], self.averaged_over
+        )
+        result = list(gradients)
+        for i, g in zip(mine, reduced, strict=True):
+            result[i] = None if g is None else _like(g, parameters[i])
+        return result
+
+    def _is_unreduced(self, p: Tensor) -> bool:
+        if isinstance(p, DTensor):  # by FSDP2, if its mesh spans the group; a mesh of tensor parallelism does not
+            return not set(dist.get_process_group_ranks(self.averaged_over)) <= set(
+                p.device_mesh.mesh.flatten().tolist()
+            )
+        return id(p) not in self.fsdp1
+
+    def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """What of the gradients is on this process: plain tensors, sharded as the parameters are."""
+        return [
+            _local(g.redistribute(p.device_mesh, p.placements))
+            if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements
+            else _local(g)
+            for g, p in zip(gradients, parameters, strict=True)
+        ]
+
+    def wrapped(self, local: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """The inverse of `local`: gradients of the parameters' own kind."""
+        return [None if g is None else _like(g, p) for g, p in zip(local, parameters, strict=True)]
+
+    def reduce(self, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """For `inner_products`: rows of local products, and one of scalars -> those of all processes."""
+        shares = self.shares(parameters)
+
+        def reduce(sums: Tensor) -> Tensor:
+            weights = torch.full_like(sums, 1.0 / self.size)
+            weights[:-1, : len(shares)] = shares
+            return self.total(sums * weights)
+
+        return reduce
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(local: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor) or isinstance(local, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.size(),
+        stride=parameter.stride(),
+    )
+
+
+@torch.no_grad()
+def average(gradients: Gradients, parameters: Sequence[Tensor], group: Group) -> Gradients:
+    """The mean of each gradient over the group.
+
+    Two collectives at least: one says which gradients exist anywhere (a gradient that is None here but not elsewhere
+    counts as zero), then one per 32 MiB of gradients, which are copied into one buffer, and one per sparse gradient.
+
+    Args:
+        gradients: Dense or sparse, of any floating or complex dtype; dense ones are overwritten.
+        parameters: Of the same shapes; plain tensors.
+        group: The process group.
+
+    Returns:
+        The means; None where the gradient is None on every process.
+    """
+    if not gradients:
+        return []
+    absent, dense = 0, 99  # between them, sparse gradients by their number of sparse dimensions
+    here = [absent if g is None else g.sparse_dim() if g.is_sparse else dense for g in gradients]
+    kinds = torch.tensor(here, dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(kinds, op=dist.ReduceOp.MAX, group=group)
+    size = group.size()
+    result: Gradients = []
+    bucket: list[Tensor] = []
+    held = 0
+
+    def reduce_bucket() -> None:
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0].div_(size), group=group)
+        elif bucket:
+            real = [_real(g) for g in bucket]
+            flat = torch.cat([g.reshape(-1) for g in real]).div_(size)
+            dist.all_reduce(flat, group=group)
+            pieces = torch.split_with_sizes(flat, [g.numel() for g in real])
+            torch._foreach_copy_(real, [x.view_as(g) for x, g in zip(pieces, real, strict=True)])
+        bucket.clear()
+
+    for g, p, kind in zip(gradients, parameters, kinds.tolist(), strict=True):
+        if kind == absent:
+            result.append(None)
+        elif kind < dense:
+            if g is None:
+                places = torch.zeros(kind, 0, dtype=torch.int64, device=p.device)
+                g = torch.sparse_coo_tensor(places, p.new_zeros(0, *p.shape[kind:]), p.shape, check_invariants=False)
+            g = (g / size).coalesce()
+            dist.all_reduce(g, group=group)
+            result.append(g)
+        else:
+            g = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+            if bucket and ((bucket[0].dtype, bucket[0].device) != (g.dtype, g.device) or held + g.nbytes > _BUCKET):
+                reduce_bucket()
+                held = 0
+            bucket.append(g)
+            held += g.nbytes
+            result.append(g)
+    reduce_bucket()
+    return result
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def find_layout(parameters: Sequence[Tensor], process_group: Group | Literal[False] | None) -> Layout | None:
+    """How the parameters are spread over processes; None for a process that decides alone.
+
+    Args:
+        parameters: The optimizer's, as they are when training begins.
+        process_group: Over which the task gradients of plain parameters are averaged; False if over none; None to find
+            the DDP, FSDP1 or FSDP2 modules that hold the parameters.
+
+    Raises:
+        RuntimeError: There are several processes, and nothing shows whether plain parameters are replicas.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    modules = _parallel_modules(parameters)
+    ddp = tuple(m for m in modules if isinstance(m, DistributedDataParallel))
+    fsdp1 = [m for m in modules if isinstance(m, FullyShardedDataParallel)]
+    fsdp2 = [info for m in modules if isinstance(m, FSDPModule) for info in _mesh_infos(m)]
+    meshes = [p.device_mesh for p in parameters if isinstance(p, DTensor)]
+
+    sharded: dict[int, int] = {}
+    for module in fsdp1:
+        for handle in filter(None, [cast(Any, module)._handle]):
+            shard = handle.world_size if handle.uses_sharded_strategy else 1
+            flat = handle.flat_param
+            sharded |= {id(p): shard for p in [flat, *(getattr(flat, "_params", None) or ())]}
+
+    group = process_group or None
+    if process_group is None and ddp:
+        group = ddp[0].process_group
+    plain = [p for p in parameters if not isinstance(p, DTensor) and id(p) not in sharded]
+    if group is None and process_group is None and plain and (fsdp1 or fsdp2 or not meshes):
+        raise RuntimeError(
+            f"torch.distributed runs {dist.get_world_size()} processes, and no DistributedDataParallel or FSDP module "
+            f"holds {len(plain)} of the optimizer's parameters (the first has shape {tuple(plain[0].shape)}). If their "
+            "gradients are averaged in another way, pass `process_group=torch.distributed.group.WORLD`, or the group "
+            "they are averaged over; if every process trains a model of its own, pass `process_group=False`."
+        )
+
+    if fsdp2:
+        info = max(fsdp2, key=lambda info: _data_size(info))
+        rank, world_size = _data_rank(info), _data_size(info)
+    elif fsdp1:
+        groups = _fsdp1_groups(fsdp1[0])
+        rank, world_size = groups[0].rank(), groups[0].size()
+        for outer in groups[1:]:
+            rank, world_size = outer.rank() * world_size + rank, outer.size() * world_size
+    elif group is not None:
+        rank, world_size = group.rank(), group.size()
+    else:
+        rank, world_size = 0, 1
+
+    everyone = _everyone(meshes, group, [] if not fsdp1 else _fsdp1_groups(fsdp1[0]))
+    if not everyone:
+        return None
+    return Layout(everyone, group, rank, world_size, ddp, sharded)
+
+
+def _everyone(meshes: list[Any], group: Group | None, fsdp1: list[Group]) -> tuple[Group, ...]:
+    if not meshes:
+        return tuple(fsdp1) or (() if group is None else (group,))
+    roots = {id(root): root for root in map(_root_mesh, meshes)}
+    root = next(iter(roots.values()))
+    if len(roots) > 1 or root.size() == dist.get_world_size():
+        return (dist.group.WORLD,)
+    if group is not None and not set(dist.get_process_group_ranks(group)) <= _ranks(root):
+        return (dist.group.WORLD,)
+    return tuple(root.get_all_groups())
+
+
+def _ranks(mesh: Any) -> set[int]:
+    return set(mesh.mesh.flatten().tolist())
+
+
+def _root_mesh(mesh: Any) -> Any:
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # torch < 2.10
+
+    return _mesh_resources.get_root_mesh(mesh)
+
+
+def _parallel_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
+    """DDP, FSDP1 and FSDP2 modules that hold any of the parameters.
+
+    A parameter does not know its wrapper, and frameworks wrap after the closure and the optimizer are made: so all live
+    objects are searched, once, before the first retention pass.
+    """
+    kinds = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    wanted = {id(p) for p in parameters}
+    return [m for m in gc.get_objects() if issubclass(type(m), kinds) and any(id(p) in wanted for p in m.parameters())]
+
+
+def _mesh_infos(module: Any) -> list[Any]:
+    """FSDP2 keeps the mesh that it shards and replicates over, without tensor parallelism, in its private state."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group.mesh_info for group in groups if group is not None]
+
+
+def _data_size(info: Any) -> int:
+    return int(getattr(info, "replicate_mesh_size", 1) * getattr(info, "shard_mesh_size", 1))
+
+
+def _data_rank(info: Any) -> int:
+    shard, replica = getattr(info, "shard_mesh_rank", 0), getattr(info, "replicate_mesh_rank", 0)
+    return int(replica * getattr(info, "shard_mesh_size", 1) + shard)
+
+
+def _fsdp1_groups(module: Any) -> list[Group]:
+    """The group that shards, then the one that replicates, if there is one."""
+    return [module.process_group, *([module._inter_node_pg] if getattr(module, "_inter_node_pg", None) else [])]

@@ -1,0 +1,240 @@
+"""The retention side of one optimizer step: from task gradients in `.grad` to merged gradients in `.grad`."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from craft_optim import scaling
+from craft_optim.distributed import Layout
+from craft_optim.dual import Controller, Update
+from craft_optim.gradients import Gradients, gradients_of, put, set_aside
+from craft_optim.surgery import Granularity, Merge, Products, Weights, blocks_of, decide, inner_products, merge_
+
+__all__ = ["Projection", "RetentionStep", "Rules"]
+
+Projection = Literal["violated", "always", "never"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides how a step merges; `CraftOptimizer` explains each."""
+
+    controller: Controller
+    rho: float
+    projection: Projection
+    conflict_threshold: float
+    merge: Merge
+    granularity: Granularity
+    max_grad_norm: float | None
+
+
+class RetentionStep:
+    """One step; of a line search, all its evaluations, on the same anchors and with the same multiplier.
+
+    Args:
+        closure: The retention closure.
+        rules: Of the merge.
+        parameters: All of the optimizer's.
+        group_sizes: How many of them each parameter group has.
+        state: The `craft_*` floats before the step.
+        epsilon: The drift allowed at this step.
+        layout: Of several processes; None for one.
+        float16: Whether float16 takes part in the closure's backward; None to find out.
+
+    Attributes:
+        state: The floats to write once the base has stepped.
+        metrics: What was measured; empty if nothing was.
+        float16: As found out.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Tensor],
+        rules: Rules,
+        parameters: list[Tensor],
+        group_sizes: Sequence[int],
+        *,
+        state: dict[str, float],
+        epsilon: float,
+        layout: Layout | None,
+        float16: bool | None,
+    ) -> None:
+        self.state = dict(state)
+        self.metrics: dict[str, float] = {}
+        self.float16 = float16
+        self._closure, self._rules = closure, rules
+        self._parameters, self._group_sizes = parameters, group_sizes
+        self._epsilon, self._layout = epsilon, layout
+        self._update: Update | None = None
+        self._task: Gradients | None = None
+        self._start = getattr(closure, "position", None)
+
+    @contextmanager
+    def undone_after_errors(self) -> Iterator[None]:
+        """Leaves the task gradients in `.grad`; after an exception also the anchors where they were."""
+        try:
+            yield
+        except BaseException:
+            self._rewind()
+            raise
+        finally:
+            if self._task is not None:
+                put(self._parameters, self._task)
+
+    def _rewind(self) -> None:
+        if self._start is not None:
+            self._closure.position = self._start  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Runs the retention pass and points `.grad` at the merged gradients, or at the task's if it was not finite."""
+        self._task = gradients_of(self._parameters)
+        while True:
+            self._rewind()  # a line search evaluates more than once: always on the same anchors
+            with record_function("CraftOptimizer.retention"):
+                loss, retention, scale = self._retention_gradients()
+            with record_function("CraftOptimizer.merge"):
+                task, retention = self._local(self._task, retention)
+                reduce = None if self._layout is None else self._layout.reduce(self._parameters)
+                scaled, (value,) = inner_products(task, retention, loss, reduce=reduce)
+                products = Products(scaled.tt, scaled.rr / scale**2, scaled.tr / scale)
+            gram = products.gram()
+            overflowed = math.isfinite(value) and math.isfinite(gram.tt) and not gram.finite
+            if not (overflowed and scale > 1.0):
+                break
+            del retention
+            self.state |= scaling.shrunk(self.state)
+        if self._start is not None:
+            self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
+        if not (math.isfinite(value) and gram.finite):
+            if overflowed and self.float16:
+                self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
+            self._skip(value, gram.tt, gram.rr)
+            return
+        if self.float16:
+            self.state |= scaling.grown(self.state)
+
+        rules = self._rules
+        if self._update is None:
+            cap = rules.rho * math.sqrt(gram.tt) / math.sqrt(gram.rr) if gram.rr > 0.0 else math.inf
+            dual_state = {
+                k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")
+            }
+            self._update = rules.controller(dual_state, loss=value, epsilon=self._epsilon, cap=cap)
+            self.state |= {f"craft_dual_{k}": float(v) for k, v in self._update.state.items()}
+            self.state["craft_lambda"] = self._update.multiplier
+        decision = decide(
+            products,
+            blocks_of(rules.granularity, self._group_sizes),
+            lam=self._update.multiplier,
+            project=rules.projection == "always" or (rules.projection == "violated" and value > self._epsilon),
+            conflict_threshold=rules.conflict_threshold,
+            merge=rules.merge,
+            max_norm=rules.max_grad_norm,
+        )
+        coefficients = [Weights(c.task, c.retention / scale, c.projected) for c in decision.coefficients]
+        with record_function("CraftOptimizer.merge"):
+            merged = merge_(task, retention, coefficients)
+            put(self._parameters, merged if self._layout is None else self._layout.wrapped(merged, self._parameters))
+        if not self.metrics:  # of a line search, the first evaluation: where the step began
+            self.metrics = {
+                "retention_loss": value,
+                "epsilon": self._epsilon,
+                "lambda": self._update.multiplier,
+                "violation": value / self._epsilon if self._epsilon > 0.0 else math.inf if value > 0.0 else 0.0,
+                "grad_dot": gram.tr,
+                "grad_cos": gram.cos,
+                "conflict": decision.conflict,
+                "projected": decision.projected,
+                "task_grad_norm": math.sqrt(gram.tt),
+                "retention_grad_norm": math.sqrt(gram.rr),
+                "merged_grad_norm": decision.norm,
+                "capped": float(self._update.capped),
+                "clipped": float(decision.clipped),
+                "skipped": self.state["craft_skipped"],
+            }
+
+    def _retention_gradients(self) -> tuple[Tensor, Gradients, float]:
+        """L_ret, the gradients of `scale` times it, and scale; every `.grad` it could reach is set aside meanwhile."""
+        own = {id(p) for p in self._parameters}
+        reachable: Iterable[Tensor] = getattr(self._closure, "parameters", tuple)()
+        others = [p for p in reachable if id(p) not in own]
+        own_reduction = nullcontext() if self._layout is None else self._layout.own_reduction()
+        with set_aside(self._parameters + others), own_reduction:
+            with torch.enable_grad():
+                loss = self._closure()
+                _check_loss(loss)
+                if self.float16 is None:
+                    self.float16 = scaling.reaches_float16(loss)
+                scale = self.state["craft_scale"] if self.float16 else 1.0
+                wide = loss.float() if loss.dtype == torch.float16 else loss
+                (wide if scale == 1.0 else wide * scale).backward()  # type: ignore[no-untyped-call]
+            retention = gradients_of(self._parameters)
+        if self._layout is not None:
+            retention = self._layout.averaged(retention, self._parameters)
+        # FSDP1 leaves a process parameters without elements, and those without gradients.
+        reached = [g is not None for p, g in zip(self._parameters, retention, strict=True) if p.numel() > 0]
+        if reached and not any(reached):
+            raise RuntimeError(
+                "The retention loss reaches none of the optimizer's parameters: every retention gradient is None. "
+                "Does the closure run the model that is being trained (not a copy, not a re-created PEFT wrapper), and "
+                "are the parameters behind the anchored output trainable? Under DeepSpeed ZeRO the optimizer owns "
+                "flattened copies that no backward reaches: use DDP or FSDP2."
+            )
+        return loss.detach(), retention, scale
+
+    def _local(self, task: Gradients, retention: Gradients) -> tuple[Gradients, Gradients]:
+        if self._layout is not None:
+            task = self._layout.local(task, self._parameters)
+            retention = self._layout.local(retention, self._parameters)
+        if any(_same_memory(t, r) for t, r in zip(task, retention, strict=True)):
+            raise RuntimeError(
+                "The retention backward wrote its gradients into the memory of the task gradients, which are lost now: "
+                "a wrapper of the model keeps its own gradient buffers. Let the retention closure run the model that "
+                "is wrapped (`.module`)."
+            )
+        return task, retention
+
+    def _skip(self, loss: float, tt: float, rr: float) -> None:
+        self.state["craft_skipped"] += 1.0
+        put(self._parameters, self._task or [])
+        culprit = "task gradient" if not math.isfinite(tt) else "retention pass"
+        first = self._layout is None or self._layout.first
+        if first and self.state["craft_skipped"] in (1.0, 10.0, 100.0, 1000.0):
+            warnings.warn(
+                f"The {culprit} is not finite (L_ret = {loss:g}, |g_ret|^2 = {rr:g}, |g_task|^2 = {tt:g}): step "
+                f"{int(self.state['craft_step'])} used the task gradient alone, lambda is unchanged. Skipped so far: "
+                f"{int(self.state['craft_skipped'])} (reported again at 10, 100, 1000).",
+                stacklevel=8,
+            )
+
+
+def _same_memory(t: Tensor | None, r: Tensor | None) -> bool:
+    if t is None or r is None or t.is_sparse or r.is_sparse or t.numel() == 0:
+        return False
+    return t.data_ptr() == r.data_ptr()
+
+
+def _check_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"`retention_closure` must return the retention loss as a tensor. Found {type(loss).__name__}. "
+            "Return the loss itself, not loss.item(), and do not call backward."
+        )
+    if loss.numel() != 1:
+        raise RuntimeError(
+            f"`retention_closure` must return a scalar. Found a tensor of shape {tuple(loss.shape)}. Reduce it, for "
+            "example with .mean()."
+        )
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "`retention_closure` returned a loss without a graph: it reaches no trainable parameter. Is it computed "
+            "under no_grad, detached, or from a model whose parameters are all frozen?"
+        )

@@ -1,0 +1,346 @@
+"""What the ranks run. Every case is one training run on the same global batches, however many processes share them."""
+
+import contextlib
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.functional import cross_entropy, gelu
+from torch.nn.parallel import DistributedDataParallel
+
+from craft_optim import CraftOptimizer
+from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention
+from craft_optim.distributed import average
+
+BATCH, ANCHORS = 8, 8  # of all processes together
+BASES = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Hidden states of `blocks.0` do not need the second block, nor the head: a retention pass on a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.inlet = nn.Linear(6, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = self.inlet(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
+def network():
+    torch.manual_seed(5)
+    return Net()
+
+
+# -- the ways to spread a model ----------------------------------------------------------------------------------------
+
+
+def _plain(model):
+    return model, dist.get_rank(), dist.get_world_size()
+
+
+def _ddp(**options):
+    def wrap(model):
+        return DistributedDataParallel(model, **options), dist.get_rank(), dist.get_world_size()
+
+    return wrap
+
+
+def _fsdp2(shape, names, **options):
+    def wrap(model):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh, **options)
+        return model, dist.get_rank(), dist.get_world_size()
+
+    return wrap
+
+
+_TENSOR_PARALLEL = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def _fsdp2_and_tensor_parallel(model):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], _TENSOR_PARALLEL)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh["data"])
+    return model, mesh["data"].get_local_rank(), 2
+
+
+def _tensor_parallel(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        parallelize_module(block, mesh, _TENSOR_PARALLEL)
+    return model, 0, 1
+
+
+def _sequence_parallel(model):
+    """The gradients of the norms' weights are partial sums until someone adds them up."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shard, whole = Shard(0), Replicate()
+    for block in model.blocks:
+        parallelize_module(
+            block, mesh, PrepareModuleInput(input_layouts=whole, desired_input_layouts=shard, use_local_output=True)
+        )
+        parallelize_module(block, mesh, PrepareModuleOutput(output_layouts=shard, desired_output_layouts=whole))
+        plan = {
+            "norm": SequenceParallel(sequence_dim=0),
+            "up": ColwiseParallel(input_layouts=shard),
+            "down": RowwiseParallel(output_layouts=shard),
+        }
+        parallelize_module(block, mesh, plan)
+    return model, 0, 1
+
+
+def _fsdp1(**options):
+    def wrap(model):
+        model.blocks[0] = FullyShardedDataParallel(model.blocks[0], device_id=torch.device("cpu"), **options)
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        return model, dist.get_rank(), dist.get_world_size()
+
+    return wrap
+
+
+PARALLEL = {
+    "plain": _plain,
+    "ddp": _ddp(),
+    "ddp bucket view": _ddp(gradient_as_bucket_view=True),
+    "ddp unused": _ddp(find_unused_parameters=True),
+    "ddp static graph": _ddp(static_graph=True),
+    "fsdp2": lambda model: _fsdp2((dist.get_world_size(),), ("data",))(model),
+    "fsdp2 no reshard": lambda model: _fsdp2((dist.get_world_size(),), ("data",), reshard_after_forward=False)(model),
+    "hsdp": _fsdp2((2, 2), ("replicate", "shard")),
+    "fsdp2 x tp": _fsdp2_and_tensor_parallel,
+    "tp": _tensor_parallel,
+    "sequence parallel": _sequence_parallel,
+    "fsdp1": _fsdp1(use_orig_params=True),
+    "fsdp1 flat": _fsdp1(use_orig_params=False),
+    "fsdp1 no shard": _fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD),
+}
+
+
+def full(model):
+    """Name -> whole parameter, on every rank."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in model.named_parameters()
+            }
+    return {
+        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+# -- closures ----------------------------------------------------------------------------------------------------------
+
+
+def logits(model, cache, world_size, rank):
+    return LogitRetention(model, cache, ANCHORS // world_size, tolerance=1.0, rank=rank, world_size=world_size)
+
+
+def hidden(model, cache, world_size, rank):
+    return HiddenRetention(
+        model, cache, ANCHORS // world_size, layers=["blocks.0"], tolerance=1.0, rank=rank, world_size=world_size
+    )
+
+
+CLOSURES = {"logits": logits, "hidden": hidden}
+
+
+# -- cases -------------------------------------------------------------------------------------------------------------
+
+
+def samples(step):
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(BATCH, 6, generator=generator)
+    return x, x[:, :5].argmin(1)
+
+
+def train(
+    cache,
+    parallel="plain",
+    closure="logits",
+    base="adamw",
+    through="wrapped",
+    steps=6,
+    micro_batches=1,
+    average_by_hand=False,
+    **craft,
+):
+    """Trains and returns the whole parameters, each step's metrics, and the anchors' position."""
+    model = network()
+    wrapped, rank, world_size = PARALLEL[parallel](model)
+    with torch.no_grad():  # away from the teacher, so that both gradients matter from the first step
+        torch.manual_seed(6)
+        for p in wrapped.parameters() if parallel.startswith("fsdp1") else model.parameters():
+            p.mul_(1.1)
+    if average_by_hand:
+        craft["process_group"] = dist.group.WORLD
+    retention = CLOSURES[closure](wrapped if through == "wrapped" else model, AnchorCache.open(cache), world_size, rank)
+    optimizer = CraftOptimizer(
+        BASES[base](wrapped.parameters()), retention, **{"epsilon": 0.01, "max_grad_norm": 2.2} | craft
+    )
+    metrics = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y = (t.chunk(world_size)[rank] for t in samples(step))
+        for i, (xs, ys) in enumerate(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)):
+            last = i == micro_batches - 1
+            with contextlib.nullcontext() if last or not hasattr(wrapped, "no_sync") else wrapped.no_sync():
+                if hasattr(wrapped, "set_requires_gradient_sync"):
+                    wrapped.set_requires_gradient_sync(last)
+                (cross_entropy(wrapped(xs), ys) / micro_batches).backward()
+        if average_by_hand:
+            for p in model.parameters():
+                dist.all_reduce(p.grad.div_(world_size))
+        optimizer.step()
+        metrics.append(dict(optimizer.metrics))
+    state = {k: v for k, v in optimizer.param_groups[0].items() if k.startswith("craft_")}
+    return {"parameters": full(wrapped), "metrics": metrics, "state": state, "position": retention.position}
+
+
+def average_of(seed, kinds):
+    """One gradient per word of `kinds`, a letter per rank: d(ense), s(parse), n(one), c(omplex), h(alf)."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    gradients, parameters = [], []
+    for i, kind in enumerate(kinds):
+        generator = torch.Generator().manual_seed(seed + 100 * i + rank)
+        dtype = {"c": torch.complex64, "h": torch.float16}.get(kind[rank % len(kind)], torch.float32)
+        g = torch.randn(3, 4 + i, generator=generator, dtype=dtype).transpose(0, 1)
+        g[1] = 0
+        parameters.append(torch.zeros(g.shape, dtype=dtype))
+        of_rank = kind[rank % len(kind)]
+        gradients.append(None if of_rank == "n" else g.contiguous().to_sparse(1) if of_rank == "s" else g)
+    everyones = [None] * size
+    dist.all_gather_object(everyones, [g if g is None or not g.is_sparse else g.to_dense() for g in gradients])
+    expected = []
+    for i, p in enumerate(parameters):
+        present = [of_rank[i] for of_rank in everyones if of_rank[i] is not None]
+        expected.append(sum(present, torch.zeros_like(p)) / size if present else None)
+    found = average(gradients, parameters, dist.group.WORLD)
+    return [
+        (f, None if f is None else f.to_dense() if f.is_sparse else f, e) for f, e in zip(found, expected, strict=True)
+    ]
+
+
+class Drift:
+    """Mean squared output; what it reaches, and whether it is finite, may depend on the rank."""
+
+    def __init__(self, model, reach=lambda model: model, scale=1.0):
+        self.model, self.reach, self.scale, self.shared = model, reach, scale, None
+
+    def shard(self, rank, world_size, mean):
+        self.shared = rank, world_size, mean(torch.tensor(float(dist.get_rank()))).item()
+
+    def __call__(self):
+        return self.scale * self.reach(self.model)(torch.ones(2, 6)).square().mean()
+
+
+def report(parallel="plain", poison=None, steps=2, **craft):
+    """What a short run says on each rank: warnings, errors, metrics handed to the sink, the state."""
+    model = network()
+    wrapped, _, _ = PARALLEL[parallel](model)
+    drift = Drift(wrapped)
+    sunk = []
+    optimizer = CraftOptimizer(BASES["sgd"](wrapped.parameters()), drift, on_metrics=sunk.append, **craft)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            for step in range(steps):
+                drift.scale = float("nan") if poison == dist.get_rank() and step == 1 else 1.0
+                optimizer.zero_grad()
+                x, y = (t.chunk(dist.get_world_size())[dist.get_rank()] for t in samples(step))
+                cross_entropy(wrapped(x), y).backward()
+                optimizer.step()
+        except RuntimeError as error:
+            return {"error": str(error)}
+    return {
+        "warnings": [str(w.message) for w in caught if "not finite" in str(w.message)],
+        "sunk": len(sunk),
+        "shared": drift.shared,
+        "lambda": optimizer.param_groups[0]["craft_lambda"],
+        "skipped": optimizer.param_groups[0]["craft_skipped"],
+        "sum": sum(float(p.double().sum()) for p in full(wrapped).values()),
+    }
+
+
+def subset_per_rank():
+    """Each rank's retention loss reaches another part of the model."""
+    model = network()
+    ddp = DistributedDataParallel(model)
+    drift = Drift(model, reach=lambda m: m.inlet if dist.get_rank() == 0 else (lambda x: m.blocks[0].norm(m.inlet(x))))
+    optimizer = CraftOptimizer(BASES["sgd"](ddp.parameters()), drift)
+    for step in range(2):
+        optimizer.zero_grad()
+        x, y = (t.chunk(dist.get_world_size())[dist.get_rank()] for t in samples(step))
+        cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    return full(ddp), dict(optimizer.metrics)
+
+
+def priming():
+    """A step on zero gradients where only one rank's shard is all zero is a step like any other."""
+    outcomes = []
+    for only_zero_here in (False, True):
+        model = network()
+        wrapped, rank, world_size = PARALLEL["fsdp2"](model)
+        calls = []
+        drift = Drift(wrapped)
+        optimizer = CraftOptimizer(BASES["sgd"](wrapped.parameters()), lambda d=drift, c=calls: c.append(1) or d())
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        if only_zero_here and rank == world_size - 1:
+            model.inlet.weight.grad.to_local().fill_(1.0)
+        optimizer.step()
+        outcomes.append((len(calls), optimizer.param_groups[0]["craft_step"]))
+    return outcomes
+
+
+def ignored_parameter():
+    """A plain parameter beside sharded ones."""
+    model = network()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, ignored_params={model.head.bias})
+    outcomes = []
+    for group in (None, dist.group.WORLD):
+        optimizer = CraftOptimizer(BASES["sgd"](model.parameters()), Drift(model), process_group=group)
+        model(samples(0)[0] * (1 + dist.get_rank())).sum().backward()
+        dist.all_reduce(model.head.bias.grad)
+        try:
+            optimizer.step()
+            outcomes.append(full(model))
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    return outcomes

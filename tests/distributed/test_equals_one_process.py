@@ -1,0 +1,77 @@
+"""However a model is spread over processes, training is what one process does with the whole batch."""
+
+import pytest
+import torch
+
+
+def assert_same_run(ranks, alone):
+    for rank in ranks[1:]:
+        assert rank["metrics"] == ranks[0]["metrics"], "ranks have measured, or decided, differently"
+        assert rank["state"] == ranks[0]["state"]
+    assert ranks[0]["position"] == alone["position"]
+    for mine, reference in zip(ranks[0]["metrics"], alone["metrics"], strict=True):
+        assert mine == pytest.approx(reference, rel=1e-4, abs=1e-6)
+    for rank in ranks:
+        for name, p in alone["parameters"].items():
+            torch.testing.assert_close(
+                rank["parameters"][name], p, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+WAYS = {
+    2: [
+        "ddp",
+        "ddp bucket view",
+        "ddp static graph",
+        "fsdp2",
+        "fsdp2 no reshard",
+        "tp",
+        "sequence parallel",
+        "fsdp1",
+        "fsdp1 flat",
+        "fsdp1 no shard",
+    ],
+    4: ["ddp", "fsdp2", "hsdp", "fsdp2 x tp", "tp", "fsdp1"],
+}
+
+
+@pytest.mark.parametrize("closure", ["logits", "hidden"])
+@pytest.mark.parametrize(("world_size", "parallel"), [(n, way) for n, ways in WAYS.items() for way in ways])
+def test_every_way_to_spread_a_model(processes, cache, alone, world_size, parallel, closure):
+    ranks = processes.run(world_size, "train", cache=cache, parallel=parallel, closure=closure)
+    assert_same_run(ranks, alone(closure=closure))
+
+
+def test_the_runs_compared_are_not_trivial(alone):
+    metrics = alone(closure="logits")["metrics"]
+    assert any(m["projected"] for m in metrics)
+    assert any(m["clipped"] for m in metrics)
+    assert any(m["retention_loss"] > m["epsilon"] for m in metrics)
+    assert len({m["lambda"] for m in metrics}) > 3
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "fsdp2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"granularity": "tensor"},
+        {"granularity": "group", "merge": "equal", "projection": "always"},
+        {"retention_every": 2},
+        {"base": "sgd"},
+        {"micro_batches": 2},
+    ],
+    ids=lambda s: " ".join(s),
+)
+def test_settings(processes, cache, alone, parallel, settings):
+    assert_same_run(processes.run(2, "train", cache=cache, parallel=parallel, **settings), alone(**settings))
+
+
+@pytest.mark.parametrize("closure", ["logits", "hidden"])
+@pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "ddp unused", "ddp static graph"])
+def test_a_closure_may_run_the_module_within_ddp(processes, cache, alone, parallel, closure):
+    ranks = processes.run(2, "train", cache=cache, parallel=parallel, closure=closure, through="module")
+    assert_same_run(ranks, alone(closure=closure))
+
+
+def test_gradients_averaged_by_hand(processes, cache, alone):
+    assert_same_run(processes.run(2, "train", cache=cache, parallel="plain", average_by_hand=True), alone())
