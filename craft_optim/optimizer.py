@@ -92,7 +92,8 @@ class CraftOptimizer(torch.optim.Optimizer):
         retention_closure: May be set again, for example after unpickling.
 
     Raises:
-        TypeError: If `base_optimizer` is not an optimizer, or `retention_closure` or `dual` cannot be called.
+        TypeError: If `base_optimizer` is not an optimizer or one that a framework has wrapped already, or
+            `retention_closure` or `dual` cannot be called.
         ValueError: If a value is out of its range, a name is unknown, or two groups share a parameter.
 
     Example:
@@ -557,7 +558,21 @@ def _without_global_hooks() -> Iterator[None]:
             table.update(added)
 
 
+# By name: none of these libraries need be installed.
+_WRAPPERS_OF_FRAMEWORKS = {
+    "AcceleratedOptimizer": "Wrap before Accelerate does, `accelerator.prepare(model, CraftOptimizer(base, ...))`: it "
+    "decides which micro-batches step, and retention would run on all of them",
+    "LightningOptimizer": "Return CraftOptimizer(base, ...) from `configure_optimizers`",
+    "DeepSpeedOptimizer": "DeepSpeed ZeRO keeps flattened copies of the parameters, which no retention backward "
+    "reaches. Use DDP or FSDP2",
+}
+
+
 def _check_base(base: object) -> None:
+    for kind in type(base).__mro__:
+        if kind.__name__ in _WRAPPERS_OF_FRAMEWORKS:
+            remedy = _WRAPPERS_OF_FRAMEWORKS[kind.__name__]
+            raise TypeError(f"`base_optimizer` must be a plain optimizer. Found {type(base).__name__}. {remedy}.")
     if not isinstance(base, torch.optim.Optimizer):
         raise TypeError(
             "`base_optimizer` must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()). "

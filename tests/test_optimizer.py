@@ -889,6 +889,47 @@ def test_a_wrapper_is_not_wrapped_again():
         CraftOptimizer(craft)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "remedy"),
+    [
+        ("AcceleratedOptimizer", torch.optim.Optimizer, "accelerator.prepare"),
+        ("LightningOptimizer", torch.optim.Optimizer, "configure_optimizers"),
+        ("DeepSpeedOptimizer", object, "FSDP2"),
+    ],
+)
+def test_optimizers_that_a_framework_has_wrapped_are_refused_with_the_remedy(name, kind, remedy):
+    wrapped = type("Subclass", (type(name, (kind,), {}),), {})
+    with pytest.raises(TypeError, match=f"Found Subclass.*{remedy}"):
+        CraftOptimizer(wrapped.__new__(wrapped), lambda: None)
+
+
+def test_flattened_copies_of_the_parameters_are_no_silent_baseline():
+    """As DeepSpeed ZeRO puts them into the groups of an optimizer that it was given."""
+    model = network()
+    craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Drift(model))
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).requires_grad_()
+    craft.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones_like(flat)
+    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO"):
+        craft.step()
+
+
+def test_gradients_in_buffers_that_the_retention_backward_overwrites_are_noticed():
+    model = network()
+    buffers = {p: torch.zeros_like(p) for p in model.parameters()}
+
+    def into_its_buffer(p):
+        p.grad = buffers[p].copy_(p.grad)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(into_its_buffer)
+    craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Drift(model))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="memory of the task gradients"):
+        train(model, craft, 1)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_parameter_in_two_groups_is_refused():
     model = network()
     base = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,0 +1,152 @@
+"""Retention in float16: small gradients are not lost, large ones do not overflow, and a run resumes with its scale."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from craft_optim import CraftOptimizer
+from craft_optim.scaling import grown, initial_scale, reaches_float16, shrunk
+
+
+class Drift:
+    """`factor` times the mean squared output, its forward and backward in float16 if wanted."""
+
+    def __init__(self, model, factor, half=True):
+        self.model, self.factor, self.half, self.position, self.calls = model, factor, half, 0, 0
+
+    def __call__(self):
+        self.calls += 1
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(self.position))
+        self.position += 1
+        with torch.autocast("cpu", dtype=torch.float16, enabled=self.half):
+            y = self.model(x)
+        return self.factor * y.float().square().mean()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+class Keep(torch.optim.SGD):
+    """Keeps what it is given to step on."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.0)
+
+    def step(self, closure=None):
+        self.seen = [p.grad.clone() for g in self.param_groups for p in g["params"]]
+
+
+def retention_gradients(factor, half=True, scale=None):
+    """What the base gets where the task has next to nothing, over lambda; the optimizer, and the closure."""
+    model = network()
+    drift = Drift(model, factor, half)
+    craft = CraftOptimizer(Keep(model.parameters()), drift, projection="never", rho=1e30)
+    if scale is not None:
+        craft.param_groups[0]["craft_scale"] = scale
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-30)
+    craft.step()
+    return [g / craft.metrics["lambda"] for g in craft.base_optimizer.seen], craft, drift
+
+
+def relative_error(gradients, exact):
+    return max(float((g - e).norm() / e.norm()) for g, e in zip(gradients, exact, strict=True))
+
+
+def gradients_of_a_plain_backward(factor, half):
+    model = network()
+    Drift(model, factor, half)().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_small_gradients_survive_float16():
+    exact = gradients_of_a_plain_backward(1e-5, half=False)
+    kept, craft, _ = retention_gradients(1e-5)
+    assert relative_error(gradients_of_a_plain_backward(1e-5, half=True), exact) > 0.05, "without a scale"
+    assert relative_error(kept, exact) < 0.005
+    norm = float(torch.cat([e.flatten() for e in exact]).norm())
+    assert craft.metrics["retention_grad_norm"] == pytest.approx(norm, rel=5e-3)
+
+
+def test_an_overflow_repeats_the_pass_on_the_same_anchors_with_a_smaller_scale():
+    kept, craft, drift = retention_gradients(5.0, scale=2.0**24)
+    assert drift.calls > 1
+    assert drift.position == craft.param_groups[0]["craft_anchor_position"] == 1
+    assert 1.0 <= craft.param_groups[0]["craft_scale"] < 2.0**24
+    assert craft.metrics["skipped"] == 0.0
+    assert relative_error(kept, gradients_of_a_plain_backward(5.0, half=False)) < 0.005
+
+
+def test_what_no_scale_helps_is_skipped_and_leaves_the_scale():
+    model = network()
+    drift = Drift(nn.Sequential(model, Poison()), 1.0)
+    craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), drift)
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match="retention pass is not finite"):
+        craft.step()
+    assert drift.calls == 5, "2^16, 2^12, 2^8, 2^4, 1"
+    assert craft.param_groups[0]["craft_scale"] == initial_scale()["craft_scale"]
+    assert drift.position == 1
+
+
+class Poison(nn.Module):
+    """Finite forward, backward that is not."""
+
+    def forward(self, x):
+        y = x * 1.0
+        y.register_hook(lambda g: g * float("nan"))
+        return y
+
+
+def test_in_float32_nothing_is_scaled():
+    kept, craft, drift = retention_gradients(1.0, half=False)
+    assert drift.calls == 1
+    assert {k: v for k, v in craft.param_groups[0].items() if k.startswith("craft_scale")} == initial_scale()
+    assert relative_error(kept, gradients_of_a_plain_backward(1.0, half=False)) < 1e-6
+
+
+def test_the_scale_is_resumed():
+    _, craft, _ = retention_gradients(5.0, scale=2.0**24)
+    model = network()
+    resumed = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), Drift(model, 5.0))
+    resumed.load_state_dict(copy.deepcopy(craft.state_dict()))
+    keys = ("craft_scale", "craft_scale_passes")
+    assert [resumed.param_groups[0][k] for k in keys] == [craft.param_groups[0][k] for k in keys]
+    assert resumed.param_groups[0]["craft_scale_passes"] == 1.0
+
+
+def test_scales_are_powers_of_two_that_shrink_to_one_and_grow_after_many_passes():
+    state = initial_scale()
+    for _ in range(10):
+        state = shrunk(state)
+    assert state == {"craft_scale": 1.0, "craft_scale_passes": 0.0}
+    for _ in range(2000):
+        assert state["craft_scale"] == 1.0
+        state = grown(state)
+    assert state == {"craft_scale": 2.0, "craft_scale_passes": 0.0}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True, "reentrant"])
+@pytest.mark.parametrize("half", [False, True])
+def test_float16_is_found_anywhere_in_the_graph(half, checkpointed):
+    model = network()
+    x = torch.randn(3, 8, requires_grad=True)
+
+    def forward(x):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            return model(x)
+
+    if checkpointed:
+        y = torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=checkpointed == "reentrant")
+    else:
+        y = forward(x)
+    assert reaches_float16(y.float().mean()) is half
+
+
+def test_pure_float16_and_bfloat16():
+    for dtype, found in ((torch.float16, True), (torch.bfloat16, False)):
+        assert reaches_float16(network().to(dtype)(torch.ones(1, 8, dtype=dtype)).float().mean()) is found
