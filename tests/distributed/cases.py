@@ -6,6 +6,8 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -28,6 +30,7 @@ BATCH, ANCHORS = 8, 8  # of all processes together
 BASES = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "stateless": lambda p: torch.optim.SGD(p, lr=0.1),
 }
 
 
@@ -197,9 +200,13 @@ def train(
     steps=6,
     micro_batches=1,
     average_by_hand=False,
+    load=None,
+    save=None,
+    options=None,
+    in_the_background=False,
     **craft,
 ):
-    """Trains and returns the whole parameters, each step's metrics, and the anchors' position."""
+    """Trains, from a checkpoint or the start; whole parameters, each step's metrics, and the anchors' position."""
     model = network()
     wrapped, rank, world_size = PARALLEL[parallel](model)
     with torch.no_grad():  # away from the teacher, so that both gradients matter from the first step
@@ -212,8 +219,20 @@ def train(
     optimizer = CraftOptimizer(
         BASES[base](wrapped.parameters()), retention, **{"epsilon": 0.01, "max_grad_norm": 2.2} | craft
     )
+    options = StateDictOptions(**options or {})
+    if load:
+        model_state, optimizer_state = get_state_dict(wrapped, optimizer, options=options)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        checkpoint.load(state, checkpoint_id=load)
+        set_state_dict(
+            wrapped,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
     metrics = []
-    for step in range(steps):
+    for step in range(int(optimizer.param_groups[0]["craft_step"]), steps):
         optimizer.zero_grad()
         x, y = (t.chunk(world_size)[rank] for t in samples(step))
         for i, (xs, ys) in enumerate(zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True)):
@@ -227,6 +246,13 @@ def train(
                 dist.all_reduce(p.grad.div_(world_size))
         optimizer.step()
         metrics.append(dict(optimizer.metrics))
+    if save:
+        model_state, optimizer_state = get_state_dict(wrapped, optimizer, options=options)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        if in_the_background:
+            checkpoint.async_save(state, checkpoint_id=save).result()
+        else:
+            checkpoint.save(state, checkpoint_id=save)
     state = {k: v for k, v in optimizer.param_groups[0].items() if k.startswith("craft_")}
     return {"parameters": full(wrapped), "metrics": metrics, "state": state, "position": retention.position}
 

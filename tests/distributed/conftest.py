@@ -93,3 +93,23 @@ def alone(processes, cache):
         return runs[key]
 
     return run
+
+
+def same_run(ranks, alone, steps=slice(None)):
+    """Asserts that all ranks have decided alike, and as one process has, and that they hold the same parameters."""
+    for rank in ranks[1:]:
+        assert rank["metrics"] == ranks[0]["metrics"], "ranks have measured, or decided, differently"
+        assert rank["state"] == ranks[0]["state"]
+    assert ranks[0]["position"] == alone["position"]
+    for mine, reference in zip(ranks[0]["metrics"], alone["metrics"][steps], strict=True):
+        assert mine == pytest.approx(reference, rel=1e-4, abs=1e-6)
+    for rank in ranks:
+        for name, p in alone["parameters"].items():
+            torch.testing.assert_close(
+                rank["parameters"][name], p, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.fixture(scope="session")
+def assert_same_run():
+    return same_run

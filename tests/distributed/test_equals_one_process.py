@@ -1,22 +1,6 @@
 """However a model is spread over processes, training is what one process does with the whole batch."""
 
 import pytest
-import torch
-
-
-def assert_same_run(ranks, alone):
-    for rank in ranks[1:]:
-        assert rank["metrics"] == ranks[0]["metrics"], "ranks have measured, or decided, differently"
-        assert rank["state"] == ranks[0]["state"]
-    assert ranks[0]["position"] == alone["position"]
-    for mine, reference in zip(ranks[0]["metrics"], alone["metrics"], strict=True):
-        assert mine == pytest.approx(reference, rel=1e-4, abs=1e-6)
-    for rank in ranks:
-        for name, p in alone["parameters"].items():
-            torch.testing.assert_close(
-                rank["parameters"][name], p, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
 
 WAYS = {
     2: [
@@ -37,7 +21,7 @@ WAYS = {
 
 @pytest.mark.parametrize("closure", ["logits", "hidden"])
 @pytest.mark.parametrize(("world_size", "parallel"), [(n, way) for n, ways in WAYS.items() for way in ways])
-def test_every_way_to_spread_a_model(processes, cache, alone, world_size, parallel, closure):
+def test_every_way_to_spread_a_model(processes, cache, alone, assert_same_run, world_size, parallel, closure):
     ranks = processes.run(world_size, "train", cache=cache, parallel=parallel, closure=closure)
     assert_same_run(ranks, alone(closure=closure))
 
@@ -62,16 +46,16 @@ def test_the_runs_compared_are_not_trivial(alone):
     ],
     ids=lambda s: " ".join(s),
 )
-def test_settings(processes, cache, alone, parallel, settings):
+def test_settings(processes, cache, alone, assert_same_run, parallel, settings):
     assert_same_run(processes.run(2, "train", cache=cache, parallel=parallel, **settings), alone(**settings))
 
 
 @pytest.mark.parametrize("closure", ["logits", "hidden"])
 @pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "ddp unused", "ddp static graph"])
-def test_a_closure_may_run_the_module_within_ddp(processes, cache, alone, parallel, closure):
+def test_a_closure_may_run_the_module_within_ddp(processes, cache, alone, assert_same_run, parallel, closure):
     ranks = processes.run(2, "train", cache=cache, parallel=parallel, closure=closure, through="module")
     assert_same_run(ranks, alone(closure=closure))
 
 
-def test_gradients_averaged_by_hand(processes, cache, alone):
+def test_gradients_averaged_by_hand(processes, cache, alone, assert_same_run):
     assert_same_run(processes.run(2, "train", cache=cache, parallel="plain", average_by_hand=True), alone())
