@@ -169,17 +169,20 @@ def full(model):
 # -- closures ----------------------------------------------------------------------------------------------------------
 
 
-def logits(model, cache, world_size, rank):
-    return LogitRetention(model, cache, ANCHORS // world_size, tolerance=1.0, rank=rank, world_size=world_size)
+def logits(model, cache, world_size):
+    return LogitRetention(model, cache, ANCHORS // world_size, tolerance=1.0)
 
 
-def hidden(model, cache, world_size, rank):
-    return HiddenRetention(
-        model, cache, ANCHORS // world_size, layers=["blocks.0"], tolerance=1.0, rank=rank, world_size=world_size
-    )
+def masked(model, cache, world_size):
+    """How many of its anchors count differs from rank to rank."""
+    return LogitRetention(model, cache, ANCHORS // world_size, tolerance=1.0, mask=lambda x: x[:, 0] > 0.3)
 
 
-CLOSURES = {"logits": logits, "hidden": hidden}
+def hidden(model, cache, world_size):
+    return HiddenRetention(model, cache, ANCHORS // world_size, layers=["blocks.0"], tolerance=1.0)
+
+
+CLOSURES = {"logits": logits, "masked": masked, "hidden": hidden}
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ def train(
             p.mul_(1.1)
     if average_by_hand:
         craft["process_group"] = dist.group.WORLD
-    retention = CLOSURES[closure](wrapped if through == "wrapped" else model, AnchorCache.open(cache), world_size, rank)
+    retention = CLOSURES[closure](wrapped if through == "wrapped" else model, AnchorCache.open(cache), world_size)
     optimizer = CraftOptimizer(
         BASES[base](wrapped.parameters()), retention, **{"epsilon": 0.01, "max_grad_norm": 2.2} | craft
     )

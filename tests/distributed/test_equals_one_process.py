@@ -50,6 +50,14 @@ def test_settings(processes, cache, alone, assert_same_run, parallel, settings):
     assert_same_run(processes.run(2, "train", cache=cache, parallel=parallel, **settings), alone(**settings))
 
 
+@pytest.mark.parametrize(("world_size", "parallel"), [(2, "ddp"), (4, "fsdp2"), (4, "fsdp2 x tp")])
+def test_ranks_with_different_numbers_of_valid_positions(
+    processes, cache, alone, assert_same_run, world_size, parallel
+):
+    ranks = processes.run(world_size, "train", cache=cache, parallel=parallel, closure="masked")
+    assert_same_run(ranks, alone(closure="masked"))
+
+
 @pytest.mark.parametrize("closure", ["logits", "hidden"])
 @pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "ddp unused", "ddp static graph"])
 def test_a_closure_may_run_the_module_within_ddp(processes, cache, alone, assert_same_run, parallel, closure):
