@@ -3,6 +3,7 @@
 from .build import build
 from .cache import AnchorBatch, AnchorCache, AnchorCacheError
 from .fingerprint import fingerprint
+from .online import OnlineRetention
 from .retention import AnchorMismatchError, AnchorRetention, HiddenRetention, LogitRetention
 from .sampling import AnchorSampler
 
@@ -15,6 +16,7 @@ __all__ = [
     "AnchorSampler",
     "HiddenRetention",
     "LogitRetention",
+    "OnlineRetention",
     "build",
     "fingerprint",
 ]

@@ -472,7 +472,7 @@ class AnchorCache:
             if found != checksum:
                 raise shard._bad("its contents differ from what was written (sha256)")
 
-    def read(self, indices: Sequence[int] | Tensor | Iterable[int]) -> AnchorBatch:
+    def read(self, indices: Sequence[int] | Tensor | Iterable[int], *, features: bool = True) -> AnchorBatch:
         """The given anchors, in that order, as new CPU tensors.
 
         Reads their bytes only. Where they differ in length, shorter ones are padded with zeros on the right, up to the
@@ -480,6 +480,7 @@ class AnchorCache:
 
         Args:
             indices: Numbers in [0, len(cache)); at least one, repetitions allowed.
+            features: False leaves the teacher's outputs where they are.
 
         Raises:
             IndexError: A number is out of range, or there is none.
@@ -494,7 +495,7 @@ class AnchorCache:
         places = [
             (self._shards[n], int(i - self._starts[n])) for n, i in zip(numbers.tolist(), wanted.tolist(), strict=True)
         ]
-        named = {key: _gather(key, places) for key in self._keys}
+        named = {key: _gather(key, places) for key in self._keys if features or key.startswith("inputs.")}
         for n in numbers.tolist():  # in the order of their last use
             self._mapped.pop(n, None)
             self._mapped[n] = None
@@ -503,8 +504,8 @@ class AnchorCache:
             del self._mapped[oldest]
             self._shards[oldest].close()
         inputs = {key.removeprefix("inputs."): x for key, x in named.items() if key.startswith("inputs.")}
-        features = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
-        return AnchorBatch(self.structure.rebuild(inputs), features)
+        taught = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
+        return AnchorBatch(self.structure.rebuild(inputs), taught)
 
 
 def _gather(key: str, places: list[tuple[Shard, int]]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from torch import nn
 
-__all__ = ["modules_by_name", "plain_name"]
+__all__ = ["modules_by_name", "plain_name", "unwrapped"]
 
-# What DistributedDataParallel, torch.compile, FSDP1 and activation checkpointing insert.
+# What DistributedDataParallel, DataParallel, torch.compile, FSDP1 and activation checkpointing insert.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -20,3 +20,13 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in exact.items():
         plain.setdefault(plain_name(name), module)
     return plain | exact
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within its wrappers."""
+    while len(model._modules) == 1:
+        ((name, inner),) = model._modules.items()
+        if name not in _WRAPPERS or inner is None:
+            break
+        model = inner
+    return model

@@ -9,9 +9,9 @@ Made once (`retention = LogitRetention(model, cache)`), then
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,32 +25,55 @@ from .passes import Forward, autocast_dtype, autocast_to, device_of, isolated_rn
 from .sampling import AnchorSampler, mixed_seed
 from .structure import Inputs
 
-__all__ = ["AnchorMismatchError", "AnchorRetention", "HiddenRetention", "LogitRetention"]
+__all__ = [
+    "AnchorMismatchError",
+    "AnchorRetention",
+    "Anchors",
+    "HiddenRetention",
+    "LogitRetention",
+    "kl_term",
+    "masked",
+]
 
 # Largest drift that counts as rounding, by the coarsest precision involved. Measured on small models on a CPU, rounding
 # to storage alone: float32 1e-7, float16 1e-6, bfloat16 6e-5. The margin is for accelerators, which compute in other
 # orders.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
+_NOTHING_VALID = (
+    "No position of these anchors is valid: `mask` (or `spans`) selects none of them. Leave such anchors out."
+)
+
 _DISTANCES = ("mse", "cosine", "l1")
 
 
 class AnchorMismatchError(ValueError):
-    """The model does not reproduce the cache: drift measured against it would mean nothing."""
+    """The model does not reproduce its teacher at the start: drift measured against it would mean nothing."""
+
+
+class Anchors(Protocol):
+    """Where batches come from: `AnchorCache`, or anything of its kind."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int] | Tensor) -> AnchorBatch:
+        """The anchors of these numbers, in that order."""
+        ...
 
 
 class AnchorRetention(ABC):
-    """What all retention closures share; see `LogitRetention` and `HiddenRetention`.
+    """What all retention closures share; see `LogitRetention`, `HiddenRetention` and `OnlineRetention`.
 
     Attributes:
-        position: Number of batches drawn so far; setting it determines which anchors come next. It is all the state
-            there is.
+        position: Number of batches drawn so far, by all processes together; setting it determines which anchors come
+            next. It is all the state there is. On another number of processes a batch has another number of anchors,
+            so that a run resumed there sees other anchors, all of them valid.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        cache: AnchorCache,
+        anchors: Anchors,
         batch_size: int = 16,
         *,
         forward: Forward | None = None,
@@ -59,16 +82,26 @@ class AnchorRetention(ABC):
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tolerance: float | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         if tolerance is not None and not tolerance >= 0.0:
             raise ValueError(f"`tolerance` must be >= 0. Found tolerance={tolerance!r}.")
-        self.model, self.cache, self.batch_size = model, cache, batch_size
+        if (rank is None) != (world_size is None):
+            raise ValueError(
+                f"`rank` and `world_size` belong together: pass both, or neither. Found rank={rank}, "
+                f"world_size={world_size}."
+            )
+        self.model, self.batch_size = model, batch_size
         self.forward, self.seed, self.strict = forward, seed, strict
         self.autocast, self.tolerance = autocast, tolerance
+        self._anchors = anchors
         self._device = None if device is None else torch.device(device)
-        self._sampler = AnchorSampler(len(cache), batch_size, seed, rank, world_size)
+        self._placed = rank is not None
+        self._sampler = AnchorSampler(
+            len(anchors), batch_size, seed, rank or 0, 1 if world_size is None else world_size
+        )
+        self._mean: Callable[[Tensor], Tensor] | None = None
         self._position = 0
 
     @property
@@ -90,66 +123,177 @@ class AnchorRetention(ABC):
         """All parameters that the backward may reach, whoever owns them."""
         return list(self.model.parameters())
 
+    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Makes this process one of several that share the anchors; `CraftOptimizer` calls it where there are several.
+
+        Each draws `batch_size` anchors of its own. With `mean`, losses are weighted by their numbers of valid
+        positions, n_r / mean(n), so that the mean over processes of loss and gradient is what one process with the
+        whole batch would have. `position` is untouched.
+
+        Args:
+            rank: Place of this process among them. Ignored, like the next, if the constructor was given them.
+            world_size: Their number.
+            mean: Averages a small tensor over all processes and returns it, on each the same. Every process must make
+                the same calls: one per pass, and one more at the first if `strict`.
+
+        Raises:
+            ValueError: There are fewer anchors than all processes' batches take together, or `rank` is out of range.
+        """
+        if not self._placed:
+            self._sampler = AnchorSampler(len(self._anchors), self.batch_size, self.seed, rank, world_size)
+        self._mean = mean
+
     def __call__(self) -> Tensor:
         """The loss on the next batch of anchors: a float32 scalar with a graph. Advances `position` if it succeeds.
 
-        The first call (`position` 0) checks that the model reproduces the cache, unless `strict` is False. The loss
+        The first call (`position` 0) checks that the model agrees with its teacher, unless `strict` is False. The loss
         needs a backward of its own: until that is done, activation checkpointing would repeat other passes without
         dropout.
 
         Raises:
-            AnchorMismatchError: The model's outputs have other shapes than the cache's; or, at the first call, other
+            AnchorMismatchError: The model's outputs have other shapes than the teacher's; or, at the first call, other
                 values.
+            ValueError: No position of the batch is valid; with the `mean` of `shard`, the loss is NaN if that is so on
+                every process.
         """
-        batch = self.cache.read(self._sampler.indices(self._position))
-        with torch.enable_grad(), self._pass(self._position) as remember:
-            loss = remember(self._combine({name: value for name, (value, _) in self._terms(batch).items()}))
+        several = self._sampler.world_size > 1
+        seed = mixed_seed(self.seed, self._position, *([self._sampler.rank] if several else []))
+        batch = self._read(self._anchors, self._sampler.indices(self._position), seed)
+        with torch.enable_grad():
+            batch = self._taught(batch, seed)
+            with self._pass(seed) as remember:
+                loss = remember(self._combine(self._weighted(self._terms(batch))))
         if self.strict and self._position == 0:
-            self._check(float(loss.detach()), batch)
+            drift = loss.detach()
+            self._check(float(drift if self._mean is None else self._mean(drift)), batch)
         self._position += 1
         return loss
+
+    def _weighted(self, terms: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
+        """Of each term what its mean over all processes needs from this one."""
+        if self._mean is None:
+            if not all(weight for _, weight in terms.values()):
+                raise ValueError(_NOTHING_VALID)
+            return {name: value for name, (value, _) in terms.items()}
+        mine = torch.tensor([float(weight) for _, weight in terms.values()]).to(self.device, non_blocking=True)
+        shares = mine / self._mean(mine)
+        return {
+            name: value * share.to(value.device)
+            for (name, (value, _)), share in zip(terms.items(), shares.unbind(), strict=True)
+        }
+
+    def _drift(self, source: Anchors | Iterable[AnchorBatch], batch_size: int | None) -> float:
+        size = self.batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"`batch_size` must be >= 1. Found batch_size={size}.")
+        totals: dict[str, Tensor] = {}
+        weights: dict[str, int] = {}
+        for batch, seed in self._all_of(source, size):
+            with torch.no_grad():
+                batch = self._taught(batch, seed)
+                with self._pass(seed):
+                    for name, (value, weight) in self._terms(batch).items():
+                        totals[name] = totals.get(name, 0.0) + value.double() * weight
+                        weights[name] = weights.get(name, 0) + weight
+        if not totals:
+            raise ValueError("There must be at least one batch of anchors to measure a drift on. Found none.")
+        if not all(weights.values()):
+            raise ValueError(_NOTHING_VALID)
+        return float(self._combine({name: total / weights[name] for name, total in totals.items()}))
+
+    def _all_of(self, source: Anchors | Iterable[AnchorBatch], size: int) -> Iterator[tuple[AnchorBatch, int]]:
+        """Batches in order, each with its seed; the same on every process."""
+        if isinstance(source, Iterable):
+            for number, batch in enumerate(source):
+                yield batch, mixed_seed(self.seed, number)
+            return
+        for number, start in enumerate(range(0, len(source), size)):
+            seed = mixed_seed(self.seed, number)
+            yield self._read(source, range(start, min(start + size, len(source))), seed), seed
+
+    @contextmanager
+    def _pass(self, seed: int, model: nn.Module | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Everything around a forward on anchors; yields what makes the loss remember it for its backward."""
+        device = self.device if model is None else device_of(model)
+        with (
+            steady(self.model if model is None else model) as remember,
+            isolated_rng(device, seed),
+            autocast_to(device, self.autocast),
+        ):
+            yield remember
+            if not torch.is_grad_enabled() and torch.is_autocast_enabled(device.type):
+                # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
+                torch.clear_autocast_cache()
+
+    def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
+        return anchors.read(indices)
+
+    def _taught(self, batch: AnchorBatch, seed: int) -> AnchorBatch:
+        """The batch with the teacher's outputs; a cache has read them along."""
+        return batch
+
+    @abstractmethod
+    def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
+        """Name -> (mean over the batch, number of positions or anchors in that mean); (0, 0) for a mean over none."""
+
+    def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return next(iter(terms.values()))
+
+    def _precisions(self) -> list[torch.dtype]:
+        """Those that the model computes in."""
+        dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        running = autocast_dtype(self.device, self.autocast)
+        return dtypes if running is None else [*dtypes, running]
+
+    def _default_tolerance(self) -> float:
+        """By the coarsest of the precisions that the teacher's outputs are stored in and the model computes in."""
+        return max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in self._precisions())
+
+    def _check(self, drift: float, batch: AnchorBatch) -> None:
+        tolerance = self._default_tolerance() if self.tolerance is None else self.tolerance
+        if drift <= tolerance:
+            return
+        raise AnchorMismatchError(
+            f"The model does not reproduce {self._teacher_in_words()} before the first step: its drift is {drift:.3g} "
+            f"where at most {tolerance:.3g} is rounding. {self._cause(batch)} A run that continues from a fine-tuned "
+            "checkpoint sets `position`, or strict=False."
+        )
+
+    @abstractmethod
+    def _teacher_in_words(self) -> str: ...
+
+    @abstractmethod
+    def _cause(self, batch: AnchorBatch) -> str:
+        """Why the first call found a drift, as far as it can be told, and what to do."""
+
+
+class CachedRetention(AnchorRetention):
+    """Retention whose teacher is an `AnchorCache`; see `LogitRetention` and `HiddenRetention`."""
+
+    def __init__(self, model: nn.Module, cache: AnchorCache, batch_size: int = 16, **settings: Any) -> None:
+        super().__init__(model, cache, batch_size, **settings)
+        self.cache = cache
 
     def drift(
         self, cache_or_batches: AnchorCache | Iterable[AnchorBatch] | None = None, batch_size: int | None = None
     ) -> float:
         """The same loss over a whole cache, without gradients; held-out anchors included, if they are given.
 
-        Means are over all valid positions (or anchors) of the cache, whatever the batches. Advances nothing.
+        Means are over all valid positions (or anchors) of the cache, whatever the batches. Advances nothing. Of several
+        processes each measures it as a whole.
 
         Args:
             cache_or_batches: A cache of the same kind, or batches as `AnchorCache.read` gives them. None: this
                 closure's cache.
             batch_size: Anchors per forward. None: this closure's.
+
+        Raises:
+            ValueError: The cache is of another kind, there is no batch, or no position is valid.
         """
-        size = self.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise ValueError(f"`batch_size` must be >= 1. Found batch_size={size}.")
         source = self.cache if cache_or_batches is None else cache_or_batches
         if isinstance(source, AnchorCache):
             self._check_kind(source)
-            cache = source
-            starts = range(0, len(cache), size)
-            source = (cache.read(range(start, min(start + size, len(cache)))) for start in starts)
-        totals: dict[str, Tensor] = {}
-        weights: dict[str, int] = {}
-        for number, batch in enumerate(source):
-            with torch.no_grad(), self._pass(number):
-                for name, (value, weight) in self._terms(batch).items():
-                    totals[name] = totals.get(name, 0.0) + value.double() * weight
-                    weights[name] = weights.get(name, 0) + weight
-        if not totals:
-            raise ValueError("`cache_or_batches` must have at least one batch.")
-        return float(self._combine({name: total / weights[name] for name, total in totals.items()}))
-
-    @contextmanager
-    def _pass(self, number: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Everything around a forward on anchors; yields what makes the loss remember it for its backward."""
-        seed = mixed_seed(self.seed, number)
-        with steady(self.model) as remember, isolated_rng(self.device, seed), autocast_to(self.device, self.autocast):
-            yield remember
-            if not torch.is_grad_enabled() and torch.is_autocast_enabled(self.device.type):
-                # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
-                torch.clear_autocast_cache()
+        return self._drift(source, batch_size)
 
     def _run(
         self, inputs: Inputs, layers: tuple[Layer, ...] = (), output: bool = True
@@ -158,34 +302,14 @@ class AnchorRetention(ABC):
         return run(self.model, inputs, forward=self.forward, layers=layers, output=output)
 
     @abstractmethod
-    def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
-        """Name -> (mean over the batch, number of positions or anchors in that mean)."""
-
-    @abstractmethod
     def _check_kind(self, cache: AnchorCache) -> None:
         """Raises unless the cache holds what this closure compares."""
 
-    def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
-        return next(iter(terms.values()))
+    def _precisions(self) -> list[torch.dtype]:
+        return [*super()._precisions(), getattr(torch, self.cache.features.dtype)]
 
-    def _default_tolerance(self) -> float:
-        """By the coarsest of the precisions that the features are stored in and the model computes in."""
-        dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
-        dtypes.append(getattr(torch, self.cache.features.dtype))
-        running = autocast_dtype(self.device, self.autocast)
-        if running is not None:
-            dtypes.append(running)
-        return max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in dtypes)
-
-    def _check(self, drift: float, batch: AnchorBatch) -> None:
-        tolerance = self._default_tolerance() if self.tolerance is None else self.tolerance
-        if drift <= tolerance:
-            return
-        raise AnchorMismatchError(
-            f"The model does not reproduce the cache {self.cache.path} before the first step: its drift is "
-            f"{drift:.3g} where at most {tolerance:.3g} is rounding. {self._cause(batch)} A run that continues "
-            "from a fine-tuned checkpoint sets `position`, or strict=False."
-        )
+    def _teacher_in_words(self) -> str:
+        return f"the cache {self.cache.path}"
 
     def _cause(self, batch: AnchorBatch) -> str:
         if why := compare_fingerprints(self.cache.fingerprint, fingerprint(self.model)):
@@ -193,7 +317,7 @@ class AnchorRetention(ABC):
         with torch.no_grad():
             values = []
             for number in (0, 1):
-                with self._pass(number):
+                with self._pass(mixed_seed(self.seed, number)):
                     values.append({name: float(value) for name, (value, _) in self._terms(batch).items()})
         if values[0] != values[1]:
             return (
@@ -214,7 +338,50 @@ class AnchorRetention(ABC):
         )
 
 
-class LogitRetention(AnchorRetention):
+def masked(inputs: Inputs, mask: Mask) -> Tensor:
+    """`[...]` on the CPU: the positions that a mask given by the user selects."""
+    if callable(mask):
+        return mask(inputs).bool().cpu()
+    if not isinstance(inputs, dict) or mask not in inputs:
+        raise ValueError(f"`mask` must be a function, or the name of an input of a mapping. Found {mask!r}.")
+    return inputs[mask].bool().cpu()
+
+
+def kl_term(logits: Tensor, teacher: Mapping[str, Tensor], valid: Tensor | None) -> tuple[Tensor, int]:
+    """Mean KL(teacher || softmax(logits)) over valid positions, and their number; (0, 0) if there are none.
+
+    Positions are selected on the host: an accelerator need not be waited for, and only what counts travels.
+
+    Args:
+        logits: `[..., V]`, of the model.
+        teacher: "logprobs" `[..., V]`; or, as in a cache, "topk_logprobs", "topk_indices" and "rest_logprob".
+        valid: `[...]` on the CPU, true where a position counts. None: every position.
+    """
+    leading = logits.ndim - 1
+    if valid is not None and valid.shape != logits.shape[:-1]:
+        raise ValueError(f"The logits' mask must have shape {tuple(logits.shape[:-1])}. Found {tuple(valid.shape)}.")
+    student = logits.flatten(0, -2)
+    teacher = {name: x.flatten(0, leading - 1) for name, x in teacher.items()}
+    if valid is not None:
+        places = valid.flatten().nonzero().flatten()
+        student = student.index_select(0, places.to(student.device, non_blocking=True))
+        teacher = {name: x.index_select(0, places.to(x.device, non_blocking=True)) for name, x in teacher.items()}
+    if not len(student):
+        return student.float().sum(), 0
+    teacher = {name: x.to(student.device, non_blocking=True) for name, x in teacher.items()}
+    with torch.autocast(student.device.type, enabled=False):
+        if "logprobs" in teacher:
+            return losses.kl_divergence(student, teacher["logprobs"]), len(student)
+        value = losses.topk_kl_divergence(
+            student,
+            teacher["topk_logprobs"],
+            teacher["topk_indices"],
+            teacher_rest_logprob=teacher.get("rest_logprob"),
+        )
+    return value, len(student)
+
+
+class LogitRetention(CachedRetention):
     """KL(teacher || model) on the anchors' logits, in nats per valid position.
 
         L_ret = mean over valid positions i of  sum_v p_iv (log p_iv - log q_iv)
@@ -239,7 +406,8 @@ class LogitRetention(AnchorRetention):
         device: Where inputs go. None: where the model's first parameter is.
         tolerance: Largest drift that the first call accepts. None: by precision; 1e-4 for float32, 1e-3 for float16,
             5e-3 for bfloat16, whichever of storage and computation is coarsest.
-        rank: Place of this process among those that share the anchors.
+        rank: Place of this process among those that share the anchors. None, for both: `CraftOptimizer` finds out, see
+            `shard`; a single process until then.
         world_size: Their number; together they draw what one process with the whole batch would.
 
     Raises:
@@ -259,8 +427,8 @@ class LogitRetention(AnchorRetention):
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tolerance: float | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         self._check_kind(cache)
         super().__init__(
@@ -275,16 +443,6 @@ class LogitRetention(AnchorRetention):
                 f"LogitRetention needs a cache with logits. {cache.path} has {cache.describe()}: use "
                 "HiddenRetention, or build it with logits=True or top_k."
             )
-
-    def _valid(self, batch: AnchorBatch) -> Tensor | None:
-        """`[...]` on the CPU: positions that count."""
-        if self.mask is None:
-            return batch.features.get("mask")
-        if callable(self.mask):
-            return self.mask(batch.inputs).bool().cpu()
-        if not isinstance(batch.inputs, dict) or self.mask not in batch.inputs:
-            raise ValueError(f"`mask` must be a function, or the name of an input of a mapping. Found {self.mask!r}.")
-        return batch.inputs[self.mask].bool()
 
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         output, _ = self._run(batch.inputs)
@@ -303,33 +461,13 @@ class LogitRetention(AnchorRetention):
                 f"The model gives logits of shape {tuple(logits.shape)}, the cache {self.cache.path} was built "
                 f"with {(*leading, classes)}: another model, or another `forward=`."
             )
-        student = logits.flatten(0, -2)
         names = ("logprobs",) if full else ("topk_logprobs", "topk_indices", "rest_logprob")
-        teacher = {k: features[k].flatten(0, len(leading) - 1) for k in names if k in features}
-        valid = self._valid(batch)
-        if (
-            valid is not None
-        ):  # selected on the host: an accelerator need not be waited for, and only what counts travels
-            places = valid.flatten().nonzero().flatten()
-            if not len(places):
-                raise ValueError("`mask` selects no position of this batch of anchors.")
-            student = student.index_select(0, places.to(logits.device, non_blocking=True))
-            teacher = {k: x[places] for k, x in teacher.items()}
-        teacher = {k: x.to(logits.device, non_blocking=True) for k, x in teacher.items()}
-        with torch.autocast(logits.device.type, enabled=False):
-            if full:
-                value = losses.kl_divergence(student, teacher["logprobs"])
-            else:
-                value = losses.topk_kl_divergence(
-                    student,
-                    teacher["topk_logprobs"],
-                    teacher["topk_indices"],
-                    teacher_rest_logprob=teacher.get("rest_logprob"),
-                )
-        return {"kl": (value, len(student))}
+        teacher = {k: features[k] for k in names if k in features}
+        valid = features.get("mask") if self.mask is None else masked(batch.inputs, self.mask)
+        return {"kl": kl_term(logits, teacher, valid)}
 
 
-class HiddenRetention(AnchorRetention):
+class HiddenRetention(CachedRetention):
     """Distance of hidden states from the teacher's on the anchors, as a weighted mean over layers and spans.
 
         L_ret = sum_j w_j L_j / sum_j w_j,   L_j = |h_j - h0_j|^2 / Var[h0_j]   (loss="mse")
@@ -353,7 +491,7 @@ class HiddenRetention(AnchorRetention):
         device: Where inputs go. None: where the model's first parameter is.
         tolerance: Largest drift that the first call accepts. None: by precision, as for `LogitRetention`; its square
             root for "l1".
-        rank: Place of this process among those that share the anchors.
+        rank: Place of this process among those that share the anchors; see `LogitRetention`.
         world_size: Their number.
 
     Raises:
@@ -377,8 +515,8 @@ class HiddenRetention(AnchorRetention):
         autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tolerance: float | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         if loss not in _DISTANCES:
             raise ValueError(f"`loss` must be one of {_DISTANCES}. Found {loss!r}.")
@@ -466,7 +604,7 @@ class HiddenRetention(AnchorRetention):
                 f"{tuple(mask.shape)}: another `forward=` or `spans=` than in `build`."
             )
         if mode == "none" and mask is not None:
-            places = mask.flatten().nonzero().flatten()  # on the host, see LogitRetention
+            places = mask.flatten().nonzero().flatten()  # on the host, see `kl_term`
             student = states.flatten(0, 1).index_select(0, places.to(states.device, non_blocking=True))
             expected = (*mask.shape, states.shape[-1])
             if teacher.shape == expected:
@@ -481,6 +619,8 @@ class HiddenRetention(AnchorRetention):
                 f"The model gives {expected} at {key}, the cache {self.cache.path} was built with "
                 f"{tuple(teacher.shape)}: another model, another layer of that number, or another `forward=`."
             )
+        if not len(student):
+            return student.float().sum(), 0
         teacher = teacher.to(student.device, non_blocking=True)
         with torch.autocast(student.device.type, enabled=False):
             if self.loss == "cosine":

@@ -1,0 +1,272 @@
+"""Retention without a cache: the teacher runs beside the model, on the same anchors."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, default_collate
+
+from .build import Mask
+from .cache import AnchorBatch, AnchorCache
+from .names import unwrapped
+from .passes import Forward, call, device_of, isolated_rng, logits_of, to_device
+from .retention import AnchorMismatchError, AnchorRetention, Anchors, kl_term, masked
+from .structure import Inputs, flatten
+from .teachers import adapters_off, find_adapters
+
+__all__ = ["Examples", "OnlineRetention", "Teacher"]
+
+Teacher = nn.Module | Callable[[], AbstractContextManager[Any]]
+Examples = AnchorCache | Dataset[Any] | Sequence[Any]
+
+
+class OnlineRetention(AnchorRetention):
+    """KL(teacher || model) on the anchors' logits, in nats per valid position, with the teacher computed on the fly.
+
+        L_ret = mean over valid positions i of  sum_v p_iv (log p_iv - log q_iv)
+
+    p is the teacher's distribution, q the model's now. With adapters (PEFT) the teacher is the same model with its
+    adapters switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are the same, to the bit.
+
+    Example:
+        model = peft.get_peft_model(base, peft.LoraConfig(...))
+        retention = OnlineRetention(model, dataset, batch_size=8, collate=collator)
+        retention().backward()
+
+    Cost: a forward of the teacher without gradients, on top of the model's forward and backward; memory for the
+    teacher's logits of one batch. `LogitRetention` pays for the teacher once, and with disk.
+
+    Args:
+        model: The model in training, on its device, in either mode.
+        anchors: Single examples, as a `DataLoader` takes them: a map-style dataset or a sequence; or an `AnchorCache`,
+            of which the inputs are used. `labels` are not passed to models of transformers: their loss is not needed.
+        batch_size: Anchors per call (and rank).
+        teacher: None: the model with its adapters switched off. A module: a frozen copy, on any device. A function
+            that returns a context manager: the model within that.
+        collate: Makes a batch of a list of examples, as for a `DataLoader`; a batch is what `build` takes. None:
+            torch's `default_collate`.
+        forward: As in `build`; also called with the teacher, if that is a module.
+        mask: `mask(batch) -> bool`, or an input's name: positions that count. None: `attention_mask` (of an
+            encoder-decoder model `decoder_attention_mask`, else its labels that are not -100) where its shape fits,
+            else all.
+        seed: Of the order of the anchors, of what `anchors` and `collate` draw, and of what the forward draws: the same
+            for teacher and model.
+        strict: Check at the first call that model and teacher are the same.
+        autocast: Dtype of autocast in both passes. None: as the caller has it.
+        device: Where inputs go. None: where the model's first parameter is.
+        tolerance: Largest drift that the first call accepts. None: by precision, as for `LogitRetention`.
+        rank: Place of this process among those that share the anchors; see `LogitRetention`.
+        world_size: Their number.
+
+    Raises:
+        TypeError: `anchors` are not a sequence of examples, or `teacher` is none of the three.
+        ValueError: There is no teacher (no adapters, a learned prompt), it shares trainable parameters with the model,
+            or there are fewer anchors than a batch. In a call also: see `teachers.adapters_off`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anchors: Examples,
+        batch_size: int = 16,
+        *,
+        teacher: Teacher | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        forward: Forward | None = None,
+        mask: Mask | None = None,
+        seed: int = 0,
+        strict: bool = True,
+        autocast: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tolerance: float | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.teacher, self.collate, self.mask = teacher, collate, mask
+        super().__init__(
+            model, self._source(anchors), batch_size, forward=forward, seed=seed, strict=strict, autocast=autocast,
+            device=device, tolerance=tolerance, rank=rank, world_size=world_size,
+        )  # fmt: skip
+        if teacher is None:
+            find_adapters(model)
+        elif isinstance(teacher, nn.Module):
+            self._refuse_shared(teacher)
+        elif not callable(teacher):
+            raise TypeError(
+                "`teacher` must be a module, a function that returns a context manager, or None. Found "
+                f"{type(teacher).__name__}."
+            )
+
+    def drift(self, anchors: Examples | None = None, batch_size: int | None = None) -> float:
+        """The same loss over all anchors, without gradients; held-out ones, if they are given.
+
+        The mean is over all their valid positions, whatever the batches. Advances nothing. Of several processes each
+        measures it as a whole.
+
+        Args:
+            anchors: As for the class. None: this closure's.
+            batch_size: Anchors per forward. None: this closure's.
+
+        Raises:
+            ValueError: There are no anchors, or none of their positions is valid.
+        """
+        return self._drift(self._anchors if anchors is None else self._source(anchors), batch_size)
+
+    def _source(self, anchors: Examples) -> Anchors:
+        if isinstance(anchors, AnchorCache):
+            return _InputsOf(anchors)
+        return _Collated(anchors, default_collate if self.collate is None else self.collate)
+
+    def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
+        with isolated_rng(self.device, seed), _isolated_host_rng(seed):
+            return anchors.read(indices)
+
+    def _taught(self, batch: AnchorBatch, seed: int) -> AnchorBatch:
+        teacher, other = self.teacher, None
+        switched: AbstractContextManager[Any] = nullcontext()
+        if isinstance(teacher, nn.Module):
+            self._refuse_shared(teacher)
+            other = teacher
+        else:
+            switched = adapters_off(self.model) if teacher is None else teacher()
+        with torch.no_grad(), switched, self._pass(seed, other):
+            return batch._replace(features={"logprobs": self._logits(batch.inputs, other)})
+
+    def _logits(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
+        """Of the model, or of a teacher that is a module of its own."""
+        model, device = (self.model, self.device) if other is None else (other, device_of(other))
+        if self.forward is None and isinstance(inputs, dict) and self._labels_are_targets(inputs):
+            inputs = {name: x for name, x in inputs.items() if name != "labels"}
+        output = call(model, to_device(inputs, device), self.forward)
+        logits = logits_of(output)
+        if logits is None:
+            raise ValueError(f"The model must give logits. Found {type(output).__name__}: pass `forward=`.")
+        return logits
+
+    def _labels_are_targets(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether `labels` would do no more than make a model of transformers compute its loss."""
+        if _config(self.model) is None:
+            return False
+        derived = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
+        return not (self._is_encoder_decoder() and derived)
+
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(_config(self.model), "is_encoder_decoder", False))
+
+    def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
+        logits, teacher = self._logits(batch.inputs), batch.features["logprobs"]
+        if logits.shape != teacher.shape:
+            raise AnchorMismatchError(
+                f"The model gives logits of shape {tuple(logits.shape)}, its teacher {tuple(teacher.shape)}. If one of "
+                "them has positions of its own, such as a learned prompt's, leave these out in `forward=`."
+            )
+        valid = self._default_mask(batch.inputs) if self.mask is None else masked(batch.inputs, self.mask)
+        if self.mask is None and valid is not None and valid.shape != logits.shape[:-1]:
+            valid = None
+        return {"kl": kl_term(logits, batch.features, valid)}
+
+    def _default_mask(self, inputs: Inputs) -> Tensor | None:
+        if not isinstance(inputs, dict):
+            return None
+        if not self._is_encoder_decoder():
+            mask = inputs.get("attention_mask")
+            return None if mask is None else mask.bool()
+        # `attention_mask` is the encoder's there
+        mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
+        if mask is not None:
+            return mask.bool()
+        return None if labels is None else labels != -100
+
+    def _refuse_shared(self, teacher: nn.Module) -> None:
+        trainable = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        if shared := [trainable[id(p)] for p in teacher.parameters() if id(p) in trainable]:
+            raise ValueError(
+                f"`teacher` shares {len(shared)} trainable parameters with the model, such as {shared[0]}: it would "
+                "move along, and the drift stay zero. Pass a frozen copy, copy.deepcopy(model), made before training; "
+                "for a model with adapters, leave `teacher` out."
+            )
+
+    def _precisions(self) -> list[torch.dtype]:
+        others = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else ()
+        return [*super()._precisions(), *(p.dtype for p in others if p.is_floating_point())]
+
+    def _teacher_in_words(self) -> str:
+        return "its teacher"
+
+    def _cause(self, batch: AnchorBatch) -> str:
+        if self.teacher is None:
+            return (
+                "Likely: adapters that are not new, adapters whose initialisation changes the base weights (PiSSA, "
+                "OLoRA, LoftQ), or further adapters that belong to what shall be kept. Pass teacher=: a frozen copy of "
+                "what to keep, or a function that returns a context manager."
+            )
+        return (
+            "Likely: the teacher has other weights or another precision than the model before its first step, or "
+            "outputs are random in a place that is not recognised as dropout."
+        )
+
+
+class _InputsOf:
+    """The anchors of a cache without what a teacher said about them."""
+
+    def __init__(self, cache: AnchorCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def read(self, indices: Sequence[int] | Tensor) -> AnchorBatch:
+        return self.cache.read(indices, features=False)
+
+
+class _Collated:
+    """Batches of single examples."""
+
+    def __init__(self, examples: Any, collate: Callable[[list[Any]], Any]) -> None:
+        sized = hasattr(examples, "__len__") and hasattr(examples, "__getitem__")
+        if not sized or isinstance(examples, Mapping | str | IterableDataset):
+            raise TypeError(
+                "`anchors` must be single examples in a map-style dataset or a sequence, or an AnchorCache. Found "
+                f"{type(examples).__name__}: of a DataLoader pass `.dataset`, and its `.collate_fn` as `collate=`; of "
+                "an iterable dataset a list."
+            )
+        self.examples, self.collate = examples, collate
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def read(self, indices: Sequence[int] | Tensor) -> AnchorBatch:
+        numbers = indices.tolist() if isinstance(indices, Tensor) else indices
+        batch = self.collate([self.examples[i] for i in numbers])
+        if isinstance(batch, Mapping):
+            lists = [k for k, v in batch.items() if isinstance(v, list | tuple) and v and isinstance(v[0], Tensor)]
+            if lists:
+                raise TypeError(
+                    f"`collate` must make tensors of the examples. Found lists of tensors in {lists}: the examples "
+                    "hold lists of numbers. Pass a collator that stacks and pads them, such as "
+                    "transformers.DataCollatorWithPadding, or turn them into tensors."
+                )
+        structure, named, _ = flatten(batch)
+        return AnchorBatch(structure.rebuild(named), {})
+
+
+def _config(model: nn.Module) -> Any:
+    """A transformers model's config, also through wrappers."""
+    return getattr(unwrapped(model), "config", None)
+
+
+@contextmanager
+def _isolated_host_rng(seed: int) -> Iterator[None]:
+    """Within the block Python's and NumPy's global generators start from `seed`; afterwards they are as before."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the legacy one is what datasets draw from
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
