@@ -7,7 +7,8 @@ import torch
 from hypothesis import settings
 
 # Their doctests need what they are made for.
-collect_ignore_glob = [] if find_spec("lerobot") else ["craft_optim/lerobot/*"]
+_INTEGRATIONS = {"lerobot": "craft_optim/lerobot/*", "transformers": "craft_optim/transformers.py"}
+collect_ignore_glob = [files for library, files in _INTEGRATIONS.items() if not find_spec(library)]
 
 settings.register_profile("fixed", derandomize=True)  # the same examples on every run
 settings.load_profile("fixed")

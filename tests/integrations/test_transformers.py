@@ -1,0 +1,371 @@
+"""The Hugging Face Trainer with CraftOptimizer: it trains, logs, stops and resumes as it does without."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import assert_same
+from torch import Tensor, nn
+
+from craft_optim import CraftOptimizer
+from craft_optim.anchors import AnchorCache, LogitRetention, OnlineRetention, build
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from craft_optim.transformers import CraftCallback, craft_optimizer  # noqa: E402
+
+# The constraint is never active: what the base steps on is the task gradient, to the bit.
+INACTIVE = {"epsilon": 1e6, "dual": "ascent", "lambda_init": 0.0, "projection": "never"}
+
+
+def model(dropout: float = 0.1) -> nn.Module:
+    """The same Llama on every call."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=30,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                attention_dropout=dropout,
+                initializer_range=0.2,
+            )
+        )
+
+
+def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
+    ids = torch.randint(1, 30, (count, 8), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> AnchorCache:
+    batches = [{k: torch.stack([r[k] for r in rows(24, 1)]) for k in ("input_ids", "attention_mask")}]
+    return build(model(), batches, tmp_path_factory.mktemp("anchors"), dtype=torch.float32, progress=False)
+
+
+def arguments(folder: Path, **kwargs: Any) -> Any:
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**(settings | kwargs))
+
+
+class Job:
+    """A Trainer, its model, and a retention closure that counts its calls."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cache: AnchorCache,
+        how: str = "factory",
+        craft: dict[str, Any] | None = None,
+        strict: bool = True,
+        callbacks: tuple[Any, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.model, self.args = model(), arguments(folder, **kwargs)
+        self.retention = LogitRetention(
+            self.model, cache, 8, strict=strict, autocast=torch.bfloat16 if self.args.bf16 else None
+        )
+        self.passes = 0
+        craft = {"epsilon": 0.01} if craft is None else craft
+        given: dict[str, Any] = {}
+        if how == "factory":
+            given["optimizer_cls_and_kwargs"] = craft_optimizer(self.args, self, **craft)
+        elif how == "class":
+            bound = CraftOptimizer.bind(torch.optim.AdamW, self, **craft)
+            given["optimizer_cls_and_kwargs"] = (bound, {"lr": 1e-2})
+        elif how == "object":
+            base = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.0)
+            given["optimizers"] = (CraftOptimizer(base, self, **craft), None)
+        if callbacks is None:
+            callbacks = () if how == "plain" else (CraftCallback(),)
+        self.trainer = Trainer(
+            self.model,
+            self.args,
+            train_dataset=rows(40, 2),
+            eval_dataset=rows(8, 4),
+            callbacks=list(callbacks),
+            **given,
+        )
+
+    def __call__(self) -> Tensor:
+        self.passes += 1
+        return self.retention()
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.retention.parameters()
+
+    @property
+    def position(self) -> int:
+        return self.retention.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self.retention.position = value
+
+    def train(self, resume: Path | None = None) -> "Job":
+        self.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return self
+
+    @property
+    def craft(self) -> CraftOptimizer:
+        found: CraftOptimizer = self.trainer.optimizer.optimizer
+        return found
+
+    @property
+    def logs(self) -> list[dict[str, float]]:
+        return [row for row in self.trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("how", ["factory", "class", "object"])
+def test_it_trains_and_logs(how: str, cache: AnchorCache, tmp_path: Path) -> None:
+    start = copy.deepcopy(model().state_dict())
+    job = Job(tmp_path, cache, how).train()
+    assert isinstance(job.craft, CraftOptimizer)
+    assert job.passes == 8 == job.position == job.retention.position
+    assert [row["craft/retention_step"] for row in job.logs] == list(range(8))
+    assert job.logs[0]["craft/retention_loss"] == pytest.approx(0.0, abs=1e-5)
+    assert all(type(value) is float for row in job.logs for name, value in row.items() if name.startswith("craft/"))
+    assert job.logs[-1]["craft/lambda"] == job.craft.metrics["lambda"] == job.craft.param_groups[0]["craft_lambda"] > 0
+    assert job.logs[-1]["craft/retention_loss"] > 1e-4
+    rates = [row["learning_rate"] for row in job.logs]
+    assert rates == pytest.approx([1e-2 * (8 - i) / 8 for i in range(8)])
+    assert all(not torch.equal(v, start[k]) for k, v in job.model.state_dict().items())
+    assert job.logs[-1]["loss"] < job.logs[0]["loss"]
+
+
+def test_the_factory_builds_what_the_trainer_would(cache: AnchorCache, tmp_path: Path) -> None:
+    settings = {"weight_decay": 0.1, "adam_beta2": 0.95, "learning_rate": 3e-3, "adam_epsilon": 1e-6}
+    optimizers = []
+    for how in ("plain", "factory"):
+        trainer = Job(tmp_path, cache, how, **settings).trainer
+        optimizers.append(trainer.create_optimizer())
+    plain, craft = optimizers
+    assert isinstance(craft, CraftOptimizer)
+    assert type(craft.base_optimizer) is type(plain)
+    assert [len(group["params"]) for group in craft.param_groups] == [len(g["params"]) for g in plain.param_groups]
+    for a, b in zip(craft.param_groups, plain.param_groups, strict=True):
+        assert {k: v for k, v in a.items() if k != "params" and not k.startswith("craft_")} == {
+            k: v for k, v in b.items() if k != "params"
+        }
+    assert {group["weight_decay"] for group in craft.param_groups} == {0.0, 0.1}
+    assert craft.param_groups[0]["betas"][1] == 0.95
+
+
+def test_bitsandbytes_keeps_its_embeddings_in_32_bits(cache: AnchorCache, tmp_path: Path) -> None:
+    """The Trainer recognises its 8-bit optimizers by the name of their class."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    job = Job(tmp_path, cache, optim="adamw_bnb_8bit")
+    optimizer = job.trainer.create_optimizer()
+    assert type(optimizer.base_optimizer).__module__.startswith("bitsandbytes")
+    triples = [(id(m), config) for m, name, config in manager.module_weight_config_triple if name == "weight"]
+    assert (id(job.model.get_input_embeddings()), {"optim_bits": 32}) in triples
+
+
+def test_an_optimizer_that_leaves_no_gradients_is_refused(
+    cache: AnchorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(tmp_path)
+    for found in ((torch.optim.AdamW, {"model": None}), (torch.optim.SGD, {"optimizer_dict": {}}), (object, {})):
+        monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *_, found=found: found))
+        with pytest.raises(ValueError, match=r"steps after the backward.*adamw_torch"):
+            craft_optimizer(args, None)
+
+
+# Logs
+
+
+class Seen(TrainerCallback):
+    """Stands where an integration of `report_to` does: before all of `callbacks=`."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("when", ["init", "later"])
+def test_what_reports_to_others_gets_the_metrics_too(when: str, cache: AnchorCache, tmp_path: Path) -> None:
+    seen, craft = Seen(), CraftCallback()
+    job = Job(tmp_path, cache, callbacks=(seen, craft) if when == "init" else (), max_steps=4, logging_steps=2)
+    if when == "later":
+        job.trainer.add_callback(seen)
+        job.trainer.add_callback(craft)
+    order = [type(callback) for callback in job.trainer.callback_handler.callbacks]
+    job.train()
+    after = [type(callback) for callback in job.trainer.callback_handler.callbacks]
+    assert sorted(map(str, order)) == sorted(map(str, after)), "none lost, none twice"
+    rows = [row for row in seen.logs if "loss" in row]
+    assert len(rows) == 2
+    for row, history in zip(rows, job.logs, strict=True):
+        assert row == {k: v for k, v in history.items() if k != "step"}
+        assert row["craft/lambda"] > 0
+    assert not any("craft/lambda" in row for row in seen.logs if "loss" not in row)
+
+
+def test_evaluations_measure_the_drift_on_other_anchors(cache: AnchorCache, tmp_path: Path) -> None:
+    job = Job(
+        tmp_path, cache, callbacks=(CraftCallback(drift=lambda: online.drift()),), max_steps=6, eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_craft_drift", greater_is_better=False,
+    )  # fmt: skip
+    online = OnlineRetention(job.model, rows(12, 5), 4, teacher=model())
+    before = job.trainer.evaluate()
+    assert before["eval_craft_drift"] == 0.0
+    job.train()
+    measured = [row["eval_craft_drift"] for row in job.trainer.state.log_history if "eval_loss" in row]
+    assert len(measured) == 3
+    assert all(drift > 1e-4 for drift in measured)
+    assert job.trainer.state.best_metric == min(measured)
+    assert online.drift() == min(measured), "the best model is loaded"
+
+
+def test_another_optimizer_is_named(cache: AnchorCache, tmp_path: Path) -> None:
+    job = Job(tmp_path, cache, "plain", callbacks=(CraftCallback(),))
+    with pytest.raises(TypeError, match=r"Found AdamW: pass `optimizer_cls_and_kwargs="):
+        job.train()
+    assert job.trainer.state.global_step == 0, "before the first step"
+
+
+# Checkpoints
+
+
+def everything(job: Job) -> dict[str, Any]:
+    return copy.deepcopy(
+        {
+            "model": dict(job.model.state_dict()),
+            "optimizer": job.craft.state_dict(),
+            "metrics": job.craft.metrics,
+            "position": job.retention.position,
+            "rates": job.trainer.lr_scheduler.get_last_lr(),
+        }
+    )
+
+
+@pytest.mark.parametrize("how", ["factory", "object"])
+def test_a_resumed_run_is_the_straight_run(how: str, cache: AnchorCache, tmp_path: Path) -> None:
+    straight = Job(tmp_path / "straight", cache, how, save_strategy="steps", save_steps=5).train()
+    group = straight.craft.param_groups[0]
+    assert (group["craft_step"], group["craft_anchor_position"]) == (8.0, 8.0)
+    resumed = Job(tmp_path / "resumed", cache, how).train(tmp_path / "straight" / "checkpoint-5")
+    assert resumed.passes == 3
+    assert resumed.retention.position == 8
+    assert_same(everything(resumed), everything(straight))
+    assert resumed.logs[5:] == straight.logs[5:]
+    # and the state that made it so is needed
+    state = torch.load(tmp_path / "straight" / "checkpoint-5" / "optimizer.pt", weights_only=True)
+    for saved in state["param_groups"]:
+        saved["craft_anchor_position"] = 0.0
+    torch.save(state, tmp_path / "straight" / "checkpoint-5" / "optimizer.pt")
+    other = Job(tmp_path / "other", cache, how, strict=False).train(tmp_path / "straight" / "checkpoint-5")
+    assert other.logs[-1]["craft/retention_loss"] != straight.logs[-1]["craft/retention_loss"]
+
+
+def test_a_plain_checkpoint_continues_with_craft_and_back(cache: AnchorCache, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    plain = Job(tmp_path / "plain", cache, "plain", **saving).train()
+    # Of a model that was fine-tuned without it, the anchors' check would say that it is not the teacher.
+    settings: dict[str, Any] = {"craft": INACTIVE, "strict": False}
+    craft = Job(tmp_path / "craft", cache, **settings, **saving).train(tmp_path / "plain" / "checkpoint-4")
+    assert craft.passes == 4
+    assert craft.craft.param_groups[0]["craft_step"] == 4.0
+    back = Job(tmp_path / "back", cache, "plain").train(tmp_path / "craft" / "checkpoint-8")
+    assert_same(dict(craft.model.state_dict()), dict(plain.model.state_dict()))
+    assert_same(dict(back.model.state_dict()), dict(plain.model.state_dict()))
+    again = Job(tmp_path / "again", cache, "plain", max_steps=10).train(tmp_path / "craft" / "checkpoint-8")
+    longer = Job(tmp_path / "longer", cache, "plain", max_steps=10).train(tmp_path / "plain" / "checkpoint-8")
+    assert_same(dict(again.model.state_dict()), dict(longer.model.state_dict()))
+
+
+# The training around it
+
+
+@pytest.mark.parametrize("kind", ["cached", "online"])
+def test_retention_shifts_neither_data_nor_dropout(kind: str, cache: AnchorCache, tmp_path: Path) -> None:
+    plain = Job(tmp_path, cache, "plain").train()
+    job = Job(tmp_path, cache, craft=INACTIVE)
+    if kind == "online":
+        job.retention = OnlineRetention(job.model, rows(24, 1), 8, teacher=model())  # type: ignore[assignment]
+    job.train()
+    assert job.passes == 8
+    assert [row["loss"] for row in job.logs] == [row["loss"] for row in plain.logs]
+    assert [row["grad_norm"] for row in job.logs] == [row["grad_norm"] for row in plain.logs]
+    assert_same(dict(job.model.state_dict()), dict(plain.model.state_dict()))
+    assert job.logs[-1]["craft/lambda"] == 0.0
+    assert job.logs[-1]["craft/retention_loss"] > 1e-4
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"max_grad_norm": 0.01},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"bf16": True},
+        {"bf16": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        {"optim": "sgd"},
+        {"optim": "adafactor"},
+    ],
+    ids=str,
+)
+def test_the_trainers_settings(kwargs: dict[str, Any], cache: AnchorCache, tmp_path: Path) -> None:
+    """Each runs retention once per step of the optimizer and keeps the drift finite and measured from zero."""
+    job = Job(tmp_path, cache, "factory", max_steps=4, strict=not kwargs.get("bf16"), **kwargs).train()
+    assert job.passes == 4 == job.retention.position
+    assert [row["craft/retention_step"] for row in job.logs] == [0, 1, 2, 3]
+    assert all(row["craft/skipped"] == 0 for row in job.logs)
+    assert job.logs[0]["craft/retention_loss"] < 5e-3
+    assert job.logs[-1]["craft/retention_loss"] > job.logs[0]["craft/retention_loss"]
+    if kwargs.get("max_grad_norm"):
+        assert all(row["craft/task_grad_norm"] == pytest.approx(0.01, rel=1e-3) for row in job.logs)
+        assert all(row["grad_norm"] > 0.1 for row in job.logs)
+
+
+@pytest.mark.parametrize("make", [lambda job: job.retention, lambda job: online(job.model)], ids=["cached", "online"])
+def test_bf16_of_the_trainer_starts_without_drift(
+    make: Callable[[Job], Any], cache: AnchorCache, tmp_path: Path
+) -> None:
+    """The Trainer puts autocast into the model's own forward. A teacher beside the model runs under it, too."""
+    job = Job(tmp_path, cache, max_steps=2, bf16=True, strict=False)
+    job.retention = make(job)
+    job.train()
+    first = job.logs[0]["craft/retention_loss"]
+    assert first == 0.0 if isinstance(job.retention, OnlineRetention) else 0.0 < first < 5e-3
+
+
+def online(student: nn.Module) -> OnlineRetention:
+    peft = pytest.importorskip("peft")
+    adapted = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj", "v_proj"]), student)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return OnlineRetention(adapted, rows(24, 1), 8)
+
+
+def test_the_logs_are_json(cache: AnchorCache, tmp_path: Path) -> None:
+    job = Job(tmp_path, cache, max_steps=2).train()
+    job.trainer.state.save_to_json(str(tmp_path / "state.json"))
+    saved = json.loads((tmp_path / "state.json").read_text())
+    assert saved["log_history"][0]["craft/epsilon"] == 0.01
