@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -279,19 +279,12 @@ class CraftOptimizer(torch.optim.Optimizer):
         state = self._craft_state()
         step = int(state["craft_step"])
         parameters = self._parameters()
-        if closure is None:
-            if self._is_priming(step, parameters):
-                return self._step_base(None)
-            # FSDP1 may leave a process with parameters without elements only: it waits for the others' step.
-            here = [p.grad is None for p in parameters if p.numel() > 0]
-            idle = bool(here) and all(here)
-        else:
-            idle = False
+        if closure is None and self._is_priming(step, parameters):
+            return self._step_base(None)
+        idle = closure is None and _without_gradients(parameters)
         if idle or step % self.retention_every != 0:
             result = self._step_base(closure)
-            self._write({"craft_step": float(step + 1)})
-            if self.metrics:
-                self.metrics["fresh"] = 0.0
+            self._finish(step, None)
             return result
 
         retention = RetentionStep(
@@ -322,7 +315,8 @@ class CraftOptimizer(torch.optim.Optimizer):
                 def merged_closure() -> Any:
                     with torch.enable_grad():
                         loss = evaluate()
-                    retention.merge()
+                    if not _without_gradients(parameters):
+                        retention.merge()
                     return loss
 
                 result = self._step_base(merged_closure)
@@ -363,15 +357,19 @@ class CraftOptimizer(torch.optim.Optimizer):
                 shard(layout.rank, layout.world_size, layout.mean)
         return self._layout
 
-    def _finish(self, step: int, retention: RetentionStep) -> None:
+    def _finish(self, step: int, retention: RetentionStep | None) -> None:
+        if retention is None or not retention.ran:
+            self._write({"craft_step": float(step + 1)})
+            if self.metrics:
+                self.metrics["fresh"] = 0.0
+            return
         self._float16 = retention.float16
         self._write(retention.state | {"craft_step": float(step + 1)})
         if not retention.metrics:
             self.metrics |= {"skipped": retention.state["craft_skipped"], "fresh": 0.0}
-        else:
-            self.metrics = retention.metrics | {"retention_step": float(step), "fresh": 1.0}
-            if self._layout is not None and not self._layout.first:
-                return  # the values are the same on every process: one of them reports
+            return
+        self.metrics = retention.metrics | {"retention_step": float(step), "fresh": 1.0}
+        if self._layout is None or self._layout.first:  # the values are the same on every process: one of them reports
             self._watch_cap()
             if self.on_metrics is not None:
                 self.on_metrics(dict(self.metrics))
@@ -467,8 +465,9 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.base_optimizer.defaults = defaults
 
     def __getattr__(self, name: str) -> Any:
-        # Only what schedule-free bases need: forwarding more would make a GradScaler trust the base's answers.
-        if name in ("train", "eval") and "base_optimizer" in self.__dict__:
+        # What schedule-free bases and transformers' AdafactorSchedule need, and no more: a GradScaler would trust the
+        # base's answers.
+        if name in ("train", "eval", "_get_lr") and "base_optimizer" in self.__dict__:
             return getattr(self.base_optimizer, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -532,6 +531,12 @@ class CraftOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} (epsilon: {self.epsilon}, dual: {self.controller})\n{self.base_optimizer!r}"
+
+
+def _without_gradients(parameters: Iterable[Tensor]) -> bool:
+    # FSDP1 may leave a process nothing but parameters without elements: it goes by the others' step.
+    here = [p.grad is None for p in parameters if p.numel() > 0]
+    return bool(here) and all(here)
 
 
 def _empty_wrapper() -> CraftOptimizer:

@@ -76,6 +76,11 @@ class RetentionStep:
         self._task: Gradients | None = None
         self._start = getattr(closure, "position", None)
 
+    @property
+    def ran(self) -> bool:
+        """Whether there was anything to merge."""
+        return self._task is not None
+
     @contextmanager
     def undone_after_errors(self) -> Iterator[None]:
         """Leaves the task gradients in `.grad`; after an exception also the anchors where they were."""

@@ -1,0 +1,317 @@
+"""Stop, save, load into fresh objects, go on: by every route the run that was never stopped, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from runs import BASES, assert_same, bare, network, new_run
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+
+from craft_optim import CraftOptimizer
+
+HALF, END = 12, 20
+
+
+# -- routes: save(run, folder) and load(fresh run, folder), of the model and the optimizer -----------------------------
+
+
+def _torch_save(run, folder):
+    torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, folder / "run.pt")
+
+
+def _torch_load(run, folder):
+    saved = torch.load(folder / "run.pt", weights_only=True)
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+
+
+def _base_load(run, folder):
+    """The state dict of a wrapper goes into a base, which is wrapped only then."""
+    saved = torch.load(folder / "run.pt", weights_only=True)
+    run.model.load_state_dict(saved["model"])
+    base = run.optimizer.base_optimizer
+    base.load_state_dict(saved["optimizer"])
+    run.optimizer = CraftOptimizer(base, run.retention, epsilon=run.optimizer.epsilon)
+    run.scheduler.optimizer = run.optimizer
+
+
+def _optimizer_only(**options):
+    options = StateDictOptions(**options)
+
+    def save(run, folder):
+        state = get_optimizer_state_dict(run.model, run.optimizer, options=options)
+        torch.save({"model": run.model.state_dict(), "optimizer": state}, folder / "run.pt")
+
+    def load(run, folder):
+        saved = torch.load(folder / "run.pt", weights_only=True)
+        run.model.load_state_dict(saved["model"])
+        set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=options)
+
+    return save, load
+
+
+def _parts(run, options):
+    model, optimizer = get_state_dict(run.model, run.optimizer, options=options)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _dcp(in_the_background=False, **options):
+    options = StateDictOptions(**options)
+
+    def save(run, folder):
+        if in_the_background:
+            return dcp.async_save(_parts(run, options), checkpoint_id=folder / "dcp").result
+        dcp.save(_parts(run, options), checkpoint_id=folder / "dcp")
+
+    def load(run, folder):
+        parts = _parts(run, options)
+        dcp.load(parts, checkpoint_id=folder / "dcp")
+        set_state_dict(
+            run.model,
+            run.optimizer,
+            model_state_dict=parts["model"],
+            optim_state_dict=parts["optimizer"],
+            options=options,
+        )
+
+    return save, load
+
+
+def _lerobot():
+    def save(run, folder):
+        from lerobot.optim import save_optimizer_state
+
+        torch.save(run.model.state_dict(), folder / "model.pt")
+        save_optimizer_state(run.optimizer, folder)
+
+    def load(run, folder):
+        from lerobot.optim import load_optimizer_state
+
+        run.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+        assert load_optimizer_state(run.optimizer, folder) is run.optimizer
+
+    return save, load
+
+
+ROUTES = {
+    "torch.save": (_torch_save, _torch_load),
+    "torch.save, into the base": (_torch_save, _base_load),
+    "get_optimizer_state_dict": _optimizer_only(),
+    "get_optimizer_state_dict, flattened": _optimizer_only(flatten_optimizer_state_dict=True),
+    "get_optimizer_state_dict, full": _optimizer_only(full_state_dict=True, cpu_offload=True),
+    "dcp.save": _dcp(),
+    "dcp.save, flattened": _dcp(flatten_optimizer_state_dict=True),
+    "dcp.async_save": _dcp(in_the_background=True),
+    "lerobot": _lerobot(),
+}
+
+
+@pytest.fixture
+def route(request):
+    name = request.param
+    if name == "lerobot":
+        pytest.importorskip("lerobot", reason="pip install 'craft-optim[lerobot]', Python >= 3.12")
+    if name == "dcp.async_save":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield ROUTES[name]
+    if name == "dcp.async_save":
+        dist.destroy_process_group()
+
+
+# torch's own limit: with full_state_dict it looks for the device of the state, of which SGD has none.
+CASES = [(r, b) for r in ROUTES for b in BASES if (r, b) != ("get_optimizer_state_dict, full", "SGD")]
+
+
+def go_on(run, before):
+    """What a resumed loop restores besides the model and the optimizer."""
+    run.scheduler.load_state_dict(before["scheduler"])
+    torch.set_rng_state(before["rng"])
+    return run.train(HALF, END).everything()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("route", "base"), CASES, indirect=["route"])
+def test_a_resumed_run_is_the_straight_one(cache, tmp_path, route, base):
+    save, load = route
+    expected = new_run(cache, base).train(0, END).everything()
+
+    first = new_run(cache, base).train(0, HALF)
+    before, calls = first.everything(), first.retention.calls
+    finish = save(first, tmp_path)
+    assert_same(before, first.everything(), "saving has moved something")
+    assert first.retention.calls == calls, "saving has run retention"
+    assert_same(expected, first.train(HALF, END).everything(), "saved, and gone on")
+    if finish is not None:  # what is written in the background is the moment of the call
+        finish()
+
+    resumed = new_run(cache, base)
+    load(resumed, tmp_path)
+    assert resumed.retention.calls == 0, "loading has run retention"
+    assert resumed.retention.position == HALF
+    assert resumed.optimizer.param_groups[0]["craft_step"] == HALF
+    assert_same(expected, go_on(resumed, before), "resumed")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_looking_at_an_optimizer_before_its_first_step_moves_nothing(cache, base):
+    """torch.distributed.checkpoint steps on zeros then, to have a state to look at: as much as it moves a bare base."""
+    other = new_run(cache, base)
+    get_optimizer_state_dict(other.model, other.optimizer.base_optimizer)
+    expected = other.train(0, HALF).everything()
+
+    run = new_run(cache, base)
+    for _ in range(3):
+        get_optimizer_state_dict(run.model, run.optimizer)
+    assert run.retention.calls == run.retention.position == 0
+    assert run.optimizer.metrics == {}
+    assert_same(expected, run.train(0, HALF).everything())
+
+
+# -- lerobot -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_lerobots_training_state_brings_everything_back(cache, tmp_path, base):
+    common = pytest.importorskip("lerobot.common.train_utils", reason="pip install 'craft-optim[lerobot]'")
+    first = new_run(cache, base).train(0, HALF)
+    common.save_training_state(tmp_path, HALF, first.optimizer, first.scheduler)
+    weights = copy.deepcopy(first.model.state_dict())
+    expected = first.train(HALF, END).everything()
+
+    resumed = new_run(cache, base)
+    resumed.model.load_state_dict(weights)
+    step, optimizer, scheduler = common.load_training_state(tmp_path, resumed.optimizer, resumed.scheduler)
+    assert (step, optimizer, scheduler) == (HALF, resumed.optimizer, resumed.scheduler)
+    assert_same(expected, resumed.train(HALF, END).everything())
+
+
+def test_lerobot_wants_a_plain_checkpoint_in_the_base_which_is_wrapped_then(cache, tmp_path):
+    optim = pytest.importorskip("lerobot.optim", reason="pip install 'craft-optim[lerobot]', Python >= 3.12")
+    plain = new_run(cache, wrap=bare).train(0, HALF)
+    optim.save_optimizer_state(plain.optimizer, tmp_path)
+
+    wrapped = new_run(cache)
+    with pytest.raises(ValueError, match="keys do not match"):
+        optim.load_optimizer_state(wrapped.optimizer, tmp_path)
+
+    base = new_run(cache, wrap=bare).optimizer
+    optim.load_optimizer_state(base, tmp_path)
+    craft = CraftOptimizer(base, wrapped.retention)
+    assert_same(plain.optimizer.state_dict()["state"], craft.state_dict()["state"])
+    assert craft.param_groups[0]["craft_step"] == 0.0
+
+
+# -- state dicts of other versions -------------------------------------------------------------------------------------
+
+
+def _without(*names):
+    return lambda group: [group.pop(name) for name in names]
+
+
+OTHERS_OF_OURS = {
+    "before craft_skipped": _without("craft_skipped"),
+    "before the float16 scale": _without("craft_scale", "craft_scale_passes"),
+    "with more keys": lambda group: group.update(craft_forgotten=3.0, craft_dual_average=1.0),
+    "with integers": lambda group: group.update(craft_step=HALF, craft_anchor_position=HALF),
+    "with tensors": lambda group: group.update(
+        {k: torch.tensor(v, dtype=torch.float64) for k, v in ours(group).items()}
+    ),
+}
+
+
+def ours(group):
+    return {key: value for key, value in group.items() if key.startswith("craft_")}
+
+
+@pytest.mark.parametrize("other", OTHERS_OF_OURS)
+def test_a_state_dict_of_another_version_of_ours_goes_on(cache, other):
+    first = new_run(cache).train(0, HALF)
+    before = first.everything()
+    expected = first.train(HALF, END).everything()
+
+    saved = copy.deepcopy(before)
+    for group in saved["optimizer"]["param_groups"]:
+        OTHERS_OF_OURS[other](group)
+    resumed = new_run(cache)
+    resumed.model.load_state_dict(saved["model"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    (group,) = resumed.optimizer.param_groups
+    assert ours(group) == ours(before["optimizer"]["param_groups"][0])
+    assert all(type(value) is float for value in ours(group).values())
+    assert_same(expected, go_on(resumed, before))
+
+
+def test_without_our_keys_lambda_and_step_start_anew_also_in_a_used_optimizer(cache):
+    first = new_run(cache).train(0, HALF)
+    before = first.everything()
+    fresh = ours(new_run(cache).optimizer.param_groups[0])
+    plain = copy.deepcopy(before)
+    _without(*fresh)(plain["optimizer"]["param_groups"][0])
+
+    results = []
+    for used in (False, True):
+        run = new_run(cache)
+        if used:
+            run.train(0, 5)
+        run.model.load_state_dict(plain["model"])
+        run.optimizer.load_state_dict(copy.deepcopy(plain["optimizer"]))
+        run.retention.position = HALF
+        assert ours(run.optimizer.param_groups[0]) == fresh | {"craft_anchor_position": 5.0 * used}
+        results.append(go_on(run, before))
+    assert results[0]["optimizer"]["param_groups"][0]["craft_step"] == END - HALF
+    assert_same(*results)
+
+
+OTHERS_OF_TORCH = {
+    "AdamW": ["foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"],
+    "SGD": ["maximize", "foreach", "differentiable", "fused"],
+}
+
+
+@pytest.mark.parametrize("base", OTHERS_OF_TORCH)
+def test_a_state_dict_of_an_older_torch_is_mended_as_the_base_mends_it(cache, base):
+    first = new_run(cache, base, wrap=bare).train(0, HALF)
+    before = copy.deepcopy(first.model.state_dict()), copy.deepcopy(first.optimizer.state_dict())
+    for group in before[1]["param_groups"]:
+        _without(*OTHERS_OF_TORCH[base])(group)
+    for state in before[1]["state"].values():
+        if "step" in state:
+            state["step"] = int(state["step"])
+    results = []
+    for wrap in (bare, lambda base, *_, **__: CraftOptimizer(base), CraftOptimizer):
+        run = new_run(cache, base, wrap=wrap)
+        run.model.load_state_dict(before[0])
+        run.optimizer.load_state_dict(copy.deepcopy(before[1]))
+        run.retention.position = HALF
+        run.train(HALF, END)
+        (group,) = run.optimizer.param_groups
+        group = {k: v for k, v in group.items() if k != "params" and not k.startswith("craft_")}
+        assert set(OTHERS_OF_TORCH[base]) <= set(group)
+        results.append(([p.detach() for p in run.model.parameters()], group))
+    assert_same(results[0], results[1])
+    assert_same(results[0][1], results[2][1])
+
+
+@pytest.mark.parametrize("named_then", [False, True])
+@pytest.mark.parametrize("named_now", [False, True])
+def test_parameter_names_in_state_dicts_are_treated_as_the_base_treats_them(named_then, named_now):
+    def optimizer(named, wrap):
+        model = network()
+        return wrap(torch.optim.AdamW(model.named_parameters() if named else model.parameters()))
+
+    saved = optimizer(named_then, CraftOptimizer).state_dict()
+    assert ("param_names" in saved["param_groups"][0]) == named_then
+    results = []
+    for wrap in (lambda base: base, CraftOptimizer):
+        loading = optimizer(named_now, wrap)
+        loading.load_state_dict(saved)
+        results.append(loading.state_dict()["param_groups"])
+    assert_same(*results)
