@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
+
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK, environment
 from metaworld_pi0_fast.batches import PreparedFrames
 from metaworld_pi0_fast.demonstrations import Pushes, load_frames, open_dataset

@@ -5,9 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import pi0_fast_craft as example
 import pytest
 import torch
+
+pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
+
+import pi0_fast_craft as example
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
 from metaworld_pi0_fast.policy import load_policy
 from metaworld_pi0_fast.summary import Outcome, summarise
