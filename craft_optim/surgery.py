@@ -53,6 +53,8 @@ _BLOCK_ACCELERATOR = 1 << 26
 # Below this many elements a Python call per tensor costs more than the second pass of two foreach calls.
 _FOREACH_BELOW = {"cpu": 1 << 14}
 _FOREACH_BELOW_ACCELERATOR = 1 << 20
+# Devices whose scalars are read one by one; those of others in one read at the end, for which the host has to wait.
+_READ_AT_ONCE = frozenset({"cpu"})
 # Sums of squares outside this range may have over- or underflowed in float32 and are formed again in float64.
 _TRUSTED = (1e-30, 1e37)
 
@@ -260,7 +262,7 @@ def _products(
     on_device: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
 
     def add(row: int, i: int, value: Tensor) -> None:
-        if value.device.type == "cpu":
+        if value.device.type in _READ_AT_ONCE:
             sums[row, i] += value.item()
         else:
             on_device.setdefault(value.device, []).append((row, i, value.double()))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from craft_optim import surgery
 from craft_optim._reference import reference_gram, reference_merge
 from craft_optim.functional import gram, project_and_merge_
+from craft_optim.surgery import inner_products
 
 SHAPES = [(3,), (), (0,), (7, 5), (2, 3, 4, 4), (200, 130), (300, 300)]
 # Relative to the largest element of a tensor: one rounding of the result, and for the two foreach passes one more.
@@ -293,3 +295,19 @@ def test_bad_arguments_of_the_functional_form(argument, value):
 def test_unknown_granularity():
     with pytest.raises(ValueError, match="layer"):
         surgery.blocks_of("layer", [1])
+
+
+@pytest.mark.parametrize("reduce", [None, lambda sums: 0.5 * sums], ids=["one process", "several"])
+def test_a_device_that_is_read_once_gives_the_same(monkeypatch, reduce):
+    """The path of accelerators, taken by a CPU."""
+    generator = torch.Generator().manual_seed(3)
+    task = [torch.randn(n, generator=generator) for n in (5, 100_000, 3)] + [None]
+    retention = [torch.randn(5, generator=generator), torch.randn(100_000, generator=generator), None, None]
+    scalars = torch.tensor(0.25), torch.tensor(4.0)
+    expected, values = inner_products(task, retention, *scalars, reduce=reduce)
+    assert values == ([0.25, 4.0] if reduce is None else [0.125, 2.0])
+    monkeypatch.setattr(surgery, "_READ_AT_ONCE", frozenset())
+    products, read = inner_products(task, retention, *scalars, reduce=reduce)
+    assert read == values
+    for column, reference in zip(products, expected, strict=True):
+        np.testing.assert_allclose(column, reference, rtol=1e-12)

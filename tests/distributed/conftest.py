@@ -1,6 +1,5 @@
 """Several gloo processes on one machine, kept for many cases: starting them costs more than running one."""
 
-import importlib.util
 import os
 import pickle
 import selectors
@@ -15,13 +14,11 @@ from craft_optim import anchors
 
 pytest.importorskip("torch.distributed.fsdp")
 
-spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
-cases = sys.modules["cases"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+sys.path.insert(0, str(Path(__file__).parent))  # for `cases`, as in the workers
 
 
 class Processes:
-    """`run(world_size, case, **arguments)` -> what the function of that name in cases.py returned on each rank."""
+    """`run(world_size, "module.function", **arguments)` -> what that function returned on each rank."""
 
     def __init__(self, folder):
         self.folder, self.workers, self.calls = folder, [], 0
@@ -75,6 +72,8 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
+    import cases
+
     path = tmp_path_factory.mktemp("anchors") / "cache"
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     anchors.build(cases.network(), inputs.split(10), path, layers=["blocks.0"], progress=False)
@@ -89,7 +88,7 @@ def alone(processes, cache):
     def run(**arguments):
         key = repr(sorted(arguments.items()))
         if key not in runs:
-            runs[key] = processes.run(1, "train", cache=cache, **arguments)[0]
+            runs[key] = processes.run(1, "cases.train", cache=cache, **arguments)[0]
         return runs[key]
 
     return run

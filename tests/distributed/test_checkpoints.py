@@ -27,10 +27,10 @@ WAYS = [(way, o) for way in ("ddp", "fsdp2", "fsdp1") for o in OPTIONS if way !=
 @pytest.mark.parametrize(("parallel", "options"), WAYS)
 def test_resumed_is_straight_bit_for_bit(processes, cache, tmp_path, parallel, options, base):
     arguments = {"cache": cache, "parallel": parallel, "base": base}
-    straight = processes.run(2, "train", steps=5, **arguments)
-    first = processes.run(2, "train", steps=3, save=str(tmp_path / "saved"), **arguments, **OPTIONS[options])
+    straight = processes.run(2, "cases.train", steps=5, **arguments)
+    first = processes.run(2, "cases.train", steps=3, save=str(tmp_path / "saved"), **arguments, **OPTIONS[options])
     resumed = processes.run(
-        2, "train", steps=5, load=str(tmp_path / "saved"), options=OPTIONS[options].get("options"), **arguments
+        2, "cases.train", steps=5, load=str(tmp_path / "saved"), options=OPTIONS[options].get("options"), **arguments
     )
     for a, b, c in zip(straight, first, resumed, strict=True):
         assert a["metrics"] == b["metrics"] + c["metrics"], "saving, or the priming step in it, has moved something"
@@ -51,7 +51,7 @@ def test_resumed_is_straight_bit_for_bit(processes, cache, tmp_path, parallel, o
 def test_resumed_on_another_number_of_ranks(processes, cache, alone, assert_same_run, tmp_path, before, after):
     """With the same number of anchors in all per step, the run is the one that a single process would have made."""
     world_size, parallel = before
-    processes.run(world_size, "train", cache=cache, parallel=parallel, steps=3, save=str(tmp_path / "saved"))
+    processes.run(world_size, "cases.train", cache=cache, parallel=parallel, steps=3, save=str(tmp_path / "saved"))
     world_size, parallel = after
-    ranks = processes.run(world_size, "train", cache=cache, parallel=parallel, load=str(tmp_path / "saved"))
+    ranks = processes.run(world_size, "cases.train", cache=cache, parallel=parallel, load=str(tmp_path / "saved"))
     assert_same_run(ranks, alone(), steps=slice(3, None))

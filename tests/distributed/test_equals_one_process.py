@@ -22,7 +22,7 @@ WAYS = {
 @pytest.mark.parametrize("closure", ["logits", "hidden"])
 @pytest.mark.parametrize(("world_size", "parallel"), [(n, way) for n, ways in WAYS.items() for way in ways])
 def test_every_way_to_spread_a_model(processes, cache, alone, assert_same_run, world_size, parallel, closure):
-    ranks = processes.run(world_size, "train", cache=cache, parallel=parallel, closure=closure)
+    ranks = processes.run(world_size, "cases.train", cache=cache, parallel=parallel, closure=closure)
     assert_same_run(ranks, alone(closure=closure))
 
 
@@ -47,23 +47,23 @@ def test_the_runs_compared_are_not_trivial(alone):
     ids=lambda s: " ".join(s),
 )
 def test_settings(processes, cache, alone, assert_same_run, parallel, settings):
-    assert_same_run(processes.run(2, "train", cache=cache, parallel=parallel, **settings), alone(**settings))
+    assert_same_run(processes.run(2, "cases.train", cache=cache, parallel=parallel, **settings), alone(**settings))
 
 
 @pytest.mark.parametrize(("world_size", "parallel"), [(2, "ddp"), (4, "fsdp2"), (4, "fsdp2 x tp")])
 def test_ranks_with_different_numbers_of_valid_positions(
     processes, cache, alone, assert_same_run, world_size, parallel
 ):
-    ranks = processes.run(world_size, "train", cache=cache, parallel=parallel, closure="masked")
+    ranks = processes.run(world_size, "cases.train", cache=cache, parallel=parallel, closure="masked")
     assert_same_run(ranks, alone(closure="masked"))
 
 
 @pytest.mark.parametrize("closure", ["logits", "hidden"])
 @pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "ddp unused", "ddp static graph"])
 def test_a_closure_may_run_the_module_within_ddp(processes, cache, alone, assert_same_run, parallel, closure):
-    ranks = processes.run(2, "train", cache=cache, parallel=parallel, closure=closure, through="module")
+    ranks = processes.run(2, "cases.train", cache=cache, parallel=parallel, closure=closure, through="module")
     assert_same_run(ranks, alone(closure=closure))
 
 
 def test_gradients_averaged_by_hand(processes, cache, alone, assert_same_run):
-    assert_same_run(processes.run(2, "train", cache=cache, parallel="plain", average_by_hand=True), alone())
+    assert_same_run(processes.run(2, "cases.train", cache=cache, parallel="plain", average_by_hand=True), alone())

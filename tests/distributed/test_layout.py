@@ -16,7 +16,7 @@ KINDS = {
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_average_is_the_mean_with_missing_gradients_as_zeros(processes, kinds, world_size):
-    for rank in processes.run(world_size, "average_of", seed=7, kinds=KINDS[kinds]):
+    for rank in processes.run(world_size, "cases.average_of", seed=7, kinds=KINDS[kinds]):
         for found, dense, expected in rank:
             if expected is None:
                 assert found is None
@@ -27,12 +27,14 @@ def test_average_is_the_mean_with_missing_gradients_as_zeros(processes, kinds, w
 
 def test_sparse_gradients_stay_sparse(processes):
     assert all(
-        found.is_sparse for rank in processes.run(2, "average_of", seed=7, kinds=["s", "sn"]) for found, *_ in rank
+        found.is_sparse
+        for rank in processes.run(2, "cases.average_of", seed=7, kinds=["s", "sn"])
+        for found, *_ in rank
     )
 
 
 def test_parameters_that_only_some_ranks_reach_stay_replicas(processes):
-    (first, first_metrics), (second, second_metrics) = processes.run(2, "subset_per_rank")
+    (first, first_metrics), (second, second_metrics) = processes.run(2, "cases.subset_per_rank")
     assert first_metrics == second_metrics
     for name, p in first.items():
         assert torch.equal(p, second[name]), name
@@ -40,7 +42,7 @@ def test_parameters_that_only_some_ranks_reach_stay_replicas(processes):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_anchors_that_are_not_finite_on_one_rank_skip_the_step_on_all(processes, parallel):
-    ranks = processes.run(2, "report", parallel=parallel, poison=1)
+    ranks = processes.run(2, "cases.report", parallel=parallel, poison=1)
     assert [rank["skipped"] for rank in ranks] == [1.0, 1.0]
     assert ranks[0]["lambda"] == ranks[1]["lambda"]
     assert ranks[0]["sum"] == pytest.approx(ranks[1]["sum"], abs=0)
@@ -48,7 +50,7 @@ def test_anchors_that_are_not_finite_on_one_rank_skip_the_step_on_all(processes,
 
 
 def test_one_process_reports(processes):
-    assert [rank["sunk"] for rank in processes.run(2, "report", parallel="ddp")] == [2, 0]
+    assert [rank["sunk"] for rank in processes.run(2, "cases.report", parallel="ddp")] == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -63,24 +65,24 @@ def test_one_process_reports(processes):
     ],
 )
 def test_ranks_that_see_different_data_get_different_anchors(processes, world_size, parallel, shared):
-    ranks = processes.run(world_size, "report", parallel=parallel)
+    ranks = processes.run(world_size, "cases.report", parallel=parallel)
     assert [rank["shared"] for rank in ranks] == shared
 
 
 def test_replicas_that_nobody_averages_are_refused(processes):
-    for rank in processes.run(2, "report", parallel="plain"):
+    for rank in processes.run(2, "cases.report", parallel="plain"):
         assert "process_group=False" in rank["error"]
 
 
 def test_processes_may_train_models_of_their_own(processes):
-    ranks = processes.run(2, "report", parallel="plain", process_group=False)
+    ranks = processes.run(2, "cases.report", parallel="plain", process_group=False)
     assert [rank["shared"] for rank in ranks] == [None, None]
     assert [rank["sunk"] for rank in ranks] == [2, 2]
     assert ranks[0]["sum"] != ranks[1]["sum"], "each has seen other data"
 
 
 def test_plain_parameters_beside_sharded_ones_need_a_group(processes):
-    (refused, one), (_, two) = processes.run(2, "ignored_parameter")
+    (refused, one), (_, two) = processes.run(2, "cases.ignored_parameter")
     assert "process_group" in refused
     for name, p in one.items():
         assert torch.equal(p, two[name]), name
@@ -88,5 +90,5 @@ def test_plain_parameters_beside_sharded_ones_need_a_group(processes):
 
 def test_priming_is_agreed_on(processes):
     """All zero everywhere: the base primes its state. All zero on one shard: a step."""
-    for rank in processes.run(2, "priming"):
+    for rank in processes.run(2, "cases.priming"):
         assert rank == [(0, 0.0), (1, 1.0)]

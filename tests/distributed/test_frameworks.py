@@ -1,0 +1,19 @@
+"""Frameworks that spread a run over processes themselves: still what one process does with the whole batch."""
+
+import pytest
+
+
+@pytest.mark.parametrize("framework", ["accelerate", "trainer", "lightning"])
+def test_ddp(processes, cache, alone, assert_same_run, framework):
+    for library in {"trainer": ("transformers", "accelerate")}.get(framework, (framework,)):
+        pytest.importorskip(library)
+    ((_, one),) = processes.run(1, f"frameworks.{framework}", cache=cache)
+    ranks = processes.run(2, f"frameworks.{framework}", cache=cache)
+    assert [wrapper for wrapper, _ in ranks] == ["DistributedDataParallel"] * 2
+    runs = [run for _, run in ranks]
+    if framework == "trainer":  # which sees metrics through a sink, and of several processes one reports
+        assert runs[1]["metrics"] == []
+        runs[1]["metrics"] = runs[0]["metrics"]
+    assert_same_run(runs, one)
+    if framework != "trainer":  # the Trainer's base has other defaults
+        assert_same_run(runs, alone())
