@@ -8,7 +8,7 @@ import torch.distributed as dist
 from cases import ANCHORS, BASES, BATCH, full, network, samples
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from craft_optim import CraftOptimizer
 from craft_optim.anchors import AnchorCache, LogitRetention
@@ -142,7 +142,8 @@ def lightning(cache):
             wrappers.add(type(self.trainer.strategy.model).__name__)
             metrics.append(dict(craft.metrics))
 
-    loader = DataLoader(Samples(), batch_size=BATCH // dist.get_world_size())
+    in_order = DistributedSampler(Samples(), shuffle=False)  # Lightning's own would shuffle
+    loader = DataLoader(Samples(), batch_size=BATCH // dist.get_world_size(), sampler=in_order)
     with tempfile.TemporaryDirectory() as folder:
         run = pl.Trainer(
             accelerator="cpu",
