@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+from craft_optim._warn import warn
 from craft_optim.distributed import Layout, find_layout
 from craft_optim.dual import Controller, DualAscent, make_controller
 from craft_optim.gradients import all_zero, gradients_of
@@ -265,10 +265,9 @@ class CraftOptimizer(torch.optim.Optimizer):
         if self.retention_closure is None:
             if self._lost_closure:
                 self._lost_closure = False
-                warnings.warn(
+                warn(
                     "This CraftOptimizer was unpickled, which leaves its retention closure behind: it now steps "
                     "without retention. Set `optimizer.retention_closure` again.",
-                    stacklevel=2,
                 )
             return self._step_base(closure)
 
@@ -379,12 +378,11 @@ class CraftOptimizer(torch.optim.Optimizer):
         self._steps_at_cap = self._steps_at_cap + 1 if stuck else 0
         if self._steps_at_cap == _PATIENCE_AT_CAP and not self._warned_at_cap:
             self._warned_at_cap = True
-            warnings.warn(
+            warn(
                 f"lambda has been at its cap for {_PATIENCE_AT_CAP} retention steps while the drift "
                 f"({self.metrics['retention_loss']:.3g}) is above epsilon ({self.metrics['epsilon']:.3g}). The "
                 f"constraint is not met: raise epsilon, raise rho (now {self.rho:g}), lower retention_every (now "
                 f"{self.retention_every}), or lower the learning rate.",
-                stacklevel=4,
             )
 
     def _forget_circumstances(self) -> None:

@@ -1,17 +1,17 @@
 """The retention side of one optimizer step: from task gradients in `.grad` to merged gradients in `.grad`."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from craft_optim import scaling
+from craft_optim._warn import warn
 from craft_optim.distributed import Layout
 from craft_optim.dual import Controller, Update
 from craft_optim.gradients import Gradients, gradients_of, put, set_aside
@@ -33,6 +33,26 @@ class Rules:
     merge: Merge
     granularity: Granularity
     max_grad_norm: float | None
+
+
+class _Measured(NamedTuple):
+    """Of one retention pass.
+
+    Attributes:
+        task: The task gradients, what of them is on this process.
+        retention: The retention gradients times `scale`, what of them is on this process.
+        whole: The same as autograd left them.
+        products: Inner products over all processes, without the scale.
+        loss: L_ret.
+        scale: The private loss scale; 1 without float16.
+    """
+
+    task: Gradients
+    retention: Gradients
+    whole: Gradients
+    products: Products
+    loss: float
+    scale: float
 
 
 class RetentionStep:
@@ -101,26 +121,9 @@ class RetentionStep:
     def merge(self) -> None:
         """Runs the retention pass and points `.grad` at the merged gradients, or at the task's if it was not finite."""
         self._task = gradients_of(self._parameters)
-        while True:
-            self._rewind()  # a line search evaluates more than once: always on the same anchors
-            with record_function("CraftOptimizer.retention"):
-                loss, retention, scale = self._retention_gradients()
-            with record_function("CraftOptimizer.merge"):
-                task, retention = self._local(self._task, retention)
-                reduce = None if self._layout is None else self._layout.reduce(self._parameters)
-                scaled, (value,) = inner_products(task, retention, loss, reduce=reduce)
-                products = Products(scaled.tt, scaled.rr / scale**2, scaled.tr / scale)
-            gram = products.gram()
-            overflowed = math.isfinite(value) and math.isfinite(gram.tt) and not gram.finite
-            if not (overflowed and scale > 1.0):
-                break
-            del retention
-            self.state |= scaling.shrunk(self.state)
-        if self._start is not None:
-            self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
+        task, retention, whole, products, value, scale = self._measured(self._task)
+        gram = products.gram()
         if not (math.isfinite(value) and gram.finite):
-            if overflowed and self.float16:
-                self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
             self._skip(value, gram.tt, gram.rr)
             return
         if self.float16:
@@ -147,7 +150,9 @@ class RetentionStep:
         coefficients = [Weights(c.task, c.retention / scale, c.projected) for c in decision.coefficients]
         with record_function("CraftOptimizer.merge"):
             merged = merge_(task, retention, coefficients)
-            put(self._parameters, merged if self._layout is None else self._layout.wrapped(merged, self._parameters))
+            if self._layout is not None:
+                merged = self._layout.wrapped(merged, self._parameters, self._task, whole)
+            put(self._parameters, merged)
         if not self.metrics:  # of a line search, the first evaluation: where the step began
             self.metrics = {
                 "retention_loss": value,
@@ -165,6 +170,33 @@ class RetentionStep:
                 "clipped": float(decision.clipped),
                 "skipped": self.state["craft_skipped"],
             }
+
+    def _measured(self, task: Gradients) -> "_Measured":
+        """Runs the retention pass and the inner products.
+
+        Repeats a pass whose gradients have overflowed, as long as a smaller scale may help.
+        """
+        reduce = None if self._layout is None else self._layout.reduce(self._parameters)
+        while True:
+            self._rewind()  # a line search evaluates more than once: always on the same anchors
+            with record_function("CraftOptimizer.retention"):
+                loss, whole, scale = self._retention_gradients()
+            with record_function("CraftOptimizer.merge"):
+                here = self._local(task, whole)
+                scaled, (value,) = inner_products(*here, loss, reduce=reduce)
+            products = Products(scaled.tt, scaled.rr / scale**2, scaled.tr / scale)
+            gram = products.gram()
+            overflowed = math.isfinite(value) and math.isfinite(gram.tt) and not gram.finite
+            if not (overflowed and self.float16):
+                break
+            if scale == 1.0:
+                self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
+                break
+            self.state |= scaling.shrunk(self.state)
+            del whole, here
+        if self._start is not None:
+            self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
+        return _Measured(*here, whole, products, value, scale)
 
     def _retention_gradients(self) -> tuple[Tensor, Gradients, float]:
         """L_ret, the gradients of `scale` times it, and scale; every `.grad` it could reach is set aside meanwhile."""
@@ -213,11 +245,10 @@ class RetentionStep:
         culprit = "task gradient" if not math.isfinite(tt) else "retention pass"
         first = self._layout is None or self._layout.first
         if first and self.state["craft_skipped"] in (1.0, 10.0, 100.0, 1000.0):
-            warnings.warn(
+            warn(
                 f"The {culprit} is not finite (L_ret = {loss:g}, |g_ret|^2 = {rr:g}, |g_task|^2 = {tt:g}): step "
                 f"{int(self.state['craft_step'])} used the task gradient alone, lambda is unchanged. Skipped so far: "
                 f"{int(self.state['craft_skipped'])} (reported again at 10, 100, 1000).",
-                stacklevel=8,
             )
 
 

@@ -853,6 +853,7 @@ def test_a_cap_that_binds_for_long_is_reported_once():
     with pytest.warns(UserWarning, match="at its cap") as caught:
         train(model, craft, 250)
     assert len(caught) == 1
+    assert caught[0].filename == __file__, "it points at the line that stepped"
 
 
 @pytest.mark.parametrize(

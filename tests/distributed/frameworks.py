@@ -7,11 +7,13 @@ import torch
 import torch.distributed as dist
 from cases import ANCHORS, BASES, BATCH, full, network, samples
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from craft_optim import CraftOptimizer
-from craft_optim.anchors import AnchorCache, LogitRetention
+from craft_optim.anchors import AnchorCache, LogitRetention, OnlineRetention
 
 STEPS = 6
 
@@ -158,3 +160,29 @@ def lightning(cache):
         )
         run.fit(Module(), loader)
     return wrappers.pop(), _outcome(model, craft, retention, metrics)
+
+
+def peft(parallel):
+    """LoRA, its teacher the same model with the adapters switched off, on whichever process holds which part."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(network(), LoraConfig(target_modules=["up", "down"], r=4))
+    if parallel == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        wrapped = model
+        for module in (*model.base_model.model.blocks, model) if parallel == "fsdp2" else ():
+            fully_shard(module)
+    share, rank = dist.get_world_size(), dist.get_rank()
+    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    retention = OnlineRetention(model, inputs, ANCHORS // share, mask=lambda x: x[:, 0] > 0.3)
+    trainable = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = CraftOptimizer(BASES["adamw"](trainable), retention, epsilon=1e-3)
+    metrics = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = (t.chunk(share)[rank] for t in samples(step))
+        cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        metrics.append(dict(optimizer.metrics))
+    return parallel, _outcome(wrapped, optimizer, retention, metrics)

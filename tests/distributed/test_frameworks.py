@@ -17,3 +17,12 @@ def test_ddp(processes, cache, alone, assert_same_run, framework):
     assert_same_run(runs, one)
     if framework != "trainer":  # the Trainer's base has other defaults
         assert_same_run(runs, alone())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_lora_with_a_teacher_that_runs_beside_it(processes, assert_same_run, parallel):
+    pytest.importorskip("peft")
+    ((_, one),) = processes.run(1, "frameworks.peft", parallel="plain")
+    assert one["metrics"][0]["retention_loss"] == 0.0
+    assert one["metrics"][-1]["retention_loss"] > 1e-3
+    assert_same_run([run for _, run in processes.run(2, "frameworks.peft", parallel=parallel)], one)

@@ -1,0 +1,16 @@
+"""Warnings that point at the line of the user's that led to them, not into torch's wrappers around `step`."""
+
+import sys
+import warnings
+
+__all__ = ["warn"]
+
+_NOT_THE_USER = ("craft_optim", "torch")
+
+
+def warn(message: str) -> None:
+    """A UserWarning, attributed to the nearest caller outside of this package and torch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
