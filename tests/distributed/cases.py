@@ -10,6 +10,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -30,6 +31,7 @@ BATCH, ANCHORS = 8, 8  # of all processes together
 BASES = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "zero 1": lambda p: ZeroRedundancyOptimizer(list(p), torch.optim.AdamW, lr=1e-2),
     "stateless": lambda p: torch.optim.SGD(p, lr=0.1),
 }
 

@@ -67,3 +67,7 @@ def test_a_closure_may_run_the_module_within_ddp(processes, cache, alone, assert
 
 def test_gradients_averaged_by_hand(processes, cache, alone, assert_same_run):
     assert_same_run(processes.run(2, "cases.train", cache=cache, parallel="plain", average_by_hand=True), alone())
+
+
+def test_torchs_own_zero_1_as_base(processes, cache, alone, assert_same_run):
+    assert_same_run(processes.run(2, "cases.train", cache=cache, parallel="ddp", base="zero 1"), alone())
