@@ -12,6 +12,8 @@ sharded or replicated. One all-reduce forms all sums; its result, and so every d
 | plain, on N processes (DDP) | averaged here | 1/N |
 | DTensors (FSDP2, HSDP, TP) | reduced by FSDP2's own hooks | 1 / (replicas within the mesh x processes outside of it) |
 | FSDP1's | reduced by FSDP1's own hooks | size of the shard group / N |
+
+Imported when it is needed: torch's distributed packages take longer to import than all of this one.
 """
 
 import gc
@@ -19,22 +21,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from craft_optim.gradients import Gradients
 
-if dist.is_available():
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-    from torch.nn.parallel import DistributedDataParallel
-
 __all__ = ["Layout", "average", "find_layout"]
-
-Group = Any  # dist.ProcessGroup, a name that torch builds without distributed do not have
 
 # Bytes that are copied into one buffer and averaged by one collective.
 _BUCKET = 1 << 25
@@ -46,18 +47,18 @@ class Layout:
 
     Attributes:
         everyone: Groups; a sum over one after another is the sum over all processes that decide together.
-        averaged_over: Group over which gradients that nobody else reduces are averaged; None if there are none.
+        averaged_over: ProcessGroup over which gradients that nobody else reduces are averaged; None if there are none.
         rank: This process' place among those that see different data.
         world_size: Their number. Smaller than the number of all under tensor parallelism.
         ddp: DDP modules, whose own reduction is off during a retention pass.
         fsdp1: id of a parameter that FSDP1 sharded -> number of processes it is sharded over.
     """
 
-    everyone: tuple[Group, ...]
-    averaged_over: Group | None
+    everyone: tuple[ProcessGroup, ...]
+    averaged_over: ProcessGroup | None
     rank: int
     world_size: int
-    ddp: tuple["DistributedDataParallel", ...] = ()
+    ddp: tuple[DistributedDataParallel, ...] = ()
     fsdp1: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -107,21 +108,19 @@ class Layout:
         """Averages, in place, the gradients that no hook has reduced. See `average`."""
         if self.averaged_over is None:
             return gradients
-        mine = [i for i, p in enumerate(parameters) if self._is_unreduced(p)]
-        reduced = average(
-            [_local(gradients[i]) for i in mine], [_local(parameters[i]) for i in mine], self.averaged_over
-        )
+        wanted = set(dist.get_process_group_ranks(self.averaged_over))
+
+        def is_reduced(p: Tensor) -> bool:
+            # By FSDP2, if the parameter's mesh spans the group; a mesh of tensor parallelism does not.
+            return wanted <= _ranks(p.device_mesh) if isinstance(p, DTensor) else id(p) in self.fsdp1
+
+        mine = [i for i, p in enumerate(parameters) if not is_reduced(p)]
+        local = [_local(gradients[i]) for i in mine]
+        reduced = average(local, [_local(parameters[i]) for i in mine], self.averaged_over)
         result = list(gradients)
         for i, g in zip(mine, reduced, strict=True):
             result[i] = None if g is None else _like(g, parameters[i])
         return result
-
-    def _is_unreduced(self, p: Tensor) -> bool:
-        if isinstance(p, DTensor):  # by FSDP2, if its mesh spans the group; a mesh of tensor parallelism does not
-            return not set(dist.get_process_group_ranks(self.averaged_over)) <= set(
-                p.device_mesh.mesh.flatten().tolist()
-            )
-        return id(p) not in self.fsdp1
 
     def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
         """What of the gradients is on this process: plain tensors, sharded as the parameters are."""
@@ -171,7 +170,7 @@ def _like(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average(gradients: Gradients, parameters: Sequence[Tensor], group: Group) -> Gradients:
+def average(gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGroup) -> Gradients:
     """The mean of each gradient over the group.
 
     Two collectives at least: one says which gradients exist anywhere (a gradient that is None here but not elsewhere
@@ -233,8 +232,10 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def find_layout(parameters: Sequence[Tensor], process_group: Group | Literal[False] | None) -> Layout | None:
-    """How the parameters are spread over processes; None for a process that decides alone.
+def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Literal[False] | None) -> Layout | None:
+    """How the parameters are spread over processes; None for a process that decides alone, on plain tensors.
+
+    torch.distributed must be initialised.
 
     Args:
         parameters: The optimizer's, as they are when training begins.
@@ -244,13 +245,14 @@ def find_layout(parameters: Sequence[Tensor], process_group: Group | Literal[Fal
     Raises:
         RuntimeError: There are several processes, and nothing shows whether plain parameters are replicas.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    several = dist.get_world_size() > 1
+    meshes = [p.device_mesh for p in parameters if isinstance(p, DTensor)]
+    if not (several or meshes):
         return None
     modules = _parallel_modules(parameters)
     ddp = tuple(m for m in modules if isinstance(m, DistributedDataParallel))
     fsdp1 = [m for m in modules if isinstance(m, FullyShardedDataParallel)]
     fsdp2 = [info for m in modules if isinstance(m, FSDPModule) for info in _mesh_infos(m)]
-    meshes = [p.device_mesh for p in parameters if isinstance(p, DTensor)]
 
     sharded: dict[int, int] = {}
     for module in fsdp1:
@@ -263,7 +265,7 @@ def find_layout(parameters: Sequence[Tensor], process_group: Group | Literal[Fal
     if process_group is None and ddp:
         group = ddp[0].process_group
     plain = [p for p in parameters if not isinstance(p, DTensor) and id(p) not in sharded]
-    if group is None and process_group is None and plain and (fsdp1 or fsdp2 or not meshes):
+    if several and group is None and process_group is None and plain and (fsdp1 or fsdp2 or not meshes):
         raise RuntimeError(
             f"torch.distributed runs {dist.get_world_size()} processes, and no DistributedDataParallel or FSDP module "
             f"holds {len(plain)} of the optimizer's parameters (the first has shape {tuple(plain[0].shape)}). If their "
@@ -290,23 +292,27 @@ def find_layout(parameters: Sequence[Tensor], process_group: Group | Literal[Fal
     return Layout(everyone, group, rank, world_size, ddp, sharded)
 
 
-def _everyone(meshes: list[Any], group: Group | None, fsdp1: list[Group]) -> tuple[Group, ...]:
+def _everyone(
+    meshes: list[DeviceMesh], group: ProcessGroup | None, fsdp1: list[ProcessGroup]
+) -> tuple[ProcessGroup, ...]:
     if not meshes:
         return tuple(fsdp1) or (() if group is None else (group,))
+    world = cast(ProcessGroup, dist.group.WORLD)
     roots = {id(root): root for root in map(_root_mesh, meshes)}
     root = next(iter(roots.values()))
-    if len(roots) > 1 or root.size() == dist.get_world_size():
-        return (dist.group.WORLD,)
+    if len(roots) > 1 or root.size() == world.size():
+        return (world,)
     if group is not None and not set(dist.get_process_group_ranks(group)) <= _ranks(root):
-        return (dist.group.WORLD,)
+        return (world,)
     return tuple(root.get_all_groups())
 
 
-def _ranks(mesh: Any) -> set[int]:
+@lru_cache(maxsize=16)
+def _ranks(mesh: DeviceMesh) -> set[int]:
     return set(mesh.mesh.flatten().tolist())
 
 
-def _root_mesh(mesh: Any) -> Any:
+def _root_mesh(mesh: DeviceMesh) -> DeviceMesh:
     if hasattr(mesh, "_get_root_mesh"):
         return mesh._get_root_mesh()
     from torch.distributed.device_mesh import _mesh_resources  # torch < 2.10
@@ -341,6 +347,6 @@ def _data_rank(info: Any) -> int:
     return int(replica * getattr(info, "shard_mesh_size", 1) + shard)
 
 
-def _fsdp1_groups(module: Any) -> list[Group]:
+def _fsdp1_groups(module: Any) -> list[ProcessGroup]:
     """The group that shards, then the one that replicates, if there is one."""
     return [module.process_group, *([module._inter_node_pg] if getattr(module, "_inter_node_pg", None) else [])]

@@ -5,7 +5,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from craft_optim._warn import warn
-from craft_optim.distributed import Layout, find_layout
 from craft_optim.dual import Controller, DualAscent, make_controller
 from craft_optim.gradients import all_zero, gradients_of
 from craft_optim.retention_step import Projection, RetentionStep, Rules
 from craft_optim.scaling import initial_scale
 from craft_optim.schedules import Linear, Schedule, as_schedule, epsilon_at
 from craft_optim.surgery import Granularity, Merge
+
+if TYPE_CHECKING:
+    from craft_optim.distributed import Layout
 
 __all__ = ["CraftOptimizer", "RetentionClosure"]
 
@@ -117,7 +119,7 @@ class CraftOptimizer(torch.optim.Optimizer):
 
     # Found out at the first retention pass.
     _float16: bool | None
-    _layout: Layout | None
+    _layout: "Layout | None"
     _layout_of: list[int]  # the ids of the parameters that it was found for
 
     def __init__(
@@ -156,6 +158,11 @@ class CraftOptimizer(torch.optim.Optimizer):
             )
         if not isinstance(retention_every, int) or retention_every < 1:
             raise ValueError(f"`retention_every` must be an integer >= 1. Found retention_every={retention_every!r}.")
+        if not (process_group is None or process_group is False or hasattr(process_group, "rank")):
+            raise TypeError(
+                "`process_group` must be a torch.distributed.ProcessGroup that this process belongs to, False or None. "
+                f"Found process_group={process_group!r}."
+            )
         for name, value in (("max_grad_norm", max_grad_norm), ("rho", rho)):
             if value is not None and not value > 0.0:
                 raise ValueError(f"`{name}` must be > 0, or None. Found {name}={value!r}.")
@@ -345,10 +352,14 @@ class CraftOptimizer(torch.optim.Optimizer):
         zero = all_zero(layout.local(gradients_of(parameters), parameters))
         return not layout.any(not zero, next(p.device for p in parameters))
 
-    def _find_layout(self, parameters: list[Tensor]) -> Layout | None:
+    def _find_layout(self, parameters: list[Tensor]) -> "Layout | None":
         """The layout of these very parameters: frameworks put others into the groups after an optimizer is made."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
         found_for = [id(p) for p in parameters]
         if found_for != self._layout_of:
+            from craft_optim.distributed import find_layout
+
             self._layout = layout = find_layout(parameters, self.process_group)
             self._layout_of = found_for
             shard = getattr(self.retention_closure, "shard", None)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from torch.profiler import record_function
 
 from craft_optim import scaling
 from craft_optim._warn import warn
-from craft_optim.distributed import Layout
 from craft_optim.dual import Controller, Update
 from craft_optim.gradients import Gradients, gradients_of, put, set_aside
 from craft_optim.surgery import Granularity, Merge, Products, Weights, blocks_of, decide, inner_products, merge_
+
+if TYPE_CHECKING:
+    from craft_optim.distributed import Layout
 
 __all__ = ["Projection", "RetentionStep", "Rules"]
 
@@ -83,7 +85,7 @@ class RetentionStep:
         *,
         state: dict[str, float],
         epsilon: float,
-        layout: Layout | None,
+        layout: "Layout | None",
         float16: bool | None,
     ) -> None:
         self.state = dict(state)

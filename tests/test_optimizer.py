@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -871,6 +873,7 @@ def test_a_cap_that_binds_for_long_is_reported_once():
         ({"retention_every": 2.5}, ValueError, "retention_every=2.5"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
         ({"rho": -1.0}, ValueError, "rho"),
+        ({"process_group": 2}, TypeError, "process_group=2"),
         ({"lambda_init": 0.0}, ValueError, "initial"),
         ({"retention_closure": 3}, TypeError, "retention_closure"),
         ({"base_optimizer": nn.Linear(1, 1)}, TypeError, "Found Linear"),
@@ -937,3 +940,8 @@ def test_a_parameter_in_two_groups_is_refused():
     base.param_groups.append(dict(base.param_groups[0], params=[model[0].weight]))
     with pytest.raises(ValueError, match=r"groups 0 and 1"):
         CraftOptimizer(base, Drift(model))
+
+
+def test_one_process_does_not_import_what_several_need():
+    script = "import sys, craft_optim; sys.exit('torch.distributed.tensor' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -128,8 +128,10 @@ def _sequence_parallel(model):
     return model, 0, 1
 
 
-def _fsdp1(**options):
+def _fsdp1(hybrid=False, **options):
     def wrap(model):
+        if hybrid:
+            options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         model.blocks[0] = FullyShardedDataParallel(model.blocks[0], device_id=torch.device("cpu"), **options)
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
         return model, dist.get_rank(), dist.get_world_size()
@@ -150,6 +152,7 @@ PARALLEL = {
     "tp": _tensor_parallel,
     "sequence parallel": _sequence_parallel,
     "fsdp1": _fsdp1(use_orig_params=True),
+    "fsdp1 hybrid": _fsdp1(hybrid=True, use_orig_params=True, sharding_strategy=ShardingStrategy.HYBRID_SHARD),
     "fsdp1 flat": _fsdp1(use_orig_params=False),
     "fsdp1 no shard": _fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD),
 }

@@ -3,6 +3,7 @@
 import pytest
 
 WAYS = {
+    1: ["fsdp2"],  # DTensors on a single process
     2: [
         "ddp",
         "ddp bucket view",
@@ -15,7 +16,7 @@ WAYS = {
         "fsdp1 flat",
         "fsdp1 no shard",
     ],
-    4: ["ddp", "fsdp2", "hsdp", "fsdp2 x tp", "tp", "fsdp1"],
+    4: ["ddp", "fsdp2", "hsdp", "fsdp2 x tp", "tp", "fsdp1", "fsdp1 hybrid"],
 }
 
 

@@ -20,6 +20,18 @@ def network() -> nn.Sequential:
         )
 
 
+def small_llama(**config: Any) -> nn.Module:
+    """The same weights on every call."""
+    import transformers
+
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = {**sizes, **heads, "attention_dropout": 0.1, "initializer_range": 0.3, **config}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+
+
 def build_cache(path):
     inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
     return anchors.build(network(), inputs.split(16), path, dtype=torch.float32, progress=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import small_llama
 from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer
@@ -28,24 +29,6 @@ ADAPTERS: dict[str, Any] = {
 }
 
 
-def base_model() -> nn.Module:
-    """The same Llama on every call."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=40,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                attention_dropout=0.1,
-                initializer_range=0.3,
-            )
-        )
-
-
 @pytest.fixture
 def anchors() -> list[dict[str, Tensor]]:
     """Eight rows of eight tokens, some of them padded."""
@@ -61,7 +44,7 @@ def adapted(kind: str = "lora", **kwargs: Any) -> Any:
     config = ADAPTERS[kind]()
     for name, value in kwargs.items():
         setattr(config, name, value)
-    return peft.get_peft_model(base_model(), config)
+    return peft.get_peft_model(small_llama(), config)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -108,7 +91,7 @@ def test_the_teacher_is_the_model_without_its_adapter(kind: str, anchors: list[d
     assert everything(model) == before
     assert first.item() == 0.0 if kind != "dora" else first.item() < 1e-7
     disturb(model)
-    assert retention.drift() == pytest.approx(kl_to(base_model(), model, anchors), rel=1e-4)
+    assert retention.drift() == pytest.approx(kl_to(small_llama(), model, anchors), rel=1e-4)
     before = everything(model)
     loss = retention()
     assert loss.item() > 1e-4
@@ -158,7 +141,7 @@ def test_adapters_are_on_again_after_an_exception(where: str, anchors: list[dict
 
 @pytest.mark.parametrize("wrapped", ["add_adapter", "inject", "base", "module"])
 def test_other_ways_to_put_adapters_in(wrapped: str, anchors: list[dict[str, Tensor]]) -> None:
-    inner = base_model()
+    inner = small_llama()
     if wrapped == "add_adapter":
         inner.add_adapter(ADAPTERS["lora"]())
     elif wrapped == "inject":
@@ -174,7 +157,7 @@ def test_other_ways_to_put_adapters_in(wrapped: str, anchors: list[dict[str, Ten
     assert everything(inner) == before
     disturb(inner)
     student = inner.module if wrapped == "module" else inner
-    assert retention.drift() == pytest.approx(kl_to(base_model(), student, anchors), rel=1e-4)
+    assert retention.drift() == pytest.approx(kl_to(small_llama(), student, anchors), rel=1e-4)
     before = everything(inner)
     loss = retention()
     loss.backward()
@@ -213,7 +196,7 @@ def test_autocast(outside: bool, anchors: list[dict[str, Tensor]]) -> None:
         loss = retention()
         drift = retention.drift()
     loss.backward()
-    assert drift == pytest.approx(kl_to(base_model(), model, anchors), rel=0.1)
+    assert drift == pytest.approx(kl_to(small_llama(), model, anchors), rel=0.1)
     assert all(p.grad is not None for p in trainable(model).values())
 
 
@@ -226,10 +209,10 @@ def test_a_teacher_that_would_be_another_model_is_refused(kind: str, anchors: li
     error: type[Exception] = ValueError
     strict = True
     if kind == "prompt":
-        model = peft.get_peft_model(base_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        model = peft.get_peft_model(small_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
         words = r"learned prompt.*teacher=model\.disable_adapter"
     elif kind == "bias":
-        config = transformers.LlamaConfig(**{**base_model().config.to_dict(), "mlp_bias": True})
+        config = transformers.LlamaConfig(**{**small_llama().config.to_dict(), "mlp_bias": True})
         model = peft.get_peft_model(
             transformers.LlamaForCausalLM(config), peft.LoraConfig(target_modules=TARGETS, bias="all")
         )
@@ -238,7 +221,7 @@ def test_a_teacher_that_would_be_another_model_is_refused(kind: str, anchors: li
         model = adapted().merge_and_unload()
         words = "no adapters that can be switched off.*Pass teacher="
     elif kind == "pissa":
-        model = peft.get_peft_model(base_model(), peft.LoraConfig(target_modules=TARGETS, init_lora_weights="pissa"))
+        model = peft.get_peft_model(small_llama(), peft.LoraConfig(target_modules=TARGETS, init_lora_weights="pissa"))
         error, words = AnchorMismatchError, r"does not reproduce its teacher.*PiSSA.*Pass teacher="
     else:
         model = adapted()
@@ -268,7 +251,7 @@ def test_a_teacher_that_would_be_another_model_is_refused(kind: str, anchors: li
 
 
 def test_a_learned_prompt_with_a_teacher_and_a_forward(anchors: list[dict[str, Tensor]]) -> None:
-    model = peft.get_peft_model(base_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = peft.get_peft_model(small_llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
     def forward(model: Any, batch: Any) -> Tensor:
         logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -317,7 +300,7 @@ def test_adapters_are_saved_and_loaded(anchors: list[dict[str, Tensor]], tmp_pat
     """What is saved is the adapter alone; the drift of the loaded model is what it was."""
     model, drift, _ = train("craft", anchors, 0.05, steps=10)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True)
+    loaded = peft.PeftModel.from_pretrained(small_llama(), tmp_path, is_trainable=True)
     for name, p in loaded.named_parameters():
         assert torch.equal(p, model.get_parameter(name))
     retention = OnlineRetention(loaded, anchors, 8)

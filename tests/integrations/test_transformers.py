@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same
+from runs import assert_same, small_llama
 from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer
@@ -25,21 +25,9 @@ INACTIVE = {"epsilon": 1e6, "dual": "ascent", "lambda_init": 0.0, "projection": 
 
 
 def model(dropout: float = 0.1) -> nn.Module:
-    """The same Llama on every call."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=30,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                attention_dropout=dropout,
-                initializer_range=0.2,
-            )
-        )
+    return small_llama(
+        vocab_size=30, hidden_size=16, intermediate_size=24, attention_dropout=dropout, initializer_range=0.2
+    )
 
 
 def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
