@@ -15,9 +15,12 @@ export HF_HUB_OFFLINE ?= 1
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
 
+# lerobot bounds many packages from above. Asked for everything at once, pip tries the others' newest versions for
+# minutes; with lerobot's choice installed it needs seconds.
 $(STAMP): pyproject.toml tools/find_python
 	@python=$$(PYTHON="$(PYTHON)" sh tools/find_python) && echo "using $$python" && "$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[example]"
 	$(BIN)/python -m pip install --quiet -e ".[example,dev]"
 	@touch $@
 

@@ -95,7 +95,7 @@ class CraftOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: If `base_optimizer` is not an optimizer or one that a framework has wrapped already, or
-            `retention_closure` or `dual` cannot be called.
+            `retention_closure` or `dual` cannot be called, or `process_group` is none.
         ValueError: If a value is out of its range, a name is unknown, or two groups share a parameter.
 
     Example:
@@ -117,10 +117,10 @@ class CraftOptimizer(torch.optim.Optimizer):
     # A GradScaler hands unscaling to an optimizer that says True; a fused base says it, but unscales too late for us.
     _step_supports_amp_scaling = False
 
-    # Found out at the first retention pass.
+    # Found out at the first retention pass, for the closure and the parameters of these ids.
     _float16: bool | None
     _layout: "Layout | None"
-    _layout_of: list[int]  # the ids of the parameters that it was found for
+    _found_for: list[int]
 
     def __init__(
         self,
@@ -266,8 +266,9 @@ class CraftOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: If epsilon(t) is negative or not finite.
-            TypeError, RuntimeError: If the closure does not return a scalar with a graph, or its gradient reaches none
-                of the parameters. Nothing has changed then, neither parameters nor state nor the anchors' position.
+            TypeError, RuntimeError: If the closure does not return a scalar with a graph, its gradient reaches none of
+                the parameters, or there are several processes and it is not clear whether they train one model. Nothing
+                has changed then, neither parameters nor state nor the anchors' position.
         """
         if self.retention_closure is None:
             if self._lost_closure:
@@ -293,6 +294,7 @@ class CraftOptimizer(torch.optim.Optimizer):
             self._finish(step, None)
             return result
 
+        layout = self._find_layout(parameters)
         retention = RetentionStep(
             cast(Callable[[], Tensor], self.retention_closure),
             Rules(
@@ -308,7 +310,7 @@ class CraftOptimizer(torch.optim.Optimizer):
             [len(group["params"]) for group in self.param_groups],
             state=state,
             epsilon=epsilon_at(self.epsilon, step),
-            layout=self._find_layout(parameters),
+            layout=layout,
             float16=self._float16,
         )
         with retention.undone_after_errors():
@@ -353,18 +355,21 @@ class CraftOptimizer(torch.optim.Optimizer):
         return not layout.any(not zero, next(p.device for p in parameters))
 
     def _find_layout(self, parameters: list[Tensor]) -> "Layout | None":
-        """The layout of these very parameters: frameworks put others into the groups after an optimizer is made."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        found_for = [id(p) for p in parameters]
-        if found_for != self._layout_of:
-            from craft_optim.distributed import find_layout
+        """The layout of these very parameters: frameworks put others into the groups after an optimizer is made.
 
-            self._layout = layout = find_layout(parameters, self.process_group)
-            self._layout_of = found_for
+        Made known to the closure, which may be another one, too.
+        """
+        found_for = [id(self.retention_closure), *map(id, parameters)]
+        if found_for != self._found_for:
+            self._forget_circumstances()
+            self._found_for = found_for
+            if dist.is_available() and dist.is_initialized():
+                from craft_optim.distributed import find_layout
+
+                self._layout = find_layout(parameters, self.process_group)
             shard = getattr(self.retention_closure, "shard", None)
-            if shard is not None and layout is not None:
-                shard(layout.rank, layout.world_size, layout.mean)
+            if shard is not None and self._layout is not None:
+                shard(self._layout.rank, self._layout.world_size, self._layout.mean)
         return self._layout
 
     def _finish(self, step: int, retention: RetentionStep | None) -> None:
@@ -397,7 +402,7 @@ class CraftOptimizer(torch.optim.Optimizer):
             )
 
     def _forget_circumstances(self) -> None:
-        self._float16, self._layout, self._layout_of = None, None, []
+        self._float16, self._layout, self._found_for = None, None, []
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base_optimizer.param_groups for p in group["params"]]
@@ -515,7 +520,7 @@ class CraftOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # The closure and the sink hold models and files; hooks and a scheduler's patch of `step` stay behind, as they
         # do with torch's own optimizers.
-        left_behind = ("retention_closure", "on_metrics", "process_group", "_layout", "_layout_of", "step")
+        left_behind = ("retention_closure", "on_metrics", "process_group", "_layout", "_found_for", "step")
         return {k: v for k, v in self.__dict__.items() if k not in left_behind and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -109,6 +109,14 @@ def test_in_float32_nothing_is_scaled():
     assert relative_error(kept, gradients_of_a_plain_backward(1.0, half=False)) < 1e-6
 
 
+def test_a_closure_that_is_set_later_is_looked_at_anew():
+    _, craft, drift = retention_gradients(1.0, half=False)
+    drift.half = True
+    craft.retention_closure = lambda: drift()
+    craft.step()
+    assert craft.param_groups[0]["craft_scale_passes"] == 1.0
+
+
 def test_the_scale_is_resumed():
     _, craft, _ = retention_gradients(5.0, scale=2.0**24)
     model = network()

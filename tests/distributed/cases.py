@@ -330,6 +330,19 @@ def report(parallel="plain", poison=None, steps=2, **craft):
     }
 
 
+def another_closure():
+    """A closure that is set later has to be told its place, too."""
+    ddp = DistributedDataParallel(network())
+    first, second = Drift(ddp), Drift(ddp)
+    optimizer = CraftOptimizer(BASES["sgd"](ddp.parameters()), first)
+    for drift in (first, second):
+        optimizer.retention_closure = drift
+        optimizer.zero_grad()
+        cross_entropy(ddp(samples(0)[0]), samples(0)[1]).backward()
+        optimizer.step()
+    return first.shared, second.shared
+
+
 def subset_per_rank():
     """Each rank's retention loss reaches another part of the model."""
     model = network()

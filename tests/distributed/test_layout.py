@@ -69,6 +69,12 @@ def test_ranks_that_see_different_data_get_different_anchors(processes, world_si
     assert [rank["shared"] for rank in ranks] == shared
 
 
+def test_a_closure_that_is_set_later_gets_its_own_anchors_too(processes):
+    first, second = processes.run(2, "cases.another_closure")
+    assert first == ((0, 2, 0.5), (0, 2, 0.5))
+    assert second == ((1, 2, 0.5), (1, 2, 0.5))
+
+
 def test_replicas_that_nobody_averages_are_refused(processes):
     for rank in processes.run(2, "cases.report", parallel="plain"):
         assert "process_group=False" in rank["error"]
