@@ -3,7 +3,9 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# Empty files that say what is installed.
+FOR_EXAMPLE := $(VENV)/.example
+FOR_TESTS := $(VENV)/.dev
 
 # OpenMP threads beyond one lose on small tensors and shared machines; MuJoCo renders without a screen.
 export OMP_NUM_THREADS ?= 1
@@ -15,32 +17,35 @@ export HF_HUB_OFFLINE ?= 1
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
 
-# lerobot bounds many packages from above. Asked for everything at once, pip tries the others' newest versions for
-# minutes; with lerobot's choice installed it needs seconds.
-$(STAMP): pyproject.toml tools/find_python
+$(FOR_EXAMPLE): pyproject.toml tools/find_python
 	@python=$$(PYTHON="$(PYTHON)" sh tools/find_python) && echo "using $$python" && "$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[example]"
+	@touch $@
+
+# A second step: lerobot bounds many packages from above, and asked for everything at once pip tries the newest versions
+# of the others for minutes. With lerobot's choice installed it needs seconds.
+$(FOR_TESTS): $(FOR_EXAMPLE)
 	$(BIN)/python -m pip install --quiet -e ".[example,dev]"
 	@touch $@
 
-setup: $(STAMP)  ## the virtual environment with everything in it
+setup: $(FOR_TESTS)  ## the virtual environment with everything in it
 
-demo: $(STAMP)  ## fine-tune the small pi0_fast with AdamW and with CRaFT; results in examples/out
+demo: $(FOR_EXAMPLE)  ## fine-tune the small pi0_fast with AdamW and with CRaFT; results in examples/out
 	$(BIN)/python examples/pi0_fast_craft.py
 
-test: $(STAMP) lint  ## linters, types, all tests
+test: $(FOR_TESTS) lint  ## linters, types, all tests
 	$(BIN)/python -m pytest -n 2
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-sweep: $(STAMP)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
+sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
 	$(BIN)/python examples/sweep_epsilon.py
 
-assets: $(STAMP)  ## record the demonstrations and pretrain the small policy again
+assets: $(FOR_EXAMPLE)  ## record the demonstrations and pretrain the small policy again
 	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all
 
 clean:  ## remove the environment and what runs have written
