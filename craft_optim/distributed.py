@@ -255,11 +255,12 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
     fsdp2 = [info for m in modules if isinstance(m, FSDPModule) for info in _mesh_infos(m)]
 
     sharded: dict[int, int] = {}
-    for module in fsdp1:
-        for handle in filter(None, [cast(Any, module)._handle]):
+    for handle in (cast(Any, module)._handle for module in fsdp1):
+        if handle is not None:  # a module may leave all its parameters to those within it
             shard = handle.world_size if handle.uses_sharded_strategy else 1
             flat = handle.flat_param
             sharded |= {id(p): shard for p in [flat, *(getattr(flat, "_params", None) or ())]}
+    fsdp1_groups = _fsdp1_groups(fsdp1[0]) if fsdp1 else []
 
     group = process_group or None
     if process_group is None and ddp:
@@ -274,19 +275,18 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
         )
 
     if fsdp2:
-        info = max(fsdp2, key=lambda info: _data_size(info))
+        info = max(fsdp2, key=_data_size)
         rank, world_size = _data_rank(info), _data_size(info)
     elif fsdp1:
-        groups = _fsdp1_groups(fsdp1[0])
-        rank, world_size = groups[0].rank(), groups[0].size()
-        for outer in groups[1:]:
+        rank, world_size = 0, 1
+        for outer in fsdp1_groups:
             rank, world_size = outer.rank() * world_size + rank, outer.size() * world_size
     elif group is not None:
         rank, world_size = group.rank(), group.size()
     else:
         rank, world_size = 0, 1
 
-    everyone = _everyone(meshes, group, [] if not fsdp1 else _fsdp1_groups(fsdp1[0]))
+    everyone = _everyone(meshes, group, fsdp1_groups)
     if not everyone:
         return None
     return Layout(everyone, group, rank, world_size, ddp, sharded)

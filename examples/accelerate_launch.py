@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     old, new = Problems("reverse", 500, seed=2), Problems("shift", 500, seed=3)
     accelerator.print(f"before: old task {score(model, old)[1]:.3f} right, new task {score(model, new)[1]:.3f}")
 
-    (folder,) = broadcast_object_list([tempfile.mkdtemp()])
+    (folder,) = broadcast_object_list([tempfile.mkdtemp() if accelerator.is_main_process else ""])
     if accelerator.is_main_process:
         prompts = torch.split(Problems("reverse", 512, seed=4).input_ids, 64)
         inputs = ({"input_ids": ids} for ids in prompts)

@@ -49,7 +49,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, problems: Problems
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fine-tunes twice; one process prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epsilon", type=float, default=0.02, help="drift to allow, in nats per token")
+    parser.add_argument("--epsilon", type=float, default=0.02, help="drift to allow, in nats per token of an answer")
     parser.add_argument("--pretraining-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
     options = parser.parse_args(arguments)

@@ -159,10 +159,11 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
     def after(layer: Layer) -> Callable[..., None]:
         return lambda module, args, output: keep(layer, output)
 
+    named = modules_by_name(model) if any(isinstance(layer, str) for layer in wanted) else {}
     try:
         for layer in wanted:
             if isinstance(layer, str):
-                handles.append(modules_by_name(model)[layer].register_forward_hook(after(layer)))
+                handles.append(named[layer].register_forward_hook(after(layer)))
                 continue
             decoder = find_decoder(model)
             target = decoder.norm
@@ -181,9 +182,9 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
             handle.remove()
 
 
-def _has(model: nn.Module, kind: str) -> bool:
-    """Whether the model has modules of this class; by name, which costs no import."""
-    return any(base.__name__ == kind for module in model.modules() for base in type(module).__mro__)
+def _classes(model: nn.Module) -> set[str]:
+    """The names of all classes of the model's modules: to ask for one by name costs no import."""
+    return {base.__name__ for kind in {type(module) for module in model.modules()} for base in kind.__mro__}
 
 
 class _Tied(torch.autograd.Function):
@@ -219,8 +220,9 @@ def run(
     if not layers:
         return call(model, inputs, forward), {}
     result: Any = None
-    fsdp1 = _has(model, "FullyShardedDataParallel")
-    with taps(model, layers, stop=not (output or fsdp1 or _has(model, "FSDPModule"))) as hidden:
+    classes = _classes(model)
+    fsdp1 = "FullyShardedDataParallel" in classes
+    with taps(model, layers, stop=not (output or fsdp1 or "FSDPModule" in classes)) as hidden:
         result = call(model, inputs, forward)
     end = _first_tensor(result)
     if fsdp1 and isinstance(end, Tensor) and end.requires_grad:

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from craft_optim import CraftOptimizer
 from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention
+from craft_optim.anchors.names import plain_name
 from craft_optim.distributed import average
 
 BATCH, ANCHORS = 8, 8  # of all processes together
@@ -160,15 +161,20 @@ PARALLEL = {
 
 def full(model):
     """Name -> whole parameter, on every rank."""
+    whole = contextlib.nullcontext()
     if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            return {
-                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in model.named_parameters()
-            }
-    return {
-        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
+        whole = FullyShardedDataParallel.summon_full_params(model, writeback=False)
+    with whole:
+        return {
+            plain_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in model.named_parameters()
+        }
+
+
+def outcome(model, optimizer, retention, metrics):
+    """What must be the same on every rank, and in one process."""
+    state = {k: v for k, v in optimizer.param_groups[0].items() if k.startswith("craft_")}
+    return {"parameters": full(model), "metrics": metrics, "state": state, "position": retention.position}
 
 
 # -- closures ----------------------------------------------------------------------------------------------------------
@@ -261,8 +267,7 @@ def train(
             checkpoint.async_save(state, checkpoint_id=save).result()
         else:
             checkpoint.save(state, checkpoint_id=save)
-    state = {k: v for k, v in optimizer.param_groups[0].items() if k.startswith("craft_")}
-    return {"parameters": full(wrapped), "metrics": metrics, "state": state, "position": retention.position}
+    return outcome(wrapped, optimizer, retention, metrics)
 
 
 def average_of(seed, kinds):
@@ -302,6 +307,14 @@ class Drift:
         return self.scale * self.reach(self.model)(torch.ones(2, 6)).square().mean()
 
 
+def one_step(model, optimizer, step, rank, world_size):
+    """A plain step on this rank's share of the samples."""
+    optimizer.zero_grad()
+    x, y = (t.chunk(world_size)[rank] for t in samples(step))
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
 def report(parallel="plain", poison=None, steps=2, **craft):
     """What a short run says on each rank: warnings, errors, metrics handed to the sink, the state."""
     model = network()
@@ -314,10 +327,7 @@ def report(parallel="plain", poison=None, steps=2, **craft):
         try:
             for step in range(steps):
                 drift.scale = float("nan") if poison == dist.get_rank() and step == 1 else 1.0
-                optimizer.zero_grad()
-                x, y = (t.chunk(dist.get_world_size())[dist.get_rank()] for t in samples(step))
-                cross_entropy(wrapped(x), y).backward()
-                optimizer.step()
+                one_step(wrapped, optimizer, step, dist.get_rank(), dist.get_world_size())
         except RuntimeError as error:
             return {"error": str(error)}
     return {
@@ -337,9 +347,7 @@ def another_closure():
     optimizer = CraftOptimizer(BASES["sgd"](ddp.parameters()), first)
     for drift in (first, second):
         optimizer.retention_closure = drift
-        optimizer.zero_grad()
-        cross_entropy(ddp(samples(0)[0]), samples(0)[1]).backward()
-        optimizer.step()
+        one_step(ddp, optimizer, 0, 0, 1)
     return first.shared, second.shared
 
 
@@ -350,10 +358,7 @@ def subset_per_rank():
     drift = Drift(model, reach=lambda m: m.inlet if dist.get_rank() == 0 else (lambda x: m.blocks[0].norm(m.inlet(x))))
     optimizer = CraftOptimizer(BASES["sgd"](ddp.parameters()), drift)
     for step in range(2):
-        optimizer.zero_grad()
-        x, y = (t.chunk(dist.get_world_size())[dist.get_rank()] for t in samples(step))
-        cross_entropy(ddp(x), y).backward()
-        optimizer.step()
+        one_step(ddp, optimizer, step, dist.get_rank(), dist.get_world_size())
     return full(ddp), dict(optimizer.metrics)
 
 

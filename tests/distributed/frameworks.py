@@ -5,7 +5,7 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-from cases import ANCHORS, BASES, BATCH, full, network, samples
+from cases import ANCHORS, BASES, BATCH, network, one_step, outcome, samples
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -63,12 +63,6 @@ def _start(cache):
     )
 
 
-def _outcome(model, optimizer, retention, metrics):
-    state = {k: v for k, v in optimizer.param_groups[0].items() if k.startswith("craft_")}
-    parameters = {name.removeprefix("net."): p for name, p in full(model).items()}
-    return {"parameters": parameters, "metrics": metrics, "state": state, "position": retention.position}
-
-
 def accelerate(cache):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -85,7 +79,7 @@ def accelerate(cache):
         optimizer.step()
         optimizer.zero_grad()
         metrics.append(dict(craft.metrics))
-    return type(wrapped).__name__, _outcome(model, craft, retention, metrics)
+    return type(wrapped).__name__, outcome(model.net, craft, retention, metrics)
 
 
 def trainer(cache):
@@ -119,7 +113,7 @@ def trainer(cache):
         run = InOrder(model, args, train_dataset=Samples(), optimizer_cls_and_kwargs=(bound, {"lr": 1e-2}))
         run.train()
     craft = run.optimizer.optimizer
-    return type(run.model_wrapped).__name__, _outcome(model, craft, retention, metrics)
+    return type(run.model_wrapped).__name__, outcome(model.net, craft, retention, metrics)
 
 
 def lightning(cache):
@@ -159,7 +153,7 @@ def lightning(cache):
             enable_model_summary=False,
         )
         run.fit(Module(), loader)
-    return wrappers.pop(), _outcome(model, craft, retention, metrics)
+    return wrappers.pop(), outcome(model.net, craft, retention, metrics)
 
 
 def peft(parallel):
@@ -173,16 +167,13 @@ def peft(parallel):
         wrapped = model
         for module in (*model.base_model.model.blocks, model) if parallel == "fsdp2" else ():
             fully_shard(module)
-    share, rank = dist.get_world_size(), dist.get_rank()
+    share = dist.get_world_size()
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     retention = OnlineRetention(model, inputs, ANCHORS // share, mask=lambda x: x[:, 0] > 0.3)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = CraftOptimizer(BASES["adamw"](trainable), retention, epsilon=1e-3)
     metrics = []
     for step in range(STEPS):
-        optimizer.zero_grad()
-        x, y = (t.chunk(share)[rank] for t in samples(step))
-        cross_entropy(wrapped(x), y).backward()
-        optimizer.step()
+        one_step(wrapped, optimizer, step, dist.get_rank(), share)
         metrics.append(dict(optimizer.metrics))
-    return parallel, _outcome(wrapped, optimizer, retention, metrics)
+    return parallel, outcome(wrapped, optimizer, retention, metrics)
