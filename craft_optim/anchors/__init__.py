@@ -3,8 +3,10 @@
 from .build import build
 from .cache import AnchorBatch, AnchorCache, AnchorCacheError
 from .fingerprint import fingerprint
+from .hidden_retention import HiddenRetention
+from .logit_retention import LogitRetention
 from .online import OnlineRetention
-from .retention import AnchorMismatchError, AnchorRetention, HiddenRetention, LogitRetention
+from .retention import AnchorMismatchError, AnchorRetention
 from .sampling import AnchorSampler
 
 __all__ = [

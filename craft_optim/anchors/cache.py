@@ -2,29 +2,30 @@
 
     anchors/
       cache.json                    schema_version, counts, shards with sizes and checksums, features, teacher
-      shard-00000.safetensors       inputs.<name> and features.<name>, first dimension = anchors
+      shard-00000.safetensors       inputs.<name> and features.<name>, see `shards`
       ...
 
 Features are, where the cache has them:
 
+    mask                            [n, ...]      positions whose logits (or tokens) count; absent: all
     logprobs                        [n, ..., V]   the teacher's log-probabilities
     topk_logprobs, topk_indices     [n, ..., k]   its k likeliest classes (indices int32)
     rest_logprob                    [n, ...]      log of the mass of all others
-    mask                            [n, ...]      positions whose logits count; absent: all
+    tokens, token_logprobs          [n, ...]      what it generated (int32), and with which log-probability
     hidden.<tap>.<span>             [n, D]        pooled hidden states, or [n, T, D] unpooled
     span.<span>                     [n, T]        positions of a span; absent: all
+    frozen.<module>.<call>.<leaf>   [n, ...]      outputs of modules that do not train
 
-Where anchors differ in length, a shard is padded with zeros on the right of dimension 1 and `lengths.<key>` holds each
-anchor's own size. Nothing is ever unpickled.
+Where there is a mask, logits and tokens are those of its positions only, anchor after anchor: [positions, ...]; so are
+unpooled hidden states of a span. Nothing is ever unpickled.
 """
 
 import hashlib
 import json
-import math
-import mmap
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,26 +34,30 @@ import torch
 from torch import Tensor
 
 from . import images
+from .shards import AnchorCacheError, Shard
 from .structure import Inputs, Structure
 
-__all__ = ["SCHEMA_VERSION", "AnchorBatch", "AnchorCache", "AnchorCacheError", "FeatureSpec", "Shard", "tap_key"]
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "AnchorBatch",
+    "AnchorCache",
+    "AnchorCacheError",
+    "Encoding",
+    "FeatureSpec",
+    "cover",
+    "manifest_text",
+    "tap_key",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FORMAT = "craft_optim.anchors"
 MANIFEST = "cache.json"
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_MAX_MAPPED = 256  # shards mapped at a time: each holds a file descriptor, of which a process often has 1024
-_MAX_HEADER = 100_000_000  # safetensors' own limit
+Encoding = tuple[str, torch.dtype]
 
-
-class AnchorCacheError(ValueError):
-    """A cache that cannot be used as it is; says which file, what is wrong with it and what to do."""
+_MAX_OPEN = 256  # shards open at a time: each holds a file descriptor, of which a process often has 1024
 
 
 class AnchorBatch(NamedTuple):
@@ -72,6 +77,13 @@ def tap_key(layer: int | str, span: str) -> str:
     return f"hidden.{layer if isinstance(layer, int) else 'module:' + layer}.{span}"
 
 
+def cover(name: str) -> str | None:
+    """The mask that says which positions of a feature count, if there is one; None for masks and the like."""
+    if name.startswith("hidden."):
+        return f"span.{name.rsplit('.', 1)[1]}"
+    return None if name == "mask" or name.startswith(("span.", "frozen.")) else "mask"
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """What a cache holds of its teacher.
@@ -89,19 +101,25 @@ class FeatureSpec:
         spans: The function that told the spans apart, or None for the default.
         forward: The function that replaced the model's call, or None.
         autocast: The autocast dtype the teacher ran under, or None.
+        tokens: How the teacher generated tokens, or None if it did not.
+        frozen: Modules whose outputs are kept.
+        batch_dim: Where the anchors are in the hidden states: dimension 0 or 1.
     """
 
-    logits: str | None
-    top_k: int | None
-    classes: int | None
-    dtype: str
-    layers: tuple[int | str, ...]
-    pooling: dict[str, str]
-    variances: dict[str, float]
-    mask: str | None
-    spans: str | None
-    forward: str | None
-    autocast: str | None
+    logits: str | None = None
+    top_k: int | None = None
+    classes: int | None = None
+    dtype: str = "float16"
+    layers: tuple[int | str, ...] = ()
+    pooling: dict[str, str] = field(default_factory=dict)
+    variances: dict[str, float] = field(default_factory=dict)
+    mask: str | None = None
+    spans: str | None = None
+    forward: str | None = None
+    autocast: str | None = None
+    tokens: str | None = None
+    frozen: tuple[str, ...] = ()
+    batch_dim: int = 0
 
     def describe(self) -> str:
         """One line for people."""
@@ -110,175 +128,21 @@ class FeatureSpec:
             parts.append(f"full logits of {self.classes} classes")
         if self.logits == "top_k":
             parts.append(f"the top {self.top_k} of {self.classes} logits")
+        if self.tokens:
+            parts.append(f"tokens ({self.tokens})")
         if self.layers:
             pools = ", ".join(f"{span}: {mode}" for span, mode in self.pooling.items())
             parts.append(f"hidden states of layers {', '.join(map(str, self.layers))} ({pools})")
+        if self.frozen:
+            parts.append(f"outputs of {', '.join(self.frozen)}")
         return f"{' and '.join(parts) or 'nothing'} as {self.dtype}"
 
 
-class _Entry(NamedTuple):
-    """One tensor in a shard: its place in the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    row_bytes: int
-
-
-class Shard:
-    """One safetensors file, read row by row through a memory map that opens at the first read.
-
-    Args:
-        path: The file.
-        count: Number of anchors that it must hold.
-        size: Its size in bytes.
-        encodings: Input name -> formula and dtype, for inputs stored as bytes.
-
-    Raises:
-        AnchorCacheError: The file is missing, has another size, or its header is not that of such a shard.
-    """
-
-    def __init__(
-        self, path: Path, count: int, size: int, encodings: Mapping[str, Mapping[str, str]] | None = None
-    ) -> None:
-        self.path, self.count, self.size = path, count, size
-        self.encodings = dict(encodings or {})
-        self.entries = self._header()
-        self._map: mmap.mmap | None = None
-        self.lengths = {
-            key.removeprefix("lengths."): self.whole(key) for key in self.entries if key.startswith("lengths.")
-        }
-        for key, lengths in self.lengths.items():
-            entry = self.entries.get(key)
-            if entry is None or len(entry.shape) < 2 or lengths.dtype != torch.int32 or lengths.ndim != 1:
-                raise self._bad(f"its 'lengths.{key}' belong to no tensor of two or more dimensions")
-            if int(lengths.min()) < 0 or int(lengths.max()) > entry.shape[1]:
-                raise self._bad(f"its 'lengths.{key}' lie outside of 0..{entry.shape[1]}")
-
-    def _bad(self, problem: str) -> AnchorCacheError:
-        return AnchorCacheError(
-            f"Shard {self.path} cannot be used: {problem}. Build the cache again with overwrite=True, or copy the "
-            "file again from where it is whole."
-        )
-
-    def _header(self) -> dict[str, _Entry]:
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != self.size:
-                    raise self._bad(f"it has {size} bytes where {self.size} were written")
-                length = int.from_bytes(file.read(8), "little")
-                if not 2 <= length <= min(size - 8, _MAX_HEADER):
-                    raise self._bad("it does not begin like a safetensors file")
-                header = json.loads(file.read(length))
-        except OSError as error:
-            raise self._bad(f"it cannot be read ({error.strerror or error})") from error
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, AnchorCacheError):
-                raise
-            raise self._bad("its header is not JSON") from error
-        if not isinstance(header, dict):
-            raise self._bad("its header is not a JSON object")
-        entries, begin, places = {}, 8 + length, []
-        for key, value in header.items():
-            if key == "__metadata__":
-                continue
-            entry = self._entry(key, value, begin)
-            entries[key] = entry
-            places.append((entry.start, entry.start + entry.shape[0] * entry.row_bytes))
-        end = begin
-        for start, stop in sorted(places):  # safetensors leave no holes and no overlaps
-            if start != end:
-                raise self._bad("the tensors in it do not follow each other")
-            end = stop
-        if end != size:
-            raise self._bad(f"its header speaks of {end} bytes, the file has {size}")
-        return entries
-
-    def _entry(self, key: str, value: Any, begin: int) -> _Entry:
-        try:
-            dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
-            start, stop = value["data_offsets"]
-            numbers = [*shape, start, stop]
-            whole = all(type(x) is int and x >= 0 for x in numbers)
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._bad(f"the header's entry {key!r} is not that of a tensor") from error
-        if not whole or stop - start != math.prod(shape) * dtype.itemsize:
-            raise self._bad(f"the header's entry {key!r} contradicts itself")
-        if not shape or shape[0] != self.count:
-            raise self._bad(f"{key!r} has shape {shape}, but {self.count} anchors are recorded")
-        if not key.startswith(("inputs.", "features.", "lengths.")):
-            raise self._bad(f"it holds an unknown tensor {key!r}")
-        return _Entry(dtype, shape, begin + start, math.prod(shape[1:]) * dtype.itemsize)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}  # maps do not travel to other processes
-
-    def _bytes(self) -> mmap.mmap:
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size != self.size:
-                    raise self._bad("it has changed its size since the cache was opened")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):  # no read-ahead beyond what `copy_row` asks for
-                self._map.madvise(mmap.MADV_RANDOM)
-        return self._map
-
-    def whole(self, key: str) -> Tensor:
-        """One tensor of the shard as it is stored, padding included; read at once, without the map."""
-        entry = self.entries[key]
-        data = np.fromfile(self.path, np.uint8, entry.shape[0] * entry.row_bytes, offset=entry.start)
-        return torch.from_numpy(data).view(entry.dtype).reshape(entry.shape)
-
-    def close(self) -> None:
-        """Gives the map and its file descriptor back; the next read opens it again."""
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-
-    def width(self, key: str, row: int) -> int:
-        """Size of dimension 1 of one anchor, without padding."""
-        return int(self.lengths[key][row]) if key in self.lengths else self.entries[key].shape[1]
-
-    def copy_row(self, key: str, row: int, out: np.ndarray[Any, np.dtype[np.uint8]], width: int) -> None:
-        """Copies one anchor's bytes, of dimension 1 up to `width`, to the front of `out` and fills the rest with
-        zeros."""
-        entry = self.entries[key]
-        length = entry.row_bytes
-        if len(entry.shape) > 1 and width < entry.shape[1]:
-            length = length // entry.shape[1] * width
-        start = entry.start + row * entry.row_bytes
-        source = self._bytes()
-        if length >= 65536 and hasattr(mmap, "MADV_WILLNEED"):  # one large read instead of a fault per page
-            page = start - start % mmap.PAGESIZE
-            source.madvise(mmap.MADV_WILLNEED, page, start + length - page)
-        out[:length] = np.frombuffer(source, np.uint8, length, start)
-        out[length:] = 0
-
-    def dtype(self, key: str) -> torch.dtype:
-        """The dtype that a read gives, images decoded."""
-        encoding = self.encodings.get(key.removeprefix("inputs.")) if key.startswith("inputs.") else None
-        if encoding is None:
-            return self.entries[key].dtype
-        dtype: torch.dtype = getattr(torch, encoding["dtype"])
-        return dtype
-
-    def formula(self, key: str) -> str | None:
-        """How the images of this key are decoded; None for what is stored as it is."""
-        return (
-            self.encodings[key.removeprefix("inputs.")]["formula"]
-            if self.dtype(key) != self.entries[key].dtype
-            else None
-        )
-
-    def row(self, key: str, row: int) -> Tensor:
-        """One anchor's tensor `[1, ...]`, without padding, images decoded."""
-        return _gather(key, [(self, row)])
-
-    def checksum(self) -> str:
-        """sha256 of the file."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+def manifest_text(data: Mapping[str, Any]) -> str:
+    """`cache.json`, with a checksum of everything else in it."""
+    body = json.dumps({**data, "sha256": ""}, indent=1)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**data, "sha256": digest}, indent=1) + "\n"
 
 
 class _Manifest:
@@ -292,7 +156,8 @@ class _Manifest:
 
     def load(self) -> dict[str, Any]:
         try:
-            data = json.loads(self.path.read_bytes())
+            text = self.path.read_bytes()
+            data = json.loads(text)
         except FileNotFoundError:
             if not self.path.parent.is_dir():
                 raise self.error("there is no such folder", "Check the path, or build the cache.") from None
@@ -310,6 +175,9 @@ class _Manifest:
                 f"it has schema_version {version!r}, this library reads {SCHEMA_VERSION}",
                 "Build the cache again with overwrite=True, or use the version of craft-optim that wrote it.",
             )
+        del data["sha256"]
+        if manifest_text(data).encode() != text:
+            raise self.error("it was changed after it was written (sha256)")
         return data
 
     def _unfinished(self) -> bool:
@@ -330,6 +198,32 @@ class _Manifest:
             raise self.error(f"its {key!r} must be strings. Found {values!r:.60}")
         return tuple(values)
 
+    def features(self, owner: Any) -> FeatureSpec:
+        layers = self.get(owner, "layers", list)
+        if not all(isinstance(x, str | int) and not isinstance(x, bool) for x in layers):
+            raise self.error(f"its 'layers' must be numbers or names. Found {layers!r:.60}")
+        words = {
+            key: self.get(owner, key, str, optional=True)
+            for key in ("logits", "mask", "spans", "forward", "autocast", "tokens")
+        }
+        if words["logits"] not in (None, "full", "top_k"):
+            raise self.error(f"its 'logits' must be 'full', 'top_k' or null. Found {words['logits']!r:.60}")
+        variances = self.get(owner, "variances", dict)
+        spec = FeatureSpec(
+            top_k=self.get(owner, "top_k", int, optional=True),
+            classes=self.get(owner, "classes", int, optional=True),
+            dtype=self.get(owner, "dtype", str),
+            layers=tuple(layers),
+            pooling={str(k): str(v) for k, v in self.get(owner, "pooling", dict).items()},
+            variances={k: float(self.get(variances, k, float, int)) for k in variances},
+            frozen=self.strings(owner, "frozen"),
+            batch_dim=self.get(owner, "batch_dim", int),
+            **words,
+        )
+        if spec.dtype not in ("float16", "bfloat16", "float32"):
+            raise self.error(f"its 'dtype' must be float16, bfloat16 or float32. Found {spec.dtype!r:.60}")
+        return spec
+
 
 class AnchorCache:
     """Anchors and what the teacher said about them. Made by `build` or `AnchorCache.open`.
@@ -338,44 +232,33 @@ class AnchorCache:
         path: The folder.
         features: What it holds of the teacher.
         structure: How its inputs are put together.
-        fingerprint: The teacher's, see `fingerprint`.
+        fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
         model_id: The teacher's name, as given to `build`; or None.
+        origin: Where an imported cache came from; or None.
 
-    Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole.
-    An opened cache can be pickled and read from other processes.
+    Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
+    and memory does not grow with the size of the cache. Threads may read at the same time; an opened cache can be
+    pickled and read from other processes.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         m = _Manifest(self.path / MANIFEST)
         data = m.load()
-        f = m.get(data, "features", dict)
-        layers = m.get(f, "layers", list)
-        if not all(isinstance(x, str | int) and not isinstance(x, bool) for x in layers):
-            raise m.error(f"its 'layers' must be numbers or names. Found {layers!r:.60}")
-        self.features = FeatureSpec(
-            logits=m.get(f, "logits", str, optional=True),
-            top_k=m.get(f, "top_k", int, optional=True),
-            classes=m.get(f, "classes", int, optional=True),
-            dtype=m.get(f, "dtype", str),
-            layers=tuple(layers),
-            pooling={str(k): str(v) for k, v in m.get(f, "pooling", dict).items()},
-            variances={k: float(m.get(f["variances"], k, float, int)) for k in m.get(f, "variances", dict)},
-            mask=m.get(f, "mask", str, optional=True),
-            spans=m.get(f, "spans", str, optional=True),
-            forward=m.get(f, "forward", str, optional=True),
-            autocast=m.get(f, "autocast", str, optional=True),
-        )
+        self.features = m.features(m.get(data, "features", dict))
         inputs = m.get(data, "inputs", dict)
         self.structure = Structure(m.get(inputs, "kind", str), m.strings(inputs, "names"), m.strings(inputs, "skipped"))
-        if self.structure.kind not in ("tensor", "tuple", "mapping"):
-            raise m.error(f"its 'kind' of inputs is unknown: {self.structure.kind!r:.60}")
+        if self.structure.kind not in ("tensor", "tuple", "mapping") or not self.structure.names:
+            raise m.error(f"its 'kind' of inputs is unknown: {self.structure.kind!r:.60} {self.structure.names!r:.60}")
         teacher = m.get(data, "teacher", dict)
-        self.fingerprint: str = m.get(teacher, "fingerprint", str)
+        self.fingerprint: str | None = m.get(teacher, "fingerprint", str, optional=True)
         self.model_id: str | None = m.get(teacher, "model_id", str, optional=True)
-        built = m.get(data, "built_with", dict)
-        self._built_with = {"images": m.get(built, "images", str), "shard_size": m.get(built, "shard_size", int)}
-        self._teacher = teacher
+        self.origin: str | None = m.get(teacher, "origin", str, optional=True)
+        self._settings = {
+            "features": {**asdict(self.features), "classes": None, "variances": {}},
+            **m.get(data, "built_with", dict),
+            "teacher": teacher,
+        }
         self._shards: list[Shard] = []
         self._checksums: list[str] = []
         for record in m.get(data, "shards", list):
@@ -392,7 +275,8 @@ class AnchorCache:
                 raise m.error(f"shard {name!r} must have at least one anchor. Found {count}")
             self._checksums.append(m.get(record, "sha256", str))
             self._shards.append(Shard(self.path / name, count, size, encodings))
-        self._mapped: dict[int, None] = {}
+        self._open: dict[int, None] = {}
+        self._lock = threading.Lock()
         self._starts = np.cumsum([0, *(shard.count for shard in self._shards)])
         total = m.get(data, "anchors", int)
         if not self._shards or total != int(self._starts[-1]):
@@ -403,8 +287,8 @@ class AnchorCache:
     def open(cls, path: str | os.PathLike[str]) -> "AnchorCache":
         """Opens a finished cache and checks it.
 
-        Checked are the schema, the counts, every shard's size and header and that all shards hold the same tensors.
-        Contents are not: `verify` does that, at the price of reading everything.
+        Checked are the manifest, against its checksum, the schema, the counts, every shard's size and header and that
+        all shards hold the same tensors. Contents are not: `verify` does that, at the price of reading everything.
 
         Raises:
             AnchorCacheError: The folder holds no finished cache, or one whose parts do not fit together.
@@ -418,29 +302,29 @@ class AnchorCache:
             wanted.add("features.logprobs")
         elif f.logits == "top_k":
             wanted |= {"features.topk_logprobs", "features.topk_indices"}
+        if f.tokens is not None:
+            wanted |= {"features.tokens", "features.mask"}
         wanted |= {f"features.{tap_key(layer, span)}" for layer in f.layers for span in f.pooling}
         first = self._shards[0]
-        keys = [key for key in first.entries if not key.startswith("lengths.")]
-        if missing := wanted - set(keys):
+        if missing := wanted - set(first.keys):
             raise m.error(f"shard {first.path.name} lacks {', '.join(sorted(missing))}, which it speaks of")
+        names = [key.removeprefix("features.") for key in first.keys if key.startswith("features.")]
+        self._joined = {
+            f"features.{name}" for name in names if first.is_packed(f"features.{name}") and cover(name) in names
+        }
         for shard in self._shards:
-            if {key for key in shard.entries if not key.startswith("lengths.")} != set(keys):
+            if set(shard.keys) != set(first.keys):
                 raise m.error(f"shards {first.path.name} and {shard.path.name} hold different tensors")
-            for name, encoding in shard.encodings.items():
-                entry = shard.entries.get(f"inputs.{name}")
-                if entry is None or entry.dtype != torch.uint8:
+            for key, encoding in shard.encodings.items():
+                if key not in shard.entries or shard.entries[key].dtype != torch.uint8:
+                    raise m.error(f"shard {shard.path.name} has no bytes for the images {key!r} ({encoding})")
+            for key in first.keys:
+                same = first.form(key) == shard.form(key)
+                if not same or (key in self._joined and not shard.is_packed(key)):
                     raise m.error(
-                        f"shard {shard.path.name} has no bytes for the images {name!r} ({encoding['formula']})"
+                        f"{key!r} is {first.form(key)} in {first.path.name} and {shard.form(key)} in {shard.path.name}"
                     )
-            for key in keys:
-                a, b = first.entries[key], shard.entries[key]
-                if len(a.shape) != len(b.shape) or a.shape[2:] != b.shape[2:]:
-                    raise m.error(
-                        f"{key!r} has shape {a.shape} in {first.path.name} and {b.shape} in {shard.path.name}"
-                    )
-                if first.dtype(key) != shard.dtype(key):
-                    raise m.error(f"{key!r} has different dtypes in {first.path.name} and {shard.path.name}")
-        return keys
+        return first.keys
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -451,12 +335,34 @@ class AnchorCache:
     @property
     def settings(self) -> dict[str, Any]:
         """What `build` was asked for, in the types of JSON."""
-        spec = {**asdict(self.features), "classes": None, "variances": {}, "layers": list(self.features.layers)}
-        return {"features": spec, **self._built_with, "teacher": self._teacher}
+        settings: dict[str, Any] = json.loads(json.dumps(self._settings))
+        return settings
 
     def describe(self) -> str:
         """One line: how many anchors, and what is held of the teacher."""
         return f"{len(self)} anchors, {self.features.describe()}"
+
+    def tensors(self) -> list[tuple[str, str, str]]:
+        """For people: name, shape of one anchor, dtype on disk (and after reading) of every tensor."""
+        first = self._shards[0]
+        rows = []
+        for key in self._keys:
+            stored, dtype = first.entries[key].dtype, first.dtype(key)
+            size = ["positions"] if key in self._joined else ["length"] if self._varies(key) else []
+            tail = first.form(key)[2] if size else first.entries[key].shape[1:]
+            shape = " x ".join(map(str, [*size, *tail])) or "scalar"
+            names = [str(x).removeprefix("torch.") for x in dict.fromkeys((stored, dtype))]
+            rows.append((key, shape, " -> ".join(names)))
+        return rows
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all shards on disk, in bytes."""
+        return sum(shard.size for shard in self._shards)
+
+    def _varies(self, key: str) -> bool:
+        entries = self._shards[0].entries[key]
+        return any(s.is_packed(key) or s.entries[key].shape[1:2] != entries.shape[1:2] for s in self._shards)
 
     def verify(self) -> None:
         """Compares every shard with its checksum. Reads all of them: seconds per gigabyte.
@@ -465,12 +371,7 @@ class AnchorCache:
             AnchorCacheError: A shard is not the one that was written; names it.
         """
         for shard, checksum in zip(self._shards, self._checksums, strict=True):
-            try:
-                found = shard.checksum()
-            except OSError as error:
-                raise shard._bad(f"it cannot be read ({error.strerror or error})") from error
-            if found != checksum:
-                raise shard._bad("its contents differ from what was written (sha256)")
+            shard.verify(checksum)
 
     def read(self, indices: Sequence[int] | Tensor | Iterable[int], *, features: bool = True) -> AnchorBatch:
         """The given anchors, in that order, as new CPU tensors.
@@ -486,6 +387,23 @@ class AnchorCache:
             IndexError: A number is out of range, or there is none.
             AnchorCacheError: A shard has changed since it was opened.
         """
+        return self.batch(*self.gather(indices, None if features else ()))
+
+    def gather(
+        self,
+        indices: Sequence[int] | Tensor | Iterable[int],
+        features: Iterable[str] | None = None,
+        *,
+        pin_memory: bool = False,
+    ) -> tuple[dict[str, Tensor], dict[str, Encoding]]:
+        """The tensors of a batch by key, images as bytes where that is possible, and how to decode those.
+
+        Args:
+            indices: As for `read`.
+            features: Names of the features to read. None: all.
+            pin_memory: Whether to read into page-locked memory, from which copies to an accelerator need not be waited
+                for.
+        """
         wanted = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices), dtype=np.int64).reshape(
             -1
         )
@@ -495,44 +413,79 @@ class AnchorCache:
         places = [
             (self._shards[n], int(i - self._starts[n])) for n, i in zip(numbers.tolist(), wanted.tolist(), strict=True)
         ]
-        named = {key: _gather(key, places) for key in self._keys if features or key.startswith("inputs.")}
-        for n in numbers.tolist():  # in the order of their last use
-            self._mapped.pop(n, None)
-            self._mapped[n] = None
-        while len(self._mapped) > _MAX_MAPPED:
-            oldest = next(iter(self._mapped))
-            del self._mapped[oldest]
-            self._shards[oldest].close()
+        chosen = None if features is None else {f"features.{name}" for name in features}
+        tensors: dict[str, Tensor] = {}
+        encodings: dict[str, Encoding] = {}
+        for key in self._keys:
+            if key in self._joined:
+                if chosen is None or key in chosen:
+                    tensors[key] = _joined(key, places, pin_memory)
+            elif chosen is None or key in chosen or key.startswith("inputs."):
+                tensors[key], encoding = _stacked(key, places, pin_memory)
+                if encoding is not None:
+                    encodings[key] = encoding
+        self._close_others(numbers.tolist())
+        return tensors, encodings
+
+    def batch(self, tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]) -> AnchorBatch:
+        """What `gather` gave, decoded where it is now and put together."""
+        named = {key: images.decode(x, *encodings[key]) if key in encodings else x for key, x in tensors.items()}
         inputs = {key.removeprefix("inputs."): x for key, x in named.items() if key.startswith("inputs.")}
         taught = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
         return AnchorBatch(self.structure.rebuild(inputs), taught)
 
+    def _close_others(self, just_read: list[int]) -> None:
+        with self._lock:
+            for n in just_read:  # in the order of their last use
+                self._open.pop(n, None)
+                self._open[n] = None
+            while len(self._open) > _MAX_OPEN:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                self._shards[oldest].close()
 
-def _gather(key: str, places: list[tuple[Shard, int]]) -> Tensor:
-    """One tensor's rows from the given shards, padded to the longest, images decoded."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_open": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+Places = list[tuple[Shard, int]]
+
+
+def _joined(key: str, places: Places, pin_memory: bool) -> Tensor:
+    """The positions that count of several anchors, one after another."""
+    counts = [shard.stored(key, row) for shard, row in places]
+    entry = places[0][0].entries[key]
+    out = torch.empty((sum(counts), *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
+    if out.numel():
+        data, at = out.reshape(-1).view(torch.uint8).numpy(), 0
+        for (shard, row), count in zip(places, counts, strict=True):
+            end = at + count * entry.row_bytes
+            shard.read_row(key, row, data[at:end])
+            at = end
+    return out
+
+
+def _stacked(key: str, places: Places, pin_memory: bool) -> tuple[Tensor, Encoding | None]:
+    """One tensor's anchors, padded to the longest; images as bytes, if all of them are decoded alike."""
     first = places[0][0]
-    dtype = first.dtype(key)
-    shape = [len(places), *first.entries[key].shape[1:]]
-    width = 0
-    if len(shape) > 1:
-        width = shape[1] = max(shard.width(key, row) for shard, row in places)
-    formulas = {shard.formula(key) for shard, _ in places}
-    if len(formulas) > 1:  # different shards need different decoding: row by row
-        out = torch.zeros(shape, dtype=dtype)
-        for i, place in enumerate(places):
-            row = _gather(key, [place])[0]
-            out[i, : len(row)] = row
-        return out
-    out = torch.empty(shape, dtype=first.entries[key].dtype)
+    rank, tail = first.form(key)[1:]
+    widths = [shard.width(key, row) for shard, row in places] if rank > 1 else []
+    shape = (len(places), *([max(widths)] if widths else []), *tail)
+    encoding = first.encoding(key)
+    if any(shard.encoding(key) != encoding for shard, _ in places) or (encoding is not None and len(set(widths)) > 1):
+        # Decoded anchor by anchor: padding is zero, not what the byte 0 stands for
+        out = torch.zeros(shape, dtype=first.dtype(key), pin_memory=pin_memory)
+        for i, (shard, row) in enumerate(places):
+            values = shard.row(key, row)
+            out[i, : len(values)] = values
+        return out, None
+    out = torch.empty(shape, dtype=first.entries[key].dtype, pin_memory=pin_memory)
     if out.numel():
         data = out.reshape(len(places), -1).view(torch.uint8).numpy()
-        for i, (shard, row_number) in enumerate(places):
-            shard.copy_row(key, row_number, data[i], width)
-    formula = formulas.pop()
-    if formula is None:
-        return out
-    decoded = images.decode(out, formula, dtype)
-    for i, (shard, row_number) in enumerate(places):
-        if len(shape) > 1:
-            decoded[i, shard.width(key, row_number) :] = 0  # padding is zero, not what byte 0 stands for
-    return decoded
+        for i, (shard, row) in enumerate(places):
+            shard.read_row(key, row, data[i])
+    return out, encoding

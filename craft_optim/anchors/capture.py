@@ -1,8 +1,9 @@
-"""Hidden states out of an unmodified model: taps, spans, pooling, and a forward that stops when it has them all.
+"""What is compared out of an unmodified model, and no more than that: hidden states, and logits where they count.
 
 A tap is either a number or a module's name. Number k is the residual stream that enters decoder layer k, k = 0..L; L,
 also written -1, is the residual before the final norm. It is read where the layer's first norm receives it, because
-some models call a layer's parts and never the layer. A name is that module's output.
+some models call a layer's parts and never the layer. A name is that module's output. A forward that stops when it has
+them all runs neither later layers nor the vocabulary head; where logits are wanted, the head runs at valid positions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,16 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from .names import modules_by_name, plain_name
-from .passes import Forward, call
+from .passes import Forward, call, eager, logits_of
 from .structure import Inputs
 
 __all__ = [
     "POOLINGS",
     "Decoder",
     "Layer",
+    "Packed",
     "Spans",
     "default_spans",
     "find_decoder",
+    "head_at",
+    "head_packs",
     "pool",
     "resolve_layers",
     "run",
@@ -135,11 +139,15 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
     filled; the block then ends there.
 
     Args:
-        model: Unmodified, and not modified.
+        model: Unmodified, and not modified. Of compiled code only what runs under `passes.eager` fires hooks.
         layers: As from `resolve_layers`.
         stop: Leave the forward early.
+
+    Raises:
+        ValueError: In the forward: a tap is computed without gradients while the caller has them enabled.
     """
     wanted = tuple(layers)
+    gradients = torch.is_grad_enabled()
     out: dict[Layer, Tensor] = {}
     handles = []
 
@@ -149,6 +157,12 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
         tensor = _first_tensor(value)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"Layer {layer!r} gives {type(tensor).__name__}, not a tensor: tap another module.")
+        if gradients and not (torch.is_grad_enabled() or tensor.requires_grad):
+            raise ValueError(
+                f"Layer {layer!r} is computed without gradients, so that nothing could hold its drift: the model runs "
+                "it under torch.no_grad(), or within a reentrant activation checkpoint. Use non-reentrant "
+                "checkpointing (`gradient_checkpointing_kwargs={'use_reentrant': False}`), or tap another layer."
+            )
         out[layer] = tensor
         if stop and len(out) == len(wanted):
             raise _EnoughError
@@ -212,17 +226,17 @@ def run(
 
     Without `output` the forward ends at the deepest tap and None is returned: neither later layers nor the vocabulary
     head run. Under FSDP it runs to its end, because its hooks after the forward prepare the backward; under FSDP1 so
-    does the backward, which begins at the output or not at all.
+    does the backward, which begins at the output or not at all. With `layers` a compiled model runs as it is written.
 
     Raises:
-        ValueError: A tap was not reached.
+        ValueError: A tap was not reached, or is computed without gradients.
     """
     if not layers:
         return call(model, inputs, forward), {}
     result: Any = None
     classes = _classes(model)
     fsdp1 = "FullyShardedDataParallel" in classes
-    with taps(model, layers, stop=not (output or fsdp1 or "FSDPModule" in classes)) as hidden:
+    with eager(), taps(model, layers, stop=not (output or fsdp1 or "FSDPModule" in classes)) as hidden:
         result = call(model, inputs, forward)
     end = _first_tensor(result)
     if fsdp1 and isinstance(end, Tensor) and end.requires_grad:
@@ -233,6 +247,104 @@ def run(
             "modules. Tap others (`layers=`), by name if need be."
         )
     return (result if output else None), hidden
+
+
+class Packed:
+    """What became of the logits in a forward under `head_at`.
+
+    Attributes:
+        used: Whether they are packed: `[1, P, V]`, those of the P valid positions in row-major order.
+        calls: How often the head has run. More than once, and the output is of no use: run again without.
+    """
+
+    def __init__(self) -> None:
+        self.used = False
+        self.calls = 0
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The one module that the model, or a model within it, calls its output embeddings; None of none or several."""
+    getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    heads = {id(head): head for get in getters if callable(get) and isinstance(head := get(), nn.Module)}
+    return next(iter(heads.values())) if len(heads) == 1 else None
+
+
+def _recorded_by() -> tuple[bool, Any]:
+    """Whether autograd records, and what keeps its tensors: both differ within an activation checkpoint."""
+    keeper = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
+    return torch.is_grad_enabled(), None if keeper is None else keeper(True)
+
+
+@contextmanager
+def head_at(model: nn.Module, valid: Tensor) -> Iterator[Packed]:
+    """Within the block, a forward runs the vocabulary head at the valid positions only, if it can.
+
+    The head, `get_output_embeddings()` as in Hugging Face, is given the hidden states `[1, P, D]` of the P positions
+    instead of `[B, T, D]`: time and memory of the head and of the logits shrink by P / (B T). What the model does to
+    logits position by position (softcapping, a cast) it does to `[1, P, V]`; what it does along positions would be
+    wrong, and labels of `[B, T]` do not fit: `head_packs` finds out. A compiled model runs as it is written.
+
+    Nothing happens, and `used` stays False, where there is no such head or more than one, every position or none is
+    valid, or what the head is given is not a plain tensor `[B, T, D]` (sequence and tensor parallelism), or is given
+    within an activation checkpoint, whose second run would be another.
+
+    Args:
+        model: Unmodified, and not modified; in any wrapper.
+        valid: `[B, T]`, true where logits are compared. On the CPU: the host does not wait for an accelerator.
+    """
+    packed = Packed()
+    head, places = _output_head(model), valid.flatten().nonzero().flatten()
+    if head is None or valid.ndim != 2 or not 0 < len(places) < valid.numel():
+        yield packed
+        return
+    outside = _recorded_by()
+
+    def pack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        packed.calls += 1
+        packed.used = False
+        name, hidden = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
+        if packed.calls > 1 or type(hidden) is not Tensor or hidden.ndim != 3 or hidden.shape[:2] != valid.shape:
+            return None
+        if _recorded_by() != outside:
+            return None
+        packed.used = True
+        rows = hidden.flatten(0, 1).index_select(0, places.to(hidden.device, non_blocking=True)).unsqueeze(0)
+        return ((rows, *args[1:]), kwargs) if args else (args, kwargs | {name: rows})
+
+    handle = head.register_forward_pre_hook(pack, with_kwargs=True)
+    try:
+        with eager():
+            yield packed
+    finally:
+        handle.remove()
+
+
+def head_packs(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forward | None = None) -> bool:
+    """Whether the model's logits under `head_at` are its logits at the valid positions.
+
+    Runs two forwards without gradients, one of them with every logit: ask once, in the conditions of the passes.
+
+    Args:
+        model: As for `head_at`.
+        inputs: A batch, on the model's device.
+        valid: `[B, T]`, true where logits are compared.
+        forward: As for `run`.
+    """
+    with torch.no_grad():
+        whole = logits_of(run(model, inputs, forward=forward)[0])
+        try:
+            with head_at(model, valid) as packed:
+                found = logits_of(call(model, inputs, forward))
+        except Exception:  # whatever a model does with logits of another shape, such as a loss over labels
+            return False
+    if not packed.used or whole is None or found is None or whole.shape[:-1] != valid.shape:
+        return False
+    expected = whole.flatten(0, 1).index_select(0, valid.flatten().nonzero().flatten().to(whole.device))
+    if found.shape != (1, *expected.shape):
+        return False
+    rounding = torch.finfo(torch.bfloat16).eps
+    scale = float(torch.where(expected.isfinite(), expected, 0.0).abs().max())
+    return torch.allclose(found[0], expected, rtol=rounding, atol=rounding * scale, equal_nan=True)
 
 
 def default_spans(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -299,13 +411,19 @@ def pool(hidden: Tensor, mask: Tensor | None, mode: str) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), place]
 
 
-def positions(hidden: Tensor) -> Tensor:
+def positions(hidden: Tensor, batch_dim: int = 0) -> Tensor:
     """Hidden states as `[B, T, D]`, or `[B, D]` where there are no positions.
 
-    Feature maps `[B, C, H, W]` have H * W positions.
+    Feature maps `[B, C, H, W]` have H * W positions. With `batch_dim` 1 they are `[T, B, D]`, as `nn.Transformer` has
+    them.
     """
-    if hidden.ndim == 4:
+    if batch_dim == 1 and hidden.ndim == 3:
+        return hidden.transpose(0, 1)
+    if batch_dim == 0 and hidden.ndim == 4:
         return hidden.flatten(2).transpose(1, 2)
-    if hidden.ndim not in (2, 3):
-        raise ValueError(f"Hidden states must be [B, D], [B, T, D] or [B, C, H, W]. Found {tuple(hidden.shape)}.")
+    if batch_dim != 0 or hidden.ndim not in (2, 3):
+        raise ValueError(
+            "Hidden states must be [B, D], [B, T, D] or [B, C, H, W], or [T, B, D] with batch_dim=1. Found "
+            f"{tuple(hidden.shape)} with batch_dim={batch_dim!r}."
+        )
     return hidden

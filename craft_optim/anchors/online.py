@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from .build import Mask
 from .cache import AnchorBatch, AnchorCache
+from .logit_retention import kl_term, rows
+from .masks import Mask, valid_positions
 from .names import unwrapped
 from .passes import Forward, call, device_of, isolated_rng, logits_of, to_device
-from .retention import AnchorMismatchError, AnchorRetention, Anchors, kl_term, masked
+from .retention import AnchorMismatchError, AnchorRetention, Anchors
 from .structure import Inputs, flatten
 from .teachers import adapters_off, find_adapters
 
@@ -164,10 +165,10 @@ class OnlineRetention(AnchorRetention):
                 f"The model gives logits of shape {tuple(logits.shape)}, its teacher {tuple(teacher.shape)}. If one of "
                 "them has positions of its own, such as a learned prompt's, leave these out in `forward=`."
             )
-        valid = self._default_mask(batch.inputs) if self.mask is None else masked(batch.inputs, self.mask)
+        valid = self._default_mask(batch.inputs) if self.mask is None else valid_positions(batch.inputs, self.mask)
         if self.mask is None and valid is not None and valid.shape != logits.shape[:-1]:
             valid = None
-        return {"kl": kl_term(logits, batch.features, valid)}
+        return {"kl": kl_term(rows(logits, valid), {"logprobs": rows(teacher, valid)})}
 
     def _default_mask(self, inputs: Inputs) -> Tensor | None:
         if not isinstance(inputs, dict):

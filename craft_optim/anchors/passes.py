@@ -4,6 +4,7 @@ Drift must be the distance between two functions, not noise: dropout is off and 
 And the training around it must not notice: flags, random numbers and autocast are afterwards what they were.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,7 +15,17 @@ from torch.autograd import Variable
 
 from .structure import Inputs, map_tensors
 
-__all__ = ["autocast_dtype", "autocast_to", "call", "device_of", "isolated_rng", "logits_of", "steady", "to_device"]
+__all__ = [
+    "autocast_dtype",
+    "autocast_to",
+    "call",
+    "device_of",
+    "eager",
+    "isolated_rng",
+    "logits_of",
+    "steady",
+    "to_device",
+]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -39,12 +50,17 @@ def _is_noisy(module: nn.Module) -> bool:
     return drops or any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.children())
 
 
-class _Flags:
-    """The `training` flags of a model's noisy modules: off, and back. Restores also when it is forgotten."""
+class _Conditions:
+    """What is different during a pass: noisy modules in eval mode and, if `eager`, nothing compiled.
+
+    On, and back. Back also when it is forgotten.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [m for m in model.modules() if _is_noisy(m)]
         self.turned_off: list[nn.Module] = []
+        self.eager = False
+        self.stance: Any = None
 
     def off(self) -> None:
         now = [m for m in self.modules if m.training]
@@ -52,30 +68,42 @@ class _Flags:
         for module in now:
             module.training = False
 
+    def repeat(self) -> None:
+        self.off()
+        if self.eager and self.stance is None:
+            self.stance = torch.compiler.set_stance("force_eager")
+
     def restore(self) -> None:
         for module in self.turned_off:
             module.training = True
         self.turned_off = []
+        if self.stance is not None:
+            self.stance.__exit__(None, None, None)
+            self.stance = None
 
-    __del__ = restore
+    pass
 
 
 class _SteadyBackward(torch.autograd.Function):
-    """Identity. Its backward, the first of all, turns the flags off again until the whole backward is done.
+    """Identity. Its backward, the first of all, sets the conditions again until the whole backward is done.
 
-    Activation checkpointing repeats the forward during the backward: with dropout back on it would be another function.
+    Activation checkpointing repeats the forward during the backward: with dropout back on it would be another function,
+    and compiled where it was not it would keep other tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, flags: _Flags) -> Tensor:
-        ctx.flags = flags
+    def forward(ctx: Any, loss: Tensor, conditions: _Conditions) -> Tensor:
+        ctx.conditions = conditions
         return loss.clone()  # not a view: callers may scale it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.flags.off()
-        Variable._execution_engine.queue_callback(ctx.flags.restore)  # type: ignore[attr-defined]
+        ctx.conditions.repeat()
+        Variable._execution_engine.queue_callback(ctx.conditions.restore)  # type: ignore[attr-defined]
         return grad, None
+
+
+_open: list[_Conditions] = []  # of the `steady` blocks that are being run, the innermost last
 
 
 @contextmanager
@@ -83,22 +111,41 @@ def steady(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within the block dropout and normalisation modules are in eval mode; afterwards every flag is what it was.
 
     Other modules keep their mode: `model.eval()` would switch gradient checkpointing off. Yields a function that makes
-    a loss remember this for its backward; without activation checkpointing it changes nothing.
+    a loss remember this for its backward; without activation checkpointing it changes nothing. A compiled model is
+    compiled once more for this mode and keeps both.
     """
-    flags = _Flags(model)
-    flags.off()
-    needed = bool(flags.turned_off)
+    conditions = _Conditions(model)
+    conditions.off()
+    needed = bool(conditions.turned_off)
 
     def remember(loss: Tensor) -> Tensor:
-        if not (needed and loss.requires_grad):
+        if not ((needed or conditions.eager) and loss.requires_grad):
             return loss
-        remembering: Tensor = _SteadyBackward.apply(loss, flags)  # type: ignore[no-untyped-call]
+        remembering: Tensor = _SteadyBackward.apply(loss, conditions)  # type: ignore[no-untyped-call]
         return remembering
 
+    _open.append(conditions)
     try:
         yield remember
     finally:
-        flags.restore()
+        _open.remove(conditions)
+        conditions.restore()
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Within the block what is compiled runs as written; so does the backward of a loss that `steady` makes remember.
+
+    Compiled code knows nothing of hooks and forwards that were set after its compilation, and cannot be left early.
+    Training's compiled code is untouched, and nothing is compiled anew.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        yield
+        return
+    if _open:
+        _open[-1].eager = True
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

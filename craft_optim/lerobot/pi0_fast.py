@@ -13,14 +13,21 @@ Example:
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["action_logits", "action_mask", "anchor_inputs", "prefix_spans", "run_prefix"]
+from craft_optim.lerobot._paligemma import prefix_spans, run_paligemma
+from craft_optim.lerobot._shared import TOKENS, TOKENS_MASK, only, policy_of
 
-TOKENS = "observation.language.tokens"
-TOKENS_MASK = "observation.language.attention_mask"
+__all__ = [
+    "action_inputs",
+    "action_logits",
+    "action_mask",
+    "anchor_inputs",
+    "prefix_inputs",
+    "prefix_spans",
+    "run_prefix",
+]
+
 ACTION_TOKENS = "action.tokens"
 ACTION_MASK = "action.token_mask"
 
@@ -35,14 +42,24 @@ def anchor_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def action_logits(policy: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `run_prefix` reads of a preprocessed batch: the policy's cameras, whatever their keys, and the prompt."""
+    return only(batch, (TOKENS, TOKENS_MASK, *policy.config.image_features))
+
+
+def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `action_logits` reads: as `prefix_inputs`, and the action tokens."""
+    return prefix_inputs(policy, batch) | only(batch, (ACTION_TOKENS, ACTION_MASK))
+
+
+def action_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The logits of every action token given the ones before it (teacher forcing).
 
     The same computation as `policy.forward`, without its loss; no gradient checkpointing of its own. Entry i predicts
     `action.tokens[:, i + 1]`.
 
     Args:
-        policy: A `lerobot.policies.pi0_fast.PI0FastPolicy`.
+        model: A `lerobot.policies.pi0_fast.PI0FastPolicy`, wrapped or not.
         batch: A preprocessed batch with action tokens of shape `[B, T]`.
 
     Returns:
@@ -56,7 +73,7 @@ def action_logits(policy: Any, batch: Mapping[str, Tensor]) -> Tensor:
             f"The batch has no {ACTION_TOKENS!r}: pass what the policy's preprocessor makes of samples with actions. "
             f"Found keys {sorted(batch)}."
         )
-    actions = batch[ACTION_TOKENS]
+    policy, actions = policy_of(model), batch[ACTION_TOKENS]
     hidden = _run(policy, batch, actions, batch[ACTION_MASK])
     head = policy.model.paligemma_with_expert.paligemma.lm_head
     logits: Tensor = head(hidden[:, -actions.shape[1] : -1])
@@ -68,50 +85,18 @@ def action_mask(batch: Mapping[str, Tensor]) -> Tensor:
     return batch[ACTION_MASK][:, 1:].bool()
 
 
-def run_prefix(policy: Any, batch: Mapping[str, Tensor]) -> None:
+def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     """Runs images and prompt through the decoder, for hidden-state anchors; needs no action tokens.
 
     Action tokens are never attended to by the prefix, so its hidden states are those of the full training forward.
     """
-    _run(policy, batch, None, None)
-
-
-def prefix_spans(policy: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Valid positions of the prefix, in its order: all cameras, then the prompt.
-
-    Returns:
-        "image", "text" and "all": bool masks of shape `[B, image tokens + prompt tokens]`. An absent camera and prompt
-        padding are False everywhere.
-    """
-    _, present = policy._preprocess_images(batch)
-    vision = policy.model.paligemma_with_expert.paligemma.config.vision_config
-    per_image = (vision.image_size // vision.patch_size) ** 2
-    images = torch.cat([mask.bool()[:, None].expand(-1, per_image) for mask in present], dim=1)
-    text = batch[TOKENS_MASK].bool()
-    return {
-        "image": torch.cat([images, torch.zeros_like(text)], dim=1),
-        "text": torch.cat([torch.zeros_like(images), text], dim=1),
-        "all": torch.cat([images, text], dim=1),
-    }
+    _run(policy_of(model), batch, None, None)
 
 
 def _run(policy: Any, batch: Mapping[str, Tensor], actions: Tensor | None, mask: Tensor | None) -> Tensor:
     """Images, prompt and, if given, action tokens through the decoder; returns its normalised last hidden states."""
-    model = policy.model
-    images, image_masks = policy._preprocess_images(batch)
-    embeddings, valid, attention, _, _ = model.embed_prefix_fast(
-        images, image_masks, batch[TOKENS], batch[TOKENS_MASK], actions, mask
+    images, present = policy._preprocess_images(batch)
+    embeddings, valid, attention, _, _ = policy.model.embed_prefix_fast(
+        images, present, batch[TOKENS], batch[TOKENS_MASK], actions, mask
     )
-    backbone = model.paligemma_with_expert
-    # Vision and embedding layers stay in float32 in lerobot's bfloat16 models.
-    embeddings = embeddings.to(backbone.paligemma.model.language_model.layers[0].self_attn.q_proj.weight.dtype)
-    (hidden, _), _ = backbone.forward(
-        attention_mask=prepare_attention_masks_4d(attention, dtype=embeddings.dtype),
-        position_ids=torch.cumsum(valid, dim=1) - 1,
-        past_key_values=None,
-        inputs_embeds=[embeddings, None],
-        use_cache=False,
-        adarms_cond=[None, None],
-    )
-    output: Tensor = hidden
-    return output
+    return run_paligemma(policy, embeddings, valid, attention)

@@ -230,9 +230,10 @@ def test_a_failing_disk_leaves_what_is_complete(
         save(tensors, path)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(AnchorCacheError, match=r"shard-00002.*No space left.*GB left: make room.*goes on"):
         build(classifier, batches, tmp_path, shard_size=16)
-    assert sorted(contents(tmp_path)) == ["build.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+    complete = [f"shard-0000{i}.{suffix}" for i in (0, 1) for suffix in ("json", "safetensors")]
+    assert sorted(contents(tmp_path)) == ["build.json", *complete]
     assert len(build(classifier, batches, tmp_path, shard_size=16)) == 50
     assert len(calls) == 3 + 2
 
@@ -299,7 +300,7 @@ def test_masks_come_from_names_functions_or_the_attention(
         cache = build(llama, [batch], tmp_path, forward=forward, mask=mask, overwrite=True)
         features = cache.read(range(4)).features
         assert torch.equal(features["mask"], expected)
-        assert not bool(features["logprobs"][~expected].diff(dim=-1).any())  # nothing is kept of the others
+        assert features["logprobs"].shape == (int(expected.sum()), 60)  # nothing is kept of the others
     with pytest.raises(ValueError, match="'nothing'"):
         build(llama, [batch], tmp_path, forward=forward, mask="nothing", overwrite=True)
     with pytest.raises(ValueError, match="shape"):

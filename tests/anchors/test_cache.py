@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, AnchorCacheError, build
+from craft_optim.anchors.cache import manifest_text
 from craft_optim.anchors.structure import flatten
 
 Batches = Callable[..., list[dict[str, Any]]]
@@ -156,13 +157,17 @@ def test_lengths_may_differ_under_a_mask(
     batches = token_batches((3, 9), (4, 12), (2, 7))
     cache = build(llama, batches, tmp_path, shard_size=shard_size, layers=(1,), pooling={"all": "none"})
     rows = [(batch, i) for batch in batches for i in range(len(batch["input_ids"]))]
+    alone = [cache.read([i]).features for i in range(9)]
     for chosen in ([0, 8, 4], [7, 8], [2, 1], list(range(9))):
         inputs, features = cache.read(chosen)
         assert isinstance(inputs, dict)
         width = max(rows[i][0]["input_ids"].shape[1] for i in chosen)
         assert inputs["input_ids"].shape == (len(chosen), width)
-        assert features["logprobs"].shape == (len(chosen), width, 60)
-        assert features["hidden.1.all"].shape == (len(chosen), width, 32)
+        assert features["mask"].shape == (len(chosen), width)
+        count = int(sum(rows[i][0]["attention_mask"][rows[i][1]].sum() for i in chosen))
+        assert features["logprobs"].shape == (count, 60)  # of the positions that count
+        assert features["hidden.1.all"].shape == (count, 32)
+        assert torch.equal(features["logprobs"], torch.cat([alone[i]["logprobs"] for i in chosen]))
         for got, i in enumerate(chosen):
             batch, row = rows[i]
             length = batch["input_ids"].shape[1]
@@ -200,17 +205,17 @@ def test_only_the_anchors_read_are_read(cache: AnchorCache, monkeypatch: pytest.
     from craft_optim.anchors import cache as module
 
     copied: list[tuple[str, int]] = []
-    original = module.Shard.copy_row
+    original = module.Shard.read_row
 
-    def spy(self: Any, key: str, row: int, out: Any, width: int) -> None:
+    def spy(self: Any, key: str, row: int, out: Any) -> None:
         copied.append((self.path.name, row))
-        original(self, key, row, out, width)
+        original(self, key, row, out)
 
-    monkeypatch.setattr(module.Shard, "copy_row", spy)
+    monkeypatch.setattr(module.Shard, "read_row", spy)
     fresh = AnchorCache.open(cache.path)
     fresh.read([17, 33])
     assert set(copied) == {("shard-00001.safetensors", 1), ("shard-00002.safetensors", 1)}
-    assert [shard._map is not None for shard in fresh._shards] == [False, True, True, False]
+    assert [shard._file is not None for shard in fresh._shards] == [False, True, True, False]
 
 
 def test_the_manifest_says_what_is_in_it(cache: AnchorCache, classifier: nn.Module) -> None:
@@ -233,8 +238,9 @@ def test_the_manifest_says_what_is_in_it(cache: AnchorCache, classifier: nn.Modu
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads((path / "cache.json").read_text())
+    del data["sha256"]
     change(data)
-    (path / "cache.json").write_text(json.dumps(data))
+    (path / "cache.json").write_text(manifest_text(data))
 
 
 def test_a_flipped_byte_is_found_by_verify(cache: AnchorCache) -> None:
@@ -279,7 +285,7 @@ def test_another_shard_of_the_same_size_is_refused(cache: AnchorCache) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(schema_version=2), r"schema_version 2, this library reads 1"),
+        (lambda d: d.update(schema_version=1), r"schema_version 1, this library reads 2"),
         (lambda d: d.update(format="other"), "not a cache of anchors"),
         (lambda d: d.update(anchors=51), "51 anchors, its shards hold 50"),
         (lambda d: d.update(anchors=True), "'anchors' must be int"),
@@ -289,7 +295,7 @@ def test_another_shard_of_the_same_size_is_refused(cache: AnchorCache) -> None:
         (lambda d: d["features"].update(logits="top_k"), "lacks features.topk"),
         (lambda d: d["inputs"].update(kind="list"), "'list'"),
         (lambda d: d["inputs"].update(names=["0", "1"]), "lacks inputs.1"),
-        (lambda d: d["teacher"].pop("fingerprint"), "'fingerprint' must be str"),
+        (lambda d: d["teacher"].update(fingerprint=1), "'fingerprint' must be str"),
         (lambda d: d["shards"].pop(), "50 anchors, its shards hold 48"),
         (lambda d: d.update(shards=[]), "its shards hold 0"),
         (lambda d: d.update(shards=[1]), "'file' must be str"),
@@ -344,10 +350,10 @@ def test_damaged_bytes_anywhere_never_crash(cache: AnchorCache) -> None:
 def test_file_descriptors_are_few(cache: AnchorCache, points: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     from craft_optim.anchors import cache as module
 
-    monkeypatch.setattr(module, "_MAX_MAPPED", 2)
+    monkeypatch.setattr(module, "_MAX_OPEN", 2)
     for order in torch.randperm(50).split(5):
         assert torch.equal(cache.read(order).inputs, points[order])
-        assert sum(shard._map is not None for shard in cache._shards) <= 2
+        assert sum(shard._file is not None for shard in cache._shards) <= 2
 
 
 def test_clips_of_images_may_differ_in_length(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def alone(closure: AnchorRetention) -> tuple[float, list[Tensor]]:
 def ragged(inputs: Any) -> Tensor:
     """Very different numbers of positions: none of some anchors, all of others."""
     ids = inputs["input_ids"]
-    return torch.arange(ids.shape[1]) < ids[:, :1] % 8
+    return (torch.arange(ids.shape[1]) < ids[:, :1] % 8) & inputs["attention_mask"].bool()
 
 
 def first_half_only(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def test_a_rank_without_a_valid_position_takes_part(llama: nn.Module, caches: di
 
     def mask(inputs: Any) -> Tensor:
         ids = inputs["input_ids"]
-        return (ids[:, :1] == only[0]).expand(ids.shape)
+        return (ids[:, :1] == only[0]) & inputs["attention_mask"].bool()
 
     retention = LogitRetention(llama, caches["full"], 2, strict=False, mask=mask)
     rows = retention._anchors.read(retention._sampler.indices(0)).inputs["input_ids"]
@@ -161,12 +161,12 @@ def test_hidden_states_of_a_rank_without_positions(llama: nn.Module, token_batch
 
     def spans(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
         ids = inputs["input_ids"]
-        return {"all": (ids == first).all(1, keepdim=True).expand(ids.shape)}
+        return {"all": (ids == first).all(1, keepdim=True) & inputs["attention_mask"].bool()}
 
     disturb(llama, 0.02)
     loss, gradients = alone(HiddenRetention(llama, cache, 6, strict=False, spans=spans))
     losses, averaged, said = Ranks(lambda: HiddenRetention(llama, cache, 3, strict=False, spans=spans), 2).together()
-    assert sorted(tensors[0].tolist() for tensors in said) == [[0.0, 0.0], [7.0, 7.0]]
+    assert sorted(tensors[0].tolist() for tensors in said) == [[0.0, 0.0], [5.0, 5.0]]
     assert sum(losses) / 2 == pytest.approx(loss, rel=1e-6)
     for a, b in zip(averaged, gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("lerobot", reason="pip install 'craft-optim[lerobot]', Python >= 3.12")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(Path(__file__).parent)]  # the latter for `small`, which the tests here share
 
 
 @pytest.fixture(scope="session")

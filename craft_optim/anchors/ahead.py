@@ -1,0 +1,71 @@
+"""Reading ahead: the next batches of anchors come from the disk, and go to the device, while the task step runs."""
+
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Ahead", "to_device_ahead", "wait_for"]
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """Values of a function of the position, computed before they are asked for.
+
+    Each of `workers` threads has one of the next positions in work or done. After a jump what was read ahead is thrown
+    away. An exception is raised when its position is asked for, and a position that failed is tried anew.
+
+    Args:
+        function: position -> value; called from other threads.
+        workers: Number of threads; 0 computes when asked.
+    """
+
+    def __init__(self, function: Callable[[int], T], workers: int) -> None:
+        self._function, self.workers = function, workers
+        self._threads: ThreadPoolExecutor | None = None
+        self._pending: dict[int, Future[T]] = {}
+
+    def get(self, position: int) -> T:
+        """The value at a position; those after it are begun."""
+        if self.workers == 0:
+            return self._function(position)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.workers, "craft_optim-anchors")
+            weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True)
+        wanted = range(position, position + self.workers + 1)
+        for old in [p for p in self._pending if p not in wanted]:
+            self._pending.pop(old).cancel()
+        for p in wanted:
+            if p not in self._pending:
+                self._pending[p] = self._threads.submit(self._function, p)
+        return self._pending.pop(position).result()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_threads": None, "_pending": {}}  # threads do not travel, nor are they copied
+
+
+def to_device_ahead(tensors: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Any]:
+    """Copies on a stream of their own where the device has streams, and the event to `wait_for`; else None for it."""
+    if device.type != "cuda":
+        return {key: x.to(device, non_blocking=True) for key, x in tensors.items()}, None
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            copies = {key: x.to(device, non_blocking=True) for key, x in tensors.items()}
+            event = stream.record_event()
+    return copies, event
+
+
+def wait_for(tensors: dict[str, Tensor], event: Any) -> None:
+    """Makes the current stream, not the host, wait for the copies."""
+    if event is None:
+        return
+    for x in tensors.values():
+        if x.is_cuda:
+            stream = torch.cuda.current_stream(x.device)
+            stream.wait_event(event)
+            x.record_stream(stream)

@@ -1,0 +1,193 @@
+"""What the teacher says about a batch of anchors, in the form in which a cache keeps it."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cache import FeatureSpec, tap_key
+from .capture import Layer, Spans, default_spans, pool, positions, run
+from .masks import Mask, valid_positions
+from .passes import Forward, autocast_to, isolated_rng, logits_of, steady, to_device
+from .sampling import mixed_seed
+from .structure import Inputs
+
+__all__ = ["Extractor", "Taught"]
+
+
+class Taught(NamedTuple):
+    """Of one batch.
+
+    Attributes:
+        features: By name, on the CPU.
+        joined: Names of those that hold the positions of their mask only, one after another.
+        classes: Size of the logits' last dimension; None without logits.
+    """
+
+    features: dict[str, Tensor]
+    joined: frozenset[str]
+    classes: int | None
+
+
+class Extractor:
+    """Runs the teacher and keeps what `spec` asks for.
+
+    The first batch runs without gradients, the others in inference mode: what a model makes at its first forward and
+    keeps, such as tables of positions, would be unusable in training if it were made in inference mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        spec: FeatureSpec,
+        dtype: torch.dtype,
+        *,
+        forward: Forward | None,
+        spans: Spans | None,
+        mask: Mask | None,
+        autocast: torch.dtype | None,
+        inference: bool,
+    ) -> None:
+        self.model, self.device, self.spec, self.dtype = model, device, spec, dtype
+        self.forward, self.spans, self.mask, self.autocast = forward, spans or default_spans, mask, autocast
+        self._inference, self._warm = inference, False
+
+    def __call__(self, inputs: Inputs, size: int, first: int) -> Taught:
+        """The features of `size` anchors, of which the first has the number `first`."""
+        valid = valid_positions(inputs, self.mask) if self.spec.logits is not None else None
+        inputs = to_device(inputs, self.device)
+        features: dict[str, Tensor] = {}
+        joined: set[str] = set()
+        classes = None
+        with (
+            torch.inference_mode() if self._inference and self._warm else torch.no_grad(),
+            isolated_rng(self.device, mixed_seed(0, first)),
+        ):
+            with steady(self.model), autocast_to(self.device, self.autocast):
+                output, hidden = run(
+                    self.model,
+                    inputs,
+                    forward=self.forward,
+                    layers=self.spec.layers,
+                    output=self.spec.logits is not None,
+                )
+                if torch.is_autocast_enabled(self.device.type):
+                    # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
+                    torch.clear_autocast_cache()
+            if self.spec.logits is not None:
+                logits = self._checked(output, size)
+                classes = logits.shape[-1]
+                features |= self._logits(logits, valid, first, joined)
+            if hidden:
+                features |= self._hidden(hidden, inputs, size, first, joined)
+            features = {key: x.cpu() for key, x in features.items()}
+        self._warm = True
+        return Taught(features, frozenset(joined), classes)
+
+    def _round(self, values: Tensor, what: str) -> Tensor:
+        """`values` in the storage dtype, checked."""
+        rounded = values.to(self.dtype)
+        low, high = (float(x) for x in torch.aminmax(rounded)) if rounded.numel() else (0.0, 0.0)  # NaN if there is one
+        if math.isfinite(low) and math.isfinite(high):
+            return rounded
+        largest = float(values.abs().max())
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"The teacher's {what} are not finite. Check the model and the anchors on their own; classes that "
+                "are masked with -inf must be left out, or clamped, by `forward=`."
+            )
+        raise ValueError(
+            f"The teacher's {what} reach {largest:.3g}, beyond the range of dtype={self.dtype}: pass "
+            "dtype=torch.bfloat16 or torch.float32."
+        )
+
+    def _checked(self, output: Any, size: int) -> Tensor:
+        logits = logits_of(output)
+        if logits is None or not logits.is_floating_point() or logits.ndim < 2 or len(logits) != size:
+            found = type(output).__name__ if logits is None else f"{logits.dtype} of shape {tuple(logits.shape)}"
+            raise ValueError(
+                f"The model must give logits [B, ..., V] with B = {size} anchors, as a tensor or as `.logits`. "
+                f"Found {found}: pass `forward=`, or logits=False and `layers`."
+            )
+        gather = getattr(logits, "full_tensor", None)  # of tensor parallelism
+        return logits if gather is None else gather()
+
+    def _logits(self, logits: Tensor, valid: Tensor | None, first: int, joined: set[str]) -> dict[str, Tensor]:
+        features: dict[str, Tensor] = {}
+        shape = logits.shape[:-1]
+        if valid is not None and valid.shape != shape:
+            if self.mask is not None:
+                raise ValueError(
+                    f"The logits' mask must have shape {tuple(shape)}. {self.spec.mask!r} gives {tuple(valid.shape)}."
+                )
+            valid = None
+        if valid is not None:
+            _require_positions(valid.flatten(1), first, "the logits' mask")
+            features["mask"] = valid
+            places = valid.flatten().nonzero().flatten()
+            logits = logits.flatten(0, -2).index_select(0, places.to(logits.device, non_blocking=True))
+        classes, k = logits.shape[-1], self.spec.top_k
+        logprobs = F.log_softmax(logits.float(), dim=-1)
+        if k is None:
+            kept = {"logprobs": self._round(logprobs, "logits")}
+        else:
+            if k > classes:
+                raise ValueError(f"`top_k` must not exceed the number of classes. Found top_k={k}, {classes} classes.")
+            top = logprobs.topk(k, dim=-1)
+            kept = {"topk_logprobs": self._round(top.values, "logits"), "topk_indices": top.indices.int()}
+            if k < classes:  # stored, because one minus rounded probabilities is mostly rounding
+                rest = logprobs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+                kept["rest_logprob"] = self._round(rest, "logits")
+        if valid is not None:
+            joined.update(kept)
+        return features | kept
+
+    def _hidden(
+        self, hidden: Mapping[Layer, Tensor], inputs: Inputs, size: int, first: int, joined: set[str]
+    ) -> dict[str, Tensor]:
+        features: dict[str, Tensor] = {}
+        spans = {span: x.to(self.device).bool() for span, x in self.spans(self.model, inputs).items()}
+        for layer, value in hidden.items():
+            states = positions(value)
+            if len(states) != size:
+                raise ValueError(
+                    f"Layer {layer!r} gives {tuple(value.shape)}, but the first dimension must be the {size} anchors."
+                )
+            for span, mode in self.spec.pooling.items():
+                what, key = f"hidden states of layer {layer!r}", tap_key(layer, span)
+                if states.ndim == 2:
+                    features[key] = self._round(states, what)
+                    continue
+                # A feature map's positions are not those of the tokens
+                mask = spans.get(span) if value.ndim == 3 else None
+                if mask is None and span != "all":
+                    raise ValueError(
+                        f"`pooling` names the span {span!r}, but layer {layer!r} has "
+                        f"{sorted({*spans, 'all'}) if value.ndim == 3 else 'only all'} in this batch."
+                    )
+                if mask is not None and mask.shape != states.shape[:2]:
+                    raise ValueError(
+                        f"Span {span!r} has a mask of shape {tuple(mask.shape)}, layer {layer!r} has positions "
+                        f"{tuple(states.shape[:2])}: pass `spans=` with masks that fit."
+                    )
+                if mask is not None:
+                    if f"span.{span}" not in features:
+                        _require_positions(mask, first, f"span {span!r}")
+                    features[f"span.{span}"] = mask
+                if mode == "none" and mask is not None:
+                    features[key] = self._round(states[mask], what)
+                    joined.add(key)
+                else:
+                    features[key] = self._round(pool(states, mask, mode), what)
+        return features
+
+
+def _require_positions(mask: Tensor, first: int, what: str) -> None:
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        numbers = ", ".join(str(first + i) for i in empty[:5])
+        raise ValueError(f"{what} selects no position of anchor {numbers}: leave such anchors out of `batches`.")

@@ -1,0 +1,250 @@
+"""Outputs of modules that do not train, a vision tower say: constants of the anchors, recorded once and replayed.
+
+At build time, and in the first pass of a process, the modules run:
+
+    with recorded(model, names) as calls:
+        ...a forward on anchors
+    stored = leaves(calls, size)  # what goes into the cache
+    layouts = layouts_of(calls)  # what does not: how the outputs are put together
+
+From then on they do not:
+
+    with replayed(model, stored, layouts):
+        ...a forward on the same anchors
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .names import modules_by_name, plain_name
+from .passes import device_of, eager
+
+__all__ = ["Calls", "Layout", "layouts_of", "leaves", "recorded", "replayed", "resolve_frozen", "trains"]
+
+Calls = Mapping[str, list[Any]]
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+class Layout(NamedTuple):
+    """How the output of one call is put together.
+
+    Attributes:
+        tree: Tuples, dicts and output classes, in torch's terms.
+        parts: One per leaf: a tensor's dtype, or the leaf itself.
+    """
+
+    tree: pytree.TreeSpec
+    parts: tuple[Any, ...]
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether the module's output may move in training, so that it must be run.
+
+    It does if a parameter requires gradients, or if a normalisation keeps running statistics: the task's forwards move
+    these although nothing requires gradients. Buffers that a module of another kind changes by itself are not seen.
+    """
+    return any(p.requires_grad for p in module.parameters()) or any(
+        isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in module.modules()
+    )
+
+
+def resolve_frozen(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Plain name -> module.
+
+    Raises:
+        ValueError: A name names no module, or the whole model, or comes twice, or one module is within another.
+    """
+    named, found = modules_by_name(model), dict[str, nn.Module]()
+    for name in names:
+        plain = plain_name(name)
+        if name not in named or not plain:
+            raise ValueError(f"`frozen` must be names of modules within the model. There is no module {name!r}.")
+        if plain in found:
+            raise ValueError(f"`frozen` must be different modules. {name!r} comes twice.")
+        found[plain] = named[name]
+    for outer in found:
+        if inner := [name for name in found if name.startswith(f"{outer}.")]:
+            raise ValueError(f"`frozen` must not name a module and parts of it: {inner[0]!r} is within {outer!r}.")
+    return found
+
+
+@contextmanager
+def _forwards(modules: Mapping[str, nn.Module], make: Callable[[str, Any], Callable[..., Any]]) -> Iterator[None]:
+    """Within the block each module's forward is `make(name, its own)`; hooks on the module fire as ever."""
+    before = {name: vars(module).get("forward") for name, module in modules.items()}  # some wrappers set one, too
+    try:
+        for name, module in modules.items():
+            vars(module)["forward"] = make(name, module.forward)
+        with eager():  # compiled code has the modules' own
+            yield
+    finally:
+        for name, module in modules.items():
+            vars(module).pop("forward", None)
+            if before[name] is not None:
+                vars(module)["forward"] = before[name]
+
+
+def _refuse_gradients(name: str, args: Any) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(args)):
+        raise ValueError(
+            f"The output of {name!r} is not a constant of the anchors: its input requires gradients, so that it "
+            "depends on what trains. Leave it out of `frozen`."
+        )
+
+
+@contextmanager
+def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
+    """Within the block, forwards of the model fill the yielded dict: plain name -> one output per call.
+
+    Outputs are copies: some models change in place what their parts return.
+
+    Args:
+        model: Unmodified; each module's own forward is back at the end, whatever happens.
+        names: Of modules that are called, and not within one another.
+
+    Raises:
+        ValueError: See `resolve_frozen`; or, in the forward, an input of a module requires gradients.
+        TypeError: In the forward: an output holds something that is neither a tensor nor a plain constant.
+    """
+    modules = resolve_frozen(model, names)
+    calls: dict[str, list[Any]] = {name: [] for name in modules}
+
+    def copy(name: str, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone()
+        if not isinstance(leaf, _CONSTANTS):
+            raise TypeError(
+                f"{name!r} returns a {type(leaf).__name__}, which cannot be stored: name a module of `frozen` that "
+                "returns tensors, or structures of them."
+            )
+        return leaf
+
+    def make(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            _refuse_gradients(name, (args, kwargs))
+            output = own(*args, **kwargs)
+            calls[name].append(pytree.tree_map(lambda leaf: copy(name, leaf), output))
+            return output
+
+        return forward
+
+    with _forwards(modules, make):
+        yield calls
+
+
+def leaves(calls: Calls, size: int) -> dict[str, Tensor]:
+    """The tensors of the recorded outputs, each `[size, ...]`: `frozen.<module>.<call>.<leaf>` -> tensor.
+
+    Args:
+        calls: Of one forward under `recorded`.
+        size: Number of anchors in it.
+
+    Raises:
+        ValueError: A module was not called, gave no tensor, or one whose first dimension is not the anchors.
+    """
+    named: dict[str, Tensor] = {}
+    for name, outputs in calls.items():
+        found = {
+            _key(name, number, place): leaf
+            for number, output in enumerate(outputs)
+            for place, leaf in enumerate(pytree.tree_leaves(output))
+            if isinstance(leaf, Tensor)
+        }
+        if not found:
+            raise ValueError(
+                f"The forward never calls {name!r}, or gets no tensor from it: leave it out of `frozen`, or name the "
+                "module that is called."
+            )
+        for key, leaf in found.items():
+            if leaf.ndim == 0 or len(leaf) != size:
+                raise ValueError(
+                    f"The first dimension of what a module of `frozen` returns must be the {size} anchors. Found "
+                    f"{tuple(leaf.shape)} of {name!r} ({key}): leave it out, or name another module."
+                )
+        named |= found
+    return named
+
+
+def layouts_of(calls: Calls) -> dict[str, list[Layout]]:
+    """What `replayed` needs besides the tensors: plain name -> one layout per call."""
+    layouts: dict[str, list[Layout]] = {}
+    for name, outputs in calls.items():
+        layouts[name] = []
+        for output in outputs:
+            parts, tree = pytree.tree_flatten(output)
+            layouts[name].append(Layout(tree, tuple(x.dtype if isinstance(x, Tensor) else x for x in parts)))
+    return layouts
+
+
+def _key(name: str, number: int, place: int) -> str:
+    return f"frozen.{name}.{number}.{place}"
+
+
+@contextmanager
+def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[str, list[Layout]]) -> Iterator[None]:
+    """Within the block, modules return what is stored instead of running; those that train now run all the same.
+
+    What they return are copies, on the device of the module's input and in the dtype that it had.
+
+    Args:
+        model: Unmodified; each module's own forward is back at the end, whatever happens.
+        stored: The `leaves` of the anchors in the forward, in any floating dtype, on any device. Other keys are
+            ignored.
+        layouts: Of a forward with the same calls. A module that it ended before is not replayed.
+
+    Raises:
+        ValueError: The stored tensors are not those of the layouts; or, in the forward, a module is called more often
+            than it was recorded, or its input requires gradients.
+    """
+    resolved = resolve_frozen(model, layouts)
+    modules = {name: module for name, module in resolved.items() if layouts[name] and not trains(module)}
+    for name in modules:
+        expected = {
+            _key(name, number, place)
+            for number, layout in enumerate(layouts[name])
+            for place, part in enumerate(layout.parts)
+            if isinstance(part, torch.dtype)
+        }
+        # A module's name may begin another's: what follows it are two numbers
+        found = {key for key in stored if key.rsplit(".", 2)[0] == f"frozen.{name}"}
+        if found != expected:
+            raise ValueError(
+                f"The stored outputs of {name!r} are {sorted(found)}, but this forward has {sorted(expected)}: another "
+                "model or another `forward=` than in `build`."
+            )
+
+    def make(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        done = 0
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            _refuse_gradients(name, (args, kwargs))
+            if done == len(layouts[name]):
+                raise ValueError(
+                    f"The forward calls {name!r} more often than the {done} times that were recorded: another "
+                    "`forward=` than in `build`, or several forwards in one pass."
+                )
+            tree, parts = layouts[name][done]
+            device = next(
+                (x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)),
+                device_of(modules[name]),
+            )
+            values = [
+                stored[_key(name, done, place)].to(device, part, non_blocking=True, copy=True)
+                if isinstance(part, torch.dtype)
+                else part
+                for place, part in enumerate(parts)
+            ]
+            done += 1
+            return pytree.tree_unflatten(values, tree)
+
+        return forward
+
+    with _forwards(modules, make):
+        yield

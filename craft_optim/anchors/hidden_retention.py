@@ -1,0 +1,201 @@
+"""Retention of a model's hidden states: their distance from the cached ones."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .cache import AnchorBatch, AnchorCache, tap_key
+from .capture import Layer, Spans, pool, positions, resolve_layers
+from .logit_retention import rows, select, within
+from .passes import Forward, to_device
+from .retention import AnchorMismatchError, CachedRetention
+
+__all__ = ["HiddenRetention"]
+
+_DISTANCES = ("mse", "cosine", "l1")
+
+
+class HiddenRetention(CachedRetention):
+    """Distance of hidden states from the teacher's on the anchors, as a weighted mean over layers and spans.
+
+        L_ret = sum_j w_j L_j / sum_j w_j,   L_j = |h_j - h0_j|^2 / Var[h0_j]   (loss="mse")
+
+    Var is the variance of the teacher's features over the cached anchors, so 1 means: moved as far as the teacher's own
+    features are spread. `losses` has the formulas. The forward ends at the deepest layer. It holds what it measures:
+    the layers after it are free to move.
+
+    Args:
+        model: The model in training, on its device, in either mode.
+        cache: Built with `layers` from the same model.
+        batch_size: Anchors per call (and rank).
+        loss: "mse" and "l1" in units of the teacher's variance and standard deviation, or "cosine".
+        layers: Some of the cached layers. None: all of them.
+        weights: Layer, or (layer, span), -> weight >= 0; 1 for those not named.
+        forward: As in `build`.
+        spans: As in `build`, instead of the cached masks of the spans.
+        seed: Of the order of the anchors and of what the forward draws.
+        strict: Check at the first call that the model reproduces the cache.
+        autocast: Dtype of autocast in the pass, as in `build`. None: as the caller has it.
+        workers: Threads that read the next batches ahead; see `LogitRetention`.
+        device: Where inputs go. None: where the model's first parameter is.
+        tolerance: Largest drift that the first call accepts. None: by precision, as for `LogitRetention`; its square
+            root for "l1".
+        rank: Place of this process among those that share the anchors; see `LogitRetention`.
+        world_size: Their number.
+
+    Raises:
+        ValueError: The cache has no such layers, their features do not vary over the anchors, a weight is out of range,
+            or there are fewer anchors than a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: AnchorCache,
+        batch_size: int = 16,
+        *,
+        loss: str = "mse",
+        layers: Iterable[Layer] | None = None,
+        weights: Mapping[Layer | tuple[Layer, str], float] | None = None,
+        forward: Forward | None = None,
+        spans: Spans | None = None,
+        seed: int = 0,
+        strict: bool = True,
+        autocast: torch.dtype | None = None,
+        workers: int = 1,
+        device: torch.device | str | None = None,
+        tolerance: float | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        if loss not in _DISTANCES:
+            raise ValueError(f"`loss` must be one of {_DISTANCES}. Found {loss!r}.")
+        self.loss, self.spans = loss, spans
+        self.layers = resolve_layers(model, cache.features.layers if layers is None else layers)
+        self.pooling = dict(cache.features.pooling)
+        self._check_kind(cache)
+        if not self.layers:
+            raise ValueError("`layers` must name at least one layer. Found none.")
+        self.weights = self._weights(dict(weights or {}))
+        super().__init__(
+            model,
+            cache,
+            batch_size,
+            forward=forward,
+            seed=seed,
+            strict=strict,
+            autocast=autocast,
+            workers=workers,
+            device=device,
+            tolerance=tolerance,
+            rank=rank,
+            world_size=world_size,
+        )
+        flat = [key for key in self.weights if not cache.features.variances.get(key, 0.0) > 0.0]
+        if flat and loss != "cosine":
+            raise ValueError(
+                f"loss={loss!r} measures in units of the features' variance over the anchors, and {flat} do not "
+                f"vary over the {len(cache)} anchors of {cache.path}: use more, and more varied, anchors, other "
+                "layers, or loss='cosine'."
+            )
+
+    def _weights(self, given: dict[Layer | tuple[Layer, str], float]) -> dict[str, float]:
+        weights = {}
+        for layer in self.layers:
+            for span in self.pooling:
+                weight = given.get((layer, span), given.get(layer, 1.0))
+                if not 0.0 <= weight < float("inf"):
+                    raise ValueError(f"`weights` must be finite and >= 0. Found {weight!r} for layer {layer!r}.")
+                weights[tap_key(layer, span)] = float(weight)
+        known = {*self.layers, *((layer, span) for layer in self.layers for span in self.pooling)}
+        if unknown := [key for key in given if key not in known]:
+            raise ValueError(f"`weights` names {unknown}, but the layers and spans here are {list(weights)}.")
+        if not sum(weights.values()) > 0.0:
+            raise ValueError(f"`weights` must not all be zero. Found {weights}.")
+        return weights
+
+    def _check_kind(self, cache: AnchorCache) -> None:
+        missing = [layer for layer in self.layers if layer not in cache.features.layers]
+        if missing or not cache.features.layers or cache.features.pooling != self.pooling:
+            raise ValueError(
+                f"HiddenRetention needs a cache with hidden states of layers {list(self.layers)} pooled as "
+                f"{self.pooling}. {cache.path} has {cache.describe()}: choose among these, or build it with "
+                "`layers=`."
+            )
+
+    def _default_tolerance(self) -> float:
+        squared = super()._default_tolerance()
+        return squared**0.5 if self.loss == "l1" else squared
+
+    def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        weighted = [self.weights[name] * value for name, value in terms.items()]
+        return torch.stack(weighted).sum() / sum(self.weights[name] for name in terms)
+
+    def _features(self) -> list[str]:
+        return [*self.weights, *(f"span.{span}" for span in self.pooling)]
+
+    def _compares_output(self) -> bool:
+        return False
+
+    def _compare(
+        self, output: Any, hidden: Mapping[Layer, Tensor], batch: AnchorBatch
+    ) -> dict[str, tuple[Tensor, int]]:
+        cached = {k.removeprefix("span."): x for k, x in batch.features.items() if k.startswith("span.")}
+        masks = cached
+        if self.spans is not None:
+            given = self.spans(self.model, to_device(batch.inputs, self.device))
+            masks = {span: x.bool().cpu() for span, x in given.items()}
+        terms = {}
+        for layer in self.layers:
+            value = hidden[layer]
+            states = positions(value)
+            for span, mode in self.pooling.items():
+                key = tap_key(layer, span)
+                mask, teacher = (masks.get(span), cached.get(span)) if value.ndim == 3 else (None, None)
+                terms[key] = self._distance(key, states, mask, teacher, mode, batch.features[key])
+        return terms
+
+    def _distance(
+        self, key: str, states: Tensor, mask: Tensor | None, cached: Tensor | None, mode: str, teacher: Tensor
+    ) -> tuple[Tensor, int]:
+        """Of one layer and span.
+
+        Args:
+            key: Its name.
+            states: `[B, T, D]` or `[B, D]`, of the model.
+            mask: The span's positions, on the CPU; None: all.
+            cached: The same as in the cache, whose unpooled features are those of these positions.
+            mode: The pooling.
+            teacher: The cached features.
+        """
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise AnchorMismatchError(
+                f"The model has {tuple(states.shape[:2])} positions at {key}, its span a mask of "
+                f"{tuple(mask.shape)}: another `forward=` or `spans=` than in `build`."
+            )
+        if mode == "none" and mask is not None and cached is not None:
+            student = rows(states, mask)
+            if mask is not cached:
+                teacher = select(teacher, within(mask, cached))
+        elif states.ndim == 3:
+            student = pool(states, None if mask is None else mask.to(states.device, non_blocking=True), mode)
+        else:
+            student = states
+        if student.shape != teacher.shape:
+            raise AnchorMismatchError(
+                f"The model gives {tuple(student.shape)} at {key}, the cache {self.cache.path} was built with "
+                f"{tuple(teacher.shape)}: another model, another layer of that number, or another `forward=`."
+            )
+        if not len(student):
+            return student.float().sum(), 0
+        teacher = teacher.to(student.device, non_blocking=True)
+        with torch.autocast(student.device.type, enabled=False):
+            if self.loss == "cosine":
+                distance = losses.feature_cosine(student, teacher)
+            else:
+                function = losses.feature_mse if self.loss == "mse" else losses.feature_l1
+                distance = function(student, teacher, variance=self.cache.features.variances[key])
+        return distance, student.numel() // student.shape[-1]

@@ -1,0 +1,372 @@
+"""Caches of the earlier CRaFT implementations, read without running any code that their files may hold.
+
+    kind       written by                                                     becomes
+    tokens     eggplantsalt-CRaFT, scripts/build_anchor_cache.py, at first    labels
+    states     the same script, later                                         hidden states, spans "image" and "text"
+    features   eggplantsalt-CRaFT, scripts/build_anchor_hidden_cache.py       hidden states of one layer and span
+    records    craft4090, vla-scripts/build_anchor_hidden_cache.py            the same, and the span's mask
+
+craft-adapter, the third code base, runs its teacher during training and writes no files.
+
+All of them count layers as Hugging Face's `hidden_states` does: entry k enters decoder layer k, but the last one has
+been through the final norm. That one has no number here; it is the output of the norm, under the norm's name.
+"""
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cache import AnchorCache, tap_key
+from .capture import Layer
+from .shards import AnchorCacheError
+from .writing import write_cache
+
+__all__ = ["convert"]
+
+_INPUTS = ("pixel_values", "input_ids", "attention_mask")
+_KINDS = {"target_features": "features", "teacher_hidden": "states", "labels": "tokens"}  # in their loader's order
+_POOLINGS = {
+    "mean_image_tokens": {"image": "masked_mean"},
+    "mean_masked": {"all": "masked_mean"},
+    "last_token": {"all": "last"},
+    "cls_token": {"all": "first"},
+}
+_ROWS = 64  # anchors per batch: the files are mapped, so that no more than these are in memory
+_REMEDY = "Write it again with the code that made it, or copy it again from where it is whole."
+
+_log = logging.getLogger("craft_optim")
+
+_Batches = Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]
+
+
+class _Contents(NamedTuple):
+    """What a file holds; the first four are the same for all files of a cache."""
+
+    kind: str
+    names: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    pooling: dict[str, str]
+    anchors: int
+    dtype: torch.dtype
+    teacher: Any = None
+    left_out: tuple[str, ...] = ()
+
+
+def convert(
+    old_path: str | os.PathLike[str],
+    new_path: str | os.PathLike[str],
+    *,
+    layers: Sequence[Layer] | None = None,
+    overwrite: bool = False,
+) -> AnchorCache:
+    """Writes a cache of an earlier CRaFT implementation anew, in this library's format.
+
+    The kind is told from the contents of the files. They are only ever read as tensors, numbers, strings, lists and
+    dicts. Values keep every bit. What is not a tensor, such as the prompts' text, is left out and logged.
+
+    Inputs come back as the mapping {"pixel_values", "input_ids", "attention_mask"}, with "pixel_values.<name>" for each
+    where there were several: the retention closure's `forward=` makes of them what the model takes. It, and `spans=`,
+    also have to repeat what is peculiar to an old builder, or else the unmodified model has a drift:
+
+    - tokens: the teacher saw one more BOS token between prompt and continuation, which the files do not have.
+    - states: the teacher saw one more BOS token behind the prompt. The span "text" is a single position, number
+      `attention_mask.sum(1)` of the text: padding, unless the prompt fills the tokenizer's maximum. Weigh it 0 then.
+    - features: the span "image" is the first positions of the sequence, 196 where the model's config names no number.
+
+    Args:
+        old_path: Folder with the old cache's `.pt` files and, except for "records", its `metadata.json`.
+        new_path: Folder of the new cache; created if need be.
+        layers: The layers' numbers, or names of modules, in the order in which they are stored. None: as the files say,
+            negative numbers included, which count from -1, the residual before the final norm. Needed where the output
+            of the final norm is stored, also if the old builder was given its number counted from the front.
+        overwrite: Start over whatever the new folder holds.
+
+    Returns:
+        The new cache, opened; its teacher's fingerprint is unknown.
+
+    Raises:
+        AnchorCacheError: A file is missing, damaged, of no known kind, or cannot be read without running code in it;
+            files contradict each other or `metadata.json`; features are not finite; the layers have to be named.
+            Nothing is written then. Or the new folder holds another cache.
+        ValueError: `layers` are not as many as are stored.
+
+    Cost: reads the files' headers twice and the anchors once; memory for one new shard. Files that torch wrote before
+    version 1.6 cannot be mapped: they are read twice, and held in memory as a whole one by one.
+    """
+    folder = Path(old_path)
+    files = sorted(folder.glob("*.pt"), key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise _bad(folder, "it has no .pt files", "Check the path. AnchorCache.open opens caches of this library.")
+    metadata = _metadata(folder / "metadata.json")
+    found = [_read(path, metadata, layers)[0] for path in files]
+    first = found[0]
+    for path, other in zip(files, found, strict=True):
+        if other[:4] != first[:4]:
+            raise _bad(
+                path,
+                f"it holds {_in_words(other)}, but {files[0].name} {_in_words(first)}",
+                "Keep the files of one cache in one folder.",
+            )
+    _check_counts(folder, metadata, first.kind, len(files), sum(contents.anchors for contents in found))
+    if first.left_out:
+        _log.info("%s: %s are left out: they are not the model's inputs", folder, ", ".join(first.left_out))
+    teacher = metadata.get("teacher_policy_path", metadata.get("policy_pretrained_path", first.teacher))
+    dataset = metadata.get("dataset_repo_id")
+    return write_cache(
+        new_path,
+        (batch for path in files for batch in _read(path, metadata, layers)[1]),
+        layers=first.layers,
+        pooling=first.pooling,
+        dtype=reduce(torch.promote_types, (contents.dtype for contents in found)),
+        model_id=teacher if isinstance(teacher, str) else None,
+        origin=f"{first.kind} cache {folder}" + (f" of {dataset}" if isinstance(dataset, str) else ""),
+        overwrite=overwrite,
+    )
+
+
+def _bad(path: Path, problem: str, remedy: str = _REMEDY) -> AnchorCacheError:
+    return AnchorCacheError(f"{path} cannot be converted: {problem}. {remedy}")
+
+
+def _in_words(contents: _Contents) -> str:
+    return f"{contents.kind} of layers {list(contents.layers)} pooled as {contents.pooling}, inputs {contents.names}"
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """`metadata.json`, or {} without one."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise _bad(path, f"it cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise _bad(path, "it is not a JSON object")
+    return data
+
+
+def _check_counts(folder: Path, metadata: Mapping[str, Any], kind: str, files: int, anchors: int) -> None:
+    path = folder / "metadata.json"
+    if not metadata and kind != "records":  # their builders write it last
+        raise _bad(path, "it is missing or empty, so that nothing says whether the .pt files are all there")
+    for key, count in (("num_shards", files), ("num_samples", anchors), ("num_anchors", anchors)):
+        if metadata.get(key, count) != count:
+            raise _bad(
+                path,
+                f"it says {key}={metadata[key]!r}, but the folder's .pt files make that {count}",
+                "Copy the missing files, or delete those of another build.",
+            )
+
+
+def _load(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            mapped = file.read(4) == b"PK\x03\x04"  # not so in torch's format before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise _bad(
+            path,
+            "it cannot be read without running code that is in it, or is no file of torch.save",
+            "If you trust it, load it with the code that made it, and save its tensors, numbers, strings, lists and "
+            "dicts alone with torch.save.",
+        ) from error
+    except Exception as error:  # of whatever type torch happens to run into in a damaged file
+        raise _bad(path, f"it is damaged, perhaps cut short ({type(error).__name__}: {error!s:.100})") from error
+
+
+def _read(path: Path, metadata: Mapping[str, Any], layers: Sequence[Layer] | None) -> tuple[_Contents, _Batches]:
+    """What a file holds, and its anchors; all checks are done before the first of them is asked for."""
+    data = _load(path)
+    if isinstance(data, dict) and isinstance(data.get("records"), list):
+        return _read_records(path, data, layers)
+    target = next((name for name in _KINDS if isinstance(data, dict) and name in data), None)
+    if target is None:
+        has = f"the keys {sorted(map(str, data))}" if isinstance(data, dict) else f"a {type(data).__name__}"
+        raise _bad(path, f"it has {has}, none of 'records', {', '.join(map(repr, _KINDS))}", "Check the path.")
+    return _read_columns(path, data, target, metadata, layers)
+
+
+def _read_columns(
+    path: Path, data: dict[Any, Any], target: str, metadata: Mapping[str, Any], layers: Sequence[Layer] | None
+) -> tuple[_Contents, _Batches]:
+    """One tensor per name, its first dimension the anchors."""
+    inputs = {name: _tensor(path, data, name, 2) for name in _INPUTS}
+    taught = _tensor(path, data, target, {"tokens": 2, "states": 4, "features": 2}[_KINDS[target]])
+    counts = {name: len(x) for name, x in (inputs | {target: taught}).items()}
+    if min(counts.values()) < 1 or len(set(counts.values())) > 1:
+        raise _bad(path, f"its tensors must have the same number of anchors, and at least one. Found {counts}")
+    _check_finite(path, taught)
+    attended = inputs["attention_mask"] != 0
+    pooling: dict[str, str] = {}
+    own: tuple[Layer, ...] = ()
+    if target == "labels":
+        if not taught.shape == inputs["input_ids"].shape == attended.shape:
+            raise _bad(path, f"its 'labels' {tuple(taught.shape)} do not fit its 'input_ids' and 'attention_mask'")
+        own = _own_layers(path, [], layers)
+        features = {"labels": _next_tokens(taught, attended)}
+    elif target == "teacher_hidden":
+        pooling = {"image": "masked_mean", "text": "last"}
+        if taught.shape[2] != len(pooling):
+            raise _bad(path, f"its 'teacher_hidden' must be [anchors, layers, 2, D]. Found {tuple(taught.shape)}")
+        count = taught.shape[1]
+        stored = _state_layers(path, data.get("meta"), metadata, count) if layers is None else [0] * count
+        own = _own_layers(path, stored, layers)
+        features = {
+            tap_key(layer, span): taught[:, i, j] for i, layer in enumerate(own) for j, span in enumerate(pooling)
+        }
+    else:
+        own, pooling = _one_layer(path, data.get("meta"), layers)
+        span = next(iter(pooling))
+        features = {tap_key(own[0], span): taught}
+        if span == "all":
+            features["span.all"] = attended
+    dtype = torch.float16 if target == "labels" else taught.dtype
+    left_out = tuple(sorted({str(key) for key in data} - {*_INPUTS, target, "meta"}))
+    batches = (
+        ({k: x[i : i + _ROWS] for k, x in inputs.items()}, {k: x[i : i + _ROWS] for k, x in features.items()})
+        for i in range(0, len(taught), _ROWS)
+    )
+    return _Contents(_KINDS[target], _INPUTS, own, pooling, len(taught), dtype, left_out=left_out), batches
+
+
+def _read_records(path: Path, data: dict[Any, Any], layers: Sequence[Layer] | None) -> tuple[_Contents, _Batches]:
+    """One dict per anchor."""
+    rows = [_row(path, i, record) for i, record in enumerate(data["records"])]
+    if not rows or any(set(row) != set(rows[0]) for row in rows):
+        raise _bad(path, "its 'records' must hold the same tensors, and there must be at least one of them")
+    for row in rows:
+        _check_finite(path, row["target_features"])
+    own, pooling = _one_layer(path, data.get("meta"), layers)
+    names = tuple(name for name in rows[0] if name not in ("target_features", "image_token_mask"))
+    dtype = reduce(torch.promote_types, (row["target_features"].dtype for row in rows))
+    first = data["records"][0]
+    teacher = first["meta"].get("teacher") if isinstance(first.get("meta"), dict) else None
+    left_out = tuple(sorted({str(key) for key in first["model_inputs"]} - {*_INPUTS, "image_token_mask"}))
+    contents = _Contents("records", names, own, pooling, len(rows), dtype, teacher, left_out)
+    return contents, _stacked(rows, own[0], next(iter(pooling)))
+
+
+def _row(path: Path, number: int, record: Any) -> dict[str, Tensor]:
+    """The tensors of one anchor by name, without the dimension of the anchors."""
+    inputs = record.get("model_inputs") if isinstance(record, dict) else None
+    if not isinstance(inputs, dict):
+        raise _bad(path, f"its record {number} has no dict 'model_inputs'")
+    pixels = inputs.get("pixel_values")
+    parts = {f"pixel_values.{key}": x for key, x in pixels.items()} if isinstance(pixels, dict) else {}
+    names = [*(parts or ["pixel_values"]), "input_ids", "attention_mask"]
+    row = {name: _tensor(path, {**inputs, **parts}, name, 1, f"record {number}") for name in names}
+    row["target_features"] = _tensor(path, record, "target_features", 1, f"record {number}")
+    if "image_token_mask" in inputs:
+        row["image_token_mask"] = _tensor(path, inputs, "image_token_mask", 1, f"record {number}")
+        if len(row["image_token_mask"]) < len(row["attention_mask"]):
+            raise _bad(path, f"the 'image_token_mask' of its record {number} is shorter than its 'attention_mask'")
+    return row
+
+
+def _stacked(rows: list[dict[str, Tensor]], layer: Layer, span: str) -> _Batches:
+    """Batches of neighbours of one length: the prompts were padded to the longest of a few."""
+    for _, group in groupby(rows, key=lambda row: [x.shape for x in row.values()]):
+        alike = list(group)
+        for i in range(0, len(alike), _ROWS):
+            inputs = {name: torch.stack([row[name] for row in alike[i : i + _ROWS]]) for name in alike[0]}
+            features = {tap_key(layer, span): inputs.pop("target_features")}
+            image = inputs.pop("image_token_mask", None)
+            if image is not None and span == "image":
+                features["span.image"] = image.bool()
+            elif image is not None:  # the image's tokens are inserted behind the first one
+                attended = inputs["attention_mask"].bool()
+                inserted = attended.new_ones(len(image), image.shape[1] - attended.shape[1])
+                features["span.all"] = torch.cat([attended[:, :1], inserted, attended[:, 1:]], dim=1)
+            yield inputs, features
+
+
+def _tensor(path: Path, owner: Mapping[Any, Any], name: str, ndim: int, place: str = "file") -> Tensor:
+    """`owner[name]`, a tensor of `ndim` dimensions; of images: of more."""
+    value = owner.get(name)
+    images = name.split(".")[0] == "pixel_values"
+    if not isinstance(value, Tensor) or (value.ndim <= ndim if images else value.ndim != ndim):
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        wanted = f"{'more than ' if images else ''}{ndim} dimensions"
+        raise _bad(path, f"its {place} must have a tensor {name!r} of {wanted}. Found {found}")
+    return value
+
+
+def _check_finite(path: Path, taught: Tensor) -> None:
+    if not bool(taught.isfinite().all()):
+        raise _bad(
+            path,
+            f"the teacher's outputs in it are not all finite, perhaps beyond the range of {taught.dtype}",
+            "Leave such anchors out, or write it again with dtype bfloat16 or float32.",
+        )
+
+
+def _one_layer(path: Path, meta: Any, layers: Sequence[Layer] | None) -> tuple[tuple[Layer, ...], dict[str, str]]:
+    """Layer and pooling of a file that holds a single vector per anchor."""
+    meta = meta if isinstance(meta, dict) else {}
+    number, pooling = meta.get("hidden_layer"), meta.get("pooling")
+    if pooling not in _POOLINGS:
+        raise _bad(path, f"its meta['pooling'] must be one of {list(_POOLINGS)}. Found {pooling!r:.60}")
+    if layers is None and type(number) is not int:
+        raise _bad(path, f"its meta['hidden_layer'] must be a number. Found {number!r:.60}", "Pass `layers=`.")
+    return _own_layers(path, [None if number == -1 else number], layers), _POOLINGS[pooling]
+
+
+def _state_layers(path: Path, meta: Any, metadata: Mapping[str, Any], count: int) -> list[int | None]:
+    """The numbers of the layers in 'teacher_hidden'; None for the output of the final norm.
+
+    The file counts decoder layers, whose outputs it has, and so does not tell where the norm comes; `metadata.json` has
+    the numbers as they were asked for, from the back as a rule.
+    """
+    stored = meta.get("layers_to_save") if isinstance(meta, dict) else None
+    asked = metadata.get("layers_to_save")
+    for numbers in (stored, asked):
+        if not isinstance(numbers, list) or len(numbers) != count or any(type(x) is not int for x in numbers):
+            raise _bad(
+                path,
+                f"it must say which {count} layers it has, in meta['layers_to_save'] and in metadata.json. "
+                f"Found {stored!r:.60} and {asked!r:.60}",
+                "Pass `layers=`.",
+            )
+    assert stored is not None
+    assert asked is not None
+    depth = next((s - a for s, a in zip(stored, asked, strict=True) if a < 0), None)
+    return [None if s + 1 == depth else s + 1 for s in stored]
+
+
+def _own_layers(path: Path, numbers: Sequence[Any], given: Sequence[Layer] | None) -> tuple[Layer, ...]:
+    """The layers in this library's terms."""
+    if given is not None:
+        if len(given) != len(numbers):
+            raise ValueError(f"`layers` must be as many as {path} has, {len(numbers)}. Found {list(given)}.")
+        return tuple(given)
+    if None in numbers:
+        example = ", ".join("'<name>'" if x is None else str(x) for x in numbers)
+        raise _bad(
+            path,
+            "it holds the output of the final norm, which has no number",
+            f"Pass layers=[{example}] with the norm's name within the model, such as 'model.norm'.",
+        )
+    return tuple(numbers)
+
+
+def _next_tokens(labels: Tensor, attended: Tensor) -> Tensor:
+    """Labels at the positions whose logits are to give them, `[n, T]`.
+
+    In Hugging Face's convention a label stands at its own token. The logits for it are those of the last attended
+    position before: the previous one, but behind a padded prompt the prompt's end and not its padding.
+    """
+    places = torch.where(attended, torch.arange(labels.shape[1]), -1).cummax(1).values
+    before = torch.nn.functional.pad(places[:, :-1], (1, 0), value=-1)
+    rows, columns = (attended & (labels != -100) & (before >= 0)).nonzero(as_tuple=True)
+    out = torch.full(labels.shape, -100)
+    out[rows, before[rows, columns]] = labels[rows, columns].long()
+    return out

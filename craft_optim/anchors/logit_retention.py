@@ -1,0 +1,172 @@
+"""Retention of a model's logits: the KL divergence from the cached distribution."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .cache import AnchorBatch, AnchorCache
+from .capture import Layer
+from .masks import Mask, valid_positions
+from .passes import Forward, logits_of
+from .retention import AnchorMismatchError, CachedRetention
+
+__all__ = ["LogitRetention", "kl_term", "rows", "select", "within"]
+
+LOGITS = ("logprobs", "topk_logprobs", "topk_indices", "rest_logprob")
+
+
+def rows(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """`[..., V]` as `[positions, V]`: those that `valid` `[...]`, on the CPU, selects; None selects all.
+
+    Positions are selected on the host: an accelerator need not be waited for, and only what counts is computed with.
+    """
+    if valid is not None and valid.shape != logits.shape[:-1]:
+        raise ValueError(f"The logits' mask must have shape {tuple(logits.shape[:-1])}. Found {tuple(valid.shape)}.")
+    flat = logits.flatten(0, -2)
+    return flat if valid is None else select(flat, valid.flatten().nonzero().flatten())
+
+
+def select(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of `x` by number; the numbers are on the CPU."""
+    return x.index_select(0, places.to(x.device, non_blocking=True))
+
+
+def within(wanted: Tensor, valid: Tensor) -> Tensor:
+    """Which of the positions of `valid`, counted one after another, are the wanted ones.
+
+    Raises:
+        ValueError: The shapes differ, or a wanted position is not among them.
+    """
+    if wanted.shape != valid.shape:
+        raise ValueError(f"The mask must have shape {tuple(valid.shape)}. Found {tuple(wanted.shape)}.")
+    if bool((wanted & ~valid).any()):
+        raise ValueError(
+            f"The mask selects {int((wanted & ~valid).sum())} positions of which the cache holds nothing: its own mask "
+            "leaves them out. Build the cache with this mask."
+        )
+    return wanted[valid].nonzero().flatten()
+
+
+def kl_term(student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Mean KL(teacher || softmax(student)) over positions, and their number; (0, 0) if there are none.
+
+    Args:
+        student: Logits `[positions, V]` of the model.
+        teacher: "logprobs" `[positions, V]`; or, as in a cache, "topk_logprobs", "topk_indices" and "rest_logprob".
+    """
+    if not len(student):
+        return student.float().sum(), 0
+    teacher = {name: x.to(student.device, non_blocking=True) for name, x in teacher.items()}
+    with torch.autocast(student.device.type, enabled=False):
+        if "logprobs" in teacher:
+            return losses.kl_divergence(student, teacher["logprobs"]), len(student)
+        value = losses.topk_kl_divergence(
+            student,
+            teacher["topk_logprobs"],
+            teacher["topk_indices"],
+            teacher_rest_logprob=teacher.get("rest_logprob"),
+        )
+    return value, len(student)
+
+
+class LogitRetention(CachedRetention):
+    """KL(teacher || model) on the anchors' logits, in nats per valid position.
+
+        L_ret = mean over valid positions i of  sum_v p_iv (log p_iv - log q_iv)
+
+    p is the cached distribution, q the model's now. With a top-k cache, k classes and one for the rest: a lower bound.
+    The mask, too, is the cached one.
+
+    Example:
+        anchors = build(model, batches, "anchors/")  # before fine-tuning
+        retention = LogitRetention(model, anchors, batch_size=16)
+        retention().backward()
+
+    Args:
+        model: The model in training, on its device, in either mode.
+        cache: Built with logits from the same model.
+        batch_size: Anchors per call (and rank).
+        forward: As in `build`.
+        mask: As in `build`, to compare at some of the cached positions only.
+        seed: Of the order of the anchors and of what the forward draws.
+        strict: Check at the first call that the model reproduces the cache.
+        autocast: Dtype of autocast in the pass, as in `build`. None: as the caller has it.
+        workers: Threads that read the next batches ahead while the task step runs; 0 reads when called.
+        device: Where inputs go. None: where the model's first parameter is.
+        tolerance: Largest drift that the first call accepts. None: by precision; 1e-4 for float32, 1e-3 for float16,
+            5e-3 for bfloat16, whichever of storage and computation is coarsest.
+        rank: Place of this process among those that share the anchors. None, for both: `CraftOptimizer` finds out, see
+            `shard`; a single process until then.
+        world_size: Their number; together they draw what one process with the whole batch would.
+
+    Raises:
+        ValueError: The cache has no logits, or fewer anchors than a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: AnchorCache,
+        batch_size: int = 16,
+        *,
+        forward: Forward | None = None,
+        mask: Mask | None = None,
+        seed: int = 0,
+        strict: bool = True,
+        autocast: torch.dtype | None = None,
+        workers: int = 1,
+        device: torch.device | str | None = None,
+        tolerance: float | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self._check_kind(cache)
+        super().__init__(
+            model, cache, batch_size, forward=forward, seed=seed, strict=strict, autocast=autocast,
+            workers=workers, device=device, tolerance=tolerance, rank=rank, world_size=world_size,
+        )  # fmt: skip
+        self.mask = mask
+
+    def _check_kind(self, cache: AnchorCache) -> None:
+        if cache.features.logits is None:
+            raise ValueError(
+                f"LogitRetention needs a cache with logits. {cache.path} has {cache.describe()}: use "
+                "HiddenRetention, or build it with logits=True or top_k."
+            )
+
+    def _features(self) -> list[str]:
+        return [*LOGITS, "mask"]
+
+    def _compares_output(self) -> bool:
+        return True
+
+    def _compare(
+        self, output: Any, hidden: Mapping[Layer, Tensor], batch: AnchorBatch
+    ) -> dict[str, tuple[Tensor, int]]:
+        logits = logits_of(output)
+        if logits is None:
+            raise AnchorMismatchError(
+                f"The model gives no logits but {type(output).__name__}: pass the `forward=` that the cache was "
+                "built with."
+            )
+        teacher = {name: batch.features[name] for name in LOGITS if name in batch.features}
+        valid = batch.features.get("mask")
+        first = next(iter(teacher.values()))
+        shape = first.shape[:-1] if valid is None else valid.shape
+        if logits.shape != (*shape, self.cache.features.classes):
+            raise AnchorMismatchError(
+                f"The model gives logits of shape {tuple(logits.shape)}, the cache {self.cache.path} was built "
+                f"with {(*shape, self.cache.features.classes)}: another model, or another `forward=`."
+            )
+        if valid is None:
+            teacher = {name: x.flatten(0, len(shape) - 1) for name, x in teacher.items()}
+        if self.mask is not None:
+            wanted = valid_positions(batch.inputs, self.mask)
+            assert wanted is not None
+            kept = within(wanted, torch.ones(shape, dtype=torch.bool) if valid is None else valid)
+            teacher = {name: select(x, kept) for name, x in teacher.items()}
+            valid = wanted
+        return {"kl": kl_term(rows(logits, valid), teacher)}

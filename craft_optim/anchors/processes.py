@@ -1,0 +1,108 @@
+"""Which of several processes build a cache together, and what they must agree on before they begin."""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["Team", "digest", "find_team"]
+
+_PATIENCE = 20.0  # seconds before a process says what it is waiting for
+_log = logging.getLogger("craft_optim")
+
+
+class Team:
+    """Processes that build one cache.
+
+    Attributes:
+        rank: Place of this process among those that see different batches.
+        world_size: Their number.
+        writes: Whether this one writes. Of processes that hold parts of the same layers (tensor parallelism), one does.
+        sharded: Whether a forward needs all processes, as under FSDP: each has to run as many.
+    """
+
+    def __init__(
+        self, group: Any, rank: int = 0, world_size: int = 1, *, writes: bool = True, sharded: bool = False
+    ) -> None:
+        self.rank, self.world_size, self.writes, self.sharded = rank, world_size, writes, sharded
+        self._group = group
+
+    @property
+    def several(self) -> bool:
+        """Whether there is anybody to agree with."""
+        return self._group is not None
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank in the group. Says so if the others do not come."""
+        if self._group is None:
+            return [value]
+        with _said_if_late():
+            values: list[Any] = [None] * self._group.size()
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+@contextmanager
+def _said_if_late() -> Iterator[None]:
+    timer = threading.Timer(
+        _PATIENCE,
+        lambda: _log.warning(
+            "build has been waiting for %d s for the other processes of torch.distributed to call it too. If only this "
+            "one is to build the anchors, pass process_group=False.",
+            _PATIENCE,
+        ),
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def find_team(model: nn.Module, process_group: dist.ProcessGroup | Literal[False] | None) -> Team:
+    """The processes that call `build` now.
+
+    Args:
+        model: The teacher, as it is spread over them.
+        process_group: None: all of torch.distributed's, if that is initialised; False: this one alone.
+    """
+    if process_group is False or not (dist.is_available() and dist.is_initialized()):
+        return Team(None)
+    group: Any = process_group or dist.group.WORLD
+    if group.size() == 1:
+        return Team(None)
+    from craft_optim.distributed import find_layout
+
+    spread = [p for p in model.parameters() if hasattr(p, "device_mesh")]
+    fsdp1 = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    if not spread and not fsdp1:
+        return Team(group, group.rank(), group.size())
+    layout = find_layout(list(model.parameters()) if fsdp1 else spread, None)
+    rank, world_size = (layout.rank, layout.world_size) if layout is not None else (0, 1)
+    ranks: list[Any] = [None] * group.size()
+    dist.all_gather_object(ranks, rank, group=group)
+    return Team(group, rank, world_size, writes=ranks.index(rank) == group.rank(), sharded=True)
+
+
+def digest(*parts: Any) -> str:
+    """A short name for settings and tensors, to compare them between processes."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Mapping):
+            part = sorted(part.items())
+        if isinstance(part, Tensor):
+            total.update(repr((part.dtype, tuple(part.shape))).encode())
+            x = part.detach().cpu().contiguous()
+            total.update(x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
+        elif isinstance(part, Sequence) and not isinstance(part, str):
+            total.update(digest(*part).encode())
+        else:
+            total.update(repr(part).encode())
+    return total.hexdigest()[:16]

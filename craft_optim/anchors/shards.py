@@ -1,0 +1,336 @@
+"""One safetensors file of a cache: its tensors' places, and single anchors out of it.
+
+A tensor `<key>` is stored in one of two ways:
+
+- plainly, its first dimension the anchors;
+- packed, if anchors differ in length: one after another, `lengths.<key>` [n] positions each. Where the positions at an
+  anchor's end repeat one value, as padding does, they are left out: `widths.<key>` [n] is the anchor's length with them
+  and `fills.<key>` [n] their value.
+
+Files are read with `pread`, not mapped: of an anchor exactly its own bytes come in, the pages do not count as the
+process' memory, and a file that is cut short is an error instead of a bus error.
+"""
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import images
+
+__all__ = ["AnchorCacheError", "Shard", "packed"]
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+_INDEX = ("lengths.", "widths.", "fills.")
+_seek_and_read = threading.Lock()  # where there is no pread
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class AnchorCacheError(ValueError):
+    """A cache that cannot be used as it is; says which file, what is wrong with it and what to do."""
+
+
+class _Entry(NamedTuple):
+    """One tensor in a shard: its place in the file. A row is an anchor or, if packed, a position."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    row_bytes: int
+
+
+class _Index(NamedTuple):
+    """Where the anchors of a packed tensor are.
+
+    Attributes:
+        starts: First position of each anchor, and the end of the last: int64 `[n + 1]`.
+        widths: Length of each anchor, int64 `[n]`; None: that between its starts.
+        fills: Value of the positions that were left out, `[n]`.
+    """
+
+    starts: np.ndarray[Any, np.dtype[np.int64]]
+    widths: np.ndarray[Any, np.dtype[np.int64]] | None
+    fills: Tensor | None
+
+    def width(self, row: int) -> int:
+        return int(self.starts[row + 1] - self.starts[row]) if self.widths is None else int(self.widths[row])
+
+
+class Shard:
+    """One safetensors file, read anchor by anchor; it is opened for that at the first read.
+
+    Args:
+        path: The file.
+        count: Number of anchors that it must hold.
+        size: Its size in bytes.
+        encodings: Input name -> formula and dtype, for inputs stored as bytes.
+
+    Raises:
+        AnchorCacheError: The file is missing, has another size, or its header is not that of such a shard.
+    """
+
+    def __init__(
+        self, path: Path, count: int, size: int, encodings: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        self.path, self.count, self.size = path, count, size
+        self.encodings = {f"inputs.{name}": dict(encoding) for name, encoding in (encodings or {}).items()}
+        self._file: BinaryIO | None = None
+        self._indices: dict[str, _Index] = {}
+        self.entries = self._header()
+        self.keys = [key for key in self.entries if not key.startswith(_INDEX)]
+        for key, entry in self.entries.items():
+            owner = key.split(".", 1)[1]
+            if key.startswith(_INDEX) and owner not in self.entries:
+                raise self._bad(f"its {key!r} belongs to no tensor")
+            if key.startswith("fills.") and entry.dtype != self.entries[owner].dtype:
+                raise self._bad(f"its {key!r} is {entry.dtype}, its {owner!r} {self.entries[owner].dtype}")
+
+    def _bad(self, problem: str) -> AnchorCacheError:
+        return AnchorCacheError(
+            f"Shard {self.path} cannot be used: {problem}. Build the cache again with overwrite=True, or copy the "
+            "file again from where it is whole."
+        )
+
+    # Header
+
+    def _header(self) -> dict[str, _Entry]:
+        try:
+            with open(self.path, "rb") as file:
+                status = os.fstat(file.fileno())
+                self._identity = status.st_ino, status.st_mtime_ns
+                if status.st_size != self.size:
+                    raise self._bad(f"it has {status.st_size} bytes where {self.size} were written")
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= min(self.size - 8, _MAX_HEADER):
+                    raise self._bad("it does not begin like a safetensors file")
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise self._bad(f"it cannot be read ({error.strerror or error})") from error
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, AnchorCacheError):
+                raise
+            raise self._bad("its header is not JSON") from error
+        if not isinstance(header, dict):
+            raise self._bad("its header is not a JSON object")
+        header.pop("__metadata__", None)
+        entries, begin, places = {}, 8 + length, []
+        for key, value in header.items():
+            entry = self._entry(key, value, begin, is_packed=f"lengths.{key}" in header)
+            entries[key] = entry
+            places.append((entry.start, entry.start + entry.shape[0] * entry.row_bytes))
+        end = begin
+        for start, stop in sorted(places):  # safetensors leave no holes and no overlaps
+            if start != end:
+                raise self._bad("the tensors in it do not follow each other")
+            end = stop
+        if end != self.size:
+            raise self._bad(f"its header speaks of {end} bytes, the file has {self.size}")
+        return entries
+
+    def _entry(self, key: str, value: Any, begin: int, *, is_packed: bool) -> _Entry:
+        try:
+            dtype, shape = _DTYPES[value["dtype"]], tuple(value["shape"])
+            start, stop = value["data_offsets"]
+            numbers = [*shape, start, stop]
+            whole = all(type(x) is int and x >= 0 for x in numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._bad(f"the header's entry {key!r} is not that of a tensor") from error
+        if not whole or stop - start != math.prod(shape) * dtype.itemsize:
+            raise self._bad(f"the header's entry {key!r} contradicts itself")
+        if not shape or (shape[0] != self.count and not is_packed):
+            raise self._bad(f"{key!r} has shape {shape}, but {self.count} anchors are recorded")
+        if not key.startswith(("inputs.", "features.", *_INDEX)):
+            raise self._bad(f"it holds an unknown tensor {key!r}")
+        if key.startswith(_INDEX) and (len(shape) != 1 or (dtype != torch.int32 and not key.startswith("fills."))):
+            raise self._bad(f"its {key!r} is {dtype} of shape {shape} instead of one number per anchor")
+        return _Entry(dtype, shape, begin + start, math.prod(shape[1:]) * dtype.itemsize)
+
+    # Bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}  # open files do not travel to other processes
+
+    def close(self) -> None:
+        """Gives the file descriptor back, once nobody reads any more; the next read opens it again."""
+        self._file = None
+
+    def _opened(self) -> BinaryIO:
+        file = self._file
+        if file is None:
+            try:
+                file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with its last reference
+            except OSError as error:
+                raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
+            status = os.fstat(file.fileno())
+            if (status.st_ino, status.st_mtime_ns) != self._identity or status.st_size != self.size:
+                raise self._bad("it has changed since the cache was opened")
+            self._file = file
+        return file
+
+    def _read_into(self, out: Bytes, offset: int) -> None:
+        """Fills `out` with the file's bytes from `offset` on. Threads may read at the same time."""
+        file, view, done = self._opened(), out.data, 0
+        while done < len(out):
+            try:
+                if hasattr(os, "preadv"):
+                    got = os.preadv(file.fileno(), [view[done:]], offset + done)
+                else:
+                    with _seek_and_read:
+                        file.seek(offset + done)
+                        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+            except OSError as error:
+                raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
+            if not got:
+                raise self._bad(f"it ends before byte {offset + len(out)}: it was cut short after it was opened")
+            done += got
+
+    def whole(self, key: str) -> Tensor:
+        """One tensor of the shard as it is stored."""
+        entry = self.entries[key]
+        out = torch.empty(entry.shape, dtype=entry.dtype)
+        if out.numel():
+            self._read_into(out.reshape(-1).view(torch.uint8).numpy(), entry.start)
+        return out
+
+    def checksum(self) -> str:
+        """sha256 of the file."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def verify(self, checksum: str) -> None:
+        """Raises AnchorCacheError unless the file has this checksum. Reads all of it."""
+        try:
+            found = self.checksum()
+        except OSError as error:
+            raise self._bad(f"it cannot be read ({error.strerror or error})") from error
+        if found != checksum:
+            raise self._bad("its contents differ from what was written (sha256)")
+
+    # Anchors
+
+    def is_packed(self, key: str) -> bool:
+        """Whether anchors of this tensor have lengths of their own."""
+        return f"lengths.{key}" in self.entries
+
+    def index(self, key: str) -> _Index | None:
+        """Where the anchors of a packed tensor are; None if it is not packed. Read once and kept."""
+        if not self.is_packed(key):
+            return None
+        found = self._indices.get(key)
+        if found is None:
+            lengths = self.whole(f"lengths.{key}").long()
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+            if int(lengths.min()) < 0 or int(starts[-1]) != self.entries[key].shape[0]:
+                raise self._bad(f"its 'lengths.{key}' do not add up to {self.entries[key].shape[0]} positions")
+            widths, fills = None, None
+            if f"widths.{key}" in self.entries and f"fills.{key}" in self.entries:
+                widths, fills = self.whole(f"widths.{key}").long(), self.whole(f"fills.{key}")
+                if bool((widths < lengths).any()):
+                    raise self._bad(f"its 'widths.{key}' are smaller than the lengths")
+            found = _Index(starts.numpy(), None if widths is None else widths.numpy(), fills)
+            self._indices[key] = found
+        return found
+
+    def width(self, key: str, row: int) -> int:
+        """Size of dimension 1 of one anchor: its own, without what pads it beside longer ones."""
+        index = self.index(key)
+        return self.entries[key].shape[1] if index is None else index.width(row)
+
+    def form(self, key: str) -> tuple[torch.dtype, int, tuple[int, ...]]:
+        """What all shards agree on: dtype after reading, number of dimensions, and sizes from dimension 2 on."""
+        shape, packs = self.entries[key].shape, self.is_packed(key)
+        return self.dtype(key), len(shape) + packs, shape[2 - packs :]
+
+    def stored(self, key: str, row: int) -> int:
+        """Number of positions (or 1) that are stored of one anchor."""
+        index = self.index(key)
+        return 1 if index is None else int(index.starts[row + 1] - index.starts[row])
+
+    def read_row(self, key: str, row: int, out: Bytes) -> None:
+        """Copies one anchor's bytes to the front of `out`, left-out positions included, and makes the rest zero.
+
+        Raises:
+            AnchorCacheError: The file has changed since it was opened.
+        """
+        entry, index = self.entries[key], self.index(key)
+        first = row if index is None else int(index.starts[row])
+        end = self.stored(key, row) * entry.row_bytes
+        if end:
+            self._read_into(out[:end], entry.start + first * entry.row_bytes)
+        if index is not None and index.fills is not None:
+            begin, end = end, index.width(row) * entry.row_bytes
+            value = index.fills[row : row + 1].view(torch.uint8).numpy()
+            out[begin:end].reshape(-1, len(value))[:] = value
+        out[end:] = 0
+
+    def encoding(self, key: str) -> tuple[str, torch.dtype] | None:
+        """Formula and dtype of images stored as bytes; None for what is stored as it is."""
+        encoding = self.encodings.get(key)
+        return None if encoding is None else (encoding["formula"], getattr(torch, encoding["dtype"]))
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype that a read gives, images decoded."""
+        encoding = self.encoding(key)
+        return self.entries[key].dtype if encoding is None else encoding[1]
+
+    def row(self, key: str, row: int) -> Tensor:
+        """One anchor's tensor, without the dimension of the anchors, images decoded."""
+        entry = self.entries[key]
+        shape = entry.shape[1:] if self.index(key) is None else (self.width(key, row), *entry.shape[1:])
+        out = torch.empty(shape, dtype=entry.dtype)
+        if out.numel():
+            self.read_row(key, row, out.reshape(-1).view(torch.uint8).numpy())
+        encoding = self.encoding(key)
+        return out if encoding is None else images.decode(out, *encoding)
+
+
+def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:
+    """Batches `[b, T, ...]` of one tensor as a shard stores them: under `key` and, if they are packed, its index.
+
+    They are if they differ in T, or if leaving out repeated values at the ends of integers and booleans `[b, T]` makes
+    a tenth of it go away.
+    """
+    first = parts[0]
+    if first.ndim < 2:
+        return {key: torch.cat(parts)}
+    ragged = len({part.shape[1] for part in parts}) > 1
+    widths = torch.cat([torch.full((len(part),), part.shape[1], dtype=torch.int32) for part in parts])
+    if first.ndim == 2 and not first.is_floating_point() and not first.is_complex() and int(widths.min()) > 0:
+        lengths = torch.cat([_without_repetition(part) for part in parts])
+        if int(lengths.sum()) <= 0.9 * int(widths.sum()):
+            rows = [row[:length] for part, of in _split(parts, lengths) for row, length in zip(part, of, strict=True)]
+            return {
+                key: torch.cat(rows),
+                f"lengths.{key}": lengths,
+                f"widths.{key}": widths,
+                f"fills.{key}": torch.cat([part[:, -1] for part in parts]),
+            }
+    if not ragged:
+        return {key: torch.cat(parts)}
+    return {key: torch.cat([part.flatten(0, 1) for part in parts]), f"lengths.{key}": widths}
+
+
+def _split(parts: list[Tensor], lengths: Tensor) -> list[tuple[Tensor, list[int]]]:
+    pieces = torch.split_with_sizes(lengths, [len(part) for part in parts])
+    return [(part, piece.tolist()) for part, piece in zip(parts, pieces, strict=True)]
+
+
+def _without_repetition(part: Tensor) -> Tensor:
+    """For each row `[T]`: where the run of its last value begins; int32."""
+    same = (part == part[:, -1:]).flip(1).int().cumprod(1).sum(1)
+    return (part.shape[1] - same).int()

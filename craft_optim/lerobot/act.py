@@ -1,0 +1,38 @@
+"""lerobot's ACTPolicy as the anchors see it: the actions that it predicts.
+
+ACT's hidden states have the anchors as second dimension; its action head's output `[B, chunk, action]` has them first
+and is the whole policy's function. A batch is what the policy's own preprocessor returns; actions are not needed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from craft_optim.lerobot._shared import ACTION_IS_PAD, STATE, action_spans, only, policy_of
+
+__all__ = ["action_inputs", "action_spans", "run_actions"]
+
+ENVIRONMENT_STATE = "observation.environment_state"
+IMAGES = "observation.images"
+
+
+def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `run_actions` reads of a preprocessed batch: cameras and states."""
+    return only(batch, (*policy.config.image_features, STATE, ENVIRONMENT_STATE, ACTION_IS_PAD))
+
+
+def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Runs the policy as at inference: the latent is zero, the VAE's encoder, a help of training, does not run.
+
+    The actions are `model.action_head`'s output.
+    """
+    policy = policy_of(model)
+    network, cameras = policy.model, policy.config.image_features
+    images = {IMAGES: [batch[key] for key in cameras]} if cameras else {}
+    training = network.training
+    network.training = False  # its own flag alone: in training it samples the latent
+    try:
+        network({**batch, **images})
+    finally:
+        network.training = training

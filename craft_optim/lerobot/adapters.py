@@ -1,0 +1,170 @@
+"""One way to anchor any of lerobot's policies that are known here.
+
+    adapter = adapter_for(policy)
+    batches = anchor_batches(dataset, preprocessor, adapter, count=256)
+    cache = adapter.build(policy, batches, "anchors/")  # before fine-tuning
+    retention = adapter.retention(policy, cache, batch_size=16)
+
+What is kept of a policy:
+
+    "logits"   pi0_fast                  distributions of action tokens: the whole policy
+    "actions"  pi0, pi05, smolvla, act   predicted velocities (at stored noise and time) or actions: the whole policy
+    "prefix"   all but act               hidden states of images and prompt in the vision-language model, no actions
+                                         needed; the action expert and the vocabulary head are free to move
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from craft_optim import anchors
+from craft_optim.anchors.build import Mask
+from craft_optim.anchors.capture import Layer, Spans, find_decoder
+from craft_optim.anchors.names import plain_name
+from craft_optim.anchors.passes import Forward
+from craft_optim.lerobot import act, pi0, pi0_fast, smolvla
+from craft_optim.lerobot._shared import find_policy
+
+__all__ = ["Adapter", "adapter_for"]
+
+# Policy -> its module here, what can be kept of it (the default first), the output that holds its actions, and its
+# vision-language model
+_POLICIES: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
+    "pi0_fast": (pi0_fast, ("logits", "prefix"), "", "model.paligemma_with_expert.paligemma"),
+    "pi0": (pi0, ("actions", "prefix"), "model.action_out_proj", "model.paligemma_with_expert.paligemma"),
+    "pi05": (pi0, ("actions", "prefix"), "model.action_out_proj", "model.paligemma_with_expert.paligemma"),
+    "smolvla": (smolvla, ("actions", "prefix"), "model.action_out_proj", "model.vlm_with_expert.vlm"),
+    "act": (act, ("actions",), "model.action_head", ""),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a policy is anchored. `dataclasses.replace` changes a part.
+
+    Attributes:
+        policy: Its name in lerobot.
+        keep: "logits", "actions" or "prefix".
+        kind: "logits" or "hidden": which retention measures it, `LogitRetention` or `HiddenRetention`.
+        forward: As `anchors.build` takes it.
+        inputs: Preprocessed batch -> the tensors that `forward` reads, and that are stored.
+        layers: As `anchors.build` takes them; none for logits.
+        pooling: As `anchors.build` takes it.
+        spans: As `anchors.build` takes them. Of a prefix: "image.<key>" for each camera, "image", "text", "all", and
+            for smolvla "state".
+        mask: As `anchors.build` takes it.
+        frozen: Names of the outermost modules of which nothing is trained, such as the vision tower.
+    """
+
+    policy: str
+    keep: str
+    kind: str
+    forward: Forward
+    inputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+    layers: tuple[Layer, ...] = ()
+    pooling: Mapping[str, str] = field(default_factory=dict)
+    spans: Spans | None = None
+    mask: Mask | None = None
+    frozen: tuple[str, ...] = ()
+
+    def build(
+        self, model: nn.Module, batches: Iterable[Any], path: str | os.PathLike[str], **settings: Any
+    ) -> anchors.AnchorCache:
+        """`anchors.build` of this policy; `settings` are its further arguments, or replace what the adapter says.
+
+        Args:
+            model: The policy, before it is fine-tuned.
+            batches: What `inputs` returns; `anchor_batches` makes them.
+            path: The cache's folder.
+            **settings: Of `anchors.build`.
+        """
+        own = {
+            "forward": self.forward,
+            "logits": self.kind == "logits",
+            "layers": self.layers,
+            "pooling": self.pooling or None,
+            "spans": self.spans,
+            "mask": self.mask,
+        }
+        return anchors.build(model, batches, path, **{**own, **settings})
+
+    def retention(self, model: nn.Module, cache: anchors.AnchorCache, **settings: Any) -> anchors.AnchorRetention:
+        """The retention closure on a cache of this adapter; `settings` are those of its class.
+
+        Args:
+            model: The policy in training.
+            cache: From `build`.
+            **settings: Of `LogitRetention` or `HiddenRetention`.
+        """
+        retention = anchors.LogitRetention if self.kind == "logits" else anchors.HiddenRetention
+        return retention(model, cache, **{"forward": self.forward, **settings})
+
+
+def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
+    """The adapter of a lerobot policy.
+
+    Args:
+        model: pi0_fast, pi0, pi05, smolvla or act; wrapped (DDP, torch.compile, PEFT) or not. Names of layers are those
+            within the wrapper: build and train with the same.
+        keep: "logits", "actions" or "prefix". None: the first that the policy has.
+
+    Raises:
+        ValueError: The policy is not known, has nothing of that name, or nothing that is kept can move: its
+            vision-language model is frozen.
+    """
+    found = find_policy(model)
+    name = getattr(found[1], "name", None) if found else None
+    if found is None or name not in _POLICIES:
+        raise ValueError(
+            f"`model` must be one of lerobot's policies {sorted(_POLICIES)}. Found {type(model).__name__}"
+            f"{f' ({name})' if name else ''}: for any other, call `anchors.build` with `layers=`, the names of modules "
+            "whose outputs [B, ...] are kept, and `forward=`, a function of policy and batch that runs them without "
+            "noise of its own."
+        )
+    place, policy = found
+    source, choices, head, backbone = _POLICIES[name]
+    keep = choices[0] if keep is None else keep
+    if keep not in choices:
+        raise ValueError(f"`keep` must be one of {choices} for {name}. Found {keep!r}.")
+    if keep == "prefix" and not any(p.requires_grad for p in policy.get_submodule(backbone).parameters()):
+        raise ValueError(
+            f"keep='prefix' holds hidden states of {backbone}, all of which is frozen: nothing that is trained could "
+            f"move them. Use keep={choices[0]!r}, or train it (train_expert_only=False)."
+        )
+    about = {"policy": name, "keep": keep, "frozen": _frozen(model)}
+    if keep == "prefix":
+        return Adapter(
+            **about,
+            kind="hidden",
+            forward=source.run_prefix,
+            inputs=partial(source.prefix_inputs, policy),
+            layers=(len(find_decoder(policy).layers) // 2, -1),
+            pooling={"image": "masked_mean", "text": "masked_mean"},
+            spans=source.prefix_spans,
+        )
+    inputs = partial(source.action_inputs, policy)
+    if keep == "logits":
+        return Adapter(**about, kind="logits", forward=source.action_logits, inputs=inputs, mask=source.action_mask)
+    return Adapter(
+        **about,
+        kind="hidden",
+        forward=source.run_actions,
+        inputs=inputs,
+        layers=(".".join(filter(None, (plain_name(place), head))),),
+        pooling={"all": "none"},
+        spans=source.action_spans,
+    )
+
+
+def _frozen(model: nn.Module) -> tuple[str, ...]:
+    """The outermost modules that have parameters, none of them trained."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        flags = [p.requires_grad for p in module.parameters()]
+        if flags and not any(flags) and not any(name.startswith(f"{outer}.") for outer in names if outer):
+            names.append(name)
+    return tuple(plain_name(name) for name in names)

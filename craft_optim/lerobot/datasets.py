@@ -1,0 +1,151 @@
+"""From a LeRobotDataset to anchor batches: which frames, which pictures, which instructions."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from craft_optim.lerobot.adapters import Adapter
+
+__all__ = ["anchor_batches", "image_keys", "prompts", "spread_frames"]
+
+
+def image_keys(dataset: Any) -> list[str]:
+    """The keys of all cameras of a dataset, whatever they are called.
+
+    They are what the dataset says they are (`meta.camera_keys`, or features of dtype "image" or "video"), and else the
+    first sample's uint8 or floating tensors of three dimensions with 1 or 3 channels, first or last.
+
+    Raises:
+        ValueError: There are none.
+    """
+    meta = getattr(dataset, "meta", None)
+    keys = list(getattr(meta, "camera_keys", None) or ())
+    if not keys:
+        features = getattr(meta, "features", None) or getattr(dataset, "features", None) or {}
+        keys = [k for k, v in features.items() if isinstance(v, Mapping) and v.get("dtype") in ("image", "video")]
+    if not keys:
+        keys = [key for key, value in dataset[0].items() if _is_image(value)]
+    if not keys:
+        raise ValueError(f"The dataset has no pictures. Found keys {sorted(dataset[0])}.")
+    return keys
+
+
+def _is_image(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        return False
+    kind = value.dtype == torch.uint8 or value.is_floating_point()
+    return kind and (value.shape[0] in (1, 3) or value.shape[-1] in (1, 3))
+
+
+def prompts(source: Any) -> list[str]:
+    """Instructions: a dataset's own, each once, or those of a file.
+
+    Args:
+        source: A dataset with `meta.tasks`, as lerobot's; any other with samples that have a "task", all of which are
+            read; or the path of a text file in UTF-8, one instruction per line, without blank lines and those that
+            begin with "#".
+
+    Raises:
+        ValueError: There are none.
+    """
+    if isinstance(source, str | os.PathLike):
+        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+    elif (tasks := getattr(getattr(source, "meta", None), "tasks", None)) is not None:
+        found = [str(task) for task in tasks.sort_values("task_index").index]
+    else:
+        found = list(dict.fromkeys(source[i]["task"] for i in range(len(source))))
+    if not found:
+        raise ValueError(f"There are no instructions in {source!r}.")
+    return found
+
+
+def spread_frames(dataset: Any, count: int) -> list[int]:
+    """`count` frames, the same at every call: as many of each task, evenly over the frames of its episodes.
+
+    Where a task has too few frames, the others have more.
+
+    Args:
+        dataset: A LeRobotDataset, or anything with a length; without `hf_dataset` its frames count as one task.
+        count: Number of frames.
+
+    Returns:
+        Places in the dataset, in ascending order.
+
+    Raises:
+        ValueError: The dataset has fewer frames, or `count` is less than 1.
+    """
+    if not 1 <= count <= len(dataset):
+        raise ValueError(f"`count` must be in [1, {len(dataset)}], the number of frames. Found count={count}.")
+    table = getattr(dataset, "hf_dataset", None)
+    columns = table.with_format(None) if table is not None and "task_index" in table.column_names else None
+    task = np.zeros(len(dataset), dtype=np.int64) if columns is None else np.asarray(columns["task_index"])
+    groups = sorted((np.flatnonzero(task == one) for one in np.unique(task)), key=len)
+    chosen: list[int] = []
+    for number, rows in enumerate(groups):  # the shortest first: what it cannot give is shared among the rest
+        share = min(len(rows), (count - len(chosen)) // (len(groups) - number))
+        chosen += rows[((np.arange(share) + 0.5) * len(rows) / max(share, 1)).astype(np.int64)].tolist()
+    return sorted(chosen)
+
+
+def anchor_batches(
+    dataset: Any,
+    preprocessor: Any,
+    adapter: Adapter,
+    *,
+    batch_size: int = 16,
+    count: int | None = None,
+    indices: Iterable[int] | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of anchors as `Adapter.build` and `anchors.build` take them, read one at a time.
+
+    Args:
+        dataset: A LeRobotDataset, opened with `delta_timestamps=resolve_delta_timestamps(policy.config, dataset.meta)`
+            where actions are needed. Every camera of the policy that it has is used.
+        preprocessor: The teacher's own, with the statistics it was trained with: prompts and states depend on them.
+        adapter: From `adapter_for`.
+        batch_size: Anchors per batch; the last may have fewer.
+        count: So many frames, see `spread_frames`. None, with `indices` None: all.
+        indices: Frames by their places, instead.
+        prompts: Instructions that take the place of the frames' own, in turn.
+
+    Raises:
+        ValueError: Both `count` and `indices` are given, or a number is out of range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be >= 1. Found batch_size={batch_size}.")
+    if count is not None and indices is not None:
+        raise ValueError(f"`count` and `indices` exclude each other: pass one. Found count={count} and indices.")
+    if prompts is not None and (isinstance(prompts, str) or not prompts):
+        raise ValueError(f"`prompts` must be a list of at least one instruction. Found {prompts!r}.")
+    if indices is None:
+        indices = range(len(dataset)) if count is None else spread_frames(dataset, count)
+    return _batches(dataset, preprocessor, adapter, batch_size, indices, prompts)
+
+
+def _batches(
+    dataset: Any,
+    preprocessor: Any,
+    adapter: Adapter,
+    batch_size: int,
+    indices: Iterable[int],
+    prompts: Sequence[str] | None,
+) -> Iterator[dict[str, Tensor]]:
+    pictures, rest, done = image_keys(dataset), iter(indices), 0
+    while rows := list(islice(rest, batch_size)):
+        batch = default_collate([dataset[row] for row in rows])
+        for key in pictures:
+            if key in batch and batch[key].dtype == torch.uint8:
+                batch[key] = batch[key].float() / 255.0  # as lerobot-train does before its preprocessor
+        if prompts is not None:
+            batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(rows))]
+        yield adapter.inputs(preprocessor(batch))
+        done += len(rows)

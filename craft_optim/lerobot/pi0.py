@@ -1,0 +1,64 @@
+"""lerobot's PI0Policy and PI05Policy as the anchors see them: prefix hidden states, and velocities of actions.
+
+The prefix (all cameras, then the prompt) runs through PaliGemma alone and needs neither noise nor time. The velocity
+that the action expert predicts is the whole policy's function; it is taken at the noise and the time that each anchor
+holds. A batch is what the policy's own preprocessor returns.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lerobot.policies.common.vla_utils import make_att_2d_masks
+from torch import Tensor, nn
+
+from craft_optim.lerobot._paligemma import prefix_spans, run_paligemma
+from craft_optim.lerobot._shared import (
+    ACTION,
+    ACTION_IS_PAD,
+    NOISE,
+    STATE,
+    TIME,
+    TOKENS,
+    TOKENS_MASK,
+    action_spans,
+    only,
+    policy_of,
+    with_noise,
+)
+
+__all__ = ["action_inputs", "action_spans", "prefix_inputs", "prefix_spans", "run_actions", "run_prefix"]
+
+
+def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `run_prefix` reads of a preprocessed batch: the cameras that are there, and the prompt."""
+    return only(batch, (TOKENS, TOKENS_MASK, *policy.config.image_features))
+
+
+def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `run_actions` reads: besides the prefix the actions, noise and time of each anchor, and for pi0 the state.
+
+    Raises:
+        ValueError: The batch has no chunk of actions for each anchor.
+    """
+    read = (ACTION, ACTION_IS_PAD) if policy.name == "pi05" else (ACTION, ACTION_IS_PAD, STATE)
+    return with_noise(policy, prefix_inputs(policy, batch) | only(batch, read))
+
+
+def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Runs images and prompt through PaliGemma, for hidden-state anchors.
+
+    The prefix attends neither to the state nor to actions, so its hidden states are those of the training forward.
+    """
+    policy = policy_of(model)
+    images, present = policy._preprocess_images(batch)
+    embeddings, valid, attention = policy.model.embed_prefix(images, present, batch[TOKENS], batch[TOKENS_MASK])
+    run_paligemma(policy, embeddings, valid, make_att_2d_masks(valid, attention))
+
+
+def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s."""
+    policy = policy_of(model)
+    images, present = policy._preprocess_images(batch)
+    state = () if policy.name == "pi05" else (policy.prepare_state(batch),)
+    actions = policy.prepare_action(batch)
+    policy.model.forward(images, present, batch[TOKENS], batch[TOKENS_MASK], *state, actions, batch[NOISE], batch[TIME])
