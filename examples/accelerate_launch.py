@@ -38,12 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator.print(f"before: old task {score(model, old)[1]:.3f} right, new task {score(model, new)[1]:.3f}")
 
     (folder,) = broadcast_object_list([tempfile.mkdtemp() if accelerator.is_main_process else ""])
-    if accelerator.is_main_process:
-        prompts = torch.split(Problems("reverse", 512, seed=4).input_ids, 64)
-        inputs = ({"input_ids": ids} for ids in prompts)
-        anchors.build(model, inputs, folder, mask=answers, progress=False)
-    accelerator.wait_for_everyone()
-    retention = anchors.LogitRetention(model, anchors.AnchorCache.open(folder), batch_size=32 // share)
+    prompts = torch.split(Problems("reverse", 512, seed=4).input_ids, 64)
+    inputs = ({"input_ids": ids} for ids in prompts)
+    cache = anchors.build(model, inputs, folder, mask=answers, progress=False)
+    retention = anchors.LogitRetention(model, cache, batch_size=32 // share)
 
     optimizer = CraftOptimizer(torch.optim.AdamW(model.parameters(), lr=5e-3), retention, epsilon=options.epsilon)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps * share)

@@ -63,15 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     base = pretrained(options.pretraining_steps)
     old, new = Problems("reverse", 500, seed=2), Problems("shift", 500, seed=3)
-    # One process writes what the model says before it is fine-tuned; all read it.
+    # What the model says before it is fine-tuned: each process runs and writes its share.
     folder = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [""]
     dist.broadcast_object_list(folder)
-    if dist.get_rank() == 0:
-        prompts = torch.split(Problems("reverse", 512, seed=4).input_ids, 64)
-        inputs = ({"input_ids": ids} for ids in prompts)
-        anchors.build(base, inputs, folder[0], mask=answers, progress=False)
-    dist.barrier()
-    cache = anchors.AnchorCache.open(folder[0])
+    prompts = torch.split(Problems("reverse", 512, seed=4).input_ids, 64)
+    inputs = ({"input_ids": ids} for ids in prompts)
+    cache = anchors.build(base, inputs, folder[0], mask=answers, progress=False)
 
     lines = []
     for name in ("before", "AdamW", "CraftOptimizer(AdamW)"):

@@ -4,6 +4,7 @@ from .build import build
 from .cache import AnchorBatch, AnchorCache, AnchorCacheError
 from .fingerprint import fingerprint
 from .hidden_retention import HiddenRetention
+from .importers import convert
 from .logit_retention import LogitRetention
 from .online import OnlineRetention
 from .retention import AnchorMismatchError, AnchorRetention
@@ -20,5 +21,6 @@ __all__ = [
     "LogitRetention",
     "OnlineRetention",
     "build",
+    "convert",
     "fingerprint",
 ]

@@ -21,7 +21,7 @@ from .capture import POOLINGS, Layer, Spans, resolve_layers
 from .features import Extractor
 from .fingerprint import fingerprint
 from .masks import Mask
-from .names import unwrapped
+from .names import class_name, unwrapped
 from .passes import Forward, autocast_dtype, device_of, isolated_rng
 from .processes import Team, digest, find_team
 from .shards import AnchorCacheError
@@ -147,7 +147,7 @@ def build(
         "features": json.loads(json.dumps(asdict(spec))),
         "images": images,
         "shard_size": shard_size,
-        "teacher": {"fingerprint": fingerprint(model), "class": type(model).__name__, "model_id": model_id},
+        "teacher": {"fingerprint": fingerprint(model), "class": class_name(model), "model_id": model_id},
     }
     folder = Path(path)
     make_folder(folder)
@@ -232,6 +232,8 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer, team: Team) ->
         if not writer.wants(size):
             writer.skip(named, size)
             continue
+        if team.sharded:
+            team.anyone(True)
         taught = extractor(*last)
         writer.add(named, taught.features, taught.classes, taught.joined)
         forwards += 1
@@ -239,9 +241,9 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer, team: Team) ->
             stream.warn_if_too_large(writer.folder, named, taught.features, size)
         if team.world_size > 1:
             writer.check_others()
-    if team.sharded and last is not None:  # others wait for this process' parts of the layers
-        for _ in range(max(team.gather(forwards)) - forwards):
-            extractor(*last)
+    # Others may wait for this process' parts of the layers: it runs forwards as long as they do
+    while team.sharded and last is not None and team.anyone(False):
+        extractor(*last)
 
 
 def _is_plain(model: nn.Module) -> bool:

@@ -74,7 +74,9 @@ class HiddenRetention(CachedRetention):
         if loss not in _DISTANCES:
             raise ValueError(f"`loss` must be one of {_DISTANCES}. Found {loss!r}.")
         self.loss, self.spans = loss, spans
-        self.layers = resolve_layers(model, cache.features.layers if layers is None else layers)
+        # An imported cache may count layers from the end
+        self._cached = dict(zip(resolve_layers(model, cache.features.layers), cache.features.layers, strict=True))
+        self.layers = tuple(self._cached) if layers is None else resolve_layers(model, layers)
         self.pooling = dict(cache.features.pooling)
         self._check_kind(cache)
         if not self.layers:
@@ -109,7 +111,7 @@ class HiddenRetention(CachedRetention):
                 weight = given.get((layer, span), given.get(layer, 1.0))
                 if not 0.0 <= weight < float("inf"):
                     raise ValueError(f"`weights` must be finite and >= 0. Found {weight!r} for layer {layer!r}.")
-                weights[tap_key(layer, span)] = float(weight)
+                weights[tap_key(self._cached[layer], span)] = float(weight)
         known = {*self.layers, *((layer, span) for layer in self.layers for span in self.pooling)}
         if unknown := [key for key in given if key not in known]:
             raise ValueError(f"`weights` names {unknown}, but the layers and spans here are {list(weights)}.")
@@ -118,7 +120,7 @@ class HiddenRetention(CachedRetention):
         return weights
 
     def _check_kind(self, cache: AnchorCache) -> None:
-        missing = [layer for layer in self.layers if layer not in cache.features.layers]
+        missing = [layer for layer in self.layers if self._cached.get(layer) not in cache.features.layers]
         if missing or not cache.features.layers or cache.features.pooling != self.pooling:
             raise ValueError(
                 f"HiddenRetention needs a cache with hidden states of layers {list(self.layers)} pooled as "
@@ -153,8 +155,13 @@ class HiddenRetention(CachedRetention):
             value = hidden[layer]
             states = positions(value)
             for span, mode in self.pooling.items():
-                key = tap_key(layer, span)
+                key = tap_key(self._cached[layer], span)
                 mask, teacher = (masks.get(span), cached.get(span)) if value.ndim == 3 else (None, None)
+                if mask is None and span != "all" and value.ndim == 3:
+                    raise AnchorMismatchError(
+                        f"The cache {self.cache.path} does not say which positions the span {span!r} has: pass "
+                        "`spans=`, a function of model and batch that does."
+                    )
                 terms[key] = self._distance(key, states, mask, teacher, mode, batch.features[key])
         return terms
 

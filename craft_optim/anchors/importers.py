@@ -97,7 +97,8 @@ def convert(
         AnchorCacheError: A file is missing, damaged, of no known kind, or cannot be read without running code in it;
             files contradict each other or `metadata.json`; features are not finite; the layers have to be named.
             Nothing is written then. Or the new folder holds another cache.
-        ValueError: `layers` are not as many as are stored.
+        ValueError: `layers` are not as many as are stored; or the files' tensors differ in dtype, or in
+            shape but for the prompts' length.
 
     Cost: reads the files' headers twice and the anchors once; memory for one new shard. Files that torch wrote before
     version 1.6 cannot be mapped: they are read twice, and held in memory as a whole one by one.

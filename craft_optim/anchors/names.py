@@ -2,7 +2,7 @@
 
 from torch import nn
 
-__all__ = ["modules_by_name", "plain_name", "unwrapped"]
+__all__ = ["class_name", "modules_by_name", "plain_name", "unwrapped"]
 
 # What DistributedDataParallel, DataParallel, torch.compile, FSDP1 and activation checkpointing insert.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -30,3 +30,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def class_name(model: nn.Module) -> str:
+    """The class of the model within its wrappers; FSDP2 puts a class of its own in its place."""
+    kind = type(unwrapped(model))
+    bases = [base for base in kind.__bases__ if base.__name__ != "FSDPModule"]
+    return bases[0].__name__ if len(bases) < len(kind.__bases__) else kind.__name__

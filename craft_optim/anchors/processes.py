@@ -47,6 +47,10 @@ class Team:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def anyone(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. Each of them has to ask as often as the others."""
+        return any(self.gather(flag))
+
 
 @contextmanager
 def _said_if_late() -> Iterator[None]:

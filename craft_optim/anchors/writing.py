@@ -118,8 +118,11 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 def _is_locked(folder: Path, rank: int) -> bool:
+    path = folder / f"build-{rank}.lock"
+    if not path.exists():  # the process has come to its end
+        return False
     try:
-        with FileLock(folder / f"build-{rank}.lock", timeout=0):
+        with FileLock(path, timeout=0):
             return False
     except Timeout:
         return True
@@ -325,8 +328,9 @@ class Writer:
         if self.world_size == 1 and not any(self.folder.glob("shard-*.json")):
             clean(self.folder)  # nothing to take up
         if self.world_size > 1 and self.writes:
-            with suppress(OSError):  # they will find the lock open
-                (self.folder / f"rank-{self.rank}.failed").write_text(f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            with suppress(AnchorCacheError):  # they will find the lock open
+                write_aside(self.folder / f"rank-{self.rank}.failed", lambda aside: aside.write_text(reason))
 
     def close(self) -> None:
         """Ends the thread."""
