@@ -9,6 +9,7 @@ from .logit_retention import LogitRetention
 from .online import OnlineRetention
 from .retention import AnchorMismatchError, AnchorRetention
 from .sampling import AnchorSampler
+from .token_retention import TokenRetention
 
 __all__ = [
     "AnchorBatch",
@@ -20,6 +21,7 @@ __all__ = [
     "HiddenRetention",
     "LogitRetention",
     "OnlineRetention",
+    "TokenRetention",
     "build",
     "convert",
     "fingerprint",

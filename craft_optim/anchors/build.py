@@ -20,6 +20,7 @@ from .cache import MANIFEST, AnchorCache, FeatureSpec
 from .capture import POOLINGS, Layer, Spans, resolve_layers
 from .features import Extractor
 from .fingerprint import fingerprint
+from .generation import Generate, greedy
 from .masks import Mask
 from .names import class_name, unwrapped
 from .passes import Forward, autocast_dtype, device_of, isolated_rng
@@ -48,6 +49,7 @@ def build(
     pooling: Mapping[str, str] | None = None,
     spans: Spans | None = None,
     mask: Mask | None = None,
+    tokens: int | Generate | None = None,
     dtype: torch.dtype = torch.float16,
     images: str = "uint8",
     shard_size: int = 256,
@@ -67,12 +69,15 @@ def build(
     `mask`, covers that.
 
     The model runs as in every later retention pass: as it is, except that dropout and normalisation modules are in eval
-    mode. Its flags, and the random number generators of the CPU and of the model's device, are afterwards as before. It
-    runs without gradients but not in inference mode: tensors that it caches would be unusable in training.
+    mode. Its flags, and the random number generators of the CPU and of the model's device, are afterwards as before.
+    The first forward runs without gradients, the others in inference mode.
 
     A finished cache of the same model and settings is returned as it is, without running anything; a half-built one is
     taken up where it stopped, provided that `batches` yields the same anchors in the same order, and ends up the same
-    bytes.
+    bytes: however often it was stopped, and on however many processes it was built.
+
+    Of several processes (torchrun), all of them call this. Each writes every N-th shard, and runs the teacher on the
+    batches of its own shards only; a multiple of the batch size as `shard_size` saves it batches on the border of two.
 
     Args:
         model: The teacher; it stays where it is, inputs are moved to its device.
@@ -89,6 +94,9 @@ def build(
             for Hugging Face's vision-language models, "image" and "text".
         mask: Positions whose logits count: name of an input, or `mask(batch) -> bool` of the logits' shape without the
             classes. Default: `attention_mask` where its shape fits, else all.
+        tokens: Let the teacher continue the batches, greedily, by at most this many tokens (transformers' `generate`),
+            and keep what it wrote: for `TokenRetention`, and as inputs of everything else that is kept. Or a function
+            `generate(model, batch) -> (inputs, labels)`, see `generation.greedy`.
         dtype: Of log-probabilities and hidden states on disk: float16, bfloat16 or float32.
         images: "uint8": floating inputs of four or more dimensions are stored as bytes where that gives back every bit
             (see `images.FORMULAS` for the pipelines that qualify), and as they are otherwise. "keep": always as they
@@ -99,13 +107,18 @@ def build(
         overwrite: Start over whatever the folder holds.
         progress: Show a bar (or, without tqdm, log lines). None: only on a terminal with tqdm.
         autocast: Dtype of autocast for the teacher. None: as it is.
+        process_group: The processes that call this together, each of which runs and writes its share. None: all of
+            torch.distributed's, if it is initialised; False: this one alone.
+        replicated: Whether all of them are given the same batches. False: each has anchors of its own, which come one
+            process after the other.
 
     Returns:
         The cache, opened.
 
     Raises:
         AnchorCacheError: The folder holds another cache or another half-built one, or `batches` is not what it was
-            built from.
+            built from; it cannot be written, another build is writing to it, or another process has failed. Complete
+            shards stay.
         ValueError: An argument is out of range; there are no batches, an anchor without valid positions, batches that
             do not fit together, or outputs that are not finite, also after rounding to `dtype`. Nothing of the batch is
             written.
@@ -122,8 +135,11 @@ def build(
     if top_k is not None and (top_k < 1 or not logits):
         raise ValueError(f"`top_k` must be >= 1, with logits=True. Found top_k={top_k}, logits={logits}.")
     layers = resolve_layers(model, layers)
-    if not logits and not layers:
-        raise ValueError("Nothing to cache: pass logits=True, or `layers`.")
+    if not logits and not layers and tokens is None:
+        raise ValueError("Nothing to cache: pass logits=True, `layers`, or `tokens`.")
+    if tokens is not None and mask is not None:
+        raise ValueError("`mask` and `tokens` exclude each other: the positions that count are those of the tokens.")
+    generate = greedy(tokens) if isinstance(tokens, int) else tokens
     pools = dict({"all": "masked_mean"} if pooling is None else pooling) if layers else {}
     if layers and (not pools or any(mode not in POOLINGS for mode in pools.values())):
         raise ValueError(f"`pooling` must give each span one of {POOLINGS}. Found {pools}.")
@@ -142,6 +158,7 @@ def build(
         spans=None if spans is None else _name_of(spans),
         forward=None if forward is None else _name_of(forward),
         autocast=None if ran_under is None else dtype_name(ran_under),
+        tokens=None if generate is None else _name_of(generate),
     )
     settings = {
         "features": json.loads(json.dumps(asdict(spec))),
@@ -160,8 +177,8 @@ def build(
         if _agreed(team, folder, settings, stream, replicated) and not overwrite:
             return _finished(folder, settings, stream)
         extractor = Extractor(
-            model, device, spec, dtype, forward=forward, spans=spans, mask=mask, autocast=autocast,
-            inference=_is_plain(model) and not team.sharded,
+            model, device, spec, dtype, forward=forward, spans=spans, mask=mask, generate=generate,
+            autocast=autocast, inference=_is_plain(model) and not team.sharded,
         )  # fmt: skip
         with locked(folder, team.rank) if team.writes else nullcontext():
             writer = Writer(folder, settings, team.rank, team.world_size, replicated, writes=team.writes)
@@ -225,17 +242,22 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer, team: Team) ->
     """Every batch that this process has to see to."""
     forwards, last = 0, None
     for batch, count in stream:
-        structure, named, size = flatten(batch)
-        writer.expect(structure, named)
-        named = {name: x.detach() for name, x in named.items()}
-        last = structure.rebuild(named), size, count
+        structure, source, size = flatten(batch)
+        if extractor.generate is None:
+            writer.expect(structure, source)
+        source = {name: x.detach() for name, x in source.items()}
+        last = structure.rebuild(source), size, count
         if not writer.wants(size):
-            writer.skip(named, size)
+            writer.skip(source, size)
             continue
         if team.sharded:
             team.anyone(True)
         taught = extractor(*last)
-        writer.add(named, taught.features, taught.classes, taught.joined)
+        named = source
+        if extractor.generate is not None:
+            structure, named, _ = flatten(taught.inputs)
+            writer.expect(structure, named)
+        writer.add(named, taught.features, taught.classes, taught.joined, source)
         forwards += 1
         if forwards == 1:
             stream.warn_if_too_large(writer.folder, named, taught.features, size)
@@ -291,8 +313,8 @@ def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream") -> Anch
     require_same(folder, cache.settings, settings)
     first = stream.first()
     if first is not None:
-        structure, named, size = first
-        if structure != cache.structure or not begins_with(folder, named, size):
+        _, named, size = first
+        if not begins_with(folder, named, size):
             _log.warning(
                 "The cache in %s is used as it is, but its first anchors are not the first batch passed to "
                 "`build`. Pass overwrite=True if the anchors have changed; ignore this if they are shuffled.",

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from .cache import FeatureSpec, tap_key
 from .capture import Layer, Spans, default_spans, pool, positions, run
-from .masks import Mask, valid_positions
+from .generation import Generate
+from .masks import IGNORED, Mask, rows, valid_positions
 from .passes import Forward, autocast_to, isolated_rng, logits_of, steady, to_device
 from .sampling import mixed_seed
 from .structure import Inputs
@@ -22,11 +23,13 @@ class Taught(NamedTuple):
     """Of one batch.
 
     Attributes:
+        inputs: What the model was run on: the batch, or what it has made of it by generating.
         features: By name, on the CPU.
         joined: Names of those that hold the positions of their mask only, one after another.
         classes: Size of the logits' last dimension; None without logits.
     """
 
+    inputs: Inputs
     features: dict[str, Tensor]
     joined: frozenset[str]
     classes: int | None
@@ -49,44 +52,44 @@ class Extractor:
         forward: Forward | None,
         spans: Spans | None,
         mask: Mask | None,
+        generate: Generate | None,
         autocast: torch.dtype | None,
         inference: bool,
     ) -> None:
         self.model, self.device, self.spec, self.dtype = model, device, spec, dtype
         self.forward, self.spans, self.mask, self.autocast = forward, spans or default_spans, mask, autocast
+        self.generate = generate
         self._inference, self._warm = inference, False
 
     def __call__(self, inputs: Inputs, size: int, first: int) -> Taught:
         """The features of `size` anchors, of which the first has the number `first`."""
-        valid = valid_positions(inputs, self.mask) if self.spec.logits is not None else None
-        inputs = to_device(inputs, self.device)
+        inputs, labels = to_device(inputs, self.device), None
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
         classes = None
+        compares_output = self.spec.logits is not None or self.generate is not None
         with (
             torch.inference_mode() if self._inference and self._warm else torch.no_grad(),
             isolated_rng(self.device, mixed_seed(0, first)),
         ):
             with steady(self.model), autocast_to(self.device, self.autocast):
+                if self.generate is not None:
+                    inputs, labels = self.generate(self.model, inputs)
                 output, hidden = run(
-                    self.model,
-                    inputs,
-                    forward=self.forward,
-                    layers=self.spec.layers,
-                    output=self.spec.logits is not None,
+                    self.model, inputs, forward=self.forward, layers=self.spec.layers, output=compares_output
                 )
                 if torch.is_autocast_enabled(self.device.type):
                     # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
                     torch.clear_autocast_cache()
-            if self.spec.logits is not None:
+            if compares_output:
                 logits = self._checked(output, size)
-                classes = logits.shape[-1]
-                features |= self._logits(logits, valid, first, joined)
+                classes = logits.shape[-1] if self.spec.logits is not None else None
+                features |= self._of_output(logits, inputs, labels, first, joined)
             if hidden:
                 features |= self._hidden(hidden, inputs, size, first, joined)
             features = {key: x.cpu() for key, x in features.items()}
         self._warm = True
-        return Taught(features, frozenset(joined), classes)
+        return Taught(inputs, features, frozenset(joined), classes)
 
     def _round(self, values: Tensor, what: str) -> Tensor:
         """`values` in the storage dtype, checked."""
@@ -116,35 +119,45 @@ class Extractor:
         gather = getattr(logits, "full_tensor", None)  # of tensor parallelism
         return logits if gather is None else gather()
 
-    def _logits(self, logits: Tensor, valid: Tensor | None, first: int, joined: set[str]) -> dict[str, Tensor]:
+    def _of_output(
+        self, logits: Tensor, inputs: Inputs, labels: Tensor | None, first: int, joined: set[str]
+    ) -> dict[str, Tensor]:
+        """What is kept of the logits: at the positions of `labels`, else of the mask."""
         features: dict[str, Tensor] = {}
-        shape = logits.shape[:-1]
-        if valid is not None and valid.shape != shape:
-            if self.mask is not None:
+        valid = valid_positions(inputs, self.mask) if labels is None else (labels != IGNORED).cpu()
+        if valid is not None and valid.shape != logits.shape[:-1]:
+            if self.mask is not None or labels is not None:
+                source = self.spec.mask or self.spec.tokens
                 raise ValueError(
-                    f"The logits' mask must have shape {tuple(shape)}. {self.spec.mask!r} gives {tuple(valid.shape)}."
+                    f"The logits' mask must have shape {tuple(logits.shape[:-1])}. {source!r} has {tuple(valid.shape)}."
                 )
             valid = None
         if valid is not None:
             _require_positions(valid.flatten(1), first, "the logits' mask")
             features["mask"] = valid
-            places = valid.flatten().nonzero().flatten()
-            logits = logits.flatten(0, -2).index_select(0, places.to(logits.device, non_blocking=True))
-        classes, k = logits.shape[-1], self.spec.top_k
+            logits = rows(logits, valid)
         logprobs = F.log_softmax(logits.float(), dim=-1)
-        if k is None:
-            kept = {"logprobs": self._round(logprobs, "logits")}
-        else:
-            if k > classes:
-                raise ValueError(f"`top_k` must not exceed the number of classes. Found top_k={k}, {classes} classes.")
-            top = logprobs.topk(k, dim=-1)
-            kept = {"topk_logprobs": self._round(top.values, "logits"), "topk_indices": top.indices.int()}
-            if k < classes:  # stored, because one minus rounded probabilities is mostly rounding
-                rest = logprobs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
-                kept["rest_logprob"] = self._round(rest, "logits")
+        kept = {} if self.spec.logits is None else self._logits(logprobs)
+        if labels is not None:
+            tokens = labels[labels != IGNORED]
+            kept["tokens"] = tokens.int()
+            kept["token_logprobs"] = self._round(logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), "logits")
         if valid is not None:
             joined.update(kept)
         return features | kept
+
+    def _logits(self, logprobs: Tensor) -> dict[str, Tensor]:
+        classes, k = logprobs.shape[-1], self.spec.top_k
+        if k is None:
+            return {"logprobs": self._round(logprobs, "logits")}
+        if k > classes:
+            raise ValueError(f"`top_k` must not exceed the number of classes. Found top_k={k}, {classes} classes.")
+        top = logprobs.topk(k, dim=-1)
+        kept = {"topk_logprobs": self._round(top.values, "logits"), "topk_indices": top.indices.int()}
+        if k < classes:  # stored, because one minus rounded probabilities is mostly rounding
+            rest = logprobs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+            kept["rest_logprob"] = self._round(rest, "logits")
+        return kept
 
     def _hidden(
         self, hidden: Mapping[Layer, Tensor], inputs: Inputs, size: int, first: int, joined: set[str]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import losses
 from .cache import AnchorBatch, AnchorCache, tap_key
 from .capture import Layer, Spans, pool, positions, resolve_layers
-from .logit_retention import rows, select, within
+from .masks import rows, select, within
 from .passes import Forward, to_device
 from .retention import AnchorMismatchError, CachedRetention
 

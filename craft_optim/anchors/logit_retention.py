@@ -9,45 +9,13 @@ from torch import Tensor, nn
 from . import losses
 from .cache import AnchorBatch, AnchorCache
 from .capture import Layer
-from .masks import Mask, valid_positions
+from .masks import Mask, rows, select, valid_positions, within
 from .passes import Forward, logits_of
 from .retention import AnchorMismatchError, CachedRetention
 
-__all__ = ["LogitRetention", "kl_term", "rows", "select", "within"]
+__all__ = ["LogitRetention", "kl_term"]
 
 LOGITS = ("logprobs", "topk_logprobs", "topk_indices", "rest_logprob")
-
-
-def rows(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """`[..., V]` as `[positions, V]`: those that `valid` `[...]`, on the CPU, selects; None selects all.
-
-    Positions are selected on the host: an accelerator need not be waited for, and only what counts is computed with.
-    """
-    if valid is not None and valid.shape != logits.shape[:-1]:
-        raise ValueError(f"The logits' mask must have shape {tuple(logits.shape[:-1])}. Found {tuple(valid.shape)}.")
-    flat = logits.flatten(0, -2)
-    return flat if valid is None else select(flat, valid.flatten().nonzero().flatten())
-
-
-def select(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of `x` by number; the numbers are on the CPU."""
-    return x.index_select(0, places.to(x.device, non_blocking=True))
-
-
-def within(wanted: Tensor, valid: Tensor) -> Tensor:
-    """Which of the positions of `valid`, counted one after another, are the wanted ones.
-
-    Raises:
-        ValueError: The shapes differ, or a wanted position is not among them.
-    """
-    if wanted.shape != valid.shape:
-        raise ValueError(f"The mask must have shape {tuple(valid.shape)}. Found {tuple(wanted.shape)}.")
-    if bool((wanted & ~valid).any()):
-        raise ValueError(
-            f"The mask selects {int((wanted & ~valid).sum())} positions of which the cache holds nothing: its own mask "
-            "leaves them out. Build the cache with this mask."
-        )
-    return wanted[valid].nonzero().flatten()
 
 
 def kl_term(student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:

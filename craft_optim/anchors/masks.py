@@ -1,4 +1,4 @@
-"""Which positions of the logits count."""
+"""Which positions of the logits count, and those positions alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .structure import Inputs
 
-__all__ = ["Mask", "valid_positions"]
+__all__ = ["IGNORED", "Mask", "rows", "select", "valid_positions", "within"]
 
 Mask = str | Callable[[Any], Tensor]
 
-_IGNORED = -100  # Hugging Face's labels of positions that do not count
+IGNORED = -100  # Hugging Face's labels of positions that do not count
 
 
 def valid_positions(inputs: Inputs, mask: Mask | None) -> Tensor | None:
@@ -33,8 +33,40 @@ def valid_positions(inputs: Inputs, mask: Mask | None) -> Tensor | None:
     if not isinstance(inputs, dict) or mask not in inputs:
         raise ValueError(f"`mask` must be a function, or the name of an input of a mapping. Found {mask!r}.")
     if mask == "labels":
-        counts = (inputs[mask] != _IGNORED).cpu()
+        counts = (inputs[mask] != IGNORED).cpu()
         valid = counts.roll(-1, 1)
         valid[:, -1] = False
         return valid
     return inputs[mask].bool().cpu()
+
+
+def rows(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """`[..., V]` as `[positions, V]`: those that `valid` `[...]`, on the CPU, selects; None selects all.
+
+    Positions are selected on the host: an accelerator need not be waited for, and only what counts is computed with.
+    """
+    if valid is not None and valid.shape != logits.shape[:-1]:
+        raise ValueError(f"The logits' mask must have shape {tuple(logits.shape[:-1])}. Found {tuple(valid.shape)}.")
+    flat = logits.flatten(0, -2)
+    return flat if valid is None else select(flat, valid.flatten().nonzero().flatten())
+
+
+def select(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of `x` by number; the numbers are on the CPU."""
+    return x.index_select(0, places.to(x.device, non_blocking=True))
+
+
+def within(wanted: Tensor, valid: Tensor) -> Tensor:
+    """Which of the positions of `valid`, counted one after another, are the wanted ones.
+
+    Raises:
+        ValueError: The shapes differ, or a wanted position is not among them.
+    """
+    if wanted.shape != valid.shape:
+        raise ValueError(f"The mask must have shape {tuple(valid.shape)}. Found {tuple(wanted.shape)}.")
+    if bool((wanted & ~valid).any()):
+        raise ValueError(
+            f"The mask selects {int((wanted & ~valid).sum())} positions of which the cache holds nothing: its own mask "
+            "leaves them out. Build the cache with this mask."
+        )
+    return wanted[valid].nonzero().flatten()

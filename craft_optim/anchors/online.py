@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from .cache import AnchorBatch, AnchorCache
-from .logit_retention import kl_term, rows
-from .masks import Mask, valid_positions
-from .names import unwrapped
-from .passes import Forward, call, device_of, isolated_rng, logits_of, to_device
+from .logit_retention import kl_term
+from .masks import Mask, rows, valid_positions
+from .passes import Forward, call, device_of, is_encoder_decoder, isolated_rng, logits_of, to_device
 from .retention import AnchorMismatchError, AnchorRetention, Anchors
 from .structure import Inputs, flatten
 from .teachers import adapters_off, find_adapters
@@ -140,23 +139,11 @@ class OnlineRetention(AnchorRetention):
     def _logits(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
         """Of the model, or of a teacher that is a module of its own."""
         model, device = (self.model, self.device) if other is None else (other, device_of(other))
-        if self.forward is None and isinstance(inputs, dict) and self._labels_are_targets(inputs):
-            inputs = {name: x for name, x in inputs.items() if name != "labels"}
         output = call(model, to_device(inputs, device), self.forward)
         logits = logits_of(output)
         if logits is None:
             raise ValueError(f"The model must give logits. Found {type(output).__name__}: pass `forward=`.")
         return logits
-
-    def _labels_are_targets(self, inputs: Mapping[str, Tensor]) -> bool:
-        """Whether `labels` would do no more than make a model of transformers compute its loss."""
-        if _config(self.model) is None:
-            return False
-        derived = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
-        return not (self._is_encoder_decoder() and derived)
-
-    def _is_encoder_decoder(self) -> bool:
-        return bool(getattr(_config(self.model), "is_encoder_decoder", False))
 
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         logits, teacher = self._logits(batch.inputs), batch.features["logprobs"]
@@ -173,7 +160,7 @@ class OnlineRetention(AnchorRetention):
     def _default_mask(self, inputs: Inputs) -> Tensor | None:
         if not isinstance(inputs, dict):
             return None
-        if not self._is_encoder_decoder():
+        if not is_encoder_decoder(self.model):
             mask = inputs.get("attention_mask")
             return None if mask is None else mask.bool()
         # `attention_mask` is the encoder's there
@@ -253,11 +240,6 @@ class _Collated:
                 )
         structure, named, _ = flatten(batch)
         return AnchorBatch(structure.rebuild(named), {})
-
-
-def _config(model: nn.Module) -> Any:
-    """A transformers model's config, also through wrappers."""
-    return getattr(unwrapped(model), "config", None)
 
 
 @contextmanager

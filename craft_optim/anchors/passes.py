@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from .names import unwrapped
 from .structure import Inputs, map_tensors
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "eager",
     "isolated_rng",
     "logits_of",
+    "saving_hooks",
     "steady",
     "to_device",
 ]
@@ -81,7 +83,7 @@ class _Conditions:
             self.stance.__exit__(None, None, None)
             self.stance = None
 
-    pass
+    __del__ = restore
 
 
 class _SteadyBackward(torch.autograd.Function):
@@ -148,6 +150,15 @@ def eager() -> Iterator[None]:
         yield
 
 
+def saving_hooks() -> Any:
+    """What keeps the tensors that autograd saves now: something else within a non-reentrant activation checkpoint.
+
+    Always None in torch 2.6, which does not tell.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True)
+
+
 @contextmanager
 def isolated_rng(device: torch.device, seed: int | None) -> Iterator[None]:
     """Within the block the CPU's and `device`'s random numbers start from `seed` (None: from where they are).
@@ -199,14 +210,32 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 
 
 def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
-    """`forward(model, inputs)`, or the model on the tensor, the tuple or the mapping."""
+    """`forward(model, inputs)`, or the model on the tensor, the tuple or the mapping.
+
+    `labels` are not passed to models of transformers: their loss is not needed.
+    """
     if forward is not None:
         return forward(model, inputs)
+    if isinstance(inputs, dict) and "labels" in inputs and _labels_are_targets(model, inputs):
+        inputs = {name: x for name, x in inputs.items() if name != "labels"}
     if isinstance(inputs, Tensor):
         return model(inputs)
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(**inputs)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether transformers says so."""
+    return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
+
+
+def _labels_are_targets(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether `labels` would do no more than make a model of transformers compute its loss."""
+    if getattr(unwrapped(model), "config", None) is None:
+        return False
+    derived = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
+    return not (is_encoder_decoder(model) and derived)
 
 
 def logits_of(output: Any) -> Tensor | None:

@@ -329,11 +329,11 @@ class CachedRetention(AnchorRetention):
         return self._drift(source, batch_size)
 
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
+        return self._compare(*self._forward(batch), batch)
+
+    def _forward(self, batch: AnchorBatch) -> tuple[Any, dict[Layer, Tensor]]:
         inputs = to_device(batch.inputs, self.device)
-        output, hidden = run(
-            self.model, inputs, forward=self.forward, layers=self.layers, output=self._compares_output()
-        )
-        return self._compare(output, hidden, batch)
+        return run(self.model, inputs, forward=self.forward, layers=self.layers, output=self._compares_output())
 
     @abstractmethod
     def _features(self) -> list[str]:

@@ -307,7 +307,7 @@ class Writer:
         if self._pending:
             self._submit(self._flush, self._shard_at(self._seen - 1))
             self._drain()
-        if self.structure is None:
+        if self._seen == 0:
             raise ValueError(f"`batches` yielded nothing: there is no anchor to write to {self.folder}.")
         shards = -(-self._seen // self.size)
         if self.writes:
@@ -378,7 +378,7 @@ class Writer:
         return [(number, rank) for rank in range(self.world_size) for number in range(numbers[rank])]
 
     def _write_manifest(self, names: list[tuple[int, int]]) -> None:
-        records, sources = [], []
+        records, sources, inputs = [], [], None
         for number, rank in names:
             record = self._record(number, rank)
             if record is None:
@@ -388,9 +388,9 @@ class Writer:
                 )
             self._same_classes(record.pop("classes"))
             sources.append(record.pop("sources"))
+            inputs = record.pop("inputs")
             records.append(record)
         shards = [Shard(self.folder / r["file"], r["anchors"], r["bytes"], r["images"]) for r in records]
-        assert self.structure is not None
         spec = {**self.settings["features"], "classes": self.classes}
         spec["variances"] = {
             tap_key(layer, span): _variance(shards, f"features.{tap_key(layer, span)}")
@@ -401,7 +401,7 @@ class Writer:
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
             "anchors": sum(shard.count for shard in shards),
-            "inputs": asdict(self.structure),
+            "inputs": inputs,
             "features": spec,
             "teacher": self.settings["teacher"],
             "built_with": {"images": self.settings["images"], "shard_size": self.size},
@@ -607,6 +607,7 @@ class Writer:
             "images": encodings,
             "classes": self.classes,
             "sources": self._sources,
+            "inputs": asdict(self.structure) if self.structure else None,
         }
         write_json(path.with_suffix(".json"), record)
         self._pieces, self._lengths, self._formulas, self._sources, self._pending = [], [], [], [], 0

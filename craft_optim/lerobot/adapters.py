@@ -22,8 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from craft_optim import anchors
-from craft_optim.anchors.build import Mask
 from craft_optim.anchors.capture import Layer, Spans, find_decoder
+from craft_optim.anchors.masks import Mask
 from craft_optim.anchors.names import plain_name
 from craft_optim.anchors.passes import Forward
 from craft_optim.lerobot import act, pi0, pi0_fast, smolvla

@@ -1,0 +1,130 @@
+"""Retention of what the teacher would write: the likelihood of the tokens that it generated."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cache import AnchorBatch, AnchorCache
+from .capture import Layer
+from .masks import rows
+from .passes import Forward, logits_of
+from .retention import AnchorMismatchError, CachedRetention
+
+__all__ = ["TokenRetention"]
+
+_AGREEMENT = 0.9  # of greedy tokens, the least share that must be the model's likeliest ones before the first step
+
+
+class TokenRetention(CachedRetention):
+    """How much less likely the teacher's tokens have become, in nats per token.
+
+        L_ret = mean over tokens i of  log p(y_i) - log q(y_i)
+
+    y are the tokens that the teacher generated greedily, p is the teacher's probability and q the model's now: the
+    cross-entropy beyond the teacher's own. It is 0 for an unmodified model and negative for one that is surer of these
+    tokens. Where the cache lacks log p (imported ones do), L_ret is the whole cross-entropy, and epsilon has to leave
+    room for the teacher's.
+
+    It compares one token of each position where `LogitRetention` compares distributions, and holds less; it needs less
+    disk, and the teacher's own words as inputs.
+
+    Args:
+        model: The model in training, on its device, in either mode.
+        cache: Built with `tokens` from the same model, or converted.
+        batch_size: Anchors per call (and rank).
+        forward: As in `build`.
+        seed: Of the order of the anchors and of what the forward draws.
+        strict: Check at the first call that the model agrees with the cache.
+        autocast: Dtype of autocast in the pass, as in `build`. None: as the caller has it.
+        workers: Threads that read the next batches ahead; see `LogitRetention`.
+        device: Where inputs go. None: where the model's first parameter is.
+        tolerance: Largest |L_ret| that the first call accepts. None: by precision, the square root of that for
+            `LogitRetention`: rounding enters linearly here. Without log p, 9 of 10 tokens must be the likeliest ones.
+        rank: Place of this process among those that share the anchors; see `LogitRetention`.
+        world_size: Their number.
+
+    Raises:
+        ValueError: The cache has no tokens, or fewer anchors than a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: AnchorCache,
+        batch_size: int = 16,
+        *,
+        forward: Forward | None = None,
+        seed: int = 0,
+        strict: bool = True,
+        autocast: torch.dtype | None = None,
+        workers: int = 1,
+        device: torch.device | str | None = None,
+        tolerance: float | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self._check_kind(cache)
+        super().__init__(
+            model, cache, batch_size, forward=forward, seed=seed, strict=strict, autocast=autocast,
+            workers=workers, device=device, tolerance=tolerance, rank=rank, world_size=world_size,
+        )  # fmt: skip
+
+    def _check_kind(self, cache: AnchorCache) -> None:
+        if cache.features.tokens is None:
+            raise ValueError(
+                f"TokenRetention needs a cache with tokens. {cache.path} has {cache.describe()}: build it with "
+                "`tokens=`, or use LogitRetention or HiddenRetention."
+            )
+
+    def _features(self) -> list[str]:
+        return ["mask", "tokens", "token_logprobs"]
+
+    def _compares_output(self) -> bool:
+        return True
+
+    def _default_tolerance(self) -> float:
+        return math.sqrt(super()._default_tolerance())
+
+    def _compare(
+        self, output: Any, hidden: Mapping[Layer, Tensor], batch: AnchorBatch
+    ) -> dict[str, tuple[Tensor, int]]:
+        student, tokens = self._student(output, batch), batch.features["tokens"]
+        if not len(student):
+            return {"tokens": (student.float().sum(), 0)}
+        tokens = tokens.to(student.device, non_blocking=True)
+        with torch.autocast(student.device.type, enabled=False):
+            value = F.cross_entropy(student if student.dtype == torch.float64 else student.float(), tokens.long())
+            known = batch.features.get("token_logprobs")
+            if known is not None:
+                value = value + known.to(student.device, non_blocking=True).to(value.dtype).mean()
+        return {"tokens": (value, len(tokens))}
+
+    def _student(self, output: Any, batch: AnchorBatch) -> Tensor:
+        logits, valid = logits_of(output), batch.features["mask"]
+        if logits is None or logits.shape[:-1] != valid.shape:
+            found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise AnchorMismatchError(
+                f"The model gives {found}, the tokens in {self.cache.path} have positions {tuple(valid.shape)}. Pass a "
+                "`forward=` whose logits have these positions, each of which predicts the token after it."
+            )
+        return rows(logits, valid)
+
+    def _check_first(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
+        if "token_logprobs" in batch.features or not self.strict:
+            super()._check_first(values, batch)
+            return
+        with torch.no_grad(), self._pass(self._seed(0)):
+            student = self._student(self._forward(batch)[0], batch)
+        tokens = batch.features["tokens"].to(student.device)
+        share = (student.argmax(-1) == tokens).float().mean() if len(tokens) else torch.ones((), device=student.device)
+        agreement = float(share if self._mean is None else self._mean(share))
+        if not agreement >= _AGREEMENT:
+            raise AnchorMismatchError(
+                f"Of the tokens in {self.cache.path} only {agreement:.0%} are the ones that the model would give "
+                "before the first step. Other weights, another processor, or another alignment of labels and logits "
+                "(`forward=`). A run that continues from a fine-tuned checkpoint sets `position`, or strict=False."
+            )
