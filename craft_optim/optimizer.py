@@ -27,6 +27,10 @@ __all__ = ["CraftOptimizer", "RetentionClosure"]
 
 # Retention steps in a row with lambda at its cap and the constraint violated before a warning says so.
 _PATIENCE_AT_CAP = 100
+# The retention step that shows how much of the model retention reaches. Earlier gradients may be zero for good reasons:
+# at the teacher's own weights, or of a LoRA matrix whose partner is still zero.
+_REACH_AT = 10
+_LITTLE_REACH = 0.1
 
 
 class RetentionClosure(Protocol):
@@ -122,6 +126,7 @@ class CraftOptimizer(torch.optim.Optimizer):
     _float16: bool | None
     _layout: "Layout | None"
     _found_for: list[int]
+    _measured: int  # retention steps since then
 
     def __init__(
         self,
@@ -385,6 +390,9 @@ class CraftOptimizer(torch.optim.Optimizer):
             self.metrics |= {"skipped": retention.state["craft_skipped"], "fresh": 0.0}
             return
         self.metrics = retention.metrics | {"retention_step": float(step), "fresh": 1.0}
+        self._measured += 1
+        if self._measured == _REACH_AT:
+            self._check_reach(retention)
         if self._layout is None or self._layout.first:  # the values are the same on every process: one of them reports
             self._watch_cap()
             if self.on_metrics is not None:
@@ -402,8 +410,23 @@ class CraftOptimizer(torch.optim.Optimizer):
                 f"{self.retention_every}), or lower the learning rate.",
             )
 
+    def _check_reach(self, retention: RetentionStep) -> None:
+        share = retention.share_reached()
+        if share >= _LITTLE_REACH or not (self._layout is None or self._layout.first):
+            return
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        trained = [(p.requires_grad, reached) for p, reached in zip(self._parameters(), retention.reached, strict=True)]
+        free = [name for name, of in zip(names, trained, strict=False) if of == (True, False)]
+        warn(
+            f"After {_REACH_AT} retention steps the retention loss has a gradient in {share:.1%} of the trainable "
+            f"elements ({trained.count((True, True))} of {sum(p for p, _ in trained)} tensors"
+            f"{'; not in ' + ', '.join(free[:3]) if free else ''}): nothing holds the others. Anchor an output "
+            "that depends on what is trained: logits, or hidden states behind the trained layers, not behind frozen "
+            "ones only. If the others may move freely, filter this warning out.",
+        )
+
     def _forget_circumstances(self) -> None:
-        self._float16, self._layout, self._found_for = None, None, []
+        self._float16, self._layout, self._found_for, self._measured = None, None, [], 0
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.base_optimizer.param_groups for p in group["params"]]

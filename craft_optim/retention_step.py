@@ -73,6 +73,7 @@ class RetentionStep:
     Attributes:
         state: The floats to write once the base has stepped.
         metrics: What was measured; empty if nothing was.
+        reached: Of each parameter, whether its retention gradient, on any process, is not zero.
         float16: As found out.
     """
 
@@ -90,6 +91,7 @@ class RetentionStep:
     ) -> None:
         self.state = dict(state)
         self.metrics: dict[str, float] = {}
+        self.reached: list[bool] = []
         self.float16 = float16
         self._closure, self._rules = closure, rules
         self._parameters, self._group_sizes = parameters, group_sizes
@@ -102,6 +104,17 @@ class RetentionStep:
     def ran(self) -> bool:
         """Whether there was anything to merge."""
         return self._task is not None
+
+    def share_reached(self) -> float:
+        """The part of the trainable elements that is in tensors with a retention gradient; in [0, 1].
+
+        Whole tensors count: of an embedding only the rows of the anchors' tokens have a gradient. Collective.
+        """
+        sizes = torch.tensor([p.numel() * p.requires_grad for p in self._parameters], dtype=torch.float64)
+        if self._layout is not None and self._layout.fsdp1:  # its parameters, unlike DTensors, know only their shard
+            here = sizes * self._layout.shares(self._parameters)
+            sizes = self._layout.total(here.to(self._parameters[0].device)).cpu()
+        return float(sizes[torch.tensor(self.reached)].sum() / sizes.sum())
 
     @contextmanager
     def undone_after_errors(self) -> Iterator[None]:
@@ -156,6 +169,7 @@ class RetentionStep:
                 merged = self._layout.wrapped(merged, self._parameters, self._task, whole)
             put(self._parameters, merged)
         if not self.metrics:  # of a line search, the first evaluation: where the step began
+            self.reached = (products.rr > 0.0).tolist()
             self.metrics = {
                 "retention_loss": value,
                 "epsilon": self._epsilon,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .names import modules_by_name, plain_name
-from .passes import Forward, call, eager, logits_of
+from .passes import Forward, call, eager, logits_of, saving_hooks
 from .structure import Inputs
 
 __all__ = [
@@ -269,12 +269,6 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return next(iter(heads.values())) if len(heads) == 1 else None
 
 
-def _recorded_by() -> tuple[bool, Any]:
-    """Whether autograd records, and what keeps its tensors: both differ within an activation checkpoint."""
-    keeper = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
-    return torch.is_grad_enabled(), None if keeper is None else keeper(True)
-
-
 @contextmanager
 def head_at(model: nn.Module, valid: Tensor) -> Iterator[Packed]:
     """Within the block, a forward runs the vocabulary head at the valid positions only, if it can.
@@ -297,7 +291,7 @@ def head_at(model: nn.Module, valid: Tensor) -> Iterator[Packed]:
     if head is None or valid.ndim != 2 or not 0 < len(places) < valid.numel():
         yield packed
         return
-    outside = _recorded_by()
+    outside = torch.is_grad_enabled(), saving_hooks()
 
     def pack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packed.calls += 1
@@ -305,7 +299,7 @@ def head_at(model: nn.Module, valid: Tensor) -> Iterator[Packed]:
         name, hidden = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
         if packed.calls > 1 or type(hidden) is not Tensor or hidden.ndim != 3 or hidden.shape[:2] != valid.shape:
             return None
-        if _recorded_by() != outside:
+        if (torch.is_grad_enabled(), saving_hooks()) != outside:
             return None
         packed.used = True
         rows = hidden.flatten(0, 1).index_select(0, places.to(hidden.device, non_blocking=True)).unsqueeze(0)

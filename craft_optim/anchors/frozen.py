@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .names import modules_by_name, plain_name
-from .passes import device_of, eager
+from .passes import device_of, eager, saving_hooks
 
 __all__ = ["Calls", "Layout", "layouts_of", "leaves", "recorded", "replayed", "resolve_frozen", "trains"]
 
@@ -190,7 +190,8 @@ def _key(name: str, number: int, place: int) -> str:
 def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[str, list[Layout]]) -> Iterator[None]:
     """Within the block, modules return what is stored instead of running; those that train now run all the same.
 
-    What they return are copies, on the device of the module's input and in the dtype that it had.
+    What they return are copies, on the device of the module's input and in the dtype that it had. A call within a
+    non-reentrant activation checkpoint runs all the same: its second run, in the backward, must be like the first.
 
     Args:
         model: Unmodified; each module's own forward is back at the end, whatever happens.
@@ -219,6 +220,8 @@ def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[st
                 "model or another `forward=` than in `build`."
             )
 
+    outside = saving_hooks()
+
     def make(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         done = 0
 
@@ -231,17 +234,19 @@ def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[st
                     "`forward=` than in `build`, or several forwards in one pass."
                 )
             tree, parts = layouts[name][done]
+            done += 1
+            if saving_hooks() != outside:
+                return own(*args, **kwargs)
             device = next(
                 (x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)),
                 device_of(modules[name]),
             )
             values = [
-                stored[_key(name, done, place)].to(device, part, non_blocking=True, copy=True)
+                stored[_key(name, done - 1, place)].to(device, part, non_blocking=True, copy=True)
                 if isinstance(part, torch.dtype)
                 else part
                 for place, part in enumerate(parts)
             ]
-            done += 1
             return pytree.tree_unflatten(values, tree)
 
         return forward

@@ -1,14 +1,140 @@
-"""A model as it was before it is fine-tuned, without a copy: its adapters switched off for the length of a pass."""
+"""A model as it was before it is fine-tuned, for the length of a pass: adapters switched off, or weights swapped.
 
-from collections.abc import Iterator
+Neither needs a second model beside the one in training.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .names import unwrapped
+from .names import plain_name, unwrapped
 
-__all__ = ["adapters_off", "find_adapters"]
+__all__ = ["Snapshot", "adapters_off", "find_adapters"]
+
+
+class Snapshot:
+    """A model's trainable weights as they are now, on the CPU: a teacher that takes device memory only in its own pass.
+
+        retention = OnlineRetention(model, anchors, teacher=Snapshot(model))
+
+    `with snapshot():` makes the model what it was when the snapshot was made; afterwards it has its current weights
+    again, bit for bit, also after an exception. Values are swapped in place: views, compiled code, DDP and FSDP2 keep
+    their pointers, each process swaps its own shard. A swap between a forward and its backward makes autograd raise,
+    where that backward needs a weight.
+
+    Make it before the first step, of the model as it is trained: frozen, with its adapters, sharded by `fully_shard`;
+    best on its device. DDP, `torch.compile`, moves and casts may come later; after a cast the teacher is the cast
+    original. It is no part of a checkpoint: a resumed run makes it from the pretrained weights, and then loads the
+    checkpoint.
+
+    Covers the parameters that require gradients now, and persistent buffers such as BatchNorm's statistics; tied
+    parameters once. What is frozen must stay as it is.
+
+    Cost: host memory for these tensors (page-locked for those on CUDA, which torch rounds up to powers of two). In its
+    pass a second copy of them on their own device, their transfer there, and two copies within the device.
+
+    Args:
+        model: The model before fine-tuning, on a real device.
+
+    Raises:
+        TypeError: The model is sharded by FSDP1.
+        ValueError: No parameter is trainable. In a block also: parameters were replaced, reshaped, or made trainable
+            since; the message names them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        _reshard(model)
+        self._parameters = [(name, p, _on_cpu(p)) for name, p in model.named_parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ValueError(
+                f"No parameter of {type(model).__name__} requires a gradient: there is nothing to keep. Freeze and "
+                "unfreeze as in training first, then make the Snapshot."
+            )
+        self._buffers = {name: _on_cpu(buffer) for name, buffer in _persistent_buffers(model).items()}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Within the block the model has the snapshot's weights."""
+        _reshard(self.model)
+        current, original = self._pairs()
+        kept = [x.clone() for x in current]
+        try:
+            _write(current, original)
+            yield
+        finally:
+            _write(current, kept)
+            _reshard(self.model)
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What of the model's tensors is on this process, and the snapshot of each."""
+        parameters, buffers = dict(self.model.named_parameters()), _persistent_buffers(self.model)
+        here = {id(p) for p in parameters.values()}
+        known = {id(p) for _, p, _ in self._parameters}
+        pairs = [(name, _local(p) if id(p) in here else None, x) for name, p, x in self._parameters]
+        pairs += [(name, _local(buffers[name]) if name in buffers else None, x) for name, x in self._buffers.items()]
+        _refuse([name for name, now, x in pairs if now is None or now.shape != x.shape], "replaced or reshaped")
+        _refuse([n for n, p in parameters.items() if p.requires_grad and id(p) not in known], "made trainable or added")
+        return [now for _, now, _ in pairs if now is not None], [x for *_, x in pairs]
+
+
+def _refuse(names: Sequence[str], done: str) -> None:
+    if names:
+        raise ValueError(
+            f"{len(names)} tensors were {done} since the Snapshot was made, such as {', '.join(names[:3])}: it cannot "
+            "make the model what it was. Make it of the model as it is trained: after adapters, freezing, resizing and "
+            "`fully_shard`, before the first step and before a checkpoint is loaded."
+        )
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """By name and not by identity: moves and casts, unlike those of parameters, replace them."""
+    return {
+        plain_name(f"{prefix}.{name}"): buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _local(tensor: Any) -> Tensor:
+    """A DTensor's shard, or the tensor itself, outside of autograd and in the same memory."""
+    tensor = tensor.detach()
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    local = _local(tensor)
+    return torch.empty_like(local, device="cpu", pin_memory=local.is_cuda).copy_(local)
+
+
+def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
+    if any(x.device.type == "cpu" and x.is_pinned() for x in tensors):
+        torch.accelerator.synchronize()  # FSDP2's offloaded weights may still be on their way to the device
+    # One call, which Ctrl-C cannot cut in two.
+    torch._foreach_copy_(tensors, values, non_blocking=True)
+    # Autocast keeps casts of the weights by their address: they are of other values now.
+    torch.clear_autocast_cache()
+
+
+def _reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 leaves gathered after a forward, its root at least: the next one would not gather it anew."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise TypeError(
+                f"A Snapshot cannot swap the weights of {type(model).__name__}, which FullyShardedDataParallel (FSDP1) "
+                "holds in buffers of its own. Use fully_shard (FSDP2), or `build` and `LogitRetention`."
+            )
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def find_adapters(model: nn.Module) -> nn.Module:

@@ -187,6 +187,146 @@ def test_layers_that_do_not_exist_are_refused(llama: nn.Module, classifier: nn.M
         capture.find_decoder(both)
 
 
+# -- the head at valid positions ---------------------------------------------------------------------------------------
+
+
+def gemma2() -> nn.Module:
+    """Caps its logits."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            final_logit_softcapping=0.5,
+        )
+    )
+
+
+def lora_on_the_head(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    return nn.DataParallel(model)  # without devices it only wraps
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vlm", "gemma2", "lora"])
+def test_the_head_runs_at_valid_positions_only(
+    name: str,
+    autocast: bool,
+    request: pytest.FixtureRequest,
+    token_batches: Batches,
+    image_text_batches: list[dict[str, Tensor]],
+) -> None:
+    torch.manual_seed(0)
+    model = gemma2() if name == "gemma2" else request.getfixturevalue("llama" if name == "lora" else name)
+    model = (lora_on_the_head(model) if name == "lora" else model).eval()
+    batch = image_text_batches[0] if name == "vlm" else token_batches((4, 9))[0]
+    valid = batch["attention_mask"].bool().clone()
+    valid[:, :4] = valid[3] = False
+    given: list[tuple[int, ...]] = []
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with capture.head_at(model, valid) as packed:
+            (head,) = {m.get_output_embeddings() for m in model.modules() if hasattr(m, "get_output_embeddings")} - {
+                None
+            }
+            handle = head.register_forward_hook(lambda m, args, out: given.append(tuple(out.shape)))
+            found = model(**batch).logits
+        handle.remove()
+        whole = model(**batch).logits
+        assert capture.head_packs(model, batch, valid)
+    assert packed.used
+    assert found.shape == (1, int(valid.sum()), 60)
+    assert given == [tuple(found.shape)]
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found[0], whole[valid], **tolerance)
+    expected = torch.autograd.grad(whole[valid].float().square().mean(), weights, allow_unused=True)
+    gradients = torch.autograd.grad(found.float().square().mean(), weights, allow_unused=True)
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, **(tolerance | {"atol": tolerance["atol"] * float(b.abs().max())}))
+    assert hooks(head) == 0
+
+
+class Head(nn.Module):
+    """A model with one vocabulary head, and what models do with it."""
+
+    def __init__(self, after: str = "") -> None:
+        super().__init__()
+        self.embedding, self.head, self.after = nn.Embedding(20, 8), nn.Linear(8, 20), after
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None if self.after == "secret" else self.head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        if self.after == "functional":
+            return nn.functional.linear(hidden, self.head.weight)
+        if self.after == "flat":
+            return self.head(hidden.flatten(0, 1)).unflatten(0, ids.shape)
+        if self.after == "shorter":
+            return self.head(hidden[:, 1:])
+        logits = self.head(hidden)
+        if self.after == "twice":
+            return logits + self.head(hidden.flip(1)).flip(1)
+        if self.after == "mixed":
+            return logits - logits.mean(1, keepdim=True)
+        if self.after == "last":
+            return logits[:, -1]
+        if self.after == "labels":
+            nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+        return logits * 3.0
+
+
+def test_a_head_that_cannot_pack_runs_everywhere() -> None:
+    torch.manual_seed(0)
+    ids, valid = torch.randint(0, 20, (3, 5)), torch.rand(3, 5) > 0.5
+    with capture.head_at(Head(), valid) as packed:
+        assert not packed.used  # not yet
+        assert Head()(ids).shape == (3, 5, 20)  # another model
+    assert not packed.used
+    for after in ("secret", "functional", "flat", "shorter"):
+        model = Head(after)
+        with capture.head_at(model, valid) as packed:
+            assert torch.equal(model(ids), model(ids))
+        assert not packed.used
+        assert not capture.head_packs(model, ids, valid)
+    model = Head()
+    for mask in (torch.ones_like(valid), torch.zeros_like(valid), valid.flatten(), valid[:, :4], valid[:2]):
+        with capture.head_at(model, mask) as packed:
+            assert model(ids).shape == (3, 5, 20)
+        assert not packed.used
+    with capture.head_at(nn.ModuleList([model, Head()]), valid) as packed:
+        assert model(ids).shape == (3, 5, 20)
+    assert not packed.used
+    with capture.head_at(model, valid) as packed:
+        model.head(model.embedding(ids).as_subclass(nn.Parameter))
+    assert not packed.used
+
+
+def test_what_a_model_does_to_its_logits_is_found_out() -> None:
+    torch.manual_seed(0)
+    ids, valid = torch.randint(0, 20, (3, 5)), torch.rand(3, 5) > 0.5
+    assert capture.head_packs(Head(), ids, valid)
+    for after in ("twice", "mixed", "last", "labels"):
+        assert not capture.head_packs(Head(after), ids, valid)
+    model = Head("twice")
+    with capture.head_at(model, valid) as packed, pytest.raises(RuntimeError, match="size of tensor"):
+        model(ids)
+    assert not packed.used
+    assert packed.calls == 2
+    assert hooks(model) == 0
+    whole = Head("labels")
+    with pytest.raises(IndexError):  # an error of the model's own is no answer
+        capture.head_packs(whole, ids + 20, valid)
+
+
 def reference_pool(hidden: Tensor, mask: Tensor, mode: str) -> Tensor:
     rows = []
     for states, valid in zip(hidden.double(), mask, strict=True):
@@ -244,3 +384,12 @@ def test_feature_maps_have_positions() -> None:
     assert torch.equal(capture.positions(maps)[1, 7], maps[1, :, 1, 3])
     with pytest.raises(ValueError, match="must be"):
         capture.positions(torch.ones(2, 3, 4, 5, 6))
+
+
+def test_positions_may_come_first() -> None:
+    states, maps = torch.randn(7, 2, 5), torch.randn(2, 5, 3, 4)
+    assert torch.equal(capture.positions(states, batch_dim=1)[1, 6], states[6, 1])
+    assert capture.positions(states) is states
+    for hidden, batch_dim in ((maps, 1), (states[0], 1), (states, 2), (states, -1)):
+        with pytest.raises(ValueError, match=f"batch_dim={batch_dim}"):
+            capture.positions(hidden, batch_dim=batch_dim)
