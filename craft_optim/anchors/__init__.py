@@ -2,6 +2,7 @@
 
 from .build import build
 from .cache import AnchorBatch, AnchorCache, AnchorCacheError
+from .combined import CombinedRetention
 from .fingerprint import fingerprint
 from .hidden_retention import HiddenRetention
 from .importers import convert
@@ -9,6 +10,7 @@ from .logit_retention import LogitRetention
 from .online import OnlineRetention
 from .retention import AnchorMismatchError, AnchorRetention
 from .sampling import AnchorSampler
+from .teachers import Snapshot
 from .token_retention import TokenRetention
 
 __all__ = [
@@ -18,9 +20,11 @@ __all__ = [
     "AnchorMismatchError",
     "AnchorRetention",
     "AnchorSampler",
+    "CombinedRetention",
     "HiddenRetention",
     "LogitRetention",
     "OnlineRetention",
+    "Snapshot",
     "TokenRetention",
     "build",
     "convert",

@@ -20,6 +20,7 @@ from .cache import MANIFEST, AnchorCache, FeatureSpec
 from .capture import POOLINGS, Layer, Spans, resolve_layers
 from .features import Extractor
 from .fingerprint import fingerprint
+from .frozen import resolve_frozen
 from .generation import Generate, greedy
 from .masks import Mask
 from .names import class_name, unwrapped
@@ -48,8 +49,10 @@ def build(
     layers: Iterable[Layer] = (),
     pooling: Mapping[str, str] | None = None,
     spans: Spans | None = None,
+    batch_dim: int = 0,
     mask: Mask | None = None,
     tokens: int | Generate | None = None,
+    frozen: Iterable[str] = (),
     dtype: torch.dtype = torch.float16,
     images: str = "uint8",
     shard_size: int = 256,
@@ -92,11 +95,15 @@ def build(
             "masked_mean"}.
         spans: `spans(model, batch) -> {span: bool [B, T]}`. Default: "all" (`attention_mask`, else every position) and,
             for Hugging Face's vision-language models, "image" and "text".
+        batch_dim: Dimension of the anchors in the hidden states: 1 where layers work on [T, B, D], as torch's
+            transformer layers do by default.
         mask: Positions whose logits count: name of an input, or `mask(batch) -> bool` of the logits' shape without the
             classes. Default: `attention_mask` where its shape fits, else all.
         tokens: Let the teacher continue the batches, greedily, by at most this many tokens (transformers' `generate`),
             and keep what it wrote: for `TokenRetention`, and as inputs of everything else that is kept. Or a function
             `generate(model, batch) -> (inputs, labels)`, see `generation.greedy`.
+        frozen: Names of modules that will not train, such as a vision tower: their outputs are kept, and retention
+            passes leave them out. As long as they do not train; otherwise they run.
         dtype: Of log-probabilities and hidden states on disk: float16, bfloat16 or float32.
         images: "uint8": floating inputs of four or more dimensions are stored as bytes where that gives back every bit
             (see `images.FORMULAS` for the pipelines that qualify), and as they are otherwise. "keep": always as they
@@ -137,6 +144,8 @@ def build(
     layers = resolve_layers(model, layers)
     if not logits and not layers and tokens is None:
         raise ValueError("Nothing to cache: pass logits=True, `layers`, or `tokens`.")
+    if batch_dim not in (0, 1):
+        raise ValueError(f"`batch_dim` must be 0 or 1. Found batch_dim={batch_dim}.")
     if tokens is not None and mask is not None:
         raise ValueError("`mask` and `tokens` exclude each other: the positions that count are those of the tokens.")
     generate = greedy(tokens) if isinstance(tokens, int) else tokens
@@ -159,6 +168,8 @@ def build(
         forward=None if forward is None else _name_of(forward),
         autocast=None if ran_under is None else dtype_name(ran_under),
         tokens=None if generate is None else _name_of(generate),
+        frozen=tuple(resolve_frozen(model, frozen)),
+        batch_dim=batch_dim,
     )
     settings = {
         "features": json.loads(json.dumps(asdict(spec))),

@@ -356,6 +356,12 @@ class AnchorCache:
         return rows
 
     @property
+    def frozen_features(self) -> list[str]:
+        """Names of the outputs of modules that do not train."""
+        prefix = "features.frozen."
+        return [key.removeprefix("features.") for key in self._keys if key.startswith(prefix)]
+
+    @property
     def nbytes(self) -> int:
         """Size of all shards on disk, in bytes."""
         return sum(shard.size for shard in self._shards)

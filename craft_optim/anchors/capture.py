@@ -324,6 +324,8 @@ def head_packs(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forw
         valid: `[B, T]`, true where logits are compared.
         forward: As for `run`.
     """
+    if _output_head(model) is None:
+        return False
     with torch.no_grad():
         whole = logits_of(run(model, inputs, forward=forward)[0])
         try:

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cache import FeatureSpec, tap_key
-from .capture import Layer, Spans, default_spans, pool, positions, run
+from .capture import Layer, Spans, default_spans, pool, positions
+from .forwards import AnchorForward, Outcome
 from .generation import Generate
-from .masks import IGNORED, Mask, rows, valid_positions
-from .passes import Forward, autocast_to, isolated_rng, logits_of, steady, to_device
+from .masks import IGNORED, Mask, valid_positions
+from .passes import Forward, autocast_to, isolated_rng, steady, to_device
 from .sampling import mixed_seed
 from .structure import Inputs
 
@@ -57,9 +58,11 @@ class Extractor:
         inference: bool,
     ) -> None:
         self.model, self.device, self.spec, self.dtype = model, device, spec, dtype
-        self.forward, self.spans, self.mask, self.autocast = forward, spans or default_spans, mask, autocast
+        self.spans, self.mask, self.autocast = spans or default_spans, mask, autocast
         self.generate = generate
         self._inference, self._warm = inference, False
+        self._wants_output = spec.logits is not None or generate is not None
+        self._run = AnchorForward(model, forward, spec.layers, self._wants_output, spec.frozen)
 
     def __call__(self, inputs: Inputs, size: int, first: int) -> Taught:
         """The features of `size` anchors, of which the first has the number `first`."""
@@ -67,7 +70,6 @@ class Extractor:
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
         classes = None
-        compares_output = self.spec.logits is not None or self.generate is not None
         with (
             torch.inference_mode() if self._inference and self._warm else torch.no_grad(),
             isolated_rng(self.device, mixed_seed(0, first)),
@@ -75,18 +77,19 @@ class Extractor:
             with steady(self.model), autocast_to(self.device, self.autocast):
                 if self.generate is not None:
                     inputs, labels = self.generate(self.model, inputs)
-                output, hidden = run(
-                    self.model, inputs, forward=self.forward, layers=self.spec.layers, output=compares_output
-                )
+                valid = self._valid(inputs, labels) if self._wants_output else None
+                outcome = self._run(inputs, size, valid)
                 if torch.is_autocast_enabled(self.device.type):
                     # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
                     torch.clear_autocast_cache()
-            if compares_output:
-                logits = self._checked(output, size)
+            if self._wants_output:
+                logits = self._checked(outcome, size)
                 classes = logits.shape[-1] if self.spec.logits is not None else None
-                features |= self._of_output(logits, inputs, labels, first, joined)
-            if hidden:
-                features |= self._hidden(hidden, inputs, size, first, joined)
+                features |= self._of_output(logits, outcome.shape, valid, labels, first, joined)
+            if outcome.hidden:
+                features |= self._hidden(outcome.hidden, inputs, size, first, joined)
+            for name, x in outcome.frozen.items():
+                features[name] = self._round(x, f"output {name!r}") if x.is_floating_point() else x
             features = {key: x.cpu() for key, x in features.items()}
         self._warm = True
         return Taught(inputs, features, frozenset(joined), classes)
@@ -108,34 +111,41 @@ class Extractor:
             "dtype=torch.bfloat16 or torch.float32."
         )
 
-    def _checked(self, output: Any, size: int) -> Tensor:
-        logits = logits_of(output)
-        if logits is None or not logits.is_floating_point() or logits.ndim < 2 or len(logits) != size:
-            found = type(output).__name__ if logits is None else f"{logits.dtype} of shape {tuple(logits.shape)}"
+    def _checked(self, outcome: Outcome, size: int) -> Tensor:
+        logits = outcome.logits
+        if logits is None or not logits.is_floating_point() or not outcome.shape or outcome.shape[0] != size:
+            shape = None if logits is None else (*outcome.shape, logits.shape[-1])
+            found = type(outcome.output).__name__ if logits is None else f"{logits.dtype} of shape {shape}"
             raise ValueError(
                 f"The model must give logits [B, ..., V] with B = {size} anchors, as a tensor or as `.logits`. "
                 f"Found {found}: pass `forward=`, or logits=False and `layers`."
             )
-        gather = getattr(logits, "full_tensor", None)  # of tensor parallelism
-        return logits if gather is None else gather()
+        return logits
+
+    def _valid(self, inputs: Inputs, labels: Tensor | None) -> Tensor | None:
+        return valid_positions(inputs, self.mask) if labels is None else (labels != IGNORED).cpu()
 
     def _of_output(
-        self, logits: Tensor, inputs: Inputs, labels: Tensor | None, first: int, joined: set[str]
+        self,
+        logits: Tensor,
+        shape: tuple[int, ...],
+        valid: Tensor | None,
+        labels: Tensor | None,
+        first: int,
+        joined: set[str],
     ) -> dict[str, Tensor]:
-        """What is kept of the logits: at the positions of `labels`, else of the mask."""
+        """What is kept of the logits: those of the valid positions, if these fit; else of all."""
         features: dict[str, Tensor] = {}
-        valid = valid_positions(inputs, self.mask) if labels is None else (labels != IGNORED).cpu()
-        if valid is not None and valid.shape != logits.shape[:-1]:
+        if valid is not None and tuple(valid.shape) != shape:
             if self.mask is not None or labels is not None:
                 source = self.spec.mask or self.spec.tokens
-                raise ValueError(
-                    f"The logits' mask must have shape {tuple(logits.shape[:-1])}. {source!r} has {tuple(valid.shape)}."
-                )
+                raise ValueError(f"The logits' mask must have shape {shape}. {source!r} has {tuple(valid.shape)}.")
             valid = None
         if valid is not None:
             _require_positions(valid.flatten(1), first, "the logits' mask")
             features["mask"] = valid
-            logits = rows(logits, valid)
+        else:
+            logits = logits.reshape(*shape, -1)
         logprobs = F.log_softmax(logits.float(), dim=-1)
         kept = {} if self.spec.logits is None else self._logits(logprobs)
         if labels is not None:
@@ -165,7 +175,7 @@ class Extractor:
         features: dict[str, Tensor] = {}
         spans = {span: x.to(self.device).bool() for span, x in self.spans(self.model, inputs).items()}
         for layer, value in hidden.items():
-            states = positions(value)
+            states = positions(value, self.spec.batch_dim)
             if len(states) != size:
                 raise ValueError(
                     f"Layer {layer!r} gives {tuple(value.shape)}, but the first dimension must be the {size} anchors."

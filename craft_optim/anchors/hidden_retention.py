@@ -1,7 +1,6 @@
 """Retention of a model's hidden states: their distance from the cached ones."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from . import losses
 from .cache import AnchorBatch, AnchorCache, tap_key
 from .capture import Layer, Spans, pool, positions, resolve_layers
+from .forwards import Outcome
 from .masks import rows, select, within
 from .passes import Forward, to_device
 from .retention import AnchorMismatchError, CachedRetention
@@ -142,9 +142,7 @@ class HiddenRetention(CachedRetention):
     def _compares_output(self) -> bool:
         return False
 
-    def _compare(
-        self, output: Any, hidden: Mapping[Layer, Tensor], batch: AnchorBatch
-    ) -> dict[str, tuple[Tensor, int]]:
+    def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         cached = {k.removeprefix("span."): x for k, x in batch.features.items() if k.startswith("span.")}
         masks = cached
         if self.spans is not None:
@@ -152,8 +150,8 @@ class HiddenRetention(CachedRetention):
             masks = {span: x.bool().cpu() for span, x in given.items()}
         terms = {}
         for layer in self.layers:
-            value = hidden[layer]
-            states = positions(value)
+            value = outcome.hidden[layer]
+            states = positions(value, self.cache.features.batch_dim)
             for span, mode in self.pooling.items():
                 key = tap_key(self._cached[layer], span)
                 mask, teacher = (masks.get(span), cached.get(span)) if value.ndim == 3 else (None, None)

@@ -1,16 +1,15 @@
 """Retention of a model's logits: the KL divergence from the cached distribution."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import losses
 from .cache import AnchorBatch, AnchorCache
-from .capture import Layer
-from .masks import Mask, rows, select, valid_positions, within
-from .passes import Forward, logits_of
+from .forwards import Outcome
+from .masks import Mask, select, valid_positions, within
+from .passes import Forward
 from .retention import AnchorMismatchError, CachedRetention
 
 __all__ = ["LogitRetention", "kl_term"]
@@ -111,23 +110,21 @@ class LogitRetention(CachedRetention):
     def _compares_output(self) -> bool:
         return True
 
-    def _compare(
-        self, output: Any, hidden: Mapping[Layer, Tensor], batch: AnchorBatch
-    ) -> dict[str, tuple[Tensor, int]]:
-        logits = logits_of(output)
-        if logits is None:
+    def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
+        student = outcome.logits
+        if student is None:
             raise AnchorMismatchError(
-                f"The model gives no logits but {type(output).__name__}: pass the `forward=` that the cache was "
-                "built with."
+                f"The model gives no logits but {type(outcome.output).__name__}: pass the `forward=` that the cache "
+                "was built with."
             )
         teacher = {name: batch.features[name] for name in LOGITS if name in batch.features}
         valid = batch.features.get("mask")
-        first = next(iter(teacher.values()))
-        shape = first.shape[:-1] if valid is None else valid.shape
-        if logits.shape != (*shape, self.cache.features.classes):
+        shape = tuple(next(iter(teacher.values())).shape[:-1] if valid is None else valid.shape)
+        classes = self.cache.features.classes
+        if (*outcome.shape, student.shape[-1]) != (*shape, classes):
             raise AnchorMismatchError(
-                f"The model gives logits of shape {tuple(logits.shape)}, the cache {self.cache.path} was built "
-                f"with {(*shape, self.cache.features.classes)}: another model, or another `forward=`."
+                f"The model gives logits of shape {(*outcome.shape, student.shape[-1])}, the cache {self.cache.path} "
+                f"was built with {(*shape, classes)}: another model, or another `forward=`."
             )
         if valid is None:
             teacher = {name: x.flatten(0, len(shape) - 1) for name, x in teacher.items()}
@@ -135,6 +132,6 @@ class LogitRetention(CachedRetention):
             wanted = valid_positions(batch.inputs, self.mask)
             assert wanted is not None
             kept = within(wanted, torch.ones(shape, dtype=torch.bool) if valid is None else valid)
+            student = select(student, kept)
             teacher = {name: select(x, kept) for name, x in teacher.items()}
-            valid = wanted
-        return {"kl": kl_term(rows(logits, valid), teacher)}
+        return {"kl": kl_term(student, teacher)}

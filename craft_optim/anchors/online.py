@@ -46,7 +46,8 @@ class OnlineRetention(AnchorRetention):
             of which the inputs are used. `labels` are not passed to models of transformers: their loss is not needed.
         batch_size: Anchors per call (and rank).
         teacher: None: the model with its adapters switched off. A module: a frozen copy, on any device. A function
-            that returns a context manager: the model within that.
+            that returns a context manager: the model within that; `Snapshot(model)`, made before fine-tuning, is one
+            that keeps the old weights on the CPU.
         collate: Makes a batch of a list of examples, as for a `DataLoader`; a batch is what `build` takes. None:
             torch's `default_collate`.
         forward: As in `build`; also called with the teacher, if that is a module.
@@ -114,7 +115,8 @@ class OnlineRetention(AnchorRetention):
         Raises:
             ValueError: There are no anchors, or none of their positions is valid.
         """
-        return self._drift(self._anchors if anchors is None else self._source(anchors), batch_size)
+        drift: float = self._drift(self._anchors if anchors is None else self._source(anchors), batch_size)
+        return drift
 
     def _source(self, anchors: Examples) -> Anchors:
         if isinstance(anchors, AnchorCache):

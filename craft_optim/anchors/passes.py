@@ -22,6 +22,8 @@ __all__ = [
     "call",
     "device_of",
     "eager",
+    "is_compiled",
+    "is_encoder_decoder",
     "isolated_rng",
     "logits_of",
     "saving_hooks",
@@ -223,6 +225,14 @@ def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(**inputs)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has the model, or a module in it."""
+    return any(
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from .ahead import Ahead, to_device_ahead, wait_for
 from .cache import AnchorBatch, AnchorCache, Encoding
-from .capture import Layer, run
+from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
+from .forwards import AnchorForward, FrozenMismatchError, Outcome
 from .passes import Forward, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
 from .sampling import AnchorSampler, mixed_seed
+from .structure import flatten
 
 __all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "CachedRetention"]
 
@@ -134,6 +136,8 @@ class AnchorRetention(ABC):
             self._sampler = AnchorSampler(len(self._anchors), self.batch_size, self.seed, rank, world_size)
         self._mean = mean
 
+    # A compiled training step must not trace into reading files and setting hooks
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
     def __call__(self) -> Tensor:
         """The loss on the next batch of anchors: a float32 scalar with a graph. Advances `position` if it succeeds.
 
@@ -180,6 +184,7 @@ class AnchorRetention(ABC):
             for (name, (value, _)), share in zip(terms.items(), shares.unbind(), strict=True)
         }
 
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def _drift(self, source: Anchors | Iterable[AnchorBatch], batch_size: int | None) -> float:
         size = self.batch_size if batch_size is None else batch_size
         if size < 1:
@@ -286,6 +291,7 @@ class CachedRetention(AnchorRetention):
         super().__init__(model, cache, batch_size, **settings)
         self.cache = cache
         self._ahead = Ahead(self._prepare, workers)
+        self._run: AnchorForward | None = None
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
         super().shard(rank, world_size, mean)
@@ -297,7 +303,7 @@ class CachedRetention(AnchorRetention):
 
     def _on_device(self, cache: AnchorCache, indices: Sequence[int] | Tensor) -> _Prepared:
         device = self.device
-        tensors, encodings = cache.gather(indices, self._features(), pin_memory=device.type == "cuda")
+        tensors, encodings = cache.gather(indices, self._wanted(cache), pin_memory=device.type == "cuda")
         there, event = to_device_ahead({k: x for k, x in tensors.items() if not _stays(k)}, device)
         return cache, tensors | there, encodings, event
 
@@ -326,14 +332,27 @@ class CachedRetention(AnchorRetention):
         source = self.cache if cache_or_batches is None else cache_or_batches
         if isinstance(source, AnchorCache):
             self._check_kind(source)
-        return self._drift(source, batch_size)
+        drift: float = self._drift(source, batch_size)
+        return drift
 
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
-        return self._compare(*self._forward(batch), batch)
+        return self._compare(self._outcome(batch), batch)
 
-    def _forward(self, batch: AnchorBatch) -> tuple[Any, dict[Layer, Tensor]]:
+    def _outcome(self, batch: AnchorBatch) -> Outcome:
+        if self._run is None:  # `layers` are known by now
+            self._run = AnchorForward(
+                self.model, self.forward, self.layers, self._compares_output(), self.cache.features.frozen
+            )
         inputs = to_device(batch.inputs, self.device)
-        return run(self.model, inputs, forward=self.forward, layers=self.layers, output=self._compares_output())
+        size = flatten(inputs)[2]
+        try:
+            return self._run(inputs, size, batch.features.get("mask"), batch.features)
+        except FrozenMismatchError as error:
+            raise AnchorMismatchError(f"{error} The cache is {self.cache.path}.") from error
+
+    def _wanted(self, cache: AnchorCache) -> list[str]:
+        """Names of the features to read."""
+        return [*self._features(), *cache.frozen_features]
 
     @abstractmethod
     def _features(self) -> list[str]:
@@ -344,9 +363,7 @@ class CachedRetention(AnchorRetention):
         """Whether the model's output is needed, not only hidden states."""
 
     @abstractmethod
-    def _compare(
-        self, output: Any, hidden: Mapping[Layer, Tensor], batch: AnchorBatch
-    ) -> dict[str, tuple[Tensor, int]]:
+    def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         """As `_terms`, of a forward's results."""
 
     @abstractmethod

@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cache import AnchorBatch, AnchorCache
-from .capture import Layer
-from .masks import rows
-from .passes import Forward, logits_of
+from .forwards import Outcome
+from .passes import Forward
 from .retention import AnchorMismatchError, CachedRetention
 
 __all__ = ["TokenRetention"]
@@ -89,10 +87,8 @@ class TokenRetention(CachedRetention):
     def _default_tolerance(self) -> float:
         return math.sqrt(super()._default_tolerance())
 
-    def _compare(
-        self, output: Any, hidden: Mapping[Layer, Tensor], batch: AnchorBatch
-    ) -> dict[str, tuple[Tensor, int]]:
-        student, tokens = self._student(output, batch), batch.features["tokens"]
+    def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
+        student, tokens = self._student(outcome, batch), batch.features["tokens"]
         if not len(student):
             return {"tokens": (student.float().sum(), 0)}
         tokens = tokens.to(student.device, non_blocking=True)
@@ -103,22 +99,22 @@ class TokenRetention(CachedRetention):
                 value = value + known.to(student.device, non_blocking=True).to(value.dtype).mean()
         return {"tokens": (value, len(tokens))}
 
-    def _student(self, output: Any, batch: AnchorBatch) -> Tensor:
-        logits, valid = logits_of(output), batch.features["mask"]
-        if logits is None or logits.shape[:-1] != valid.shape:
-            found = type(output).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
+    def _student(self, outcome: Outcome, batch: AnchorBatch) -> Tensor:
+        expected = tuple(batch.features["mask"].shape)
+        if outcome.logits is None or outcome.shape != expected:
+            found = type(outcome.output).__name__ if outcome.logits is None else f"logits of shape {outcome.shape} x V"
             raise AnchorMismatchError(
-                f"The model gives {found}, the tokens in {self.cache.path} have positions {tuple(valid.shape)}. Pass a "
+                f"The model gives {found}, the tokens in {self.cache.path} have positions {expected}. Pass a "
                 "`forward=` whose logits have these positions, each of which predicts the token after it."
             )
-        return rows(logits, valid)
+        return outcome.logits
 
     def _check_first(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
         if "token_logprobs" in batch.features or not self.strict:
             super()._check_first(values, batch)
             return
         with torch.no_grad(), self._pass(self._seed(0)):
-            student = self._student(self._forward(batch)[0], batch)
+            student = self._student(self._outcome(batch), batch)
         tokens = batch.features["tokens"].to(student.device)
         share = (student.argmax(-1) == tokens).float().mean() if len(tokens) else torch.ones((), device=student.device)
         agreement = float(share if self._mean is None else self._mean(share))

@@ -115,6 +115,9 @@ def test_every_call_gets_its_own_output_in_its_own_dtype(cameras: Cameras, dtype
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_calls_within_a_checkpoint(vlm: nn.Module, reentrant: bool) -> None:
     """Their second run, in the backward, is the module's own; a checkpoint that compares the two finds the same."""
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks") and not reentrant:
+        pytest.skip("this torch does not tell: the backward raises CheckpointError")
+    vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # within the tower, too
     tower, projector = vlm.get_submodule(TOWER).requires_grad_(False), nn.Linear(24, 3)
     model = nn.ModuleDict({"tower": tower, "projector": projector})
     images = torch.randn(2, 3, 3, 16, 16)

@@ -1,0 +1,148 @@
+"""One forward on anchors, at the least cost: no head where nothing is compared, nothing that is known already."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Layer, head_at, head_packs, run
+from .frozen import Layout, layouts_of, leaves, recorded, replayed
+from .masks import rows
+from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
+from .structure import Inputs
+
+__all__ = ["AnchorForward", "FrozenMismatchError", "Outcome"]
+
+
+class FrozenMismatchError(ValueError):
+    """A module that is said not to train gives something else than what was recorded of it."""
+
+
+class Outcome(NamedTuple):
+    """Of a forward on anchors.
+
+    Attributes:
+        output: What the model returned; None if only hidden states are wanted.
+        logits: `[positions, V]`: those of the valid positions, or of all; None if the output has none.
+        shape: Of the logits before the selection, without the classes.
+        hidden: Layer -> hidden states.
+        frozen: What was recorded of the frozen modules, if they ran.
+    """
+
+    output: Any
+    logits: Tensor | None
+    shape: tuple[int, ...]
+    hidden: dict[Layer, Tensor]
+    frozen: dict[str, Tensor]
+
+
+class AnchorForward:
+    """Runs a model on batches of anchors.
+
+    The first call finds out, with two forwards more, whether the vocabulary head can be run at the valid positions only
+    (`capture.head_at`), and, without stored outputs, what frozen modules return. Both hold for the calls after it.
+
+    Args:
+        model: In a state that the caller sees to (`passes.steady`).
+        forward: Instead of the model's call, or None.
+        layers: Hidden states that are wanted.
+        output: Whether the output is wanted.
+        frozen: Names of modules that do not train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward | None,
+        layers: tuple[Layer, ...],
+        output: bool,
+        frozen: tuple[str, ...] = (),
+    ) -> None:
+        self._model, self._forward, self._layers, self._output = model, forward, layers, output
+        self._frozen = frozen
+        self._layouts: dict[str, list[Layout]] | None = None
+        self._packs: bool | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layouts": None}  # another process finds out for itself
+
+    def __call__(
+        self, inputs: Inputs, size: int, valid: Tensor | None = None, stored: Mapping[str, Tensor] | None = None
+    ) -> Outcome:
+        """One forward on `size` anchors.
+
+        Args:
+            inputs: On the model's device.
+            size: Number of anchors.
+            valid: Positions of the logits that count, on the CPU; None: all.
+            stored: What a cache has of the frozen modules; None, or nothing, has them run.
+
+        Raises:
+            FrozenMismatchError: The first time, frozen modules return something else than what is stored.
+        """
+        packs = valid is not None and self._output and self._can_pack(inputs, valid)
+        known = {key: x for key, x in (stored or {}).items() if key.startswith("frozen.")}
+        if not self._frozen or (stored is not None and not known):
+            return self._run(inputs, valid, packs)
+        if known and self._layouts is not None:
+            with replayed(self._model, known, self._layouts):
+                return self._run(inputs, valid, packs)
+        with recorded(self._model, self._frozen) as calls:
+            outcome = self._run(inputs, valid, packs)
+        called = {name: outputs for name, outputs in calls.items() if outputs}
+        found = leaves(called if known else calls, size)
+        if known:
+            _compare(found, known)
+            self._layouts = layouts_of(called)
+        return outcome._replace(frozen=found)
+
+    def _run(self, inputs: Inputs, valid: Tensor | None, packs: bool) -> Outcome:
+        with head_at(self._model, valid) if packs and valid is not None else nullcontext() as packed:
+            output, hidden = run(self._model, inputs, forward=self._forward, layers=self._layers, output=self._output)
+        logits = logits_of(output) if self._output else None
+        if logits is None:
+            return Outcome(output, None, (), hidden, {})
+        gather = getattr(logits, "full_tensor", None)  # of tensor parallelism
+        logits = logits if gather is None else gather()
+        if packed is not None and packed.used and valid is not None:
+            return Outcome(output, logits[0], tuple(valid.shape), hidden, {})
+        shape = tuple(logits.shape[:-1])
+        fits = valid is None or tuple(valid.shape) == shape
+        return Outcome(output, rows(logits, valid if fits else None), shape, hidden, {})
+
+    def _can_pack(self, inputs: Inputs, valid: Tensor) -> bool:
+        """Whether to: there is something to save in this batch, and the model's logits stay the same."""
+        if valid.ndim != 2 or not 0 < int(valid.sum()) < valid.numel():
+            return False
+        if self._packs is None:
+            with isolated_rng(device_of(self._model), None):  # what the pass draws is not to depend on this
+                self._packs = not is_compiled(self._model) and head_packs(
+                    self._model, inputs, valid, forward=self._forward
+                )
+        return self._packs
+
+
+def _compare(found: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    for key, x in found.items():
+        module = key.removeprefix("frozen.").rsplit(".", 2)[0]
+        known = stored.get(key)
+        if known is None or known.shape != x.shape:
+            raise FrozenMismatchError(
+                f"The frozen module {module!r} gives {tuple(x.shape)} where the cache has "
+                f"{'nothing' if known is None else tuple(known.shape)}: another model or another `forward=` than in "
+                "`build`."
+            )
+        if x.is_floating_point():
+            coarse = max(torch.finfo(x.dtype).eps, torch.finfo(known.dtype).eps)
+            scale = float(x.abs().max()) if x.numel() else 0.0
+            apart = float((x.float() - known.to(x.device).float()).abs().max()) if x.numel() else 0.0
+            same = apart <= 32 * coarse * scale
+        else:
+            same = torch.equal(x, known.to(x.device))
+        if not same:
+            raise FrozenMismatchError(
+                f"The frozen module {module!r} does not return what the cache holds of it: other weights, or it has "
+                "trained. Load the weights that the cache was built with, or build it without `frozen`."
+            )
