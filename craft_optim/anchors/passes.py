@@ -64,7 +64,6 @@ class _Conditions:
         self.modules = [m for m in model.modules() if _is_noisy(m)]
         self.turned_off: list[nn.Module] = []
         self.eager = False
-        self.stance: Any = None
 
     def off(self) -> None:
         now = [m for m in self.modules if m.training]
@@ -74,18 +73,38 @@ class _Conditions:
 
     def repeat(self) -> None:
         self.off()
-        if self.eager and self.stance is None:
-            self.stance = torch.compiler.set_stance("force_eager")
+        if self.eager:
+            _EAGER_BACKWARD.enter(id(self))
 
     def restore(self) -> None:
         for module in self.turned_off:
             module.training = True
         self.turned_off = []
-        if self.stance is not None:
-            self.stance.__exit__(None, None, None)
-            self.stance = None
+        _EAGER_BACKWARD.leave(id(self))
 
     __del__ = restore
+
+
+class _EagerBackward:
+    """What is compiled runs as written while any backward that asked for it goes on: two losses may share one."""
+
+    def __init__(self) -> None:
+        self._asked: set[int] = set()
+        self._stance: Any = None
+
+    def enter(self, who: int) -> None:
+        if not self._asked:
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._asked.add(who)
+
+    def leave(self, who: int) -> None:
+        if who in self._asked:
+            self._asked.remove(who)
+            if not self._asked:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER_BACKWARD = _EagerBackward()
 
 
 class _SteadyBackward(torch.autograd.Function):

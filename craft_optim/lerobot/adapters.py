@@ -9,6 +9,7 @@ What is kept of a policy:
 
     "logits"   pi0_fast                  distributions of action tokens: the whole policy
     "actions"  pi0, pi05, smolvla, act   predicted velocities (at stored noise and time) or actions: the whole policy
+    "tokens"   pi0_fast                  the action tokens that it would give; needs no demonstrated actions
     "prefix"   all but act               hidden states of images and prompt in the vision-language model, no actions
                                          needed; the action expert and the vocabulary head are free to move
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from craft_optim import anchors
 from craft_optim.anchors.capture import Layer, Spans, find_decoder
+from craft_optim.anchors.generation import Generate
 from craft_optim.anchors.masks import Mask
 from craft_optim.anchors.names import plain_name
 from craft_optim.anchors.passes import Forward
@@ -34,11 +36,18 @@ __all__ = ["Adapter", "adapter_for"]
 # Policy -> its module here, what can be kept of it (the default first), the output that holds its actions, and its
 # vision-language model
 _POLICIES: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
-    "pi0_fast": (pi0_fast, ("logits", "prefix"), "", "model.paligemma_with_expert.paligemma"),
+    "pi0_fast": (pi0_fast, ("logits", "tokens", "prefix"), "", "model.paligemma_with_expert.paligemma"),
     "pi0": (pi0, ("actions", "prefix"), "model.action_out_proj", "model.paligemma_with_expert.paligemma"),
     "pi05": (pi0, ("actions", "prefix"), "model.action_out_proj", "model.paligemma_with_expert.paligemma"),
     "smolvla": (smolvla, ("actions", "prefix"), "model.action_out_proj", "model.vlm_with_expert.vlm"),
     "act": (act, ("actions",), "model.action_head", ""),
+}
+
+
+_RETENTION: dict[str, Callable[..., anchors.AnchorRetention]] = {
+    "logits": anchors.LogitRetention,
+    "tokens": anchors.TokenRetention,
+    "hidden": anchors.HiddenRetention,
 }
 
 
@@ -48,8 +57,8 @@ class Adapter:
 
     Attributes:
         policy: Its name in lerobot.
-        keep: "logits", "actions" or "prefix".
-        kind: "logits" or "hidden": which retention measures it, `LogitRetention` or `HiddenRetention`.
+        keep: "logits", "tokens", "actions" or "prefix".
+        kind: "logits", "tokens" or "hidden": which retention measures it.
         forward: As `anchors.build` takes it.
         inputs: Preprocessed batch -> the tensors that `forward` reads, and that are stored.
         layers: As `anchors.build` takes them; none for logits.
@@ -57,6 +66,7 @@ class Adapter:
         spans: As `anchors.build` takes them. Of a prefix: "image.<key>" for each camera, "image", "text", "all", and
             for smolvla "state".
         mask: As `anchors.build` takes it.
+        tokens: As `anchors.build` takes them.
         frozen: Names of the outermost modules of which nothing is trained, such as the vision tower.
     """
 
@@ -69,6 +79,7 @@ class Adapter:
     pooling: Mapping[str, str] = field(default_factory=dict)
     spans: Spans | None = None
     mask: Mask | None = None
+    tokens: Generate | None = None
     frozen: tuple[str, ...] = ()
 
     def build(
@@ -89,6 +100,7 @@ class Adapter:
             "pooling": self.pooling or None,
             "spans": self.spans,
             "mask": self.mask,
+            "tokens": self.tokens,
         }
         return anchors.build(model, batches, path, **{**own, **settings})
 
@@ -98,10 +110,9 @@ class Adapter:
         Args:
             model: The policy in training.
             cache: From `build`.
-            **settings: Of `LogitRetention` or `HiddenRetention`.
+            **settings: Of `LogitRetention`, `TokenRetention` or `HiddenRetention`.
         """
-        retention = anchors.LogitRetention if self.kind == "logits" else anchors.HiddenRetention
-        return retention(model, cache, **{"forward": self.forward, **settings})
+        return _RETENTION[self.kind](model, cache, **{"forward": self.forward, **settings})
 
 
 def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
@@ -110,7 +121,7 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
     Args:
         model: pi0_fast, pi0, pi05, smolvla or act; wrapped (DDP, torch.compile, PEFT) or not. Names of layers are those
             within the wrapper: build and train with the same.
-        keep: "logits", "actions" or "prefix". None: the first that the policy has.
+        keep: "logits", "tokens", "actions" or "prefix". None: the first that the policy has.
 
     Raises:
         ValueError: The policy is not known, has nothing of that name, or nothing that is kept can move: its
@@ -146,6 +157,10 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
             pooling={"image": "masked_mean", "text": "masked_mean"},
             spans=source.prefix_spans,
         )
+    if keep == "tokens":
+        inputs = partial(source.prefix_inputs, policy)
+        generate = source.generated_actions
+        return Adapter(**about, kind="tokens", forward=source.action_logits, inputs=inputs, tokens=generate)
     inputs = partial(source.action_inputs, policy)
     if keep == "logits":
         return Adapter(**about, kind="logits", forward=source.action_logits, inputs=inputs, mask=source.action_mask)

@@ -13,8 +13,10 @@ Example:
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from craft_optim.anchors.masks import IGNORED
 from craft_optim.lerobot._paligemma import prefix_spans, run_paligemma
 from craft_optim.lerobot._shared import TOKENS, TOKENS_MASK, only, policy_of
 
@@ -23,6 +25,7 @@ __all__ = [
     "action_logits",
     "action_mask",
     "anchor_inputs",
+    "generated_actions",
     "prefix_inputs",
     "prefix_spans",
     "run_prefix",
@@ -83,6 +86,36 @@ def action_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def action_mask(batch: Mapping[str, Tensor]) -> Tensor:
     """Which of `action_logits` predict a real token: bool of shape `[B, T - 1]`."""
     return batch[ACTION_MASK][:, 1:].bool()
+
+
+def generated_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The policy's own action tokens, decoded at temperature 0, in the place of the demonstrated ones.
+
+    For `anchors.build(..., forward=action_logits, tokens=generated_actions)`: frames without actions are anchors, too.
+
+    Args:
+        model: A `lerobot.policies.pi0_fast.PI0FastPolicy`, wrapped or not.
+        batch: A preprocessed batch; action tokens in it are ignored.
+
+    Returns:
+        The batch with `action.tokens` and `action.token_mask`: the start token, then what was decoded, up to and with
+        the end-of-action marker. And the labels of `action_logits`, -100 after the marker. lerobot's decoding lets
+        images and prompt see the start token, training does not: now and then a token is not the likeliest one in
+        `action_logits`.
+    """
+    policy = policy_of(model)
+    images, present = policy._preprocess_images(batch)
+    decoded: Tensor = policy.model.sample_actions_fast_kv_cache(
+        images, present, batch[TOKENS], batch[TOKENS_MASK], policy.config.max_decoding_steps, temperature=0.0
+    )
+    tokenizer = policy.model._paligemma_tokenizer
+    ends = (decoded == tokenizer.convert_tokens_to_ids("|")).long()
+    written = (ends.cumsum(1) - ends) == 0  # up to and with the first marker
+    start = torch.full_like(decoded[:, :1], tokenizer.bos_token_id)
+    mask = torch.cat([torch.ones_like(start, dtype=torch.bool), written], dim=1)
+    actions = torch.where(mask, torch.cat([start, decoded], dim=1), 0)
+    labels = torch.where(written, decoded, IGNORED)
+    return {**batch, ACTION_TOKENS: actions, ACTION_MASK: mask}, labels
 
 
 def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:

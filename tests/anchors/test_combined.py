@@ -73,6 +73,21 @@ def test_it_is_the_weighted_sum_with_one_forward(llama: nn.Module, cache: Anchor
     assert combined.drift() == pytest.approx(drifts["logits"] + 0.5 * drifts["hidden"], rel=1e-5)
 
 
+def test_two_passes_in_one_backward_leave_nothing_behind(
+    llama: nn.Module, cache: AnchorCache, token_batches: Batches, tmp_path: Path
+) -> None:
+    """Under compilation and activation checkpointing the backward repeats forwards, each as it was."""
+    from torch._dynamo import eval_frame
+
+    other = build(llama, token_batches((8, 6)), tmp_path / "other", layers=(1,), logits=False)
+    llama.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    parts = {"a": HiddenRetention(llama, cache, 4), "b": HiddenRetention(llama, other, 4)}
+    training = {name: m.training for name, m in llama.named_modules()}
+    CombinedRetention(parts)().backward()
+    assert eval_frame._stance.stance == "default"
+    assert {name: m.training for name, m in llama.named_modules()} == training
+
+
 def test_members_without_a_common_cache_run_one_after_the_other(
     llama: nn.Module, cache: AnchorCache, token_batches: Batches, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from craft_optim import CraftOptimizer, anchors
+from craft_optim.lerobot.adapters import adapter_for
 from craft_optim.lerobot.pi0_fast import action_logits, action_mask, anchor_inputs, prefix_spans, run_prefix
 
 POOLING = {"image": "masked_mean", "text": "masked_mean"}
@@ -117,3 +118,29 @@ def test_images_are_cached_as_bytes_without_loss(policy, old_batches, tmp_path):
         assert torch.equal(read[name], tensor), name
     image = next(name for name in read if name.startswith("observation.image"))
     assert retention.cache._shards[0].entries[f"inputs.{image}"].dtype == torch.uint8
+
+
+def test_the_policys_own_actions_are_anchors_without_demonstrated_ones(policy, shipped, old_batches, tmp_path):
+    prompts = [{key: x for key, x in batch.items() if not key.startswith("action")} for batch in old_batches]
+    adapter = adapter_for(policy, keep="tokens")
+    cache = adapter.build(policy, prompts, tmp_path, dtype=torch.float32)
+    inputs, features = cache.read(range(48))
+    policy.eval()
+    with torch.no_grad():
+        expected = policy.predict_action_chunk(prompts[0])
+    policy.train()
+    # what is stored is what the policy acts on
+    written = torch.where(inputs["action.token_mask"], inputs["action.tokens"], 0)[:16, 1:]
+    actions = policy.detokenize_actions(written, policy.config.n_action_steps, expected.shape[-1])
+    torch.testing.assert_close(actions, expected)
+    # each label is the next token; the marker is the last
+    end = policy.model._paligemma_tokenizer.convert_tokens_to_ids("|")
+    assert (features["tokens"] == end).sum() == 48
+    assert torch.equal(features["tokens"].long(), inputs["action.tokens"][:, 1:][features["mask"]])
+    agree = (action_logits(policy, inputs)[features["mask"]].argmax(-1) == features["tokens"]).float().mean()
+    assert agree > 0.9
+
+    retention = adapter.retention(policy, cache, batch_size=16)
+    assert abs(retention().item()) < 1e-4
+    train_on_new(policy, shipped, torch.optim.AdamW(policy.parameters(), lr=1e-3), 40)
+    assert retention.drift() > 0.1
