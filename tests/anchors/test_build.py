@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from craft_optim.anchors import AnchorCache, AnchorCacheError, build
+from craft_optim.anchors import AnchorCache, AnchorCacheError, HiddenRetention, build
 
 Batches = Callable[..., list[dict[str, Any]]]
 
@@ -425,3 +425,106 @@ def test_progress_is_shown_on_request(
     shown = capsys.readouterr().err if with_tqdm else caplog.text
     assert "a teacher" in shown
     assert "50" in shown
+
+
+class Tables(nn.Module):
+    """Keeps what it has made for the longest batch so far, in the ways that models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 6), nn.Linear(6, 4)
+        self.register_buffer("table", torch.zeros(0, 6), persistent=False)
+        self.by_length: dict[int, Tensor] = {}
+        self.last: tuple[Tensor, ...] = ()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        if len(self.table) < length:
+            self.table = torch.linspace(0.5, 1.5, length).unsqueeze(1).expand(length, 6).contiguous()
+        if length not in self.by_length:
+            self.by_length[length] = torch.arange(length) / length + 0.5
+        hidden = self.embedding(input_ids) * self.table[:length] * self.by_length[length].unsqueeze(1)
+        self.last = (torch.ones_like(self.table),)
+        out: Tensor = self.head(hidden * self.last[0][:length])
+        return out
+
+
+def test_what_a_model_keeps_from_the_teachers_pass_can_be_trained_with(token_batches: Batches, tmp_path: Path) -> None:
+    model, batches = Tables(), token_batches((3, 5), (3, 7), (3, 9))
+    batches = [{key: x % 20 for key, x in batch.items()} for batch in batches]
+    build(model, batches, tmp_path)
+    assert sorted(model.by_length) == [5, 7, 9]
+    kept = [model.table, *model.by_length.values(), *model.last]
+    assert not any(x.is_inference() for x in kept)
+    for batch in batches:
+        model(**batch).sum().backward()
+
+
+def test_teachers_run_in_inference_mode_after_the_first_batch(
+    classifier: nn.Module, points: Tensor, tmp_path: Path
+) -> None:
+    seen = []
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        out: Tensor = model(batch)
+        return out
+
+    build(classifier, points.split(20), tmp_path, forward=forward)
+    assert seen == [(False, False), (True, False), (True, False)]
+
+
+def test_layers_that_work_with_the_batch_second(tmp_path: Path) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1), 2, enable_nested_tensor=False)
+    x = torch.randn(6, 5, 8)
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        model(batch.transpose(0, 1))
+
+    cache = build(
+        model, x.split(4), tmp_path, forward=forward, logits=False, layers=("layers.0",), batch_dim=1,
+        dtype=torch.float32,
+    )  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        expected = model.layers[0](x.transpose(0, 1)).mean(0)
+    features = cache.read(range(6)).features["hidden.module:layers.0.all"]
+    torch.testing.assert_close(features, expected)
+    model.train()
+    retention = HiddenRetention(model, cache, 3, forward=forward)
+    assert retention().item() < 1e-6
+    with pytest.raises(ValueError, match="batch_dim=2"):
+        build(model, [x], tmp_path / "b", batch_dim=2)
+
+
+def test_a_disk_that_is_too_small_is_foreseen(
+    classifier: nn.Module, points: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    import shutil
+
+    # 50 anchors of 6 floats and 4 halves
+    for free, warned in ((1600, False), (1599, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(9999, 1, free))
+        caplog.clear()
+        build(classifier, points.split(10), tmp_path / str(free))
+        assert ("GB are free" in caplog.text) == warned
+
+
+def test_the_bar_knows_how_many_are_left(
+    classifier: nn.Module, points: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tqdm = pytest.importorskip("tqdm.auto")
+    totals = []
+
+    class Bar(tqdm.tqdm):  # type: ignore[misc, name-defined]
+        def update(self, n: int = 1) -> Any:
+            totals.append((self.total, self.n + n))
+            return super().update(n)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    build(classifier, points.split(20), tmp_path / "a", progress=True)
+    assert totals == [(60, 20), (60, 40), (50, 50)]
+    totals.clear()
+    build(classifier, (x for x in points.split(20)), tmp_path / "b", progress=True)
+    assert totals == [(None, 20), (None, 40), (None, 50)]
