@@ -175,7 +175,7 @@ class _Manifest:
                 f"it has schema_version {version!r}, this library reads {SCHEMA_VERSION}",
                 "Build the cache again with overwrite=True, or use the version of craft-optim that wrote it.",
             )
-        del data["sha256"]
+        data.pop("sha256", None)
         if manifest_text(data).encode() != text:
             raise self.error("it was changed after it was written (sha256)")
         return data
@@ -244,7 +244,12 @@ class AnchorCache:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         m = _Manifest(self.path / MANIFEST)
-        data = m.load()
+        try:
+            self._load(m, m.load())
+        except (OverflowError, RecursionError) as error:
+            raise m.error("its numbers are too large, or it is nested too deeply") from error
+
+    def _load(self, m: _Manifest, data: dict[str, Any]) -> None:
         self.features = m.features(m.get(data, "features", dict))
         inputs = m.get(data, "inputs", dict)
         self.structure = Structure(m.get(inputs, "kind", str), m.strings(inputs, "names"), m.strings(inputs, "skipped"))
@@ -430,6 +435,8 @@ class AnchorCache:
                 tensors[key], encoding = _stacked(key, places, pin_memory)
                 if encoding is not None:
                     encodings[key] = encoding
+        for n in set(numbers.tolist()):
+            self._shards[n].check_unchanged()
         self._close_others(numbers.tolist())
         return tensors, encodings
 

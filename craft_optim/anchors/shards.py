@@ -176,11 +176,19 @@ class Shard:
                 file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with its last reference
             except OSError as error:
                 raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
-            status = os.fstat(file.fileno())
-            if (status.st_ino, status.st_mtime_ns) != self._identity or status.st_size != self.size:
-                raise self._bad("it has changed since the cache was opened")
             self._file = file
+            self.check_unchanged()
         return file
+
+    def check_unchanged(self) -> None:
+        """Raises AnchorCacheError if the file that is read is not the one that the cache was opened with."""
+        file = self._file
+        if file is None:
+            return
+        status = os.fstat(file.fileno())
+        if (status.st_ino, status.st_mtime_ns, status.st_size) != (*self._identity, self.size):
+            self._file = None
+            raise self._bad("it has changed since the cache was opened")
 
     def _read_into(self, out: Bytes, offset: int) -> None:
         """Fills `out` with the file's bytes from `offset` on. Threads may read at the same time."""

@@ -40,7 +40,11 @@ from .structure import Structure, flatten
 __all__ = ["Writer", "begins_with", "clean", "dtype_name", "locked", "make_folder", "require_same", "write_cache"]
 
 PROGRESS = "build.json"
-_OURS = re.compile(r"shard-[\d-]+\.(safetensors|json)(\.tmp)?|rank-\d+\.(done|failed)(\.tmp)?|build\.json\.tmp")
+# What a build writes besides the manifest; safetensors' own temporary files among it
+_OURS = re.compile(
+    r"shard-[\d-]+\.(safetensors|json)(\.tmp)?|rank-\d+\.(done|failed)(\.tmp)?|(build|cache)\.json\.tmp|\.tmp\w{6}"
+)
+_LOCK = re.compile(r"build-(\d+)\.lock")
 _AHEAD = 2  # batches that may wait for the writing thread
 _log = logging.getLogger("craft_optim")
 
@@ -131,11 +135,13 @@ def _is_locked(folder: Path, rank: int) -> bool:
 def clean(folder: Path) -> None:
     """Removes what a build leaves behind if it is killed right after it has finished."""
     for file in folder.iterdir():
-        if file.name == PROGRESS or (_OURS.fullmatch(file.name) and file.suffix != ".safetensors"):
-            try:
+        lock = _LOCK.fullmatch(file.name)
+        leftover = _OURS.fullmatch(file.name) and file.suffix != ".safetensors"
+        try:
+            if file.name == PROGRESS or leftover or (lock and not _is_locked(folder, int(lock[1]))):
                 file.unlink(missing_ok=True)
-            except OSError:  # a finished cache can be used where nothing can be written
-                return
+        except OSError:  # a finished cache can be used where nothing can be written
+            return
 
 
 def require_same(folder: Path, old: Any, new: Mapping[str, Any]) -> None:
@@ -232,7 +238,7 @@ class Writer:
             (self.folder / MANIFEST).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         for file in self.folder.iterdir():
-            if _OURS.fullmatch(file.name) and not (half_built and file.name.startswith("shard-")):
+            if _OURS.fullmatch(file.name) and not (half_built and re.fullmatch(r"shard-[\d-]+\.\w+", file.name)):
                 file.unlink()
         token = secrets.token_hex(8)
         write_json(path, {"settings": self._whole_settings(), "token": token})
