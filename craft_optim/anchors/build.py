@@ -20,6 +20,7 @@ from .cache import MANIFEST, AnchorCache, FeatureSpec
 from .capture import POOLINGS, Layer, Spans, resolve_layers
 from .features import Extractor
 from .fingerprint import fingerprint
+from .folders import clean, locked, make_folder, require_same
 from .frozen import resolve_frozen
 from .generation import Generate, greedy
 from .masks import Mask
@@ -28,7 +29,7 @@ from .passes import Forward, autocast_dtype, device_of, isolated_rng
 from .processes import Team, digest, find_team
 from .shards import AnchorCacheError
 from .structure import flatten
-from .writing import Writer, begins_with, clean, dtype_name, locked, make_folder, require_same
+from .writing import Writer, begins_with, dtype_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -113,7 +113,8 @@ import subprocess
 import sys
 from pathlib import Path
 from building import network, batches
-from craft_optim.anchors.writing import Writer, locked
+from craft_optim.anchors.folders import locked
+from craft_optim.anchors.writing import Writer
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 features = {"layers": [], "pooling": {}, "mask": None, "tokens": None}
 settings = {"features": features, "images": "keep", "shard_size": 5, "teacher": {}}
