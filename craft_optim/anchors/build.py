@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -192,10 +192,10 @@ def build(
             model, device, spec, dtype, forward=forward, spans=spans, mask=mask, generate=generate,
             autocast=autocast, inference=_is_plain(model) and not team.sharded,
         )  # fmt: skip
-        with locked(folder, team.rank) if team.writes else nullcontext():
+        with ExitStack() as lock:
             writer = Writer(folder, settings, team.rank, team.world_size, replicated, writes=team.writes)
+            _begin(team, writer, lock, start_over=overwrite or not resume)
             try:
-                _begin(team, writer, start_over=overwrite or not resume)
                 _run(extractor, stream, writer, team)
                 return writer.finish()
             except BaseException as error:
@@ -219,14 +219,14 @@ def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream
         )
     if len({words for _, words, *_ in seen}) > 1:
         raise ValueError("All processes must call `build` with the same model and the same arguments.")
-    different = len({batch for *_, batch, _ in seen}) == team.world_size
-    if replicated and len({batch for *_, batch, _ in seen}) > 1:
+    first_batches = {batch for *_, batch, _ in seen}
+    if replicated and len(first_batches) > 1:
         raise ValueError(
             "With replicated=True all processes must be given the same batches, of which each runs its share. The "
             "first batches differ: take a sampler for several processes out of the loader, or, if each process has "
             "anchors of its own, pass replicated=False."
         )
-    if not replicated and team.world_size > 1 and not different:
+    if not replicated and len(first_batches) < team.world_size:
         raise ValueError(
             "With replicated=False each process must be given anchors of its own. Some first batches are the same: "
             "leave `replicated` as it is, or split the anchors."
@@ -234,14 +234,16 @@ def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream
     return finished
 
 
-def _begin(team: Team, writer: Writer, *, start_over: bool) -> None:
-    """The first process makes the folder ready, then the others take up their parts of it."""
+def _begin(team: Team, writer: Writer, lock: ExitStack, *, start_over: bool) -> None:
+    """Locks the folder; the first process makes it ready, then all take up their parts. If one cannot, none begins."""
     token, problem = None, None
-    if team.rank == 0 and team.writes:
-        try:
+    try:
+        if team.writes:
+            lock.enter_context(locked(writer.folder, team.rank))
+        if team.writes and team.rank == 0:
             token = writer.prepare(start_over=start_over)
-        except AnchorCacheError as error:
-            problem = error
+    except AnchorCacheError as error:
+        problem = error
     told = team.gather((token, None if problem is None else str(problem)))
     if problem is not None:
         raise problem
