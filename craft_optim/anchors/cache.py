@@ -367,6 +367,11 @@ class AnchorCache:
         return [key.removeprefix("features.") for key in self._keys if key.startswith(prefix)]
 
     @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Its files, in the order of the anchors."""
+        return tuple(self._shards)
+
+    @property
     def nbytes(self) -> int:
         """Size of all shards on disk, in bytes."""
         return sum(shard.size for shard in self._shards)

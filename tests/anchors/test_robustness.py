@@ -175,7 +175,7 @@ def complete(path: Path) -> int:
     return len(list(path.glob("shard-*.json")))
 
 
-def wait_for_shards(path: Path, number: int, seconds: float = 60.0) -> None:
+def wait_for_shards(path: Path, number: int, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while complete(path) < number and not (path / "cache.json").exists():
         assert time.monotonic() < end, f"{path} has {complete(path)} shards of {number}"
