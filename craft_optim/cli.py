@@ -132,7 +132,8 @@ def _parser() -> _Parser:
     add("--batch-size", type=_whole, metavar="N", help="frames per forward (default: 16)")
     add("--prompts", type=_file, metavar="FILE", help="instructions, one per line, instead of the dataset's own")
     add("--workers", type=_whole, metavar="N", help="processes that read frames ahead (default: none)")
-    add("--keep", choices=["logits", "tokens", "prefix", "actions"], help="what to keep of the policy (default: by its type)")
+    kinds = ["logits", "tokens", "prefix", "actions"]
+    add("--keep", choices=kinds, help="what to keep of the policy (default: by its type)")
     add("--layers", nargs="+", type=_layer, metavar="L", help="hidden states to keep: numbers or names of modules")
     add("--top-k", type=_whole, metavar="K", help="keep the K likeliest classes instead of all")
     add("--tokens", type=_whole, metavar="N", help="let the model continue each anchor by at most N tokens")

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from . import images
-from .shards import AnchorCacheError, Shard
+from .shards import AnchorCacheError, Place, Shard, read_plain
 from .structure import Inputs, Structure
 
 __all__ = [
@@ -329,6 +329,16 @@ class AnchorCache:
                     raise m.error(
                         f"{key!r} is {first.form(key)} in {first.path.name} and {shard.form(key)} in {shard.path.name}"
                     )
+        self._same = {  # the usual case, which is read fastest
+            key
+            for key in first.keys
+            if all(
+                not shard.is_packed(key)
+                and shard.entries[key].shape[1:] == first.entries[key].shape[1:]
+                and shard.encoding(key) == first.encoding(key)
+                for shard in self._shards
+            )
+        }
         return first.keys
 
     def __len__(self) -> int:
@@ -426,8 +436,10 @@ class AnchorCache:
         if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"`indices` must be in [0, {len(self)}) and at least one. Found {wanted.tolist()!s:.80}.")
         numbers = np.searchsorted(self._starts, wanted, side="right") - 1
-        places = [
-            (self._shards[n], int(i - self._starts[n])) for n, i in zip(numbers.tolist(), wanted.tolist(), strict=True)
+        files = {n: self._shards[n].opened() for n in dict.fromkeys(numbers.tolist())}
+        rows = (wanted - self._starts[numbers]).tolist()
+        places: list[Place] = [
+            (self._shards[n], row, files[n].fileno()) for n, row in zip(numbers.tolist(), rows, strict=True)
         ]
         chosen = None if features is None else {f"features.{name}" for name in features}
         tensors: dict[str, Tensor] = {}
@@ -437,12 +449,12 @@ class AnchorCache:
                 if chosen is None or key in chosen:
                     tensors[key] = _joined(key, places, pin_memory)
             elif chosen is None or key in chosen or key.startswith("inputs."):
-                tensors[key], encoding = _stacked(key, places, pin_memory)
+                tensors[key], encoding = (_alike if key in self._same else _stacked)(key, places, pin_memory)
                 if encoding is not None:
                     encodings[key] = encoding
-        for n in set(numbers.tolist()):
-            self._shards[n].check_unchanged()
-        self._close_others(numbers.tolist())
+        for n, file in files.items():
+            self._shards[n].check_unchanged(file)
+        self._close_others(list(files))
         return tensors, encodings
 
     def batch(self, tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]) -> AnchorBatch:
@@ -453,7 +465,10 @@ class AnchorCache:
         return AnchorBatch(self.structure.rebuild(inputs), taught)
 
     def _close_others(self, just_read: list[int]) -> None:
-        with self._lock:
+        # If another thread is at it, or was when this process was forked, it can wait for the next time
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             for n in just_read:  # in the order of their last use
                 self._open.pop(n, None)
                 self._open[n] = None
@@ -461,6 +476,8 @@ class AnchorCache:
                 oldest = next(iter(self._open))
                 del self._open[oldest]
                 self._shards[oldest].close()
+        finally:
+            self._lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_open": {}}
@@ -470,40 +487,47 @@ class AnchorCache:
         self._lock = threading.Lock()
 
 
-Places = list[tuple[Shard, int]]
-
-
-def _joined(key: str, places: Places, pin_memory: bool) -> Tensor:
+def _joined(key: str, places: list[Place], pin_memory: bool) -> Tensor:
     """The positions that count of several anchors, one after another."""
-    counts = [shard.stored(key, row) for shard, row in places]
+    counts = [shard.stored(key, row) for shard, row, _ in places]
     entry = places[0][0].entries[key]
     out = torch.empty((sum(counts), *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():
         data, at = out.reshape(-1).view(torch.uint8).numpy(), 0
-        for (shard, row), count in zip(places, counts, strict=True):
+        for (shard, row, _), count in zip(places, counts, strict=True):
             end = at + count * entry.row_bytes
             shard.read_row(key, row, data[at:end])
             at = end
     return out
 
 
-def _stacked(key: str, places: Places, pin_memory: bool) -> tuple[Tensor, Encoding | None]:
+def _alike(key: str, places: list[Place], pin_memory: bool) -> tuple[Tensor, Encoding | None]:
+    """One tensor's anchors, which have the same shape and encoding in all shards."""
+    first = places[0][0]
+    entry = first.entries[key]
+    out = torch.empty((len(places), *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
+    if out.numel():
+        read_plain(key, places, out.reshape(-1).view(torch.uint8).numpy(), entry.row_bytes)
+    return out, first.encoding(key)
+
+
+def _stacked(key: str, places: list[Place], pin_memory: bool) -> tuple[Tensor, Encoding | None]:
     """One tensor's anchors, padded to the longest; images as bytes, if all of them are decoded alike."""
     first = places[0][0]
+    entry, encoding = first.entries[key], first.encoding(key)
     rank, tail = first.form(key)[1:]
-    widths = [shard.width(key, row) for shard, row in places] if rank > 1 else []
+    widths = [shard.width(key, row) for shard, row, _ in places] if rank > 1 else []
     shape = (len(places), *([max(widths)] if widths else []), *tail)
-    encoding = first.encoding(key)
-    if any(shard.encoding(key) != encoding for shard, _ in places) or (encoding is not None and len(set(widths)) > 1):
+    if any(shard.encoding(key) != encoding for shard, *_ in places) or (encoding is not None and len(set(widths)) > 1):
         # Decoded anchor by anchor: padding is zero, not what the byte 0 stands for
         out = torch.zeros(shape, dtype=first.dtype(key), pin_memory=pin_memory)
-        for i, (shard, row) in enumerate(places):
+        for i, (shard, row, _) in enumerate(places):
             values = shard.row(key, row)
             out[i, : len(values)] = values
         return out, None
-    out = torch.empty(shape, dtype=first.entries[key].dtype, pin_memory=pin_memory)
+    out = torch.empty(shape, dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():
         data = out.reshape(len(places), -1).view(torch.uint8).numpy()
-        for i, (shard, row) in enumerate(places):
+        for i, (shard, row, _) in enumerate(places):
             shard.read_row(key, row, data[i])
     return out, encoding

@@ -107,9 +107,9 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        with suppress(OSError):
+        with suppress(OSError):  # before the release: whoever has opened it meanwhile finds it gone, and makes another
             path.unlink(missing_ok=True)
+        lock.release()
 
 
 def is_locked(folder: Path, rank: int) -> bool:

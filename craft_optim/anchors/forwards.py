@@ -11,7 +11,7 @@ from .capture import Layer, head_at, head_packs, run
 from .frozen import Layout, layouts_of, leaves, recorded, replayed
 from .masks import rows
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
-from .structure import Inputs
+from .structure import Inputs, map_tensors
 
 __all__ = ["AnchorForward", "FrozenMismatchError", "Outcome"]
 
@@ -41,8 +41,8 @@ class Outcome(NamedTuple):
 class AnchorForward:
     """Runs a model on batches of anchors.
 
-    The first call finds out, with two forwards more, whether the vocabulary head can be run at the valid positions only
-    (`capture.head_at`), and, without stored outputs, what frozen modules return. Both hold for the calls after it.
+    The first call finds out, with two forwards of one anchor, whether the vocabulary head can be run at the valid
+    positions only (`capture.head_at`), and what frozen modules return. Both hold for the calls after it.
 
     Args:
         model: In a state that the caller sees to (`passes.steady`).
@@ -113,15 +113,16 @@ class AnchorForward:
         return Outcome(output, rows(logits, valid if fits else None), shape, hidden, {})
 
     def _can_pack(self, inputs: Inputs, valid: Tensor) -> bool:
-        """Whether to: there is something to save in this batch, and the model's logits stay the same."""
-        if valid.ndim != 2 or not 0 < int(valid.sum()) < valid.numel():
-            return False
+        """Whether to: the model's logits stay the same, and there is something to save in this batch."""
         if self._packs is None:
+            # On one anchor, and on every process alike, whatever its mask: forwards may need all of them
+            probe = torch.ones((1, *valid.shape[1:]), dtype=torch.bool)
+            probe.flatten()[-1] = False
             with isolated_rng(device_of(self._model), None):  # what the pass draws is not to depend on this
                 self._packs = not is_compiled(self._model) and head_packs(
-                    self._model, inputs, valid, forward=self._forward
+                    self._model, map_tensors(lambda x: x[:1], inputs), probe, forward=self._forward
                 )
-        return self._packs
+        return self._packs and 0 < int(valid.sum()) < valid.numel()
 
 
 def _compare(found: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

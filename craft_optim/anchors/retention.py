@@ -21,6 +21,7 @@ from .cache import AnchorBatch, AnchorCache, Encoding
 from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
+from .images import decode
 from .passes import Forward, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
 from .sampling import AnchorSampler, mixed_seed
 from .structure import flatten
@@ -304,6 +305,9 @@ class CachedRetention(AnchorRetention):
     def _on_device(self, cache: AnchorCache, indices: Sequence[int] | Tensor) -> _Prepared:
         device = self.device
         tensors, encodings = cache.gather(indices, self._wanted(cache), pin_memory=device.type == "cuda")
+        if device.type == "cpu":  # decoded ahead, too; elsewhere bytes travel, and are decoded there
+            decoded = {key: decode(tensors[key], *encodings[key]) for key in encodings}
+            return cache, tensors | decoded, {}, None
         there, event = to_device_ahead({k: x for k, x in tensors.items() if not _stays(k)}, device)
         return cache, tensors | there, encodings, event
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import images
 
-__all__ = ["AnchorCacheError", "Shard", "packed"]
+__all__ = ["AnchorCacheError", "Place", "Shard", "packed", "read_plain"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,6 +39,7 @@ _INDEX = ("lengths.", "widths.", "fills.")
 _seek_and_read = threading.Lock()  # where there is no pread
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Place = tuple["Shard", int, int]  # an anchor: its shard, its number in there, and the descriptor of the opened file
 
 
 class AnchorCacheError(ValueError):
@@ -169,22 +170,24 @@ class Shard:
         """Gives the file descriptor back, once nobody reads any more; the next read opens it again."""
         self._file = None
 
-    def _opened(self) -> BinaryIO:
+    def opened(self) -> BinaryIO:
+        """The file to read from; it stays open as long as somebody refers to it.
+
+        Raises:
+            AnchorCacheError: It is not the file that the cache was opened with.
+        """
         file = self._file
         if file is None:
             try:
                 file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with its last reference
             except OSError as error:
                 raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
+            self.check_unchanged(file)
             self._file = file
-            self.check_unchanged()
         return file
 
-    def check_unchanged(self) -> None:
-        """Raises AnchorCacheError if the file that is read is not the one that the cache was opened with."""
-        file = self._file
-        if file is None:
-            return
+    def check_unchanged(self, file: BinaryIO) -> None:
+        """Raises AnchorCacheError if the file from `opened` has been written to since the cache was opened."""
         status = os.fstat(file.fileno())
         if (status.st_ino, status.st_mtime_ns, status.st_size) != (*self._identity, self.size):
             self._file = None
@@ -192,7 +195,7 @@ class Shard:
 
     def _read_into(self, out: Bytes, offset: int) -> None:
         """Fills `out` with the file's bytes from `offset` on. Threads may read at the same time."""
-        file, view, done = self._opened(), out.data, 0
+        file, view, done = self.opened(), out.data, 0
         while done < len(out):
             try:
                 if hasattr(os, "preadv"):
@@ -305,6 +308,27 @@ class Shard:
             self.read_row(key, row, out.reshape(-1).view(torch.uint8).numpy())
         encoding = self.encoding(key)
         return out if encoding is None else images.decode(out, *encoding)
+
+
+def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> None:
+    """Reads anchors of a tensor that is not packed, one after another, into `out`.
+
+    The loop that most of the reading is: a call of the system for each anchor, and little else.
+    """
+    read, view, begin = getattr(os, "preadv", _no_preadv), out.data, 0
+    for shard, row, descriptor in places:
+        end, offset = begin + row_bytes, shard.entries[key].start + row * row_bytes
+        try:
+            got = read(descriptor, (view[begin:end],), offset)
+        except OSError:
+            got = 0
+        if got != row_bytes:  # the slow way goes on, or knows what is wrong
+            shard._read_into(out[begin:end], offset)
+        begin = end
+
+
+def _no_preadv(descriptor: int, parts: Any, offset: int) -> int:
+    return 0
 
 
 def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:

@@ -205,13 +205,13 @@ def test_only_the_anchors_read_are_read(cache: AnchorCache, monkeypatch: pytest.
     from craft_optim.anchors import cache as module
 
     copied: list[tuple[str, int]] = []
-    original = module.Shard.read_row
+    original = module.read_plain
 
-    def spy(self: Any, key: str, row: int, out: Any) -> None:
-        copied.append((self.path.name, row))
-        original(self, key, row, out)
+    def spy(key: str, places: Any, out: Any, row_bytes: int) -> None:
+        copied.extend((shard.path.name, row) for shard, row, _ in places)
+        original(key, places, out, row_bytes)
 
-    monkeypatch.setattr(module.Shard, "read_row", spy)
+    monkeypatch.setattr(module, "read_plain", spy)
     fresh = AnchorCache.open(cache.path)
     fresh.read([17, 33])
     assert set(copied) == {("shard-00001.safetensors", 1), ("shard-00002.safetensors", 1)}
