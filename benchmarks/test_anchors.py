@@ -38,7 +38,7 @@ def resident(kind: str = "VmRSS") -> float:
 
 @pytest.fixture(scope="module")
 def pi0_fast() -> tuple[Any, list[dict[str, Tensor]]]:
-    """The shipped policy and 512 of its task's frames, preprocessed, in batches of 32."""
+    """The shipped policy and 1,536 of its task's frames, preprocessed, in batches of 32."""
     pytest.importorskip("lerobot")
     from metaworld_pi0_fast import ASSETS, OLD_TASK
     from metaworld_pi0_fast.batches import PreparedFrames
@@ -46,10 +46,10 @@ def pi0_fast() -> tuple[Any, list[dict[str, Tensor]]]:
     from metaworld_pi0_fast.policy import load_policy, make_processors
 
     policy = load_policy(ASSETS / "pretrained")
-    frames = load_frames(ASSETS / "demonstrations" / OLD_TASK, policy.config.chunk_size, episodes=list(range(8)))
+    frames = load_frames(ASSETS / "demonstrations" / OLD_TASK, policy.config.chunk_size, episodes=list(range(24)))
     prepared = PreparedFrames(frames, make_processors(policy, path=ASSETS / "pretrained")[0], heldout_episodes=0)
-    assert len(prepared) >= 512
-    return policy, [prepared.train_batch(part) for part in torch.split(torch.arange(512), 32)]
+    assert len(prepared) >= 1536
+    return policy, [prepared.train_batch(part) for part in torch.split(torch.arange(1536), 32)]
 
 
 def plain_forward(pi0_fast: tuple[Any, list[dict[str, Tensor]]], mode: Any = torch.no_grad) -> Callable[[], None]:

@@ -25,7 +25,7 @@ from .frozen import resolve_frozen
 from .generation import Generate, greedy
 from .masks import Mask
 from .names import class_name, unwrapped
-from .passes import Forward, autocast_dtype, device_of, isolated_rng
+from .passes import Forward, autocast_dtype, device_of, isolated_rng, steady
 from .processes import Team, digest, find_team
 from .shards import AnchorCacheError
 from .structure import flatten
@@ -196,7 +196,8 @@ def build(
             writer = Writer(folder, settings, team.rank, team.world_size, replicated, writes=team.writes)
             _begin(team, writer, lock, start_over=overwrite or not resume)
             try:
-                _run(extractor, stream, writer, team)
+                with steady(model):
+                    _run(extractor, stream, writer, team)
                 return writer.finish()
             except BaseException as error:
                 writer.failed(error)

@@ -27,6 +27,7 @@ __all__ = [
     "find_decoder",
     "head_at",
     "head_packs",
+    "output_head",
     "pool",
     "resolve_layers",
     "run",
@@ -262,7 +263,7 @@ class Packed:
         self.calls = 0
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """The one module that the model, or a model within it, calls its output embeddings; None of none or several."""
     getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
     heads = {id(head): head for get in getters if callable(get) and isinstance(head := get(), nn.Module)}
@@ -270,7 +271,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def head_at(model: nn.Module, valid: Tensor) -> Iterator[Packed]:
+def head_at(model: nn.Module, valid: Tensor, head: nn.Module | None = None) -> Iterator[Packed]:
     """Within the block, a forward runs the vocabulary head at the valid positions only, if it can.
 
     The head, `get_output_embeddings()` as in Hugging Face, is given the hidden states `[1, P, D]` of the P positions
@@ -285,9 +286,10 @@ def head_at(model: nn.Module, valid: Tensor) -> Iterator[Packed]:
     Args:
         model: Unmodified, and not modified; in any wrapper.
         valid: `[B, T]`, true where logits are compared. On the CPU: the host does not wait for an accelerator.
+        head: The head, if it is known: to look for it is a walk over the modules.
     """
     packed = Packed()
-    head, places = _output_head(model), valid.flatten().nonzero().flatten()
+    head, places = head or output_head(model), valid.flatten().nonzero().flatten()
     if head is None or valid.ndim != 2 or not 0 < len(places) < valid.numel():
         yield packed
         return
@@ -324,7 +326,7 @@ def head_packs(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forw
         valid: `[B, T]`, true where logits are compared.
         forward: As for `run`.
     """
-    if _output_head(model) is None:
+    if output_head(model) is None:
         return False
     with torch.no_grad():
         whole = logits_of(run(model, inputs, forward=forward)[0])

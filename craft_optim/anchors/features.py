@@ -13,7 +13,7 @@ from .capture import Layer, Spans, default_spans, pool, positions
 from .forwards import AnchorForward, Outcome
 from .generation import Generate
 from .masks import IGNORED, Mask, valid_positions
-from .passes import Forward, autocast_to, isolated_rng, steady, to_device
+from .passes import Forward, autocast_to, isolated_rng, to_device
 from .sampling import mixed_seed
 from .structure import Inputs
 
@@ -65,7 +65,7 @@ class Extractor:
         self._run = AnchorForward(model, forward, spec.layers, self._wants_output, spec.frozen)
 
     def __call__(self, inputs: Inputs, size: int, first: int) -> Taught:
-        """The features of `size` anchors, of which the first has the number `first`."""
+        """The features of `size` anchors, of which the first has the number `first`. Within `steady(model)`."""
         inputs, labels = to_device(inputs, self.device), None
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
@@ -74,7 +74,7 @@ class Extractor:
             torch.inference_mode() if self._inference and self._warm else torch.no_grad(),
             isolated_rng(self.device, mixed_seed(0, first)),
         ):
-            with steady(self.model), autocast_to(self.device, self.autocast):
+            with autocast_to(self.device, self.autocast):
                 if self.generate is not None:
                     inputs, labels = self.generate(self.model, inputs)
                 valid = self._valid(inputs, labels) if self._wants_output else None

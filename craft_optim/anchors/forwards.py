@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capture import Layer, head_at, head_packs, run
+from .capture import Layer, head_at, head_packs, output_head, run
 from .frozen import Layout, layouts_of, leaves, recorded, replayed
 from .masks import rows
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
@@ -64,6 +64,7 @@ class AnchorForward:
         self._frozen = frozen
         self._layouts: dict[str, list[Layout]] | None = None
         self._packs: bool | None = None
+        self._head: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layouts": None}  # another process finds out for itself
@@ -99,7 +100,7 @@ class AnchorForward:
         return outcome._replace(frozen=found)
 
     def _run(self, inputs: Inputs, valid: Tensor | None, packs: bool) -> Outcome:
-        with head_at(self._model, valid) if packs and valid is not None else nullcontext() as packed:
+        with head_at(self._model, valid, self._head) if packs and valid is not None else nullcontext() as packed:
             output, hidden = run(self._model, inputs, forward=self._forward, layers=self._layers, output=self._output)
         logits = logits_of(output) if self._output else None
         if logits is None:
@@ -122,6 +123,7 @@ class AnchorForward:
                 self._packs = not is_compiled(self._model) and head_packs(
                     self._model, map_tensors(lambda x: x[:1], inputs), probe, forward=self._forward
                 )
+            self._head = output_head(self._model) if self._packs else None
         return self._packs and 0 < int(valid.sum()) < valid.numel()
 
 

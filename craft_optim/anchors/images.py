@@ -25,6 +25,8 @@ FORMULAS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "k": (lambda k: k, lambda x: x),
 }
 
+_IN_CACHE = 1 << 16  # values to compute on at a time
+
 _BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -36,16 +38,16 @@ _BITS = {
 def decode(codes: Tensor, formula: str, dtype: torch.dtype) -> Tensor:
     """Bytes -> floats: `formula` in float32 as a CPU computes it, rounded to `dtype`; the same bits on all devices.
 
-    On the CPU image by image, so that what is computed on is still in the cache; elsewhere from a table of 256 values:
-    accelerators divide by multiplying with a rounded reciprocal.
+    On the CPU some images at a time, so that what is computed on is still in the cache; elsewhere from a table of 256
+    values: accelerators divide by multiplying with a rounded reciprocal.
     """
     function = FORMULAS[formula][0]
     if codes.device.type != "cpu":
         return _table(formula, dtype, codes.device)[codes.int()]
     if dtype != torch.float32 or codes.ndim < 2:
         return function(codes.float()).to(dtype)
-    out = torch.empty(codes.shape, dtype=dtype)
-    for values, part in zip(out, codes, strict=True):
+    out, some = torch.empty(codes.shape, dtype=dtype), max(1, _IN_CACHE * len(codes) // max(1, codes.numel()))
+    for values, part in zip(torch.split(out, some), torch.split(codes, some), strict=True):
         function(values.copy_(part))
     return out
 
