@@ -3,14 +3,18 @@
 import sys
 import warnings
 
-__all__ = ["warn"]
+__all__ = ["CraftWarning", "warn"]
 
 _NOT_THE_USER = ("craft_optim", "torch")
 
 
+class CraftWarning(UserWarning):
+    """What this package warns of."""
+
+
 def warn(message: str) -> None:
-    """A UserWarning, attributed to the nearest caller outside of this package and torch."""
+    """A CraftWarning, attributed to the nearest caller outside of this package and torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, CraftWarning, stacklevel=level)

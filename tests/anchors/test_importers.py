@@ -243,7 +243,7 @@ def test_features_of_one_layer(tmp_path: Path, pooling: str, span: str, mode: st
     assert list(features) == [f"hidden.-2.{span}"]
 
 
-@pytest.mark.parametrize(("layer", "name"), [(1, None), (-2, 2), (-1, "model.norm")])
+@pytest.mark.parametrize(("layer", "name"), [(1, None), (-2, 2), (-2, None), (-1, "model.norm")])
 def test_layers_are_those_of_hugging_face(llama: nn.Module, tmp_path: Path, layer: int, name: int | str | None) -> None:
     def forward(model: nn.Module, x: dict[str, Tensor], **kwargs: Any) -> Any:
         return model(input_ids=x["input_ids"], attention_mask=x["attention_mask"], **kwargs)

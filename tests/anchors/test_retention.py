@@ -17,6 +17,7 @@ from craft_optim.anchors import (
     LogitRetention,
     build,
 )
+from craft_optim.anchors.writing import write_cache
 
 Batches = Callable[..., list[dict[str, Any]]]
 
@@ -489,3 +490,20 @@ def test_a_model_may_move_after_the_closure_is_made(classifier: nn.Module, cache
     classifier.to("meta")
     assert retention.device == torch.device("meta")
     assert LogitRetention(classifier, cache, device="cpu").device == torch.device("cpu")
+
+
+def test_a_span_whose_positions_nobody_knows_is_refused(llama: nn.Module, token_batches: Any, tmp_path: Path) -> None:
+    """As in caches of earlier implementations, which keep the pooled states and not the masks."""
+    (batch,) = token_batches((4, 6))
+    llama.eval()
+    with torch.no_grad():
+        hidden = llama(**batch, output_hidden_states=True).hidden_states[1]
+    states = {"hidden.1.text": hidden[:, :3].mean(1)}
+    cache = write_cache(tmp_path, [(batch, states)], layers=[1], pooling={"text": "masked_mean"}, dtype=torch.float32)
+    with pytest.raises(AnchorMismatchError, match=r"does not say which positions the span 'text' has: pass `spans=`"):
+        HiddenRetention(llama, cache, 4)()
+
+    def spans(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+        return {"text": torch.arange(6).expand(4, 6) < 3}
+
+    assert HiddenRetention(llama, cache, 4, spans=spans)().item() < 1e-6
