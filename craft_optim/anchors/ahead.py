@@ -1,5 +1,6 @@
 """Reading ahead: the next batches of anchors come from the disk, and go to the device, while the task step runs."""
 
+import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,11 +29,14 @@ class Ahead(Generic[T]):
         self._function, self.workers = function, workers
         self._threads: ThreadPoolExecutor | None = None
         self._pending: dict[int, Future[T]] = {}
+        self._process = os.getpid()
 
     def get(self, position: int) -> T:
         """The value at a position; those after it are begun."""
         if self.workers == 0:
             return self._function(position)
+        if self._process != os.getpid():  # threads do not survive a fork
+            self._threads, self._pending, self._process = None, {}, os.getpid()
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.workers, "craft_optim-anchors")
             weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True)

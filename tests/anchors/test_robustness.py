@@ -599,3 +599,20 @@ def test_an_error_while_reading_ahead_comes_at_its_own_position(cache: AnchorCac
 
 if __name__ == "__main__":
     serve()
+
+
+def test_a_forked_process_reads_ahead_for_itself(tmp_path: Path) -> None:
+    """With what its parent had begun to read, and whose threads it does not have."""
+    x = torch.randn(32, 6)
+    model = nn.Linear(6, 3)
+    retention = LogitRetention(model, build(model, [x], tmp_path, progress=False), 4)
+    retention._next(0)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a process that waits for ever for a thread
+        os.write(writer, retention._next(1).inputs.numpy().tobytes())  # type: ignore[union-attr]
+        os._exit(0)
+    found = os.read(reader, 4 * 6 * 4)
+    assert os.waitpid(child, 0)[1] == 0
+    assert found == retention._next(1).inputs.numpy().tobytes()  # type: ignore[union-attr]
