@@ -234,6 +234,7 @@ class Writer:
             if self.world_size > 1:
                 self.check_others()
                 if not is_locked(self.folder, rank) and not done():
+                    self.check_others()  # it may have said why since the last look
                     raise AnchorCacheError(
                         f"Rank {rank} was interrupted while it was building the anchors in {self.folder}. The shards "
                         "that are complete stay: the same `build` goes on after them."
