@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .cache import MANIFEST, AnchorCache, FeatureSpec
+from .cache import MANIFEST, AnchorCache, FeatureSpec, dtype_name
 from .capture import POOLINGS, Layer, Spans, resolve_layers
 from .features import Extractor
 from .fingerprint import fingerprint
@@ -28,8 +28,8 @@ from .names import class_name, unwrapped
 from .passes import Forward, autocast_dtype, device_of, isolated_rng, steady
 from .processes import Team, digest, find_team
 from .shards import AnchorCacheError
-from .structure import flatten
-from .writing import Writer, begins_with, dtype_name
+from .structure import Structure, flatten
+from .writing import Writer, begins_with
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -195,16 +195,13 @@ def build(
         with ExitStack() as lock:
             writer = Writer(folder, settings, team.rank, team.world_size, replicated, writes=team.writes)
             _begin(team, writer, lock, start_over=overwrite or not resume)
-            try:
-                with steady(model):
-                    _run(extractor, stream, writer, team)
+            with writer:
+                try:
+                    with steady(model):
+                        _run(extractor, stream, writer, team)
+                finally:
+                    _make_normal(model)
                 return writer.finish()
-            except BaseException as error:
-                writer.failed(error)
-                raise
-            finally:
-                writer.close()
-                _make_normal(model)
 
 
 def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream", replicated: bool) -> bool:
@@ -256,8 +253,7 @@ def _begin(team: Team, writer: Writer, lock: ExitStack, *, start_over: bool) -> 
 def _run(extractor: Extractor, stream: "_Stream", writer: Writer, team: Team) -> None:
     """Every batch that this process has to see to."""
     forwards, last = 0, None
-    for batch, count in stream:
-        structure, source, size = flatten(batch)
+    for (structure, source, size), count in stream:
         if extractor.generate is None:
             writer.expect(structure, source)
         source = {name: x.detach() for name, x in source.items()}
@@ -291,29 +287,24 @@ def _is_plain(model: nn.Module) -> bool:
 
 def _make_normal(model: nn.Module) -> None:
     """Replaces tensors that the model made and kept in inference mode: a backward could not use them."""
-
-    def normal(value: Any, depth: int = 0) -> Any:
-        if isinstance(value, Tensor):
-            return value.clone() if value.is_inference() else value
-        if depth < 3 and type(value) in (list, tuple):
-            return type(value)(normal(x, depth + 1) for x in value)
-        if depth < 3 and type(value) is dict:
-            return {key: normal(x, depth + 1) for key, x in value.items()}
-        return value
-
     for module in model.modules():
         for owner in (vars(module), module._buffers):
             for name, value in list(owner.items()):
-                if name not in ("_parameters", "_buffers", "_modules") and _holds_inference(value):
-                    owner[name] = normal(value)
+                if name not in ("_parameters", "_buffers", "_modules") and (mended := _normal(value)) is not value:
+                    owner[name] = mended
 
 
-def _holds_inference(value: Any, depth: int = 0) -> bool:
+def _normal(value: Any, depth: int = 0) -> Any:
+    """The value without tensors of inference mode in it; itself if there are none."""
     if isinstance(value, Tensor):
-        return value.is_inference()
-    if depth < 3 and type(value) in (list, tuple, dict):
-        return any(_holds_inference(x, depth + 1) for x in (value.values() if type(value) is dict else value))
-    return False
+        return value.clone() if value.is_inference() else value
+    if depth == 3 or type(value) not in (list, tuple, dict):
+        return value
+    parts = list(value.values()) if isinstance(value, dict) else value
+    mended = [_normal(x, depth + 1) for x in parts]
+    if all(new is old for new, old in zip(mended, parts, strict=True)):
+        return value
+    return dict(zip(value, mended, strict=True)) if isinstance(value, dict) else type(value)(mended)
 
 
 def _name_of(function: Any) -> str:
@@ -329,7 +320,7 @@ def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream") -> Anch
     first = stream.first()
     if first is not None:
         _, named, size = first
-        if not begins_with(folder, named, size):
+        if not begins_with(cache, named, size):
             _log.warning(
                 "The cache in %s is used as it is, but its first anchors are not the first batch passed to "
                 "`build`. Pass overwrite=True if the anchors have changed; ignore this if they are shuffled.",
@@ -339,8 +330,11 @@ def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream") -> Anch
     return cache
 
 
+_Flat = tuple[Structure, dict[str, Tensor], int]  # of a batch: structure, tensors, number of anchors
+
+
 class _Stream:
-    """The batches, each with the number of anchors before it, under a progress bar."""
+    """The batches, flat, each with the number of anchors before it, under a progress bar."""
 
     def __init__(self, batches: Iterable[Any], progress: bool | None, title: str) -> None:
         self._progress, self._title = progress, title
@@ -348,24 +342,21 @@ class _Stream:
             self._number: int | None = len(batches)  # type: ignore[arg-type]
         except TypeError:  # an iterable without a length
             self._number = None
-        self._batches = iter(batches)
-        self._peeked: list[Any] = []
+        self._batches: Iterator[_Flat] = map(flatten, batches)
+        self._peeked: list[_Flat] = []
         self._total: int | None = None
 
-    def first(self) -> tuple[Any, dict[str, Tensor], int] | None:
-        """Structure, tensors and size of the first batch, which the iteration will give again; None without batches."""
+    def first(self) -> _Flat | None:
+        """The first batch, which the iteration will give again; None without batches."""
         if not self._peeked:
-            for batch in self._batches:
-                self._peeked.append(batch)
-                break
-        return flatten(self._peeked[0]) if self._peeked else None
+            self._peeked = list(islice(self._batches, 1))
+        return self._peeked[0] if self._peeked else None
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
+    def __iter__(self) -> Iterator[tuple[_Flat, int]]:
         count, began, said = 0, time.monotonic(), time.monotonic()
         with _bar(self._progress, self._title) as (bar, lines):
             for number, batch in enumerate(chain(self._peeked, self._batches), 1):
-                self._peeked = []
-                size = flatten(batch)[2]
+                self._peeked, size = [], batch[2]
                 if self._number is not None:  # estimated: the last batch may be smaller
                     self._total = math.ceil((count + size) / number * max(self._number, number))
                 yield batch, count

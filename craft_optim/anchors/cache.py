@@ -47,6 +47,8 @@ __all__ = [
     "Encoding",
     "FeatureSpec",
     "cover",
+    "dtype_name",
+    "is_mask",
     "manifest_text",
     "tap_key",
 ]
@@ -77,11 +79,21 @@ def tap_key(layer: int | str, span: str) -> str:
     return f"hidden.{layer if isinstance(layer, int) else 'module:' + layer}.{span}"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of torch.float16 is "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_mask(name: str) -> bool:
+    """Whether a feature says which positions count."""
+    return name == "mask" or name.startswith("span.")
+
+
 def cover(name: str) -> str | None:
     """The mask that says which positions of a feature count, if there is one; None for masks and the like."""
     if name.startswith("hidden."):
         return f"span.{name.rsplit('.', 1)[1]}"
-    return None if name == "mask" or name.startswith(("span.", "frozen.")) else "mask"
+    return None if is_mask(name) or name.startswith("frozen.") else "mask"
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,7 @@ class AnchorCache:
         fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
         model_id: The teacher's name, as given to `build`; or None.
         origin: Where an imported cache came from; or None.
+        first_anchors: Checksums of the first anchors, as they were given to `build`.
 
     Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
     and memory does not grow with the size of the cache. Threads may read at the same time; an opened cache can be
@@ -259,6 +272,7 @@ class AnchorCache:
         self.fingerprint: str | None = m.get(teacher, "fingerprint", str, optional=True)
         self.model_id: str | None = m.get(teacher, "model_id", str, optional=True)
         self.origin: str | None = m.get(teacher, "origin", str, optional=True)
+        self.first_anchors = m.strings(data, "first_anchors")
         self._settings = {
             "features": {**asdict(self.features), "classes": None, "variances": {}},
             **m.get(data, "built_with", dict),
@@ -366,7 +380,7 @@ class AnchorCache:
             size = ["positions"] if key in self._joined else ["length"] if self._varies(key) else []
             tail = first.form(key)[2] if size else first.entries[key].shape[1:]
             shape = " x ".join(map(str, [*size, *tail])) or "scalar"
-            names = [str(x).removeprefix("torch.") for x in dict.fromkeys((stored, dtype))]
+            names = map(dtype_name, dict.fromkeys((stored, dtype)))
             rows.append((key, shape, " -> ".join(names)))
         return rows
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .names import modules_by_name, plain_name
+from .masks import rows, select
+from .names import class_names, modules_by_name, plain_name
 from .passes import Forward, call, eager, logits_of, saving_hooks
 from .structure import Inputs
 
@@ -197,11 +198,6 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
             handle.remove()
 
 
-def _classes(model: nn.Module) -> set[str]:
-    """The names of all classes of the model's modules: to ask for one by name costs no import."""
-    return {base.__name__ for kind in {type(module) for module in model.modules()} for base in kind.__mro__}
-
-
 class _Tied(torch.autograd.Function):
     """The first tensor; its backward also sends zeros through the second, and so through the whole model."""
 
@@ -235,7 +231,7 @@ def run(
     if not layers:
         return call(model, inputs, forward), {}
     result: Any = None
-    classes = _classes(model)
+    classes = class_names(model)
     fsdp1 = "FullyShardedDataParallel" in classes
     with eager(), taps(model, layers, stop=not (output or fsdp1 or "FSDPModule" in classes)) as hidden:
         result = call(model, inputs, forward)
@@ -304,8 +300,8 @@ def head_at(model: nn.Module, valid: Tensor, head: nn.Module | None = None) -> I
         if (torch.is_grad_enabled(), saving_hooks()) != outside:
             return None
         packed.used = True
-        rows = hidden.flatten(0, 1).index_select(0, places.to(hidden.device, non_blocking=True)).unsqueeze(0)
-        return ((rows, *args[1:]), kwargs) if args else (args, kwargs | {name: rows})
+        valid_ones = select(hidden.flatten(0, 1), places).unsqueeze(0)
+        return ((valid_ones, *args[1:]), kwargs) if args else (args, kwargs | {name: valid_ones})
 
     handle = head.register_forward_pre_hook(pack, with_kwargs=True)
     try:
@@ -337,7 +333,7 @@ def head_packs(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forw
             return False
     if not packed.used or whole is None or found is None or whole.shape[:-1] != valid.shape:
         return False
-    expected = whole.flatten(0, 1).index_select(0, valid.flatten().nonzero().flatten().to(whole.device))
+    expected = rows(whole, valid)
     if found.shape != (1, *expected.shape):
         return False
     rounding = torch.finfo(torch.bfloat16).eps

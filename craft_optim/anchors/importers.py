@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .cache import AnchorCache, tap_key
 from .capture import Layer
+from .masks import IGNORED
 from .shards import AnchorCacheError
 from .writing import write_cache
 
@@ -367,7 +368,7 @@ def _next_tokens(labels: Tensor, attended: Tensor) -> Tensor:
     """
     places = torch.where(attended, torch.arange(labels.shape[1]), -1).cummax(1).values
     before = torch.nn.functional.pad(places[:, :-1], (1, 0), value=-1)
-    rows, columns = (attended & (labels != -100) & (before >= 0)).nonzero(as_tuple=True)
-    out = torch.full(labels.shape, -100)
+    rows, columns = (attended & (labels != IGNORED) & (before >= 0)).nonzero(as_tuple=True)
+    out = torch.full(labels.shape, IGNORED)
     out[rows, before[rows, columns]] = labels[rows, columns].long()
     return out

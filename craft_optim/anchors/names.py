@@ -2,7 +2,7 @@
 
 from torch import nn
 
-__all__ = ["class_name", "modules_by_name", "plain_name", "unwrapped"]
+__all__ = ["class_name", "class_names", "modules_by_name", "plain_name", "unwrapped"]
 
 # What DistributedDataParallel, DataParallel, torch.compile, FSDP1 and activation checkpointing insert.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -30,6 +30,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def class_names(model: nn.Module) -> set[str]:
+    """Of all classes of the model's modules, and of their bases: to ask for one by name costs no import."""
+    return {base.__name__ for kind in {type(module) for module in model.modules()} for base in kind.__mro__}
 
 
 def class_name(model: nn.Module) -> str:

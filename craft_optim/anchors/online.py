@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from .cache import AnchorBatch, AnchorCache
 from .logit_retention import kl_term
-from .masks import Mask, rows, valid_positions
+from .masks import IGNORED, Mask, rows, valid_positions
 from .passes import Forward, call, device_of, is_encoder_decoder, isolated_rng, logits_of, to_device
 from .retention import AnchorMismatchError, AnchorRetention, Anchors
 from .structure import Inputs, flatten
@@ -169,7 +169,7 @@ class OnlineRetention(AnchorRetention):
         mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
         if mask is not None:
             return mask.bool()
-        return None if labels is None else labels != -100
+        return None if labels is None else labels != IGNORED
 
     def _refuse_shared(self, teacher: nn.Module) -> None:
         trainable = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .names import class_names
+
 __all__ = ["Team", "digest", "find_team"]
 
 _PATIENCE = 20.0  # seconds before a process says what it is waiting for
@@ -85,13 +87,12 @@ def find_team(model: nn.Module, process_group: dist.ProcessGroup | Literal[False
     from craft_optim.distributed import find_layout
 
     spread = [p for p in model.parameters() if hasattr(p, "device_mesh")]
-    fsdp1 = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    fsdp1 = "FullyShardedDataParallel" in class_names(model)
     if not spread and not fsdp1:
         return Team(group, group.rank(), group.size())
     layout = find_layout(list(model.parameters()) if fsdp1 else spread, None)
     rank, world_size = (layout.rank, layout.world_size) if layout is not None else (0, 1)
-    ranks: list[Any] = [None] * group.size()
-    dist.all_gather_object(ranks, rank, group=group)
+    ranks = Team(group).gather(rank)
     return Team(group, rank, world_size, writes=ranks.index(rank) == group.rank(), sharded=True)
 
 

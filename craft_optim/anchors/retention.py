@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .ahead import Ahead, to_device_ahead, wait_for
-from .cache import AnchorBatch, AnchorCache, Encoding
+from .cache import AnchorBatch, AnchorCache, Encoding, dtype_name, is_mask
 from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
@@ -395,7 +395,7 @@ class CachedRetention(AnchorRetention):
                 "active in train mode, in a place that is not recognised as such. Turn it off in `forward=`."
             )
         built, running = self.cache.features.autocast, autocast_dtype(self.device, self.autocast)
-        now = None if running is None else str(running).removeprefix("torch.")
+        now = None if running is None else dtype_name(running)
         if built != now:
             return (
                 f"Cause: the cache was built under autocast {built}, this pass runs under {now}. Pass the same "
@@ -410,7 +410,7 @@ class CachedRetention(AnchorRetention):
 
 def _stays(key: str) -> bool:
     """Masks select positions on the host: an accelerator need not be waited for."""
-    return key == "features.mask" or key.startswith("features.span.")
+    return is_mask(key.removeprefix("features."))
 
 
 def _arrived(prepared: _Prepared) -> AnchorBatch:

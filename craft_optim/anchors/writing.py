@@ -29,20 +29,27 @@ import torch
 from torch import Tensor
 
 from . import images as image_codes
-from .cache import FORMAT, MANIFEST, SCHEMA_VERSION, AnchorCache, FeatureSpec, cover, manifest_text, tap_key
+from .cache import (
+    FORMAT,
+    MANIFEST,
+    SCHEMA_VERSION,
+    AnchorCache,
+    FeatureSpec,
+    cover,
+    dtype_name,
+    is_mask,
+    manifest_text,
+    tap_key,
+)
 from .folders import LEFTOVER, PROGRESS, clean, is_locked, locked, make_folder, require_same, write_aside, write_json
+from .masks import IGNORED
 from .shards import AnchorCacheError, Shard, packed
 from .structure import Structure, flatten
 
-__all__ = ["Writer", "begins_with", "dtype_name", "write_cache"]
+__all__ = ["Writer", "begins_with", "write_cache"]
 
-_AHEAD = 2  # batches that may wait for the writing thread
+_AHEAD = 4  # batches and shards that may wait for the writing thread
 _log = logging.getLogger("craft_optim")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float16" of torch.float16."""
-    return str(dtype).removeprefix("torch.")
 
 
 class Writer:
@@ -77,7 +84,6 @@ class Writer:
         self._widths: dict[str, int] = {}
         self._feature_widths: dict[str, int] = {}
         self._features: set[str] | None = None
-        self._covered = True
         self._complete: dict[int, list[str]] = {}
         self._pieces: list[dict[str, Tensor]] = []
         self._lengths: list[dict[str, Tensor]] = []
@@ -166,12 +172,11 @@ class Writer:
 
     def _recorded(self, number: int) -> list[str] | None:
         """What a complete shard was made of; None if its record or file is damaged: it is written again."""
-        record = self._record(number)
+        record = self._record(number) or {}
         try:
-            assert record is not None
             Shard(self.folder / record["file"], record["anchors"], record["bytes"], record["images"])
             classes, sources = record["classes"], record["sources"]
-        except (AssertionError, KeyError, TypeError, AnchorCacheError):
+        except (KeyError, TypeError, AnchorCacheError):
             return None
         self._same_classes(classes)
         return list(sources)
@@ -199,8 +204,18 @@ class Writer:
             self._wait_for((self.folder / MANIFEST).exists, 0)
         return AnchorCache.open(self.folder)
 
-    def failed(self, error: BaseException) -> None:
-        """Keeps complete shards that are being written, and tells the other processes."""
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Ends the thread. After an error, keeps complete shards that are being written, and tells the others."""
+        try:
+            if error is not None:
+                self._failed(error)
+        finally:
+            self._thread.shutdown()
+
+    def _failed(self, error: BaseException) -> None:
         try:
             self._drain()
         except Exception as another:
@@ -211,10 +226,6 @@ class Writer:
             reason = f"{type(error).__name__}: {error}"
             with suppress(AnchorCacheError):  # they will find the lock open
                 write_aside(self.folder / f"rank-{self.rank}.failed", lambda aside: aside.write_text(reason))
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown()
 
     def check_others(self) -> None:
         """Raises AnchorCacheError if another process has reported a failure."""
@@ -379,7 +390,7 @@ class Writer:
         source = named if source is None else source
         self._same_classes(classes)
         self._same_features(features, joined)
-        counts = {name: mask.flatten(1).sum(1).int() for name, mask in features.items() if _is_mask(name)}
+        counts = {name: mask.flatten(1).sum(1).int() for name, mask in features.items() if is_mask(name)}
         piece = {f"inputs.{name}": x.detach().cpu() for name, x in named.items()}
         piece |= {f"features.{name}": x for name, x in features.items()}
         lengths = {f"features.{name}": counts[cover(name) or ""] for name in joined}
@@ -407,7 +418,7 @@ class Writer:
             )
         self._features = set(features)
         for name, x in features.items():
-            if name in joined or _is_mask(name) or x.ndim < 2:
+            if name in joined or is_mask(name) or x.ndim < 2:
                 continue
             width = self._feature_widths.setdefault(name, x.shape[1])
             if x.shape[1] != width:
@@ -421,7 +432,7 @@ class Writer:
     def _submit(self, function: Callable[..., None], *args: Any) -> None:
         if not self.writes:
             return
-        while len(self._writing) >= 2 * _AHEAD:
+        while len(self._writing) >= _AHEAD:
             self._writing.popleft().result()
         self._writing.append(self._thread.submit(function, *args))
 
@@ -507,10 +518,6 @@ def _rows(
     return rows, {key: x[at:end] for key, x in lengths.items()}
 
 
-def _is_mask(name: str) -> bool:
-    return name == "mask" or name.startswith("span.")
-
-
 def _digests(source: Mapping[str, Tensor], at: int, end: int) -> list[str]:
     """A checksum of each anchor from `at` to `end` of a batch."""
     sums = [0] * (end - at)
@@ -522,11 +529,10 @@ def _digests(source: Mapping[str, Tensor], at: int, end: int) -> list[str]:
     return [f"{total:08x}" for total in sums]
 
 
-def begins_with(path: Path, source: Mapping[str, Tensor], size: int) -> bool:
+def begins_with(cache: AnchorCache, source: Mapping[str, Tensor], size: int) -> bool:
     """Whether a finished cache was built from batches of which this is the first."""
-    stored = json.loads((path / MANIFEST).read_bytes()).get("first_anchors", [])
-    given = _digests(source, 0, size)
-    return bool(stored[: len(given)] == given[: len(stored)])
+    stored, given = list(cache.first_anchors), _digests(source, 0, size)
+    return stored[: len(given)] == given[: len(stored)]
 
 
 def _variance(shards: Iterable[Shard], key: str) -> float:
@@ -593,28 +599,21 @@ def write_cache(
         "shard_size": shard_size,
         "teacher": {"fingerprint": None, "class": None, "model_id": model_id, "origin": origin},
     }
-    with locked(folder):
-        writer = Writer(folder, settings)
-        try:
-            writer.load(writer.prepare(start_over=True))
-            for inputs, features in batches:
-                structure, named, _ = flatten(inputs)
-                stored: dict[str, Tensor] = {}
-                if "labels" in features:
-                    labels = features["labels"]
-                    stored["mask"] = labels != -100
-                    stored["tokens"] = labels[stored["mask"]].int()
-                    writer.settings["features"]["tokens"] = "imported"
-                stored |= {
-                    name: x.to(dtype) if name.startswith("hidden.") else x
-                    for name, x in features.items()
-                    if name != "labels"
-                }
-                writer.expect(structure, named)
-                writer.add(named, stored, None, ["tokens"] if "tokens" in stored else [])
-            return writer.finish()
-        except BaseException as error:
-            writer.failed(error)
-            raise
-        finally:
-            writer.close()
+    with locked(folder), Writer(folder, settings) as writer:
+        writer.load(writer.prepare(start_over=True))
+        for inputs, features in batches:
+            structure, named, _ = flatten(inputs)
+            stored: dict[str, Tensor] = {}
+            if "labels" in features:
+                labels = features["labels"]
+                stored["mask"] = labels != IGNORED
+                stored["tokens"] = labels[stored["mask"]].int()
+                writer.settings["features"]["tokens"] = "imported"
+            stored |= {
+                name: x.to(dtype) if name.startswith("hidden.") else x
+                for name, x in features.items()
+                if name != "labels"
+            }
+            writer.expect(structure, named)
+            writer.add(named, stored, None, ["tokens"] if "tokens" in stored else [])
+        return writer.finish()
