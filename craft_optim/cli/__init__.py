@@ -1,0 +1,66 @@
+"""The command line: craft-optim build-anchors, inspect, convert. Each command has a module of its name here.
+
+    craft-optim build-anchors anchors/ --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/old_task --count=512
+    craft-optim build-anchors anchors/ --factory=my_script.py:anchors
+    craft-optim inspect anchors/ --html=anchors.html
+
+The same as `python -m craft_optim.cli`. Exit status: 0, 1 for what went wrong, 2 for wrong arguments.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from craft_optim import __version__
+from craft_optim.cli import build_anchors, convert, inspect
+from craft_optim.cli.options import Parser, UsageError
+
+__all__ = ["main"]
+
+_COMMANDS = (build_anchors, inspect, convert)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="craft-optim", description="Fine-tune without losing what a model could do: anchors, and what was kept."
+    )
+    parser.add_argument("--version", action="version", version=f"craft-optim {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add_command(name: str, run: Callable[[argparse.Namespace], None], about: str, examples: str) -> Parser:
+        made = commands.add_parser(name, help=about, description=about, epilog=f"examples:\n\n{examples}")
+        made.set_defaults(run=run, parser=made)
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return made
+
+    for module in _COMMANDS:
+        module.add(add_command)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Without the program's name. None: those of the process.
+
+    Returns:
+        The exit status: 0, or 1 after a message.
+
+    Raises:
+        SystemExit: With status 2 for wrong arguments; after --help and --version with 0.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except UsageError as error:
+        args.parser.error(str(error).rstrip("."))
+    except KeyboardInterrupt:
+        print(f"craft-optim {args.command}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"craft-optim {args.command}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,74 @@
+"""craft-optim inspect: what a cache holds, as text and as a page; and how far a model has moved from it."""
+
+import argparse
+from pathlib import Path
+
+from craft_optim.anchors import AnchorCache
+from craft_optim.anchors.passes import Forward
+from craft_optim.cli.options import AddCommand, add_model, device_of, require_one_model, whole
+from craft_optim.cli.output import print_table
+from craft_optim.cli.sources import factory_source, load_policy, policy_forward, tokenizer_of
+from craft_optim.inspection import Drift, bytes_in_words, drifts, facts, lengths, spread, tensors, verdict
+
+__all__ = ["add"]
+
+_EXAMPLES = """\
+  craft-optim inspect anchors/                                    # what is in it
+  craft-optim inspect anchors/ --verify --html=anchors.html       # checksums; a page to look at
+  craft-optim inspect anchors/ --policy.path=outputs/checkpoints/last/pretrained_model --html=anchors.html
+                                                                  # how far has this checkpoint moved?
+"""
+
+
+def add(command: AddCommand) -> None:
+    """The command and its options."""
+    add = command("inspect", _inspect, "Say what a cache holds, show it, check a model on it.", _EXAMPLES).add_argument
+    add("cache", metavar="CACHE", help="folder of the cache")
+    add("--html", metavar="FILE", help="write a page with pictures, prompts and what the teacher says")
+    add("--verify", action="store_true", help="compare all checksums: reads the whole cache")
+    add("--count", type=whole, default=24, metavar="N", help="anchors to show and to measure (default: 24)")
+    add("--tokenizer", metavar="PATH", help="folder or hub id of a tokenizer, to show token ids as text")
+    add_model(add)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    require_one_model(args)
+    cache = AnchorCache.open(args.cache)
+    print_table(str(cache.path), facts(cache))
+    varying = {row.name: f"{row.shortest} / {row.mean:.3g} / {row.longest}" for row in lengths(cache)}
+    print_table(
+        "Tensors: shape of one anchor, dtype, length (least / mean / most)",
+        [(name, f"{shape}  {dtype}  {varying.get(name, '')}".rstrip()) for name, shape, dtype in tensors(cache)],
+    )
+    if args.verify:
+        cache.verify()
+        print(f"\nChecksums: all {len(cache)} anchors are as they were written.")
+    indices = spread(len(cache), args.count)
+    measured: list[Drift] = []
+    judged, tokenizer = None, args.tokenizer
+    if args.policy or args.factory:
+        if args.policy:
+            model = load_policy(args.policy, device_of(args.device))
+            forward: Forward | None = policy_forward(model, cache)
+            tokenizer = tokenizer or getattr(model.config, "text_tokenizer_name", None)
+        else:
+            source = factory_source(args.factory, None if args.device == "auto" else args.device)
+            model, forward = source.model, source.forward
+        measured = drifts(model, cache, indices, forward=forward)
+        judged = verdict(cache, model, measured)
+        rows = [(drift.kind, f"{drift.value:.3g} {drift.unit}, worst {max(drift.each):.3g}") for drift in measured]
+        print_table(f"Drift on {len(indices)} of {len(cache)} anchors", rows)
+        print(f"\n{judged[1]}")
+    if args.html:
+        from craft_optim.inspection_page import render
+
+        page = render(
+            cache,
+            indices,
+            verified=args.verify,
+            measured=measured,
+            verdict=judged,
+            decode=None if tokenizer is None else tokenizer_of(tokenizer),
+        )
+        Path(args.html).write_text(page, encoding="utf-8")
+        print(f"\nPage: {args.html} ({bytes_in_words(len(page))})")

@@ -1,0 +1,94 @@
+"""What the commands share: their parser, the types of their options, which model, the processes of a launcher."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from craft_optim.cli.sources import UsageError
+
+__all__ = [
+    "AddCommand",
+    "Parser",
+    "UsageError",
+    "add_model",
+    "device_of",
+    "existing_file",
+    "joined_processes",
+    "layer",
+    "require_one_model",
+    "whole",
+]
+
+AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str, str], "Parser"]
+"""(name, what to run, one line about it, examples) -> the command's parser"""
+
+
+class Parser(argparse.ArgumentParser):
+    """With errors of one line: the usage of these commands is long, and hides them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help has examples)\n")
+
+
+def whole(text: str) -> int:
+    """A whole number >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1. Found {text!r}.")
+    return int(text)
+
+
+def layer(text: str) -> int | str:
+    """A layer's number, or the name of a module."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def existing_file(text: str) -> str:
+    """The path of a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}.")
+    return text
+
+
+def add_model(add: Callable[..., Any]) -> None:
+    """The options that name a model."""
+    add("--policy.path", dest="policy", metavar="PATH", help="a lerobot policy: folder or hub id")
+    add("--factory", metavar="FILE:FUNCTION", help="a function that returns (model, batches[, settings])")
+    add("--device", default="auto", help="where the model runs (default: auto: CUDA if there is, else the CPU)")
+
+
+def require_one_model(args: argparse.Namespace) -> None:
+    """Refuses two answers to which model."""
+    if args.policy and args.factory:
+        raise UsageError("--policy.path and --factory exclude each other: pass one")
+
+
+def device_of(name: str) -> str:
+    """What --device says; "auto" is CUDA, under a launcher this process' own, or the CPU."""
+    if name != "auto":
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def joined_processes() -> Iterator[bool]:
+    """Joins the processes that torchrun has started, if it has; yields whether this one speaks for them."""
+    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not told or dist.is_initialized():
+        yield not dist.is_initialized() or dist.get_rank() == 0
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()

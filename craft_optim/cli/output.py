@@ -1,0 +1,33 @@
+"""What the commands print."""
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["print_code", "print_table"]
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """With rich on a terminal; plain into files and pipes, whose lines must not be wrapped."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError:
+            pass
+        else:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(overflow="fold")
+            for label, text in rows:
+                table.add_row(Text(label, style="dim"), Text(text))
+            console = Console()
+            console.print(Text(f"\n{title}", style="bold"))
+            console.print(table)
+            return
+    width = max(len(label) for label, _ in rows)
+    print(f"\n{title}", *(f"  {label:{width}}  {text}" for label, text in rows), sep="\n")
+
+
+def print_code(code: str) -> None:
+    """The lines that a user may run next."""
+    print("\nNext:\n", *(f"  {line}" for line in code.splitlines()), sep="\n")
