@@ -1,8 +1,11 @@
 """craft-optim build-anchors: write down what a model says about its anchors."""
 
 import argparse
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,15 +24,30 @@ from craft_optim.cli.options import (
 )
 from craft_optim.cli.output import print_code, print_table
 from craft_optim.cli.sources import Source, factory_source, policy_source
+from craft_optim.episodes import parse_episodes
 from craft_optim.inspection import bytes_in_words, retention_kinds
 
-__all__ = ["add"]
+__all__ = ["add", "add_frames", "check_build", "source_of"]
 
 _EXAMPLES = """\
 A lerobot policy and a dataset:
 
   craft-optim build-anchors anchors/ --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/old_task --count=512
   torchrun --nproc-per-node 4 -m craft_optim.cli build-anchors anchors/ --policy.path=... --dataset.root=data/old_task
+
+What a policy does in simulation, recorded by lerobot (as many episodes as environments: it records one of each):
+
+  lerobot-eval --policy.path=you/policy --env.type=pusht --eval.n_episodes=8 --eval.batch_size=8 \\
+      --eval.recording=true --output_dir=outputs/eval
+  craft-optim build-anchors anchors/ --policy.path=you/policy --dataset.root=outputs/eval/recordings
+
+No robot at all: instructions and pictures, one JSON object per line, paths relative to the file; without a "state"
+the mean of what the policy was trained on stands for it:
+
+  {"task": "open it", "images": {"observation.images.top": "img/0.png", "observation.images.wrist": "img/1.png"}}
+  {"task": "open it", "image_path": "img/0.png", "state": [0.1, 0.2]}    (of a policy with one camera)
+
+  craft-optim build-anchors anchors/ --policy.path=you/policy --prompts=questions.jsonl
 
 Any other model: a function without arguments in a script (or package.module:function) that returns
 (model, batches), or (model, batches, settings) with further arguments of craft_optim.anchors.build:
@@ -44,11 +62,14 @@ _OF_POLICY = {
     "repo_id": "--dataset.repo_id",
     "root": "--dataset.root",
     "episodes": "--dataset.episodes",
+    "rename_map": "--rename-map",
     "count": "--count",
     "batch_size": "--batch-size",
     "prompts": "--prompts",
     "workers": "--workers",
 }
+# And those that only go with a dataset
+_OF_DATASET = ("repo_id", "root", "episodes", "rename_map")
 
 
 def add(command: AddCommand) -> None:
@@ -56,13 +77,7 @@ def add(command: AddCommand) -> None:
     add = command("build-anchors", _build, "Write down what a model says about its anchors.", _EXAMPLES).add_argument
     add("out", metavar="OUT", help="folder of the cache")
     add_model(add)
-    add("--dataset.repo_id", dest="repo_id", metavar="ID", help="LeRobotDataset with the anchors")
-    add("--dataset.root", dest="root", metavar="FOLDER", help="where it is, if it is local")
-    add("--dataset.episodes", dest="episodes", type=whole, metavar="N", help="its first N episodes (default: all)")
-    add("--count", type=whole, metavar="N", help="N frames, spread over tasks and episodes (default: all frames)")
-    add("--batch-size", type=whole, metavar="N", help="frames per forward (default: 16)")
-    add("--prompts", type=existing_file, metavar="FILE", help="instructions to take, one per line, in turn")
-    add("--workers", type=whole, metavar="N", help="processes that read frames ahead (default: none)")
+    add_frames(add)
     kinds = ["logits", "tokens", "prefix", "actions"]
     add("--keep", choices=kinds, help="what to keep of the policy (default: by its type)")
     add("--layers", nargs="+", type=layer, metavar="L", help="hidden states to keep: numbers or names of modules")
@@ -76,8 +91,45 @@ def add(command: AddCommand) -> None:
     add("--no-resume", action="store_true", help="start a half-built cache over")
 
 
+def add_frames(add: Callable[..., Any]) -> None:
+    """The options that name the frames of a policy."""
+    add("--dataset.repo_id", dest="repo_id", metavar="ID", help="LeRobotDataset with the anchors")
+    add("--dataset.root", dest="root", metavar="FOLDER", help="where it is, if it is local; or a folder of several")
+    which = "its first N, these ([0,3,5]), or a part as in Python (40:, -10:, 5:20); default: all"
+    add("--dataset.episodes", dest="episodes", type=_episodes, metavar="WHICH", help=which)
+    renamed = "JSON, names of its observations -> the policy's, as lerobot's --rename_map"
+    add("--rename-map", "--rename_map", dest="rename_map", type=_rename_map, metavar="MAP", help=renamed)
+    add("--count", type=whole, metavar="N", help="N frames, spread over tasks and episodes (default: all frames)")
+    add("--batch-size", type=whole, metavar="N", help="frames per forward (default: 16)")
+    prompts = "instructions to take, one per line, in turn; or a .jsonl with pictures, in the place of a dataset"
+    add("--prompts", type=existing_file, metavar="FILE", help=prompts)
+    add("--workers", type=whole, metavar="N", help="processes that read frames ahead (default: none)")
+
+
+def _episodes(text: str) -> str:
+    """A text that says which episodes."""
+    try:
+        parse_episodes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _rename_map(text: str) -> dict[str, str]:
+    """A JSON object of names."""
+    try:
+        read = json.loads(text)
+    except json.JSONDecodeError:
+        read = None
+    if not isinstance(read, dict) or not all(isinstance(name, str) for name in read.values()):
+        raise argparse.ArgumentTypeError(
+            f'must be JSON such as {{"observation.image": "observation.images.top"}}. Found {text!r}.'
+        )
+    return read
+
+
 def _build(args: argparse.Namespace) -> None:
-    _check_build(args)
+    check_build(args)
     settings = {
         "layers": args.layers,
         "top_k": args.top_k,
@@ -91,13 +143,14 @@ def _build(args: argparse.Namespace) -> None:
     }
     started, finished = time.monotonic(), (Path(args.out) / MANIFEST).is_file() and not args.overwrite
     with joined_processes() as first:
-        source = _source(args)
+        source = source_of(args)
         cache = source.build(args.out, **{name: value for name, value in settings.items() if value is not None})
         if first:
             _print_built(cache, source, None if finished else time.monotonic() - started)
 
 
-def _check_build(args: argparse.Namespace) -> None:
+def check_build(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together."""
     require_one_model(args)
     if args.factory:
         for name, option in _OF_POLICY.items():
@@ -106,10 +159,18 @@ def _check_build(args: argparse.Namespace) -> None:
         return
     if not args.policy:
         raise UsageError("there is no model: pass --policy.path, or --factory for models that are not lerobot's")
-    if not (args.repo_id or args.root):
-        raise UsageError("--policy.path needs the anchors: pass --dataset.repo_id or --dataset.root")
-    if args.root and not (Path(args.root) / "meta" / "info.json").is_file() and not args.repo_id:
-        raise UsageError(f"--dataset.root={args.root} is no LeRobotDataset: it has no meta/info.json")
+    if args.prompts and Path(args.prompts).suffix == ".jsonl":
+        for name in _OF_DATASET:
+            if getattr(args, name) is not None:
+                raise UsageError(f"{_OF_POLICY[name]} goes with a dataset: {args.prompts} has pictures of its own")
+        if args.top_k:
+            raise UsageError(f"--top-k needs a dataset with actions: of {args.prompts} no logits are kept")
+    elif not (args.repo_id or args.root):
+        raise UsageError(
+            "--policy.path needs the anchors: pass --dataset.repo_id or --dataset.root, or a .jsonl as --prompts"
+        )
+    if args.root and not args.repo_id and not any(Path(args.root).rglob("meta/info.json")):
+        raise UsageError(f"--dataset.root={args.root} is no LeRobotDataset: there is no meta/info.json in it or below")
     if args.tokens:
         raise UsageError("--tokens goes with --factory: policies of lerobot are kept by --keep")
     if args.layers and args.keep != "prefix":
@@ -118,7 +179,8 @@ def _check_build(args: argparse.Namespace) -> None:
         raise UsageError(f"--top-k needs --keep=logits. Found --keep={args.keep}")
 
 
-def _source(args: argparse.Namespace) -> Source:
+def source_of(args: argparse.Namespace) -> Source:
+    """The model and its anchors, as the options say."""
     if args.factory:
         return factory_source(args.factory, None if args.device == "auto" else args.device)
     return policy_source(
@@ -128,6 +190,7 @@ def _source(args: argparse.Namespace) -> Source:
         repo_id=args.repo_id,
         root=args.root,
         episodes=args.episodes,
+        rename_map=args.rename_map,
         count=args.count,
         batch_size=args.batch_size or 16,
         prompts=args.prompts,

@@ -1,7 +1,8 @@
 """What the adapters of several policies share: batch keys, noise that stays the same, masks over a prefix."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from craft_optim.anchors.passes import isolated_rng
 __all__ = [
     "ACTION",
     "ACTION_IS_PAD",
+    "ENVIRONMENT_STATE",
+    "IMAGES",
     "NOISE",
     "STATE",
     "TIME",
@@ -21,6 +24,8 @@ __all__ = [
     "action_spans",
     "cameras",
     "find_policy",
+    "in_eval_mode",
+    "observations",
     "only",
     "policy_of",
     "spans_of",
@@ -28,6 +33,8 @@ __all__ = [
 ]
 
 STATE = "observation.state"
+ENVIRONMENT_STATE = "observation.environment_state"
+IMAGES = "observation.images"  # what a policy that stacks its cameras has made of them
 TOKENS = "observation.language.tokens"
 TOKENS_MASK = "observation.language.attention_mask"
 ACTION = "action"
@@ -59,29 +66,76 @@ def only(batch: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Tensor]:
     return {key: value for key, value in batch.items() if key in wanted and isinstance(value, Tensor)}
 
 
+def observations(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Cameras and states of a batch: all that the policy is configured for.
+
+    Raises:
+        ValueError: Some are not there.
+    """
+    config = policy.config
+    wanted = list(config.image_features)
+    wanted += [STATE] if config.robot_state_feature else []
+    wanted += [ENVIRONMENT_STATE] if config.env_state_feature else []
+    found = only(batch, wanted)
+    if missing := [key for key in wanted if key not in found]:
+        raise ValueError(
+            f"An anchor of {policy.name} needs {missing}. Found {sorted(batch)}: give the dataset's cameras and states "
+            "the names that the policy has for them."
+        )
+    return found
+
+
 def cameras(policy: Any, batch: Mapping[str, Any]) -> list[str]:
     """The policy's cameras in the order in which its network sees them: those of the batch, then the absent ones."""
     keys = list(policy.config.image_features)
     return sorted(keys, key=lambda key: key not in batch)
 
 
-def with_noise(policy: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs of a flow-matching policy, and for each anchor one noise and one time of its training distribution.
+@contextmanager
+def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block the flags of these modules alone, not of those within them, say eval mode."""
+    turned = [module for module in modules if module.training]
+    for module in turned:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in turned:
+            module.training = True
 
-    They are drawn once and stored, because the teacher's velocity means nothing at another noise. The seed is what the
-    anchor holds besides pictures: the same frame has the same noise in every batch, on every machine.
+
+def with_noise(
+    policy: Any,
+    inputs: dict[str, Tensor],
+    chunk: int | None = None,
+    draw: Callable[[], tuple[Tensor, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """The inputs of a policy that denoises actions, and for each anchor one noise and one time of its training.
+
+    They are drawn once and stored, because the teacher's prediction means nothing at another noise. The seed is what
+    the anchor holds besides pictures: the same frame has the same noise in every batch, on every machine.
 
     Args:
-        policy: With `model.sample_noise` and `model.sample_time`.
+        policy: Of lerobot.
         inputs: With actions `[B, chunk, action]`.
+        chunk: Number of actions. None: `policy.config.chunk_size`.
+        draw: Noise `[1, chunk, ...]` and time `[1]` from the CPU's random numbers. None: those of flow matching,
+            `policy.model.sample_noise` and `.sample_time`.
 
     Returns:
-        The inputs with "anchor.noise" `[B, chunk, max_action_dim]` and "anchor.time" `[B]`, float32.
+        The inputs with "anchor.noise" `[B, chunk, ...]` and "anchor.time" `[B]`.
 
     Raises:
         ValueError: There are no actions, or not a chunk of them for each anchor.
     """
-    actions, chunk = inputs.get(ACTION), policy.config.chunk_size
+    cpu = torch.device("cpu")
+    chunk = policy.config.chunk_size if chunk is None else chunk
+
+    def flow() -> tuple[Tensor, Tensor]:
+        noise = policy.model.sample_noise((1, chunk, policy.config.max_action_dim), cpu)
+        return noise, policy.model.sample_time(1, cpu)
+
+    actions, draw = inputs.get(ACTION), draw or flow
     if actions is None or actions.ndim != 3 or actions.shape[1] != chunk:
         found = f"none among {sorted(inputs)}" if actions is None else f"shape {tuple(actions.shape)}"
         raise ValueError(
@@ -90,16 +144,15 @@ def with_noise(policy: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             "dataset.meta), or keep='prefix'."
         )
     small = [x.detach().cpu() for _, x in sorted(inputs.items()) if x.ndim < 4]
-    cpu = torch.device("cpu")
-    noise, time = [], []
+    drawn = []
     for row in range(len(actions)):
         held = hashlib.blake2b(digest_size=8)
         for x in small:
             held.update(x[row].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         with isolated_rng(cpu, int.from_bytes(held.digest(), "big") >> 1):
-            noise.append(policy.model.sample_noise((1, chunk, policy.config.max_action_dim), cpu))
-            time.append(policy.model.sample_time(1, cpu))
-    return inputs | {NOISE: torch.cat(noise).to(actions.device), TIME: torch.cat(time).to(actions.device)}
+            drawn.append(draw())
+    noise, time = (torch.cat(parts).to(actions.device) for parts in zip(*drawn, strict=True))
+    return inputs | {NOISE: noise, TIME: time}
 
 
 def action_spans(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

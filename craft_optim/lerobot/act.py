@@ -9,20 +9,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from craft_optim.lerobot._shared import ACTION_IS_PAD, STATE, action_spans, only, policy_of
+from craft_optim.lerobot._shared import (
+    ACTION_IS_PAD,
+    IMAGES,
+    action_spans,
+    in_eval_mode,
+    observations,
+    only,
+    policy_of,
+)
 
 __all__ = ["action_inputs", "action_spans", "run_actions"]
 
-ENVIRONMENT_STATE = "observation.environment_state"
-IMAGES = "observation.images"
-
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_actions` reads of a preprocessed batch: cameras and states."""
-    return only(batch, (*policy.config.image_features, STATE, ENVIRONMENT_STATE, ACTION_IS_PAD))
+    """What `run_actions` reads of a preprocessed batch: cameras and states.
+
+    Raises:
+        ValueError: Some are not there.
+    """
+    return observations(policy, batch) | only(batch, (ACTION_IS_PAD,))
 
 
-def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Runs the policy as at inference: the latent is zero, the VAE's encoder, a help of training, does not run.
 
     The actions are `model.action_head`'s output.
@@ -30,9 +39,6 @@ def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     policy = policy_of(model)
     network, cameras = policy.model, policy.config.image_features
     images = {IMAGES: [batch[key] for key in cameras]} if cameras else {}
-    training = network.training
-    network.training = False  # its own flag alone: in training it samples the latent
-    try:
-        network({**batch, **images})
-    finally:
-        network.training = training
+    with in_eval_mode([network]):  # its own flag alone: in training it samples the latent
+        actions: Tensor = network({**batch, **images})[0]
+    return actions

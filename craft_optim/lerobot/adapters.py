@@ -7,18 +7,20 @@
 
 What is kept of a policy:
 
-    "logits"   pi0_fast                  distributions of action tokens: the whole policy
-    "actions"  pi0, pi05, smolvla, act   predicted velocities (at stored noise and time) or actions: the whole policy
-    "tokens"   pi0_fast                  the action tokens that it would give; needs no demonstrated actions
-    "prefix"   all but act               hidden states of images and prompt in the vision-language model, no actions
-                                         needed; the action expert and the vocabulary head are free to move
+    "logits"   pi0_fast          distributions of action tokens: the whole policy
+    "actions"  all others        predicted velocities (pi0, pi05, smolvla) or noise (diffusion), at stored noise and
+                                 time, or actions (act): the whole policy
+    "tokens"   pi0_fast          the action tokens that it would give; needs no demonstrated actions
+    "prefix"   all pi, smolvla   hidden states of images and prompt in the vision-language model, no actions needed;
+                                 the action expert and the vocabulary head are free to move
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,19 +30,34 @@ from craft_optim.anchors.generation import Generate
 from craft_optim.anchors.masks import Mask
 from craft_optim.anchors.names import plain_name
 from craft_optim.anchors.passes import Forward
-from craft_optim.lerobot import act, pi0, pi0_fast, smolvla
-from craft_optim.lerobot._shared import find_policy
+from craft_optim.lerobot import _statistics, act, diffusion, pi0, pi0_fast, smolvla
+from craft_optim.lerobot._shared import find_policy, policy_of
 
-__all__ = ["Adapter", "adapter_for"]
+__all__ = ["Adapter", "adapter_for", "adapter_of"]
 
-# Policy -> its module here, what can be kept of it (the default first), the output that holds its actions, and its
-# vision-language model
-_POLICIES: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
-    "pi0_fast": (pi0_fast, ("logits", "tokens", "prefix"), "", "model.paligemma_with_expert.paligemma"),
-    "pi0": (pi0, ("actions", "prefix"), "model.action_out_proj", "model.paligemma_with_expert.paligemma"),
-    "pi05": (pi0, ("actions", "prefix"), "model.action_out_proj", "model.paligemma_with_expert.paligemma"),
-    "smolvla": (smolvla, ("actions", "prefix"), "model.action_out_proj", "model.vlm_with_expert.vlm"),
-    "act": (act, ("actions",), "model.action_head", ""),
+_log = logging.getLogger("craft_optim")
+
+
+class _Known(NamedTuple):
+    """Of a policy: its module here, what can be kept of it (the default first), and names of modules within it.
+
+    `head` is the one whose output are its actions, `backbone` its vision-language model.
+    """
+
+    source: Any
+    choices: tuple[str, ...]
+    head: str = ""
+    backbone: str = ""
+
+
+_PALIGEMMA = "model.paligemma_with_expert.paligemma"
+_POLICIES = {
+    "pi0_fast": _Known(pi0_fast, ("logits", "tokens", "prefix"), backbone=_PALIGEMMA),
+    "pi0": _Known(pi0, ("actions", "prefix"), "model.action_out_proj", _PALIGEMMA),
+    "pi05": _Known(pi0, ("actions", "prefix"), "model.action_out_proj", _PALIGEMMA),
+    "smolvla": _Known(smolvla, ("actions", "prefix"), "model.action_out_proj", "model.vlm_with_expert.vlm"),
+    "diffusion": _Known(diffusion, ("actions",), "diffusion.unet"),
+    "act": _Known(act, ("actions",), "model.action_head"),
 }
 
 
@@ -104,14 +121,20 @@ class Adapter:
         }
         return anchors.build(model, batches, path, **{**own, **settings})
 
-    def retention(self, model: nn.Module, cache: anchors.AnchorCache, **settings: Any) -> anchors.AnchorRetention:
+    def retention(
+        self, model: nn.Module, cache: anchors.AnchorCache, *, freeze_statistics: bool = True, **settings: Any
+    ) -> anchors.AnchorRetention:
         """The retention closure on a cache of this adapter; `settings` are those of its class.
 
         Args:
             model: The policy in training.
             cache: From `build`.
+            freeze_statistics: Whether batch normalisation (in lerobot: diffusion's, unless `use_group_norm`) keeps its
+                running statistics from now on, see `craft_optim.lerobot.freeze_statistics`.
             **settings: Of `LogitRetention`, `TokenRetention` or `HiddenRetention`.
         """
+        if freeze_statistics and (frozen := _statistics.freeze_statistics(model)):
+            _log.info("Running statistics of %d normalisations stay as they are from now on.", len(frozen))
         return _RETENTION[self.kind](model, cache, **{"forward": self.forward, **settings})
 
 
@@ -119,8 +142,8 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
     """The adapter of a lerobot policy.
 
     Args:
-        model: pi0_fast, pi0, pi05, smolvla or act; wrapped (DDP, torch.compile, PEFT) or not. Names of layers are those
-            within the wrapper: build and train with the same.
+        model: pi0_fast, pi0, pi05, smolvla, diffusion or act; wrapped (DDP, torch.compile, PEFT) or not. Names of
+            layers are those within the wrapper: build and train with the same.
         keep: "logits", "tokens", "actions" or "prefix". None: the first that the policy has.
 
     Raises:
@@ -172,6 +195,32 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
         layers=(".".join(filter(None, (plain_name(place), head))),),
         pooling={"all": "none"},
         spans=source.action_spans,
+    )
+
+
+def adapter_of(model: nn.Module, cache: anchors.AnchorCache) -> Adapter:
+    """The adapter that a cache was built with.
+
+    Args:
+        model: As for `adapter_for`.
+        cache: From `Adapter.build` of a policy of the same type.
+
+    Raises:
+        ValueError: None of this policy's was.
+    """
+    kinds = {"logits": cache.features.logits, "tokens": cache.features.tokens, "hidden": cache.features.layers or None}
+    for keep in ("logits", "tokens", "actions", "prefix"):
+        try:
+            adapter = adapter_for(model, keep)
+        except ValueError:
+            continue
+        if getattr(adapter.forward, "__qualname__", None) == cache.features.forward and kinds[adapter.kind] is not None:
+            return adapter
+    name = getattr(policy_of(model), "name", "this policy")
+    raise ValueError(
+        f"The cache {cache.path} was built with forward={cache.features.forward}, which is not one of "
+        f"craft_optim.lerobot for {name}: build it with `craft-optim build-anchors --policy.path=...`. To inspect or "
+        "measure it, --factory takes a function that returns the model and its `forward`."
     )
 
 

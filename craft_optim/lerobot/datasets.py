@@ -1,4 +1,4 @@
-"""From a LeRobotDataset to anchor batches: which frames, which pictures, which instructions."""
+"""From a dataset to anchor batches: which frames, which pictures, which instructions."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from craft_optim.lerobot.adapters import Adapter
+from craft_optim.lerobot.opening import open_dataset
 
-__all__ = ["anchor_batches", "image_keys", "prompts", "spread_frames"]
+__all__ = ["anchor_batches", "image_keys", "open_dataset", "prompts", "spread_frames"]
 
 
 def image_keys(dataset: Any) -> list[str]:
@@ -104,18 +105,20 @@ def anchor_batches(
     count: int | None = None,
     indices: Iterable[int] | None = None,
     prompts: Sequence[str] | None = None,
+    workers: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of anchors as `Adapter.build` and `anchors.build` take them, read one at a time.
 
     Args:
-        dataset: A LeRobotDataset, opened with `delta_timestamps=resolve_delta_timestamps(policy.config, dataset.meta)`
-            where actions are needed. Every camera of the policy that it has is used.
+        dataset: From `open_dataset`, or a LeRobotDataset with `delta_timestamps` that fit the policy. Every camera of
+            the policy that it has is used.
         preprocessor: The teacher's own, with the statistics it was trained with: prompts and states depend on them.
         adapter: From `adapter_for`.
         batch_size: Anchors per batch; the last may have fewer.
         count: So many frames, see `spread_frames`. None, with `indices` None: all.
         indices: Frames by their places, instead.
         prompts: Instructions that take the place of the frames' own, in turn.
+        workers: Processes that read frames ahead; 0 for none.
 
     Raises:
         ValueError: Both `count` and `indices` are given, or a number is out of range.
@@ -128,24 +131,31 @@ def anchor_batches(
         raise ValueError(f"`prompts` must be a list of at least one instruction. Found {prompts!r}.")
     if indices is None:
         indices = range(len(dataset)) if count is None else spread_frames(dataset, count)
-    return _batches(dataset, preprocessor, adapter, batch_size, indices, prompts)
+    rows = list(indices)
+    return _batches(_in_order(dataset, rows, workers), image_keys(dataset), preprocessor, adapter, batch_size, prompts)
+
+
+def _in_order(dataset: Any, rows: Sequence[int], workers: int) -> Iterator[Any]:
+    if not workers:
+        return (dataset[row] for row in rows)
+    return iter(DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers))
 
 
 def _batches(
-    dataset: Any,
+    samples: Iterator[Any],
+    pictures: Sequence[str],
     preprocessor: Any,
     adapter: Adapter,
     batch_size: int,
-    indices: Iterable[int],
     prompts: Sequence[str] | None,
 ) -> Iterator[dict[str, Tensor]]:
-    pictures, rest, done = image_keys(dataset), iter(indices), 0
-    while rows := list(islice(rest, batch_size)):
-        batch = default_collate([dataset[row] for row in rows])
+    done = 0
+    while some := list(islice(samples, batch_size)):
+        batch = default_collate(some)
         for key in pictures:
             if key in batch and batch[key].dtype == torch.uint8:
                 batch[key] = batch[key].float() / 255.0  # as lerobot-train does before its preprocessor
         if prompts is not None:
-            batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(rows))]
+            batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(some))]
         yield adapter.inputs(preprocessor(batch))
-        done += len(rows)
+        done += len(some)

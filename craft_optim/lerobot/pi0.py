@@ -11,6 +11,7 @@ from typing import Any
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from torch import Tensor, nn
 
+from craft_optim.lerobot._observed import observed, real_actions
 from craft_optim.lerobot._paligemma import prefix_spans, run_paligemma
 from craft_optim.lerobot._shared import (
     ACTION,
@@ -44,7 +45,7 @@ def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return with_noise(policy, prefix_inputs(policy, batch) | only(batch, read))
 
 
-def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Runs images and prompt through PaliGemma, for hidden-state anchors.
 
     The prefix attends neither to the state nor to actions, so its hidden states are those of the training forward.
@@ -52,13 +53,20 @@ def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     policy = policy_of(model)
     images, present = policy._preprocess_images(batch)
     embeddings, valid, attention = policy.model.embed_prefix(images, present, batch[TOKENS], batch[TOKENS_MASK])
-    run_paligemma(policy, embeddings, valid, make_att_2d_masks(valid, attention))
+    return run_paligemma(policy, embeddings, valid, make_att_2d_masks(valid, attention))
 
 
-def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s."""
+def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s.
+
+    Of these hooks see the action dimensions that the anchors have, without the padding.
+    """
     policy = policy_of(model)
     images, present = policy._preprocess_images(batch)
     state = () if policy.name == "pi05" else (policy.prepare_state(batch),)
     actions = policy.prepare_action(batch)
-    policy.model.forward(images, present, batch[TOKENS], batch[TOKENS_MASK], *state, actions, batch[NOISE], batch[TIME])
+    with observed(policy.model.action_out_proj, real_actions(batch)):
+        losses: Tensor = policy.model.forward(
+            images, present, batch[TOKENS], batch[TOKENS_MASK], *state, actions, batch[NOISE], batch[TIME]
+        )
+    return losses

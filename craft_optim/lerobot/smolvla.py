@@ -7,13 +7,14 @@ policy's own preprocessor returns.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from craft_optim.lerobot._observed import observed, real_actions
 from craft_optim.lerobot._shared import (
     ACTION,
     ACTION_IS_PAD,
@@ -52,7 +53,7 @@ def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return with_noise(policy, prefix_inputs(policy, batch) | only(batch, (ACTION, ACTION_IS_PAD)))
 
 
-def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Runs images, prompt and state through the vision-language model, for hidden-state anchors.
 
     The prefix does not attend to actions, so its hidden states are those of the training forward.
@@ -62,19 +63,26 @@ def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     images, present = policy.prepare_images(batch)
     state = policy.prepare_state(policy._prepare_batch({**batch, STATE: batch[STATE].clone()}))  # in place, for ALOHA
     embeddings, valid, attention = network.embed_prefix(images, present, batch[TOKENS], batch[TOKENS_MASK], state=state)
-    network.vlm_with_expert.forward(
+    (hidden, _), _ = network.vlm_with_expert.forward(
         attention_mask=make_att_2d_masks(valid, attention),
         position_ids=torch.cumsum(valid, dim=1) - 1,
         past_key_values=None,
         inputs_embeds=[embeddings, None],
         use_cache=True,  # without, its cross-attention layers want the action expert's tokens
     )
+    return cast(Tensor, hidden)
 
 
-def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s."""
+def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s.
+
+    Of these hooks see the action dimensions that the anchors have, without the padding.
+    """
     own = {key: batch[key].clone() for key in (STATE, ACTION)}  # for ALOHA the policy converts them in place
-    policy_of(model).forward({**batch, **own}, noise=batch[NOISE], time=batch[TIME])
+    policy = policy_of(model)
+    with observed(policy.model.action_out_proj, real_actions(batch)):
+        loss: Tensor = policy.forward({**batch, **own}, noise=batch[NOISE], time=batch[TIME])[0]
+    return loss
 
 
 def prefix_spans(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -130,13 +130,23 @@ def act(**settings):
     )
 
 
+def diffusion(**settings):
+    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    sizes = {"down_dims": (16, 32), "n_groups": 4, "kernel_size": 3, "diffusion_step_embed_dim": 16}
+    chunks = {"horizon": 8, "n_action_steps": 4, "num_train_timesteps": 20}
+    own = {key: value for key, value in features(TOP, WRIST).items() if key != "chunk_size"}
+    seen = {"crop_shape": (40, 40), "pretrained_backbone_weights": None}
+    return DiffusionPolicy(DiffusionConfig(**own | sizes | chunks | seen | settings))
+
+
 def build(name, folder, **settings):
     """The policy, untrained, its weights made large enough to matter; in train mode, as a trainer has it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        policy = {"smolvla": lambda **s: smolvla(folder, **s), "act": act}.get(name, lambda **s: pi(name, **s))(
-            **settings
-        )
+        makers = {"smolvla": lambda **s: smolvla(folder, **s), "act": act, "diffusion": diffusion}
+        policy = makers.get(name, lambda **s: pi(name, **s))(**settings)
         for parameter in policy.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -160,6 +170,7 @@ class TwoCameras(torch.utils.data.Dataset):
         deltas = None if config is None else resolve_delta_timestamps(config, meta)
         self.inner = LeRobotDataset(f"local/{OLD_TASK}", delta_timestamps=deltas, **settings)
         self.hf_dataset, self.stats = self.inner.hf_dataset, meta.stats | {WRIST: meta.stats[TOP]}
+        self.meta = SimpleNamespace(camera_keys=[TOP, WRIST])
 
     def __len__(self):
         return len(self.inner)

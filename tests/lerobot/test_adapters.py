@@ -1,4 +1,4 @@
-"""lerobot's real pi0, pi05, SmolVLA and ACT, and pi0_fast by the same entry, as the anchors see them."""
+"""lerobot's real pi0, pi05, SmolVLA, ACT and diffusion policy, and pi0_fast by the same entry, as anchors see them."""
 
 from dataclasses import replace
 from unittest import mock
@@ -6,12 +6,14 @@ from unittest import mock
 import pytest
 import small
 import torch
+from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
 from torch import nn
 
 from craft_optim import anchors
 from craft_optim.anchors.capture import resolve_layers, run
 from craft_optim.anchors.passes import steady
-from craft_optim.lerobot import act, adapter_for, anchor_batches, pi0, smolvla
+from craft_optim.lerobot import act, adapter_for, anchor_batches, diffusion, pi0, smolvla
+from craft_optim.lerobot._observed import observed
 
 ABSENT, TOP, WRIST = small.ABSENT, small.TOP, small.WRIST
 FLOW = {"pi0": pi0, "pi05": pi0, "smolvla": smolvla}
@@ -23,6 +25,8 @@ KEPT = [
     ("pi05", "prefix"),
     ("smolvla", "actions"),
     ("smolvla", "prefix"),
+    ("diffusion", "actions"),
+    ("diffusion", "prefix"),
     ("act", "actions"),
 ]
 
@@ -34,6 +38,9 @@ SEEN = ("vision_tower", "multi_modal_projector", "language_model.layers.0", "lan
 PI_PREFIX = tuple(f"{PALIGEMMA}model.{part}" for part in SEEN)
 SMOL_PREFIX = tuple(f"{SMOLVLM}{part}" for part in ("connector", "text_model.layers.0", "text_model.embed_tokens"))
 PI_EXPERT = ("model.paligemma_with_expert.gemma_expert", *HEADS)
+CAMERAS = tuple(f"diffusion.rgb_encoder.{part}" for part in ("0.backbone", "0.out", "1.backbone", "1.out"))
+PARTS = ("diffusion_step_encoder", "down_modules.0", "mid_modules", "up_modules", "final_conv")
+UNET = tuple(f"diffusion.unet.{part}" for part in PARTS)
 # (policy, what is kept) -> modules that its gradient reaches, and modules that it does not
 REACHED = {
     ("pi0", "actions"): (PI_PREFIX + PI_EXPERT + MIXER + ("model.state_proj",), (f"{PALIGEMMA}lm_head",)),
@@ -49,6 +56,8 @@ REACHED = {
         # Images and text do not attend to the state; the vision tower is frozen.
         ("model.vlm_with_expert.lm_expert", "model.state_proj", *HEADS, *MIXER, f"{SMOLVLM}vision_model"),
     ),
+    ("diffusion", "actions"): ((*CAMERAS, *UNET), ()),
+    ("diffusion", "prefix"): (CAMERAS, ("diffusion.unet",)),
     ("act", "actions"): (
         tuple(f"model.{part}" for part in ("backbone", "encoder.", "encoder_robot_state", "decoder.", "action_head")),
         ("model.vae_encoder",),
@@ -154,9 +163,55 @@ def test_velocities_are_those_of_the_policys_own_loss(make, prepared, name):
     drawn = {"sample_noise": inputs["anchor.noise"], "sample_time": inputs["anchor.time"]}
     with mock.patch.multiple(policy.model, **{key: mock.Mock(return_value=value) for key, value in drawn.items()}):
         expected, _ = policy.forward(batch | inputs)
-    target = inputs["anchor.noise"] - policy.prepare_action(inputs)
-    errors = (target - hidden[adapter.layers[0]])[..., :4] ** 2
+    target = inputs["anchor.noise"][..., :4] - inputs["action"]
+    errors = (target - hidden[adapter.layers[0]]) ** 2
     torch.testing.assert_close(errors.mean(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_padded_action_dimensions_are_not_held(make, prepared, tmp_path, name):
+    policy = make(name)
+    adapter = adapter_for(policy)
+    inputs = adapter.inputs(prepared(name))
+    cache = adapter.build(policy, [inputs], tmp_path / "anchors")
+    kept = cache.read(range(8)).features[f"hidden.module:{adapter.layers[0]}.all"]
+    assert kept.shape[-1] == inputs["action"].shape[-1] < policy.config.max_action_dim
+    retention = adapter.retention(policy, cache, batch_size=8)
+    before = retention.drift()
+    head = policy.model.action_out_proj
+    with torch.no_grad():
+        head.weight[4:] += 1.0
+    assert retention.drift() == before
+    retention().backward()
+    assert head.weight.grad[:4].any()
+    assert not head.weight.grad[4:].any()
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_a_forward_to_its_end_gives_the_same(make, prepared, name):
+    policy = make(name)
+    adapter = adapter_for(policy)
+    inputs = adapter.inputs(prepared(name))
+    short, whole = (
+        run(policy, inputs, forward=adapter.forward, layers=adapter.layers, output=output)[1]
+        for output in (False, True)  # as under FSDP: the policy goes on with velocities of all dimensions
+    )
+    assert torch.equal(short[adapter.layers[0]], whole[adapter.layers[0]])
+
+
+def test_what_hooks_observe_is_not_what_the_caller_gets():
+    module, seen, x = nn.Linear(2, 3), [], torch.ones(4, 2)
+    module.register_forward_hook(lambda module, args, output: seen.append(output))
+    expected = module(x)
+    with observed([module], lambda output: output[:, :1]):
+        assert torch.equal(module(x), expected)
+        assert torch.equal(module(x), expected)
+    assert [tuple(output.shape) for output in seen] == [(4, 3), (4, 1), (4, 1)]
+    with pytest.raises(RuntimeError), observed([module], lambda output: output.unflatten(0, (3, -1))):
+        module(x)
+    assert torch.equal(module(x), expected)
+    assert seen[-1].shape == (4, 3)
+    assert len(module._forward_hooks) == 1
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -234,8 +289,13 @@ def test_frozen_parts_are_named_and_nothing_is_held_where_nothing_moves(make):
     with pytest.raises(ValueError, match="keep='actions'"):
         adapter_for(policy, "prefix")
     assert f"{SMOLVLM}vision_model" in adapter_for(make("smolvla", train_expert_only=False), "prefix").frozen
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match=r"frozen.*train_expert_only=False"):
         adapter_for(make("pi0", train_expert_only=True), "prefix")
+    blind = make("diffusion")
+    blind.diffusion.rgb_encoder.requires_grad_(False)
+    assert adapter_for(blind).frozen == ("diffusion.rgb_encoder",)
+    with pytest.raises(ValueError, match=r"rgb_encoder, all of which is frozen.*or train it\."):
+        adapter_for(blind, "prefix")
 
 
 def test_hidden_states_of_smolvlas_action_expert(make, prepared, tmp_path):
@@ -250,19 +310,21 @@ def test_hidden_states_of_smolvlas_action_expert(make, prepared, tmp_path):
     assert not any(key.startswith("model.action_out_proj") for key in reached)
 
 
-def test_noise_belongs_to_the_anchor_not_to_its_batch(make, prepared):
-    policy, batch = make("pi0"), prepared("pi0")
+@pytest.mark.parametrize(("name", "module"), [("pi0", pi0), ("diffusion", diffusion)])
+def test_noise_belongs_to_the_anchor_not_to_its_batch(make, prepared, name, module):
+    policy, batch = make(name), prepared(name)
     state = torch.get_rng_state()
-    whole = pi0.action_inputs(policy, batch)
+    whole = module.action_inputs(policy, batch)
     rows = torch.tensor([5, 2])
-    part = pi0.action_inputs(
+    part = module.action_inputs(
         policy, {key: x[rows] for key, x in batch.items() if isinstance(x, torch.Tensor) and x.ndim}
     )
     for key in ("anchor.noise", "anchor.time"):
         assert torch.equal(part[key], whole[key][rows])
-        assert len(whole[key].flatten(1).unique(dim=0) if whole[key].ndim > 1 else whole[key].unique()) == 8
+    assert len(whole["anchor.noise"].flatten(1).unique(dim=0)) == 8
+    assert len(whole["anchor.time"].unique()) > 4
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(pi0.action_inputs(policy, whole)["anchor.noise"], whole["anchor.noise"])
+    assert torch.equal(module.action_inputs(policy, whole)["anchor.noise"], whole["anchor.noise"])
 
 
 def test_smolvlas_conversion_for_aloha_leaves_the_anchors_alone(make, prepared):
@@ -279,10 +341,11 @@ def test_smolvlas_conversion_for_aloha_leaves_the_anchors_alone(make, prepared):
 
 
 @pytest.mark.parametrize("actions", [None, torch.zeros(8, 4), torch.zeros(8, 3, 4)])
-def test_actions_that_are_no_chunk_are_refused(make, prepared, actions):
-    policy = make("pi0")
+@pytest.mark.parametrize("name", ["pi0", "diffusion"])
+def test_actions_that_are_no_chunk_are_refused(make, prepared, name, actions):
+    policy = make(name)
     with pytest.raises(ValueError, match="delta_timestamps=resolve_delta_timestamps"):
-        adapter_for(policy).inputs(prepared("pi0") | {"action": actions})
+        adapter_for(policy).inputs(prepared(name) | {"action": actions})
 
 
 def test_act_is_kept_as_it_acts(make, prepared, tmp_path):
@@ -303,13 +366,166 @@ def test_act_is_kept_as_it_acts(make, prepared, tmp_path):
     torch.testing.assert_close(kept, acted[inside])
 
 
-@pytest.mark.parametrize("keep", ["actions", "prefix"])
-def test_gradient_checkpointing_changes_no_gradient(make, prepared, tmp_path, keep):
+def test_missing_cameras_and_states_are_named(make, prepared):
+    for name in ("act", "diffusion"):
+        policy, batch = make(name), prepared(name)
+        for key in (WRIST, "observation.state"):
+            with pytest.raises(ValueError, match=rf"{name} needs \['{key}'\]\. Found \['action', "):
+                adapter_for(policy).inputs({k: x for k, x in batch.items() if k != key})
+
+
+def predictions(policy, batch, forward):
+    return run(policy, batch, forward=forward, layers=("diffusion.unet",))[1]["diffusion.unet"]
+
+
+@pytest.mark.parametrize("predicted", ["epsilon", "sample"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_predictions_of_diffusion_are_those_of_the_policys_own_loss(make, prepared, tmp_path, predicted, masked):
+    policy = make("diffusion", prediction_type=predicted, do_mask_loss_for_padding=masked)
+    batch = prepared("diffusion")
+    adapter = adapter_for(policy)
+    inputs = adapter.inputs(batch)
+    assert ("action_is_pad" in inputs) == masked
+    noise, steps = inputs["anchor.noise"], inputs["anchor.time"]
+    assert steps.dtype == torch.int64
+    assert 0 <= steps.min() < steps.max() < policy.config.num_train_timesteps
+    cache = adapter.build(policy, [inputs], tmp_path / "anchors", dtype=torch.float32)
+    kept = cache.read(range(8)).features["hidden.module:diffusion.unet.all"]
+    losses = []
+    policy.eval()
+    with (
+        mock.patch.object(torch, "randn", return_value=noise),
+        mock.patch.object(torch, "randint", return_value=steps),
+    ):
+        own = predictions(policy, batch, lambda policy, batch: losses.append(policy.forward(batch)[0])).detach()
+    inside = ~batch["action_is_pad"] if masked else torch.ones(8, 8, dtype=torch.bool)
+    assert inside.all() != masked
+    torch.testing.assert_close(kept.reshape(-1, 4), own[inside])
+    target = noise if predicted == "epsilon" else batch["action"]
+    torch.testing.assert_close((own - target)[inside].square().mean(), losses[0].detach())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_obs_steps": 1},
+        {"use_separate_rgb_encoder_per_camera": False, "noise_scheduler_type": "DDIM"},
+        {"crop_shape": None, "use_group_norm": True},
+        {"compile_model": True},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_diffusion_however_it_is_configured(make, prepared, tmp_path, settings):
+    policy, batch = make("diffusion", **settings), prepared("diffusion")
+    if policy.config.n_obs_steps == 1:
+        batch |= {key: batch[key][:, -1] for key in (TOP, WRIST)}  # the policy takes them without a second dimension
+        batch["observation.state"] = batch["observation.state"][:, -1:]
+    for keep in ("actions", "prefix"):
+        adapter = adapter_for(policy, keep)
+        cache = adapter.build(policy, [adapter.inputs(batch)], tmp_path / keep)
+        retention = adapter.retention(policy, cache, batch_size=8)
+        assert retention().item() < 1e-5
+        pictures = 2 if policy.config.use_separate_rgb_encoder_per_camera else 4
+        if keep == "prefix" and policy.config.n_obs_steps == 2:
+            shapes = [x.shape for key, x in cache.read(range(8)).features.items() if "rgb_encoder" in key]
+            assert [shape[:2] for shape in shapes] == [(8, pictures)] * (4 // pictures)
+        perturb(policy)
+        reached = gradients(policy, retention)
+        assert any("rgb_encoder" in key for key in reached)
+        assert any("unet" in key for key in reached) == (keep == "actions")
+
+
+def test_diffusion_is_back_in_its_mode_when_its_forward_fails(make, prepared):
+    policy = make("diffusion")
+    inputs = diffusion.action_inputs(policy, prepared("diffusion"))
+    policy.diffusion.rgb_encoder[1].eval()
+    modes = [module.training for module in policy.modules()]
+    for name in ("add_noise", "rgb_encoder.1"):
+        owner = policy.diffusion.rgb_encoder[1] if "rgb" in name else policy.diffusion.noise_scheduler
+        what = "forward" if "rgb" in name else name
+        with (
+            mock.patch.object(owner, what, side_effect=RuntimeError("stop")),
+            pytest.raises(RuntimeError, match="stop"),
+        ):
+            diffusion.run_actions(policy, inputs)
+        assert [module.training for module in policy.modules()] == modes
+
+
+def test_diffusion_without_cameras(make, prepared, tmp_path):
+    state = PolicyFeature(FeatureType.ENV, (5,))
+    features = small.features() | {"crop_shape": None}
+    features["input_features"]["observation.environment_state"] = state
+    del features["chunk_size"]
+    policy = make("diffusion", **features | {"n_action_steps": 4})
+    inputs = adapter_for(policy).inputs(prepared("diffusion") | {"observation.environment_state": torch.rand(8, 2, 5)})
+    assert inputs.keys() == {
+        "observation.state", "observation.environment_state", "action", "anchor.noise", "anchor.time"
+    }  # fmt: skip
+    cache = adapter_for(policy).build(policy, [inputs], tmp_path / "anchors")
+    assert adapter_for(policy).retention(policy, cache, batch_size=8)().item() < 1e-5
+    with pytest.raises(ValueError, match="this policy has none"):
+        adapter_for(policy, "prefix")
+
+
+def test_pictures_of_several_frames_are_stored_as_bytes_and_come_back(make, tmp_path):
+    policy = make("diffusion", normalization_mapping={"VISUAL": NormalizationMode.IDENTITY})
+    dataset = small.TwoCameras(policy.config)
+    adapter = adapter_for(policy)
+    batches = list(
+        anchor_batches(
+            dataset, small.preprocessor(policy, dataset.stats), adapter, batch_size=3, indices=[0, 31, 62, 93]
+        )
+    )
+    cache = adapter.build(policy, batches, tmp_path / "anchors")
+    found = cache.read(range(4)).inputs
+    assert batches[0][TOP].shape == (3, 2, 3, small.IMAGE, small.IMAGE)
+    assert torch.equal(found[TOP], torch.cat([batch[TOP] for batch in batches]))
+    stored, _ = cache.gather(range(4))
+    assert stored[f"inputs.{TOP}"].dtype == torch.uint8
+    assert adapter.retention(policy, cache, batch_size=2)().item() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (
+            TOP,
+            lambda x: x[:, 0],
+            r"its last 2 observations, 'observation.image' of shape \[B, 2, ...\] with 5 dim.*delta",
+        ),
+        (WRIST, lambda x: x[:, :1], "'observation.images.wrist' .*Found shape"),
+        ("observation.state", lambda x: x[:, 0], "'observation.state' of shape .* with 3 dimensions"),
+        ("action", lambda x: x[..., :1], "policy's 4 dimensions. Found 1"),
+    ],
+)
+def test_what_diffusion_cannot_read_is_refused(make, prepared, key, change, message):
+    batch = prepared("diffusion")
+    with pytest.raises(ValueError, match=message):
+        adapter_for(make("diffusion")).inputs(batch | {key: change(batch[key])})
+
+
+@pytest.mark.parametrize("name", ["diffusion", "act", "pi0"])
+def test_names_are_those_within_wrappers(make, prepared, tmp_path, name):
+    policy = make(name)
+    wrapper = nn.Module()
+    wrapper.module = policy  # as DistributedDataParallel has it
+    for keep in (None, "prefix") if name != "act" else (None,):
+        adapter = adapter_for(policy, keep)
+        around = adapter_for(wrapper, keep)
+        assert around.layers == adapter.layers
+        inputs = adapter.inputs(prepared(name))
+        cache = adapter.build(policy, [inputs], tmp_path / str(keep))
+        assert around.build(wrapper, [inputs], tmp_path / str(keep)).fingerprint == cache.fingerprint
+        assert around.retention(wrapper, cache, batch_size=8)().item() < 1e-4
+
+
+@pytest.mark.parametrize(("name", "keep"), [("pi0", "actions"), ("pi0", "prefix"), ("diffusion", "actions")])
+def test_gradient_checkpointing_changes_no_gradient(make, prepared, tmp_path, name, keep):
     found = []
     for checkpointing in (False, True):
-        policy = make("pi0", gradient_checkpointing=checkpointing)
+        policy = make(name, gradient_checkpointing=checkpointing)
         adapter = adapter_for(policy, keep)
-        cache = adapter.build(policy, [adapter.inputs(prepared("pi0"))], tmp_path / str(checkpointing))
+        cache = adapter.build(policy, [adapter.inputs(prepared(name))], tmp_path / str(checkpointing))
         perturb(policy)
         found.append(gradients(policy, adapter.retention(policy, cache, batch_size=8, strict=False)))
     assert found[0].keys() == found[1].keys()
@@ -343,9 +559,9 @@ def test_a_policy_with_peft_adapters(make, prepared, tmp_path):
 
 def test_what_is_not_known_is_refused_with_a_way_out(make):
     other = make("act")
-    other.name = "diffusion"
+    other.name = "vqbet"
     for model in (nn.Linear(2, 2), other):
-        with pytest.raises(ValueError, match=r"'act', 'pi0', 'pi05', 'pi0_fast', 'smolvla'.*layers="):
+        with pytest.raises(ValueError, match=r"'act', 'diffusion', 'pi0', 'pi05', 'pi0_fast', 'smolvla'.*layers="):
             adapter_for(model)
     with pytest.raises(ValueError, match=r"\('actions',\) for act. Found 'prefix'"):
         adapter_for(make("act"), "prefix")

@@ -10,13 +10,16 @@ import small
 import torch
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.policies import get_policy_class
 from metaworld_pi0_fast import ASSETS, OLD_TASK
 from metaworld_pi0_fast.policy import Backbone, load_policy, make_processors, small_backbone
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from craft_optim.anchors import AnchorCache
 from craft_optim.cli import main
-from craft_optim.lerobot import adapter_for, anchor_batches
+from craft_optim.lerobot import adapter_for, anchor_batches, spread_frames
+from craft_optim.lerobot.act import run_actions
 
 DATA = ASSETS / "demonstrations" / OLD_TASK
 FRAMES = [f"--dataset.root={DATA}", "--dataset.episodes=2", "--count=6", "--batch-size=4"]
@@ -113,10 +116,109 @@ def test_a_cache_of_another_policy(act, pi0_fast, tmp_path, capsys):
     assert "forward=run_actions" in capsys.readouterr().err
 
 
-def test_checkpoints_that_are_no_whole_policy(act, tmp_path, capsys):
-    config = json.loads((act / "config.json").read_text())
-    (act / "config.json").write_text(json.dumps({**config, "use_peft": True}))
-    with pytest.raises(SystemExit) as stopped:
-        main(["build-anchors", str(tmp_path / "a"), f"--policy.path={act}", *FRAMES])
-    assert stopped.value.code == 2
-    assert "adapters only" in capsys.readouterr().err
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+
+
+def test_a_checkpoint_with_adapters_is_the_policy_that_they_are_merged_into(act, tmp_path):
+    base = get_policy_class("act").from_pretrained(act)
+    base.config.pretrained_path = act
+    adapted = base.wrap_with_peft(peft_cli_overrides={"target_modules": ["linear1"], "r": 2, "init_type": "gaussian"})
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    folder = shutil.copytree(act, tmp_path / "adapters", ignore=shutil.ignore_patterns("model.safetensors"))
+    adapted.save_pretrained(folder)
+    adapted.config.save_pretrained(folder)
+    merged = adapted.merge_and_unload()
+    merged.config.use_peft = False
+    merged.save_pretrained(shutil.copytree(act, tmp_path / "whole"))
+    found = {}
+    for name in ("adapters", "whole", "act"):
+        out = tmp_path / f"anchors of {name}"
+        assert main(["build-anchors", str(out), f"--policy.path={tmp_path / name}", *FRAMES]) == 0
+        found[name] = AnchorCache.open(out).read(range(6)).features
+    same(found["adapters"], found["whole"])
+    assert any((found["adapters"][name] - x).abs().max() > 0.01 for name, x in found["act"].items())
+
+
+def test_which_episodes(act, tmp_path):
+    states = {}
+    for name, episodes in {"list": "[1, 2]", "part": "1:3", "last": "-1:", "first": "1"}.items():
+        build = ["build-anchors", str(tmp_path / name), f"--policy.path={act}", f"--dataset.root={DATA}", "--count=4"]
+        assert main([*build, f"--dataset.episodes={episodes}"]) == 0
+        states[name] = AnchorCache.open(tmp_path / name).read(range(4)).inputs["observation.state"]
+    assert torch.equal(states["list"], states["part"])
+    assert len({tuple(x.flatten().tolist()) for x in states.values()}) == 3
+
+
+def test_what_is_wrong_with_the_frames_is_told_before_the_weights_are_read(act, tmp_path, capsys):
+    (act / "model.safetensors").write_bytes(b"")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"task": "open", "image_path": "none.png"}')
+    build = ["build-anchors", str(tmp_path / "a"), f"--policy.path={act}"]
+    for options, message in (
+        ([f"--dataset.root={DATA}", "--dataset.episodes=[99]"], "99 among them"),
+        ([f"--dataset.root={DATA}", "--count=99999"], "Found count=99999"),
+        ([f"--dataset.root={DATA}", '--rename-map={"a": "b"}'], "Found 'a'"),
+        ([f"--prompts={questions}"], "questions.jsonl, line 1: observation.image: there is no file"),
+        ([f"--prompts={questions}", "--keep=logits"], "Without demonstrated actions"),
+    ):
+        assert main([*build, *options]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """The frames that FRAMES names, as a file."""
+    dataset = LeRobotDataset(f"local/{OLD_TASK}", root=DATA, episodes=[0, 1])
+    lines = []
+    for number, row in enumerate(spread_frames(dataset, 6)):
+        sample = dataset[row]
+        picture = (sample[small.TOP] * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+        line = {"task": sample["task"], "image_path": f"{number}.png", "state": sample["observation.state"].tolist()}
+        lines.append(json.dumps(line) + "\n")
+    (tmp_path / "questions.jsonl").write_text("".join(lines))
+    return tmp_path / "questions.jsonl"
+
+
+def test_a_file_with_pictures_in_the_place_of_a_dataset(pi0_fast, questions, tmp_path, capsys):
+    file = ["build-anchors", str(tmp_path / "file"), f"--policy.path={pi0_fast}", f"--prompts={questions}"]
+    assert main([*file, "--batch-size=4", "--shard-size=2"]) == 0
+    assert "adapter_for(policy, 'tokens')" in capsys.readouterr().out
+    data = ["build-anchors", str(tmp_path / "data"), f"--policy.path={pi0_fast}", *FRAMES, "--keep=tokens"]
+    assert main([*data, "--shard-size=2"]) == 0
+    found, expected = (AnchorCache.open(tmp_path / name).read(range(6)) for name in ("file", "data"))
+    same(found.inputs, expected.inputs)
+    same(found.features, expected.features)
+    assert main(["inspect", str(tmp_path / "file"), f"--policy.path={pi0_fast}"]) == 0
+    assert "The cache fits this model" in capsys.readouterr().out
+
+
+def test_a_build_of_a_file_goes_on_where_it_stopped(act, questions, tmp_path, monkeypatch):
+    build = [f"--policy.path={act}", f"--prompts={questions}", "--batch-size=2", "--shard-size=2"]
+    assert main(["build-anchors", str(tmp_path / "once"), *build]) == 0
+    forward, runs = run_actions.__globals__["policy_of"], []
+
+    def interrupted(model):
+        runs.append(model)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return forward(model)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(run_actions.__globals__, "policy_of", interrupted)
+        assert main(["build-anchors", str(tmp_path / "twice"), *build]) == 130
+    assert main(["build-anchors", str(tmp_path / "twice"), *build]) == 0
+    once, twice = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("once", "twice"))
+    assert once == twice
+    assert main(["build-anchors", str(tmp_path / "ahead"), *build, "--workers=1"]) == 0
+    same(
+        AnchorCache.open(tmp_path / "ahead").read(range(6)).features,
+        AnchorCache.open(tmp_path / "once").read(range(6)).features,
+    )

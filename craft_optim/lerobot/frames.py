@@ -1,0 +1,128 @@
+"""Where a policy's anchors come from: datasets or a file, checked against the policy before it is loaded."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lerobot.processor import RenameObservationsProcessorStep
+
+from craft_optim._warn import warn
+from craft_optim.lerobot._shared import STATE
+from craft_optim.lerobot.datasets import image_keys
+from craft_optim.lerobot.datasets import prompts as read_prompts
+from craft_optim.lerobot.frames_file import FramesFile, mean_state
+from craft_optim.lerobot.opening import open_dataset
+
+__all__ = ["AnchorFrames", "keep_without_actions", "open_frames"]
+
+# What can be kept of a policy without demonstrated actions, the default first; of those not named here, the prefix
+_WITHOUT_ACTIONS = {"pi0_fast": ("tokens", "prefix"), "act": ("actions",)}
+_SEE_ALL = ("act", "diffusion")  # the others go on without a camera
+_READ_NO_TASK = ("act", "diffusion")
+
+
+@dataclass(frozen=True)
+class AnchorFrames:
+    """Where anchors come from, as `anchor_batches` takes it.
+
+    Attributes:
+        dataset: A LeRobotDataset, what `open_dataset` returns, or a `FramesFile`.
+        prompts: Instructions that take the place of the frames' own; None: there are none.
+        keep: As `adapter_for` takes it.
+    """
+
+    dataset: Any
+    prompts: list[str] | None
+    keep: str | None
+
+
+def open_frames(
+    config: Any,
+    preprocessor: Any,
+    *,
+    repo_id: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    episodes: str | Sequence[int] | None = None,
+    rename_map: Mapping[str, str] | None = None,
+    prompts: str | os.PathLike[str] | None = None,
+    keep: str | None = None,
+) -> AnchorFrames:
+    """Frames of datasets, or those of a .jsonl file; neither needs the policy's weights.
+
+    Args:
+        config: The policy's.
+        preprocessor: The policy's own.
+        repo_id: As `open_dataset` takes it.
+        root: As `open_dataset` takes it.
+        episodes: As `open_dataset` takes them.
+        rename_map: As `open_dataset` takes it.
+        prompts: A .jsonl is a `FramesFile`, in the place of a dataset; any other file has instructions for the
+            dataset's frames, one per line, in turn.
+        keep: What to keep of the policy; None: by the policy, and by what the frames have.
+
+    Raises:
+        ValueError: There is neither or both of a dataset and a .jsonl, one of them cannot be read, the policy does not
+            find there what it looks at, or `keep` needs actions that are not there.
+    """
+    if prompts is not None and Path(prompts).suffix == ".jsonl":
+        given = {"repo_id": repo_id, "root": root, "episodes": episodes, "rename_map": rename_map or None}
+        if also := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"`prompts`={prompts} has its own pictures: leave out `{also[0]}`.")
+        keep = keep_without_actions(config.type, keep)
+        return AnchorFrames(FramesFile(prompts, config, mean_state(preprocessor)), None, keep)
+    dataset = open_dataset(config, repo_id=repo_id, root=root, episodes=episodes, rename_map=rename_map)
+    _check_observations(config, preprocessor, dataset, str(root or repo_id), renamed=bool(rename_map))
+    instructions = None if prompts is None else read_prompts(prompts)
+    if instructions is None and config.type not in _READ_NO_TASK and not all(x.strip() for x in read_prompts(dataset)):
+        warn(
+            f"{root or repo_id} has frames without an instruction, and {config.type} reads one: give it as `prompts`. "
+            "lerobot-eval records none for environments without a task_description."
+        )
+    return AnchorFrames(dataset, instructions, keep)
+
+
+def keep_without_actions(policy: str, keep: str | None = None) -> str:
+    """What is kept of a policy at frames without demonstrated actions.
+
+    Args:
+        policy: Its name in lerobot.
+        keep: What was asked for. None: the first that there is.
+
+    Raises:
+        ValueError: It needs demonstrated actions.
+    """
+    possible = _WITHOUT_ACTIONS.get(policy, ("prefix",))
+    if keep is None:
+        return possible[0]
+    if keep not in possible:
+        raise ValueError(
+            f"Without demonstrated actions `keep` must be one of {possible} for {policy}. Found {keep!r}: it needs a "
+            "dataset, such as a recording of lerobot-eval."
+        )
+    return keep
+
+
+def _check_observations(config: Any, preprocessor: Any, dataset: Any, where: str, *, renamed: bool) -> None:
+    """Raises unless the policy finds in the dataset what it looks at; the rule for cameras is lerobot-train's."""
+    names: dict[str, str] = {}
+    for step in preprocessor.steps:
+        if isinstance(step, RenameObservationsProcessorStep):
+            names |= step.rename_map
+    features = [names.get(key, key) for key in dataset.meta.features if key.startswith("observation.")]
+    there = {names.get(key, key) for key in image_keys(dataset)} if config.image_features else set()
+    wanted = set(config.image_features)
+    absent, unused = sorted(wanted - there), sorted(there - wanted)
+    remedy = 'Say which is which with `rename_map`, such as {"observation.images.front": "observation.images.top"}.'
+    if absent and (config.type in _SEE_ALL or not wanted & there or (unused and not renamed)):
+        raise ValueError(
+            f"{config.type} looks at the cameras {sorted(wanted)}, {where} has {sorted(there)}: {absent[0]!r} is not "
+            f"among them. {remedy}"
+        )
+    states = [STATE] if config.robot_state_feature else []
+    if config.env_state_feature:
+        states.append("observation.environment_state")
+    for key in states:
+        if key not in features:
+            raise ValueError(f"{config.type} reads {key!r}, {where} has {sorted(features)}. {remedy}")

@@ -1,0 +1,156 @@
+"""A lerobot policy and its preprocessor from a checkpoint, and proof that the weights are the checkpoint's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import get_policy_class, make_pre_post_processors
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+__all__ = ["load_config", "load_policy", "load_preprocessor"]
+
+WEIGHTS = "model.safetensors"
+
+
+def load_policy(path: str, device: str) -> Any:
+    """A lerobot policy by its own `from_pretrained`, in eval mode.
+
+    A checkpoint of `lerobot-train --peft...` holds adapters only: the policy that they belong to is loaded, and they
+    are merged into it, so that modules have the names of the policy without adapters.
+
+    Args:
+        path: Folder or hub id of a checkpoint.
+        device: Where the policy goes.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ImportError: The checkpoint holds adapters, and peft is not installed.
+        ValueError: The weights cannot be read, lerobot could not use them and went on with untrained ones, or the
+            adapters do not fit their policy.
+    """
+    config = load_config(path)
+    config.device = device
+    try:
+        policy = _with_adapters(config, path) if config.use_peft else _plain(config, path)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {path} cannot be read ({error}): copy them anew.") from error
+    return policy.eval()
+
+
+def load_config(path: str) -> Any:
+    """The config of a checkpoint's policy: what it sees and how far it looks, without its weights.
+
+    Args:
+        path: Folder or hub id of a checkpoint.
+
+    Raises:
+        ValueError: It can be neither.
+        OSError: There is no such checkpoint.
+    """
+    try:
+        return PreTrainedConfig.from_pretrained(path)
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder {path!r}, and it is no hub id, such as you/policy.") from error
+
+
+def load_preprocessor(policy: Any, path: str, device: str) -> Any:
+    """The preprocessor that a checkpoint of this policy holds, with the statistics it was trained with.
+
+    Args:
+        policy: From `load_policy`, or its config.
+        path: Folder or hub id of the checkpoint.
+        device: Where its outputs go.
+
+    Returns:
+        A function of a batch.
+    """
+    overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": device}}
+    config = getattr(policy, "config", policy)
+    if config.type == "pi0_fast":
+        # Of the action tokenizer lerobot saves neither, and would take the defaults
+        overrides["action_tokenizer_processor"] = {
+            "paligemma_tokenizer_name": config.text_tokenizer_name,
+            "fast_skip_tokens": config.fast_skip_tokens,
+        }
+    return make_pre_post_processors(config, pretrained_path=path, preprocessor_overrides=overrides)[0]
+
+
+def _plain(config: Any, path: str, revision: str | None = None) -> Any:
+    policy = get_policy_class(config.type).from_pretrained(path, config=config, revision=revision)
+    _check_weights(policy, path, revision)
+    return policy
+
+
+def _check_weights(policy: nn.Module, path: str, revision: str | None) -> None:
+    """Raises unless most of some tensors are those in the file: lerobot's pi0 family survives an unreadable one."""
+    from huggingface_hub import hf_hub_download
+
+    file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(hf_hub_download(path, WEIGHTS, revision=revision))
+    own = policy.state_dict()
+    with safe_open(file, framework="pt") as saved:
+        keys = [key for key in sorted(saved.keys()) if key in own or f"model.{key}" in own]
+        same = []
+        for key in keys[:: max(1, len(keys) // 16)]:
+            theirs, ours = saved.get_tensor(key), own[key if key in own else f"model.{key}"].cpu()
+            same.append(theirs.shape == ours.shape and torch.equal(theirs.to(ours.dtype), ours))
+    if 2 * sum(same) <= len(same):
+        raise ValueError(
+            f"The policy does not have the weights in {file}: lerobot could not load them, and went on without. Its "
+            "messages above say why; a checkpoint of another version or size is the usual reason."
+        )
+
+
+def _with_adapters(config: Any, path: str) -> Any:
+    """The policy of a checkpoint that holds adapters only, the adapters merged into it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"{path} holds adapters, which need peft ({error}): pip install peft.") from error
+    about = peft.PeftConfig.from_pretrained(path)
+    base = about.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"The adapters in {path} do not say which policy they belong to: write its folder or hub id into "
+            "adapter_config.json as base_model_name_or_path."
+        )
+    policy = _plain(config, base, about.revision)
+    trained = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
+    saved = peft.load_peft_weights(path, device="cpu")
+    try:
+        model = peft.PeftModel.from_pretrained(policy, path, config=about)
+    except (KeyError, RuntimeError) as error:  # names and shapes
+        raise _unlike(path, " ".join(str(error).split())) from error
+    _check_adapters(model, saved, path)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(
+            f"Adapters of type {about.peft_type} as in {path} cannot be merged into the policy: give a function that "
+            "loads it as --factory."
+        )
+    merged = model.merge_and_unload()
+    for name, parameter in merged.named_parameters():  # PEFT froze them
+        parameter.requires_grad_(trained[name])
+    merged.config.use_peft = False  # what it holds now is a whole policy
+    return merged
+
+
+def _check_adapters(model: Any, saved: Mapping[str, Tensor], path: str) -> None:
+    """Raises unless the model has the adapters in the file: PEFT only warns of missing ones, and skips the others."""
+    import peft
+
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    alone = sorted(own.keys() - saved.keys()) + sorted(saved.keys() - own.keys() - model.state_dict().keys())
+    if alone:
+        raise _unlike(path, repr(alone[0]))
+
+
+def _unlike(path: str, where: str) -> ValueError:
+    return ValueError(
+        f"The adapters in {path} do not fit their policy ({where}): they belong to another one than the "
+        "base_model_name_or_path in adapter_config.json, or were copied incompletely."
+    )
