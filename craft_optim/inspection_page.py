@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from craft_optim.anchors import AnchorCache
 from craft_optim.anchors.structure import flatten
-from craft_optim.inspection import Drift, bytes_in_words, facts, lengths, tensors
+from craft_optim.evaluation.drift import Drift
+from craft_optim.inspection import bytes_in_words, facts, lengths, tensors
 
 __all__ = ["render"]
 
@@ -55,8 +56,8 @@ def render(
         cache: The cache.
         indices: Anchors to show; those with the largest drift come first, if one was measured.
         verified: Whether the checksums have been compared.
-        measured: From `inspection.drifts`, on the same anchors.
-        verdict: From `inspection.verdict`.
+        measured: From `evaluation.drift.drifts`, on the same anchors.
+        verdict: From `evaluation.drift.verdict`.
         decode: Token ids -> text. None: ids are shown as numbers.
 
     Raises:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from craft_optim import anchors
-from craft_optim.inspection import bytes_in_words, drifts, facts, lengths, spread, verdict
+from craft_optim.evaluation.drift import drifts, verdict
+from craft_optim.inspection import bytes_in_words, facts, lengths, spread
 from craft_optim.inspection_page import render
 
 Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")

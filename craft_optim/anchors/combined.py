@@ -10,7 +10,7 @@ from .cache import AnchorBatch, AnchorCache
 from .forwards import Outcome
 from .retention import AnchorRetention, CachedRetention
 
-__all__ = ["CombinedRetention"]
+__all__ = ["CombinedRetention", "SharedPass"]
 
 
 class CombinedRetention:
@@ -53,7 +53,7 @@ class CombinedRetention:
         for group in groups.values():
             cached = {name: m for name, m in group.items() if isinstance(m, CachedRetention)}
             if len(cached) > 1:
-                self._parts.append((1.0, _Shared(cached, self.weights)))
+                self._parts.append((1.0, SharedPass(cached, self.weights)))
             else:
                 self._parts += [(self.weights[name], member) for name, member in group.items()]
 
@@ -111,8 +111,8 @@ def _shared_by(member: AnchorRetention) -> Any:
     )  # fmt: skip
 
 
-class _Shared(CachedRetention):
-    """Members on one cache, with one forward."""
+class SharedPass(CachedRetention):
+    """Members on one cache, with one forward. Their terms are named "member:term"."""
 
     def __init__(self, members: Mapping[str, CachedRetention], weights: Mapping[str, float]) -> None:
         first = next(iter(members.values()))

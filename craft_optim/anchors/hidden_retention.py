@@ -134,7 +134,7 @@ class HiddenRetention(CachedRetention):
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         weighted = [self.weights[name] * value for name, value in terms.items()]
-        return torch.stack(weighted).sum() / sum(self.weights[name] for name in terms)
+        return torch.stack(weighted).sum(0) / sum(self.weights[name] for name in terms)
 
     def _features(self) -> list[str]:
         return [*self.weights, *(f"span.{span}" for span in self.pooling)]

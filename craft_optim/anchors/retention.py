@@ -24,6 +24,7 @@ from .forwards import AnchorForward, FrozenMismatchError, Outcome
 from .images import decode
 from .passes import Forward, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
 from .sampling import AnchorSampler, mixed_seed
+from .single import single_anchors
 from .structure import flatten
 
 __all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "CachedRetention"]
@@ -339,6 +340,33 @@ class CachedRetention(AnchorRetention):
         drift: float = self._drift(source, batch_size)
         return drift
 
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
+    def _of_each(self, indices: Sequence[int], number: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """The terms of each of these anchors alone, by one forward without gradients.
+
+        Args:
+            indices: Of the cache; at least one.
+            number: Which batch this is: as in `drift`, what the forward draws depends on it.
+
+        Returns:
+            Name -> values, float64 `[anchors]`, and numbers of positions in these means, int64 `[anchors]`, on the CPU;
+            (0, 0) for a mean over none.
+        """
+        seed, first = mixed_seed(self.seed, number), self._run is None
+        with torch.no_grad():
+            batch = self._read(self.cache, indices, seed)
+            with self._pass(seed):
+                outcome = self._outcome(batch)
+                if first:
+                    self._compare(outcome, batch)  # of the whole: another model is refused in its own words
+                joined = {key.removeprefix("features.") for key in self.cache._joined}
+                parts = single_anchors(outcome, batch, joined, self.cache.features.batch_dim)
+                terms = [self._compare(*part) for part in parts]
+        return {
+            name: (torch.stack([x[name][0] for x in terms]).cpu().double(), torch.tensor([x[name][1] for x in terms]))
+            for name in terms[0]
+        }
+
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         return self._compare(self._outcome(batch), batch)
 
@@ -383,7 +411,12 @@ class CachedRetention(AnchorRetention):
     def _cause(self, batch: AnchorBatch) -> str:
         built_by = self.cache.fingerprint
         if built_by is not None and (why := compare_fingerprints(built_by, fingerprint(self.model))):
-            return f"Cause: {why}. Load the weights that the cache was built with, or build it with these."
+            moving = any(getattr(module, "track_running_stats", False) for module in self.model.modules())
+            return (
+                f"Cause: {why}. Load the weights that the cache was built with, or build it with these."
+                + " If batches have passed in training mode since, they have moved the statistics of its norms: call "
+                "the closure once before the first of them, then set `strict` to False." * moving
+            )
         with torch.no_grad():
             values = []
             for number in (0, 1):

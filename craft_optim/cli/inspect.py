@@ -8,7 +8,8 @@ from craft_optim.anchors.passes import Forward
 from craft_optim.cli.options import AddCommand, add_model, device_of, require_one_model, whole
 from craft_optim.cli.output import print_table
 from craft_optim.cli.sources import factory_source, load_policy, policy_forward, tokenizer_of
-from craft_optim.inspection import Drift, bytes_in_words, drifts, facts, lengths, spread, tensors, verdict
+from craft_optim.evaluation.drift import Drift, drifts, verdict
+from craft_optim.inspection import bytes_in_words, facts, lengths, spread, tensors
 
 __all__ = ["add"]
 

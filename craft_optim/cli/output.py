@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-__all__ = ["print_code", "print_table"]
+__all__ = ["print_code", "print_grid", "print_table"]
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -26,6 +26,32 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
             return
     width = max(len(label) for label, _ in rows)
     print(f"\n{title}", *(f"  {label:{width}}  {text}" for label, text in rows), sep="\n")
+
+
+def print_grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a header; all columns but the first are flush right. With rich on a terminal, else plain."""
+    if sys.stdout.isatty():
+        try:
+            from rich.box import SIMPLE_HEAD
+            from rich.console import Console
+            from rich.table import Table
+            from rich.text import Text
+        except ImportError:
+            pass
+        else:
+            table = Table(title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+            for place, name in enumerate(header):
+                table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*map(Text, row))
+            print()
+            Console().print(table)
+            return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    print(f"\n{title}")
+    for row in (header, *rows):
+        cells = [f"{x:>{width}}" if i else f"{x:{width}}" for i, (x, width) in enumerate(zip(row, widths, strict=True))]
+        print(f"  {'  '.join(cells)}".rstrip())
 
 
 def print_code(code: str) -> None:

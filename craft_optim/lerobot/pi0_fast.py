@@ -26,6 +26,7 @@ __all__ = [
     "action_mask",
     "anchor_inputs",
     "generated_actions",
+    "last_hidden",
     "prefix_inputs",
     "prefix_spans",
     "run_prefix",
@@ -77,7 +78,7 @@ def action_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             f"Found keys {sorted(batch)}."
         )
     policy, actions = policy_of(model), batch[ACTION_TOKENS]
-    hidden = _run(policy, batch, actions, batch[ACTION_MASK])
+    hidden = last_hidden(policy, batch, actions, batch[ACTION_MASK])
     head = policy.model.paligemma_with_expert.paligemma.lm_head
     logits: Tensor = head(hidden[:, -actions.shape[1] : -1])
     return logits
@@ -118,18 +119,28 @@ def generated_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[di
     return {**batch, ACTION_TOKENS: actions, ACTION_MASK: mask}, labels
 
 
-def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Runs images and prompt through the decoder, for hidden-state anchors; needs no action tokens.
 
     Action tokens are never attended to by the prefix, so its hidden states are those of the full training forward.
     """
-    _run(policy_of(model), batch, None, None)
+    return last_hidden(policy_of(model), batch, None, None)
 
 
-def _run(policy: Any, batch: Mapping[str, Tensor], actions: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Images, prompt and, if given, action tokens through the decoder; returns its normalised last hidden states."""
+def last_hidden(policy: Any, batch: Mapping[str, Tensor], suffix: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Images, prompt and, if given, the tokens after it through the decoder, which attends to these causally.
+
+    Args:
+        policy: The `PI0FastPolicy` itself.
+        batch: A preprocessed batch.
+        suffix: Token ids, `[B, T]`: of actions in training, of any text elsewhere.
+        mask: Which of them are no padding: bool `[B, T]`.
+
+    Returns:
+        The normalised last hidden states of all positions.
+    """
     images, present = policy._preprocess_images(batch)
     embeddings, valid, attention, _, _ = policy.model.embed_prefix_fast(
-        images, present, batch[TOKENS], batch[TOKENS_MASK], actions, mask
+        images, present, batch[TOKENS], batch[TOKENS_MASK], suffix, mask
     )
     return run_paligemma(policy, embeddings, valid, attention)

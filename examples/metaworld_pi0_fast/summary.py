@@ -10,7 +10,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
+
+from craft_optim.evaluation.statistics import wilson
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,6 @@ class Outcome:
     ms_per_step: float | None
 
 
-def wilson(successes: Sequence[bool]) -> tuple[float, float]:
-    """The 95 % Wilson interval of a success rate."""
-    interval = binomtest(sum(successes), len(successes)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def summarise(outcomes: Iterable[Outcome], epsilon: float) -> dict[str, Any]:
     """Means over seeds per method; success rates with the Wilson interval over all rollouts of all seeds.
 
@@ -63,7 +58,7 @@ def summarise(outcomes: Iterable[Outcome], epsilon: float) -> dict[str, Any]:
             found = [list(s) for s in (getattr(run, task) for run in runs) if s is not None]
             pooled = [success for s in found for success in s]
             row[task] = fmean(pooled) if pooled else None
-            row[f"{task}_interval"] = wilson(pooled) if pooled else None
+            row[f"{task}_interval"] = wilson(sum(pooled), len(pooled)) if pooled else None
             row[f"{task}_per_seed"] = [fmean(s) for s in found]
         for value in ("old_ce", "new_ce", "drift_anchor", "drift_heldout"):
             row[value] = fmean(getattr(run, value) for run in runs)

@@ -360,6 +360,19 @@ def test_other_weights_are_named(kind: str, classifier: nn.Module, cache: Anchor
     retention()
 
 
+def test_batch_statistics_that_have_moved_are_named(noisy: Any, points: Tensor, tmp_path: Path) -> None:
+    """A training loop runs the model before the first pass; the remedy that the message has is one."""
+    cache = build(noisy, [points], tmp_path / "noisy")
+    retention = LogitRetention(noisy, cache)
+    retention()
+    for _ in range(20):
+        noisy.train()(points * 5 + 9)
+    with pytest.raises(AnchorMismatchError, match=r"statistics of its norms: .* set `strict` to False"):
+        LogitRetention(noisy, cache)()
+    retention.strict = False
+    assert retention() > 0.0
+
+
 def test_a_fine_tuned_checkpoint_may_continue(classifier: nn.Module, cache: AnchorCache) -> None:
     disturb(classifier)
     retention = LogitRetention(classifier, cache)

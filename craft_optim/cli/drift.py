@@ -1,0 +1,317 @@
+"""craft-optim drift: how far checkpoints have moved from their teacher, in its logits, hidden states and actions."""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from craft_optim.anchors import AnchorCache
+from craft_optim.anchors.cache import MANIFEST
+from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
+from craft_optim.anchors.passes import Forward
+from craft_optim.cli.build_anchors import add_frames, check_build, source_of
+from craft_optim.cli.options import AddCommand, UsageError, device_of, layer, whole
+from craft_optim.cli.output import print_grid
+from craft_optim.cli.sources import factory_source, load_policy, policy_forward
+from craft_optim.evaluation.actions import action_drift, predicted_actions
+from craft_optim.evaluation.checkpoints import Checkpoint, layer_name, record, short_names
+from craft_optim.evaluation.drift import QUANTILES, Drift, drifts, spread_over
+from craft_optim.evaluation.plots import draw_checkpoints, require_matplotlib
+from craft_optim.inspection import retention_kinds, spread
+
+__all__ = ["add"]
+
+_EXAMPLES = """\
+On a cache of craft-optim build-anchors; several checkpoints give a row each:
+
+  craft-optim drift anchors/ --policy.path=outputs/train/checkpoints/last/pretrained_model --epsilon=0.05
+  craft-optim drift anchors/ --policy.path outputs/train/checkpoints/0*/pretrained_model --plot=drift.png --json=d.json
+  craft-optim drift anchors/ --factory=my_script.py:finetuned
+
+Against the teacher itself; then actions are compared, too, those that both would take on the same frames with the same
+noise. With a dataset instead of a cache, the teacher's is built, in a temporary folder or in --cache=FOLDER:
+
+  craft-optim drift anchors/ --teacher.path=lerobot/pi0fast-base --policy.path=outputs/.../pretrained_model
+  craft-optim drift --teacher.path=lerobot/pi0fast-base --policy.path=outputs/.../pretrained_model \\
+      --dataset.repo_id=you/old_task --count=256 --cache=anchors/
+
+All models see what the teacher's preprocessor has made of the frames: a fine-tuned checkpoint's own has the statistics
+of the data that it was fine-tuned on. Actions are in normalised units, as they leave the policies.
+
+What the columns mean: "mean" is over all valid positions of all anchors together; it is what a training holds at
+epsilon, and what drift() of the retention returns. "per anchor" counts every anchor once, and quantiles, "> epsilon"
+(the share of anchors above it) and "worst" (places in the cache) are of the anchors' own means.
+"""
+_FRAMES = {  # what only goes with a dataset: name -> option
+    "repo_id": "--dataset.repo_id",
+    "root": "--dataset.root",
+    "episodes": "--dataset.episodes",
+    "rename_map": "--rename-map",
+    "prompts": "--prompts",
+    "workers": "--workers",
+    "keep": "--keep",
+    "layers": "--layers",
+    "top_k": "--top-k",
+    "kept": "--cache",
+}
+
+
+def add(command: AddCommand) -> None:
+    """The command and its options."""
+    add = command("drift", _drift, "Measure how far checkpoints have moved from their teacher.", _EXAMPLES).add_argument
+    add("cache", nargs="?", metavar="CACHE", help="folder of a cache; comes first")
+    paths = "lerobot policies: folders or hub ids, several with spaces or commas between"
+    add("--policy.path", dest="policies", nargs="+", metavar="PATH", help=paths)
+    add(
+        "--factory", dest="factories", nargs="+", metavar="FILE:FUNCTION", help="functions that return (model, batches)"
+    )
+    add("--teacher.path", dest="teacher", metavar="PATH", help="the policy before: its actions are compared, too")
+    add("--device", default="auto", help="where models run (default: auto: CUDA if there is, else the CPU)")
+    epsilon = "what is allowed: a number, or KIND=number for logits, hidden, tokens, actions"
+    add("--epsilon", nargs="+", metavar="[KIND=]X", help=epsilon)
+    add("--worst", type=whole, default=5, metavar="N", help="name the N anchors that moved most (default: 5)")
+    add("--no-actions", action="store_true", help="do not compare actions")
+    add("--seed", type=int, default=0, help="of the noise that policies draw for actions (default: 0)")
+    add(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="everything as JSON: to FILE, or in the place of the tables",
+    )
+    add("--plot", metavar="FILE", help="draw drift over checkpoints against epsilon; needs matplotlib")
+    add_frames(add)
+    add("--keep", choices=["logits", "tokens", "prefix", "actions"], help="of a dataset: what to compare")
+    add("--layers", nargs="+", type=layer, metavar="L", help="of a dataset, with --keep=prefix: numbers or names")
+    add("--top-k", type=whole, metavar="K", help="of a dataset: compare the K likeliest classes instead of all")
+    add("--cache", dest="kept", metavar="FOLDER", help="of a dataset: keep the teacher's cache there")
+
+
+def _drift(args: argparse.Namespace) -> None:
+    models = _check(args)
+    epsilon = _epsilons(args.epsilon or [])
+    device = device_of(args.device)
+    with redirect_stdout(sys.stderr) if args.json == "-" else nullcontext(), _opened(args, device) as (cache, teacher):
+        epsilon = _resolved(epsilon, cache, bool(args.teacher) and not args.no_actions)
+        places = spread(len(cache), args.count if args.cache and args.count else len(cache))
+        acting = {"batch_size": args.batch_size or 16, "seed": args.seed, "progress": None}
+        expected = None
+        if teacher and not args.no_actions:
+            expected = predicted_actions(teacher.pop(), cache, places, title="the teacher", **acting)
+        teacher.clear()
+        _free()
+        found = []
+        for path, name in zip(models, short_names(models), strict=True):
+            model, forward = _loaded(args, path, device, cache)
+            found.append(_measured(model, forward, path, name, cache, places, expected, acting))
+            del model, forward
+            _free()
+        about = {
+            "cache": None if args.kept is None and args.cache is None else str(cache.path),
+            "teacher": args.teacher or cache.model_id,
+            "anchors": len(places),
+            "places": places,
+            "epsilon": epsilon,
+            "checkpoints": record(found, places, epsilon, args.worst),
+        }
+    if args.json != "-":
+        _print(found, places, epsilon, args.worst, len(cache))
+    if args.json:
+        text = json.dumps(about, indent=1, allow_nan=False)
+        if args.json == "-":
+            print(text)
+        else:
+            Path(args.json).write_text(f"{text}\n", encoding="utf-8")
+            print(f"\nJSON: {args.json}")
+    if args.plot:
+        draw_checkpoints(found, epsilon, args.plot)
+        print(f"\nPlot: {args.plot}", file=sys.stderr if args.json == "-" else sys.stdout)
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    """The models to measure; refuses what does not go together before anything is loaded."""
+    if bool(args.policies) == bool(args.factories):
+        raise UsageError("which models? Pass --policy.path, or --factory for models that are not lerobot's")
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and file != "-" and not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
+    if args.plot:
+        require_matplotlib()
+    models = args.factories or [part for path in args.policies for part in _split(path)]
+    frames = {name: option for name, option in _FRAMES.items() if getattr(args, name) is not None}
+    if args.factories and args.teacher:
+        raise UsageError("--teacher.path goes with --policy.path: the teacher of --factory is in the cache")
+    if args.cache:
+        if frames:
+            raise UsageError(f"{next(iter(frames.values()))} goes with a dataset, not with the cache {args.cache}")
+        if not (Path(args.cache) / MANIFEST).is_file():
+            AnchorCache.open(args.cache)  # says what is wrong with it
+    elif not (args.teacher and {"repo_id", "root", "prompts"} & frames.keys()):
+        raise UsageError(
+            "there is nothing to compare with: pass the folder of a cache before the options, or --teacher.path and "
+            "--dataset.repo_id or --dataset.root"
+        )
+    else:
+        check_build(_of_teacher(args))
+    return models
+
+
+def _split(path: str) -> list[str]:
+    return [path] if Path(path).exists() else [part for part in path.split(",") if part]
+
+
+def _of_teacher(args: argparse.Namespace) -> argparse.Namespace:
+    """The options as build-anchors takes them."""
+    return argparse.Namespace(**{**vars(args), "policy": args.teacher, "factory": None, "tokens": None})
+
+
+def _epsilons(given: Sequence[str]) -> dict[str, float]:
+    """Kind -> epsilon; "" for one that is given without a kind."""
+    found: dict[str, float] = {}
+    for text in given:
+        kind, _, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = 0.0
+        if not 0.0 < value < float("inf") or kind not in ("", "logits", "hidden", "tokens", "actions") or kind in found:
+            raise UsageError(
+                "--epsilon must be a number > 0, or KIND=number once for each of logits, hidden, tokens, actions. "
+                f"Found {' '.join(given)!r}"
+            )
+        found[kind] = value
+    return found
+
+
+def _resolved(given: Mapping[str, float], cache: AnchorCache, actions: bool) -> dict[str, float]:
+    """Each epsilon by its kind."""
+    kinds, found = list(retention_kinds(cache)), dict(given)
+    if "" in found:
+        if len(kinds) > 1 or kinds[0] in found:
+            raise UsageError(
+                f"--epsilon={found['']:g} is of which kind? {cache.path} holds {' and '.join(kinds)}, whose units "
+                f"differ: pass --epsilon {' '.join(f'{kind}=X' for kind in kinds)}"
+            )
+        found[kinds[0]] = found.pop("")
+    if unknown := sorted(found.keys() - {*kinds, *(["actions"] if actions else [])}):
+        measured = " and ".join([*kinds, *(["actions"] if actions else [])])
+        raise UsageError(f"--epsilon {unknown[0]}=X: here {measured} are measured")
+    return found
+
+
+@contextmanager
+def _opened(args: argparse.Namespace, device: str) -> Iterator[tuple[AnchorCache, list[nn.Module]]]:
+    """The cache and, in a list that lets go of it, the teacher, if it is needed."""
+    if args.cache:
+        cache = AnchorCache.open(args.cache)
+        teacher = [load_policy(args.teacher, device)] if args.teacher and not args.no_actions else []
+        if teacher and cache.fingerprint and (why := compare_fingerprints(cache.fingerprint, fingerprint(teacher[0]))):
+            raise ValueError(
+                f"--teacher.path={args.teacher} is not the model that {cache.path} was built from: {why}. Pass that "
+                "one, or leave --teacher.path out to compare with the cache alone."
+            )
+        yield cache, teacher
+        return
+    with tempfile.TemporaryDirectory(prefix="craft-drift-") as folder:
+        source = source_of(_of_teacher(args))
+        settings = {name: value for name in ("layers", "top_k") if (value := getattr(args, name)) is not None}
+        cache = source.build(args.kept or folder, **settings)
+        teacher = [source.model]
+        del source
+        yield cache, teacher
+
+
+def _loaded(args: argparse.Namespace, path: str, device: str, cache: AnchorCache) -> tuple[Any, Forward | None]:
+    if args.policies:
+        policy = load_policy(path, device)
+        return policy, policy_forward(policy, cache)
+    source = factory_source(path, None if args.device == "auto" else device)
+    return source.model.eval(), source.forward
+
+
+def _measured(
+    model: Any,
+    forward: Forward | None,
+    path: str,
+    name: str,
+    cache: AnchorCache,
+    places: list[int],
+    expected: Tensor | None,
+    acting: dict[str, Any],
+) -> Checkpoint:
+    size = acting["batch_size"]
+    measured = drifts(model, cache, places, forward=forward, batch_size=size, progress=None, title=name)
+    if expected is None:
+        return Checkpoint(path, name, measured)
+    actions = predicted_actions(model, cache, places, title=name, **acting)
+    return Checkpoint(path, name, measured, action_drift(expected, actions))
+
+
+def _free() -> None:
+    """Gives back the memory of a model that is no longer named; closures and their model form cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _print(
+    found: Sequence[Checkpoint], places: Sequence[int], epsilon: Mapping[str, float], worst: int, total: int
+) -> None:
+    print(f"Drift on {len(places)} of {total} anchors. mean: over all valid positions; the others: of single anchors")
+
+    def numbers(value: float, each: Sequence[float], threshold: float | None) -> list[str]:
+        spread = spread_over(each, places, threshold, worst)
+        over = [] if spread.over is None else [f"{spread.over:.0%}"]
+        anchors = " ".join(str(place) for place, _ in spread.worst)
+        return [*map(_short, (value, spread.anchor_mean, *spread.quantiles.values())), *over, anchors]
+
+    def header(first: str, threshold: float | None) -> list[str]:
+        over = [] if threshold is None else [f"> {threshold:g}"]
+        return [first, "mean", "per anchor", *QUANTILES, *over, "worst"]
+
+    for number, drift in enumerate(found[0].drifts):
+        threshold = epsilon.get(drift.kind)
+        of_all = [checkpoint.drifts[number] for checkpoint in found]
+        rows = [[c.name, *numbers(d.value, d.each, threshold)] for c, d in zip(found, of_all, strict=True)]
+        print_grid(f"{drift.kind}: {drift.unit}", header("checkpoint", threshold), rows)
+        if drift.layers and len(found) == 1:
+            rows = [[layer_name(p.layer, p.span), *numbers(p.value, p.each, threshold)] for p in drift.layers]
+            print_grid(f"{drift.kind} by layer", header("layer", threshold), rows)
+        elif drift.layers:
+            print_grid(f"{drift.kind} by layer: means", ["checkpoint", *_layers(drift)], _by_layer(found, of_all))
+    acted = [(checkpoint.name, checkpoint.actions) for checkpoint in found if checkpoint.actions is not None]
+    if acted:
+        threshold = epsilon.get("actions")
+        columns = header("checkpoint", threshold)
+        columns[1:3] = ["mean", "rms"]
+        rows = []
+        for name, apart in acted:
+            row = [name, *numbers(apart.mean_abs, apart.each, threshold)]
+            row[2] = _short(apart.rms)
+            rows.append(row)
+        print_grid("actions: |difference| to the teacher's, normalised units", columns, rows)
+        dimensions = [str(i) for i in range(len(acted[0][1].rms_per_dimension))]
+        rows = [[name, *map(_short, apart.mean_abs_per_dimension)] for name, apart in acted]
+        print_grid("actions by dimension: mean |difference|", ["checkpoint", *dimensions], rows)
+        rows = [[name, *map(_short, apart.rms_per_dimension)] for name, apart in acted]
+        print_grid("actions by dimension: rms", ["checkpoint", *dimensions], rows)
+
+
+def _layers(drift: Drift) -> list[str]:
+    return [layer_name(part.layer, part.span) for part in drift.layers]
+
+
+def _by_layer(found: Sequence[Checkpoint], of_all: Sequence[Drift]) -> list[list[str]]:
+    return [[c.name, *(_short(p.value) for p in d.layers)] for c, d in zip(found, of_all, strict=True)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

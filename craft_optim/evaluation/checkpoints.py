@@ -1,0 +1,107 @@
+"""Drift of several checkpoints side by side: their names, and everything about them as JSON."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+from craft_optim.evaluation.actions import ActionDrift
+from craft_optim.evaluation.drift import Drift, spread_over
+
+__all__ = ["Checkpoint", "layer_name", "record", "short_names"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was measured of one model.
+
+    Attributes:
+        path: Where it came from.
+        name: A short name for tables.
+        drifts: By kind.
+        actions: Against its teacher's; None if they were not compared.
+    """
+
+    path: str
+    name: str
+    drifts: Sequence[Drift]
+    actions: ActionDrift | None = None
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """What tells paths apart: without the folders at their beginnings and ends that all of them share.
+
+    Example:
+        >>> short_names(["out/checkpoints/000100/pretrained_model", "out/checkpoints/000200/pretrained_model"])
+        ['000100', '000200']
+    """
+    parts = [PurePath(path).parts for path in paths]
+    if len(set(parts)) < 2:
+        return list(paths)
+    begin, end = _shared(parts), _shared([part[::-1] for part in parts])
+    cut = [part[begin : len(part) - end] for part in parts]
+    return ["/".join(part) for part in cut] if all(cut) else list(paths)
+
+
+def _shared(parts: Sequence[tuple[str, ...]]) -> int:
+    """How many folders at the beginning are the same."""
+    alike = (len(set(folders)) == 1 for folders in zip(*parts, strict=False))
+    return next((count for count, same in enumerate(alike) if not same), min(map(len, parts)))
+
+
+def layer_name(layer: int | str, span: str) -> str:
+    """What a layer and a span are called for people: "layer 4, image"."""
+    return f"{f'layer {layer}' if isinstance(layer, int) else layer}, {span}"
+
+
+def record(
+    checkpoints: Sequence[Checkpoint], places: Sequence[int], epsilon: Mapping[str, float], worst: int = 5
+) -> list[dict[str, Any]]:
+    """Everything that was measured, in the types of JSON; numbers that are not finite are None.
+
+    Args:
+        checkpoints: All measured on the same anchors.
+        places: The anchors' places in the cache.
+        epsilon: Kind, or "actions", -> threshold.
+        worst: How many of the worst anchors to name.
+    """
+
+    def numbers(value: float | None, each: Sequence[float], kind: str) -> dict[str, Any]:
+        spread = spread_over(each, places, epsilon.get(kind), worst)
+        return {
+            **({} if value is None else {"mean": value}),
+            "anchor_mean": spread.anchor_mean,
+            "quantiles": spread.quantiles,
+            "epsilon": epsilon.get(kind),
+            "share_over_epsilon": spread.over,
+            "worst": [{"anchor": place, "drift": drift} for place, drift in spread.worst],
+            "each": list(each),
+        }
+
+    rows = []
+    for checkpoint in checkpoints:
+        row: dict[str, Any] = {"path": checkpoint.path, "name": checkpoint.name, "drift": {}}
+        for drift in checkpoint.drifts:
+            about = {"unit": drift.unit, "tolerance": drift.tolerance, **numbers(drift.value, drift.each, drift.kind)}
+            if drift.layers:
+                about["layers"] = [
+                    {"layer": part.layer, "span": part.span, "pooling": part.pooling}
+                    | numbers(part.value, part.each, drift.kind)
+                    for part in drift.layers
+                ]
+            row["drift"][drift.kind] = about
+        if checkpoint.actions is not None:
+            apart = asdict(checkpoint.actions)
+            row["actions"] = apart | numbers(None, checkpoint.actions.each, "actions")
+        rows.append(row)
+    found: list[dict[str, Any]] = _finite(rows)
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    return [_finite(x) for x in value] if isinstance(value, list) else value

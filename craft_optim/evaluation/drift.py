@@ -1,0 +1,226 @@
+"""How far a model has drifted from what its teacher said about anchors: on the whole, per layer, and of each anchor."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from craft_optim.anchors import AnchorCache
+from craft_optim.anchors.build import _bar
+from craft_optim.anchors.cache import tap_key
+from craft_optim.anchors.combined import SharedPass
+from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
+from craft_optim.anchors.passes import Forward
+from craft_optim.anchors.retention import CachedRetention
+from craft_optim.inspection import retention_kinds
+
+__all__ = ["QUANTILES", "Drift", "LayerDrift", "Spread", "drifts", "spread_over", "verdict"]
+
+QUANTILES = {"5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """Drift of the hidden states of one layer, over one span of positions.
+
+    Attributes:
+        layer: Its number or the module's name, as in the cache.
+        span: Name of the span.
+        pooling: What became of the span's positions.
+        value: Mean over all vectors that are compared: one per anchor where they are pooled.
+        each: The same of each anchor, in their order.
+    """
+
+    layer: int | str
+    span: str
+    pooling: str
+    value: float
+    each: list[float]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a model is from a cache, by one of the retention closures.
+
+    Attributes:
+        kind: "logits", "hidden" or "tokens".
+        unit: Of all numbers here, in words.
+        value: Mean over the valid positions of all anchors measured, a long anchor counting more than a short one: what
+            the closure's `drift()` returns, and what a training holds at epsilon. Of hidden states the mean over layers
+            and spans, each of which is such a mean.
+        each: The same of each anchor alone, in their order.
+        tolerance: What counts as rounding; None if the teacher itself is not at 0.
+        layers: Of hidden states, each layer and span by itself.
+    """
+
+    kind: str
+    unit: str
+    value: float
+    each: list[float]
+    tolerance: float | None
+    layers: tuple[LayerDrift, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How numbers of single anchors are spread, every anchor counting once.
+
+    Attributes:
+        anchor_mean: Their mean.
+        quantiles: Name as in `QUANTILES` -> value, interpolated linearly between neighbours.
+        over: Share of anchors whose number is above the threshold, or is none (NaN); None without a threshold.
+        worst: Anchors with the largest numbers, the largest first: (its place in the cache, its number).
+    """
+
+    anchor_mean: float
+    quantiles: dict[str, float]
+    over: float | None
+    worst: list[tuple[int, float]]
+
+
+def drifts(
+    model: nn.Module,
+    cache: AnchorCache,
+    indices: Sequence[int] | None = None,
+    *,
+    forward: Forward | None = None,
+    batch_size: int = 16,
+    progress: bool | None = False,
+    title: str = "the model",
+) -> list[Drift]:
+    """How far the model is from the cache on these anchors, for each kind that the cache holds.
+
+    Hidden states are compared by "mse", in units of the teacher's variance, or by "cosine" where that is zero.
+
+    Args:
+        model: On its device; its flags are left as they are.
+        cache: Of this model or an earlier state of it.
+        indices: Places of the anchors; at least one. None: all.
+        forward: As in `build`.
+        batch_size: Anchors per forward.
+        progress: Show a bar. None: only on a terminal.
+        title: What the bar calls the model.
+
+    Raises:
+        ValueError: The model does not fit the cache (`AnchorMismatchError`: other shapes than its teacher's), or an
+            anchor has no valid position.
+
+    Cost: one forward without gradients per batch, up to the deepest layer where only hidden states are compared, and
+    the comparison of each anchor. Memory: as for `drift()` of the closures.
+    """
+    places = list(range(len(cache))) if indices is None else list(indices)
+    if not places or batch_size < 1:
+        raise ValueError(f"`indices` and `batch_size` must be at least one. Found {len(places)} and {batch_size}.")
+    varies = all(variance > 0.0 for variance in cache.features.variances.values())
+    members = _closures(model, cache, forward, "mse" if varies else "cosine")
+    shared = SharedPass(members, dict.fromkeys(members, 1.0))
+    batches = []
+    with _bar(progress, title) as (bar, _):
+        for number, start in enumerate(range(0, len(places), batch_size)):
+            batch = places[start : start + batch_size]
+            batches.append(shared._of_each(batch, number))
+            bar(len(batch), len(places))
+    values = {name: torch.cat([batch[name][0] for batch in batches]) for name in batches[0]}
+    weights = {name: torch.cat([batch[name][1] for batch in batches]) for name in batches[0]}
+    for name, counts in weights.items():
+        if empty := [place for place, count in zip(places, counts.tolist(), strict=True) if not count]:
+            raise ValueError(
+                f"No position of the anchors {str(empty[:5])[1:-1]} in {cache.path} is valid ({name}): nothing of them "
+                "can be compared. Leave such anchors out."
+            )
+    units = {
+        "logits": "nats per position (KL)",
+        "hidden": "of the teacher's variance" if varies else "cosine distance",
+        "tokens": "nats per token",
+    }
+    found = []
+    for kind, member in members.items():
+        each = {name.removeprefix(f"{kind}:"): x for name, x in values.items() if name.startswith(f"{kind}:")}
+        means = {name: _mean(x, weights[f"{kind}:{name}"]) for name, x in each.items()}
+        unit, tolerance = units[kind], member._default_tolerance()
+        surprise = kind == "tokens" and all(name != "features.token_logprobs" for name, *_ in cache.tensors())
+        found.append(
+            Drift(
+                kind,
+                f"{unit}, the teacher's own entropy among them" if surprise else unit,
+                float(member._combine(means)),
+                member._combine(each).tolist(),
+                None if surprise else tolerance,
+                _layers(cache, means, each) if kind == "hidden" else (),
+            )
+        )
+    return found
+
+
+def _closures(
+    model: nn.Module, cache: AnchorCache, forward: Forward | None, distance: str
+) -> dict[str, CachedRetention]:
+    autocast = None if cache.features.autocast is None else getattr(torch, cache.features.autocast)
+    settings: dict[str, Any] = {"forward": forward, "autocast": autocast, "workers": 0, "strict": False}
+    own: dict[str, dict[str, Any]] = {"hidden": {"loss": distance}}
+    return {
+        kind: closure(model, cache, 1, **settings, **own.get(kind, {}))
+        for kind, closure in retention_kinds(cache).items()
+    }
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum()
+
+
+def _layers(cache: AnchorCache, means: Mapping[str, Tensor], each: Mapping[str, Tensor]) -> tuple[LayerDrift, ...]:
+    return tuple(
+        LayerDrift(layer, span, pooling, float(means[key]), each[key].tolist())
+        for layer in cache.features.layers
+        for span, pooling in cache.features.pooling.items()
+        for key in [tap_key(layer, span)]
+    )
+
+
+def spread_over(
+    each: Sequence[float], places: Sequence[int] | None = None, threshold: float | None = None, worst: int = 5
+) -> Spread:
+    """How the numbers of single anchors are spread.
+
+    Args:
+        each: One number per anchor; at least one.
+        places: The anchors' places in the cache. None: 0, 1, 2, ...
+        threshold: What to count the anchors above.
+        worst: How many of the worst anchors to name.
+
+    Example:
+        >>> spread = spread_over([0.1, 0.4, 0.2, 0.3], threshold=0.25, worst=1)
+        >>> spread.over, spread.worst, round(spread.quantiles["50%"], 2)
+        (0.5, [(1, 0.4)], 0.25)
+    """
+    numbers = np.asarray(each, dtype=np.float64)
+    places = range(len(numbers)) if places is None else places
+    ranked = sorted(zip(places, numbers.tolist(), strict=True), key=lambda pair: (not math.isnan(pair[1]), -pair[1]))
+    return Spread(
+        float(numbers.mean()),
+        {name: float(np.quantile(numbers, q)) for name, q in QUANTILES.items()},
+        None if threshold is None else float(np.mean(~(numbers <= threshold))),
+        ranked[:worst],
+    )
+
+
+def verdict(cache: AnchorCache, model: nn.Module, measured: Sequence[Drift]) -> tuple[bool, str]:
+    """Whether the model agrees with the cache, and a sentence about it."""
+    why = None if cache.fingerprint is None else compare_fingerprints(cache.fingerprint, fingerprint(model))
+    known = [drift for drift in measured if drift.tolerance is not None]
+    if not known:
+        return False, "The cache does not say how likely the teacher found its tokens: 0 is not to be expected."
+    if all(abs(drift.value) <= drift.tolerance for drift in known if drift.tolerance is not None):
+        return True, f"The cache fits this model: its drift is rounding{f', although {why}' if why else ''}."
+    far = ", ".join(f"{drift.value:.3g} {drift.unit}" for drift in known)
+    if why is not None:
+        return False, f"The model has drifted from the cache by {far}: {why}."
+    same = "not known to be those" if cache.fingerprint is None else "those"
+    return False, (
+        f"The model does not reproduce the cache: {far}. Its weights are {same} of the teacher; compare the "
+        "`forward=`, the mask, the precision and the attention implementation with those of the build."
+    )

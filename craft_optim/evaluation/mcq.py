@@ -1,0 +1,282 @@
+"""Multiple-choice questions by likelihood: does a model find the right choice likelier than every other?
+
+    questions = read_questions("questions.jsonl")
+    before = evaluate(questions, load_scorer("pretrained/"))
+    after = evaluate(questions, load_scorer("fine_tuned/"))
+    print(summarise(after), compare(before, after))
+
+A choice's score is the log-likelihood of its tokens after the question: their sum, or their mean, which does not favour
+short choices. A question is answered rightly if the right choice's score is above all others'. A tie is not right: it
+would be the file's order that decides. A question that could not be scored is not right either: it stays in the
+denominator, and is counted.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal, NamedTuple, Protocol, get_args
+
+from craft_optim.evaluation.questions import Question
+from craft_optim.evaluation.statistics import Interval, mcnemar, mean_interval, paired_difference, wilson
+
+__all__ = [
+    "ChoiceScore",
+    "Comparison",
+    "Measure",
+    "Result",
+    "Score",
+    "Scorer",
+    "Summary",
+    "compare",
+    "evaluate",
+    "summarise",
+]
+
+Score = Literal["normalized", "sum"]
+"""The mean over a choice's tokens, or their sum"""
+
+
+class ChoiceScore(NamedTuple):
+    """How likely a model finds a choice.
+
+    Attributes:
+        log_likelihood: Of its tokens after the question, their sum, in nats; <= 0.
+        tokens: How many they are; >= 1.
+    """
+
+    log_likelihood: float
+    tokens: int
+
+    def by(self, score: Score) -> float:
+        """The sum, or the mean over the tokens."""
+        return self.log_likelihood if score == "sum" else self.log_likelihood / self.tokens
+
+
+class Scorer(Protocol):
+    """Scores the choices of a question: a model with its tokenizer and its template, or any function."""
+
+    def __call__(self, question: Question) -> Sequence[ChoiceScore]:
+        """One score for each choice, in their order; a ValueError says why the question cannot be scored."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a question.
+
+    Attributes:
+        question: The question.
+        scores: Of its choices; none if it could not be scored.
+        failure: Why it could not; None if it could.
+    """
+
+    question: Question
+    scores: tuple[ChoiceScore, ...] = ()
+    failure: str | None = None
+
+    def margin(self, score: Score) -> float | None:
+        """The right choice's score minus the best wrong one's, in nats (per token); None if there are none."""
+        if self.failure is not None:
+            return None
+        by_place = [choice.by(score) for choice in self.scores]
+        right = by_place.pop(self.question.answer)
+        return right - max(by_place)
+
+    def is_right(self, score: Score) -> bool:
+        """Whether the right choice is above all others."""
+        margin = self.margin(score)
+        return margin is not None and margin > 0.0
+
+
+def evaluate(questions: Iterable[Question], scorer: Scorer) -> list[Result]:
+    """Scores all questions. One that cannot be scored is a result, too: with the reason why.
+
+    Args:
+        questions: Any iterable: a progress bar around a list is one.
+        scorer: Of one model. Its ValueErrors (a missing picture, a question too long, ...) and scores that are not
+            finite are failures of the question; other errors are raised.
+
+    Returns:
+        A result for each question, in their order.
+
+    Raises:
+        ValueError: The scorer returns what cannot be scores at all.
+
+    Example:
+        >>> question = Question("2 + 2 =", ("4", "5"), answer=0)
+        >>> (result,) = evaluate([question], lambda q: [ChoiceScore(-0.1, 1), ChoiceScore(-3.1, 1)])
+        >>> result.is_right("sum"), result.margin("sum")
+        (True, 3.0)
+    """
+    return [_result(question, scorer) for question in questions]
+
+
+def _result(question: Question, scorer: Scorer) -> Result:
+    try:
+        scores = tuple(scorer(question))
+    except ValueError as error:
+        return Result(question, failure=str(error))
+    if len(scores) != len(question.choices):
+        raise ValueError(
+            f"The scorer must return a score for each of {len(question.choices)} choices. Found {len(scores)}."
+        )
+    for choice, score in zip(question.choices, scores, strict=True):
+        if score.tokens < 1 or score.log_likelihood > 0.0:
+            raise ValueError(
+                f"A score must have a log-likelihood <= 0 and at least one token. Found {score} for {choice!r}: a loss "
+                "needs a minus sign."
+            )
+        if not math.isfinite(score.log_likelihood):
+            return Result(question, failure=f"The log-likelihood of {choice!r} is {score.log_likelihood}.")
+    return Result(question, scores)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one kind of score says about a model. Intervals are those of 95 %.
+
+    Attributes:
+        right: Questions answered rightly.
+        accuracy: Their share of all questions, those that failed included.
+        accuracy_interval: Wilson's.
+        accuracy_answered: Their share of the questions that did not fail; None if all did.
+        ties: Questions on which the right choice and the best wrong one have the same score.
+        margin: Mean over the questions that did not fail, in nats (per token); None if all did.
+        margin_interval: Student's; None for fewer than two.
+    """
+
+    right: int
+    accuracy: float
+    accuracy_interval: Interval
+    accuracy_answered: float | None
+    ties: int
+    margin: float | None
+    margin_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model knows.
+
+    Attributes:
+        questions: How many there are.
+        failed: How many of them could not be scored.
+        chance: The accuracy that guessing would have.
+        normalized: By the mean over a choice's tokens.
+        sum: By their sum.
+    """
+
+    questions: int
+    failed: int
+    chance: float
+    normalized: Measure
+    sum: Measure
+
+    def by(self, score: Score) -> Measure:
+        """What this kind of score says."""
+        return self.sum if score == "sum" else self.normalized
+
+
+def summarise(results: Sequence[Result]) -> Summary:
+    """Accuracy and margin, with their intervals.
+
+    Args:
+        results: From `evaluate`; at least one.
+
+    Raises:
+        ValueError: There are none.
+        ImportError: scipy is not installed.
+    """
+    if not results:
+        raise ValueError("`results` must have at least one question. Found none.")
+    return Summary(
+        questions=len(results),
+        failed=sum(result.failure is not None for result in results),
+        chance=fmean(1.0 / len(result.question.choices) for result in results),
+        normalized=_measure(results, "normalized"),
+        sum=_measure(results, "sum"),
+    )
+
+
+def _measure(results: Sequence[Result], score: Score) -> Measure:
+    margins = [margin for result in results if (margin := result.margin(score)) is not None]
+    right = sum(result.is_right(score) for result in results)
+    return Measure(
+        right=right,
+        accuracy=right / len(results),
+        accuracy_interval=wilson(right, len(results)),
+        accuracy_answered=right / len(margins) if margins else None,
+        ties=sum(margin == 0.0 for margin in margins),
+        margin=fmean(margins) if margins else None,
+        margin_interval=mean_interval(margins),
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same questions, the second against the first. Intervals are those of 95 %.
+
+    Attributes:
+        both: Questions that both answer rightly.
+        lost: Only the first does.
+        won: Only the second does.
+        neither: None does.
+        failed_in_one: Questions that only one of them could not score; it counts as not right.
+        accuracy: The second's minus the first's, over all questions.
+        accuracy_interval: Newcombe's for pairs.
+        p_value: McNemar's test, exact, two-sided: of `lost` against `won`.
+        margin: Mean difference of the margins where both could score, in nats (per token); None if they could nowhere.
+        margin_interval: Student's, of the differences; None for fewer than two.
+    """
+
+    both: int
+    lost: int
+    won: int
+    neither: int
+    failed_in_one: int
+    accuracy: float
+    accuracy_interval: Interval
+    p_value: float
+    margin: float | None
+    margin_interval: Interval | None
+
+
+def compare(first: Sequence[Result], second: Sequence[Result], score: Score = "normalized") -> Comparison:
+    """What the second model has lost and won against the first.
+
+    Args:
+        first: From `evaluate`: before fine-tuning, say.
+        second: On the same questions in the same order.
+        score: Which scores decide.
+
+    Raises:
+        ValueError: The questions are not the same, there are none, or there is no such score.
+        ImportError: scipy is not installed.
+    """
+    if score not in get_args(Score):
+        raise ValueError(f"`score` must be one of {get_args(Score)}. Found {score!r}.")
+    if not first or [result.question for result in first] != [result.question for result in second]:
+        raise ValueError(
+            f"Both models must have been given the same questions, in the same order, at least one. Found {len(first)} "
+            f"and {len(second)} results{', of other questions' if len(first) == len(second) > 0 else ''}."
+        )
+    pairs = list(zip(first, second, strict=True))
+    right = [(a.is_right(score), b.is_right(score)) for a, b in pairs]
+    both, lost, won, neither = (
+        right.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))
+    )
+    margins = [(a.margin(score), b.margin(score)) for a, b in pairs]
+    changes = [b - a for a, b in margins if a is not None and b is not None]
+    return Comparison(
+        both=both,
+        lost=lost,
+        won=won,
+        neither=neither,
+        failed_in_one=sum((a is None) != (b is None) for a, b in margins),
+        accuracy=(won - lost) / len(pairs),
+        accuracy_interval=paired_difference(both, lost, won, neither),
+        p_value=mcnemar(lost, won),
+        margin=fmean(changes) if changes else None,
+        margin_interval=mean_interval(changes),
+    )

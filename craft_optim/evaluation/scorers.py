@@ -1,0 +1,152 @@
+"""A scorer for a checkpoint, whatever it is: a lerobot policy, a language model, a vision-language model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from craft_optim.evaluation.mcq import Scorer
+
+__all__ = ["load_scorer", "require_checkpoint"]
+
+_ADAPTERS = "adapter_config.json"
+
+
+def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, batch_size: int = 16) -> Scorer:
+    """The scorer of a checkpoint. Its config.json says what it is; code from the checkpoint is not run.
+
+    Args:
+        path: Folder or hub id: a pi0_fast of lerobot; a causal language model, or a vision-language model, of
+            transformers; or adapters of PEFT for one of these.
+        device: Where the model goes.
+        template: As the scorers take it, `LanguageModelScorer`, `VisionLanguageScorer` and
+            `craft_optim.lerobot.answers.PI0FastScorer`. None: the scorer's own.
+        batch_size: At most so many choices in one forward.
+
+    Raises:
+        ValueError: It is none of these, or cannot be loaded.
+        ImportError: lerobot or transformers is not installed.
+    """
+    settings: dict[str, Any] = {"batch_size": batch_size} | ({} if template is None else {"template": template})
+    config = require_checkpoint(path)
+    if "type" in config:
+        return _of_lerobot(path, device, settings)
+    return _of_transformers(path, config, device, settings)
+
+
+def require_checkpoint(path: str) -> dict[str, Any]:
+    """What the config.json of a checkpoint says, or the adapter_config.json of adapters; loads no weights.
+
+    Args:
+        path: Folder or hub id.
+
+    Raises:
+        ValueError: It has none of them, or is a policy without words.
+        ImportError: Neither lerobot nor transformers is installed.
+    """
+    config = _json(path, "config.json") or _json(path, _ADAPTERS)
+    if not config:
+        raise ValueError(f"{path} is no checkpoint: it has neither config.json nor {_ADAPTERS}.")
+    if config.get("type", "pi0_fast") != "pi0_fast":
+        raise ValueError(
+            f"{path} must be a pi0_fast: of lerobot's policies it alone has a head for words. Found {config['type']!r}."
+        )
+    return config
+
+
+def _json(path: str, name: str) -> dict[str, Any] | None:
+    """What a file of a checkpoint says; None if it has no such file."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ImportError(f"{path} needs transformers or lerobot ({error}): pip install transformers.") from error
+    if Path(path).is_dir():
+        file = Path(path) / name
+        if not file.is_file():
+            return None
+    else:
+        try:
+            file = Path(hf_hub_download(path, name))
+        except LocalEntryNotFoundError as error:
+            raise ValueError(f"{path} is no folder, and the hub cannot be reached: {error}") from error
+        except EntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise ValueError(f"{path} is no folder, and no name on the hub: {error}") from error
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): copy it anew.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must be a JSON object. Found {type(found).__name__}.")
+    return found
+
+
+def _of_lerobot(path: str, device: str, settings: dict[str, Any]) -> Scorer:
+    try:
+        from craft_optim.lerobot.answers import PI0FastScorer
+        from craft_optim.lerobot.pretrained import load_policy, load_preprocessor
+    except ImportError as error:
+        raise ImportError(f"{path} is a lerobot policy ({error}): pip install 'craft-optim[lerobot]'.") from error
+    policy = load_policy(path, device)
+    return PI0FastScorer(policy, load_preprocessor(policy, path, device), **settings)
+
+
+def _of_transformers(path: str, config: dict[str, Any], device: str, settings: dict[str, Any]) -> Scorer:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"{path} needs transformers ({error}): pip install 'craft-optim[transformers]'.") from error
+    from craft_optim.evaluation.language_models import LanguageModelScorer, VisionLanguageScorer
+
+    whole = _base_of_adapters(path, config) if "peft_type" in config else path
+    about = transformers.AutoConfig.from_pretrained(whole)
+    # Beside adapters there may be a tokenizer, or none: then it is the model's.
+    words = path if _json(path, "tokenizer_config.json") else whole
+    for kind in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
+        if type(about) in kind._model_mapping:
+            break
+    else:
+        raise ValueError(
+            f"{path} must be a causal language model, a vision-language model or a pi0_fast. Found model_type="
+            f"{about.model_type!r}: for anything else give a function that returns a scorer."
+        )
+    model, loaded = kind.from_pretrained(whole, dtype="auto", output_loading_info=True)
+    if loaded["missing_keys"]:
+        raise ValueError(
+            f"The weights of {whole} lack {len(loaded['missing_keys'])} tensors of {type(model).__name__}, such as "
+            f"{min(loaded['missing_keys'])!r}: transformers would go on with untrained ones."
+        )
+    model = (model if whole == path else _with_adapters(model, path)).to(device).eval()
+    if kind is transformers.AutoModelForCausalLM:
+        return LanguageModelScorer(model, transformers.AutoTokenizer.from_pretrained(words), **settings)
+    return VisionLanguageScorer(model, transformers.AutoProcessor.from_pretrained(words), **settings)
+
+
+def _base_of_adapters(path: str, about: dict[str, Any]) -> str:
+    base = about.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"The adapters in {path} do not say which model they belong to: write its folder or hub id into "
+            f"{_ADAPTERS} as base_model_name_or_path."
+        )
+    return str(base)
+
+
+def _with_adapters(model: Any, path: str) -> Any:
+    """The model itself, with the adapters of a folder or hub id in it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"{path} holds adapters, which need peft ({error}): pip install peft.") from error
+    about = peft.PeftConfig.from_pretrained(path)
+    if about.is_prompt_learning:
+        raise ValueError(
+            f"{path} holds a learned prompt ({about.peft_type.value}): give a function that returns a scorer."
+        )
+    adapted = peft.PeftModel.from_pretrained(model, path, config=about)
+    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    lacking = sorted(own.keys() - peft.load_peft_weights(path, device="cpu").keys())  # of which PEFT only warns
+    if lacking:
+        raise ValueError(f"The adapters in {path} lack {len(lacking)} tensors, such as {lacking[0]!r}: copy them anew.")
+    return adapted.get_base_model()
