@@ -3,6 +3,8 @@
     craft-optim build-anchors anchors/ --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/old_task --count=512
     craft-optim build-anchors anchors/ --factory=my_script.py:anchors
     craft-optim inspect anchors/ --html=anchors.html
+    craft-optim drift anchors/ --policy.path=outputs/checkpoints/last/pretrained_model --epsilon=0.05
+    craft-optim forgetting --stage before=out/eval0 --stage after=out/eval1 --trained after=new_task
 
 The same as `python -m craft_optim.cli`. Exit status: 0, 1 for what went wrong, 2 for wrong arguments.
 """
@@ -12,12 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from craft_optim import __version__
-from craft_optim.cli import build_anchors, convert, inspect
+from craft_optim.cli import build_anchors, convert, drift, eval_mcq, forgetting, inspect, train
 from craft_optim.cli.options import Parser, UsageError
 
 __all__ = ["main"]
 
-_COMMANDS = (build_anchors, inspect, convert)
+_COMMANDS = (build_anchors, inspect, convert, eval_mcq, drift, train, forgetting)
 
 
 def _parser() -> Parser:
@@ -50,12 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: With status 2 for wrong arguments; after --help and --version with 0.
     """
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    args.rest = rest
+    if rest and not getattr(args, "takes_rest", False):
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         args.run(args)
     except UsageError as error:
         args.parser.error(str(error).rstrip("."))
     except KeyboardInterrupt:
+        if args.debug:
+            raise
         print(f"craft-optim {args.command}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:

@@ -1,0 +1,143 @@
+"""Retention for lerobot-train, without a fork:
+
+    lerobot-train --craft.discover_packages_path=craft_optim.lerobot --craft.anchors.repo_id=you/old_task \
+        --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/new_task ...
+
+lerobot imports the package that the first flag names, and with it this module, before it reads its own flags. What its
+training script calls by name (the optimizer's factory, the update, the checkpoint) is replaced there by functions that
+call the original and then `craft_optim.lerobot.run`. Imported without that flag, this module changes nothing.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from craft_optim.lerobot.run import CraftRun
+from craft_optim.lerobot.settings import PREFIX, SettingsError, own_flags, without_flags
+
+__all__ = ["PACKAGE", "REPLACED", "TRAIN_FLAG", "install"]
+
+PACKAGE = "craft_optim.lerobot"
+TRAIN_FLAG = f"{PREFIX}discover_packages_path={PACKAGE}"
+REPLACED = (
+    "load_training_state",
+    "make_optimizer_and_scheduler",
+    "make_pre_post_processors",
+    "save_checkpoint",
+    "submit_to_hf",
+    "update_policy",
+)
+
+
+def install(arguments: Sequence[str]) -> None:
+    """Replaces what lerobot's training script calls. A second time: nothing.
+
+    Args:
+        arguments: The command line, without the program.
+
+    Raises:
+        SystemExit: A setting cannot be, or lerobot's script is not the one that this was written for.
+    """
+    script = _script()
+    if hasattr(script, "craft_run"):
+        return
+    missing = [name for name in REPLACED if not hasattr(script, name)]
+    if missing:
+        import lerobot
+
+        sys.exit(
+            f"craft: lerobot {lerobot.__version__} has no {', '.join(missing)} in {script.__name__}: craft-optim is "
+            "made for lerobot 0.6. Install that, or a newer craft-optim."
+        )
+    with _settings_explained():
+        run = CraftRun(own_flags(arguments))
+    _hide_flags()
+    script.craft_run = run  # type: ignore[attr-defined]
+    for name, replacement in _replacements(run, script).items():
+        setattr(script, name, functools.wraps(getattr(script, name))(replacement))
+
+
+@contextmanager
+def _settings_explained() -> Iterator[None]:
+    """Turns a wrong setting into a message and exit status 2; lerobot would show a traceback."""
+    try:
+        yield
+    except SettingsError as error:
+        print(f"craft: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _script() -> ModuleType:
+    """lerobot's training script: as `python -m` runs it, or as the console script imports it."""
+    main = sys.modules.get("__main__")
+    if main is not None and hasattr(main, "update_policy") and hasattr(main, "make_optimizer_and_scheduler"):
+        return main
+    import lerobot.scripts.lerobot_train
+
+    module: ModuleType = lerobot.scripts.lerobot_train
+    return module
+
+
+def _hide_flags() -> None:
+    """lerobot takes the flag that names a plugin off its command line by this function; ours go with it."""
+    from lerobot.configs import parser
+
+    original = parser.filter_arg
+
+    @functools.wraps(original)
+    def filter_arg(field: str, arguments: Sequence[str] | None = None) -> list[str]:
+        return without_flags(original(field, arguments))
+
+    parser.filter_arg = filter_arg
+
+
+def _replacements(run: CraftRun, script: ModuleType) -> dict[str, Callable[..., Any]]:
+    original = {name: getattr(script, name) for name in REPLACED}
+
+    def make_pre_post_processors(*args: Any, **kwargs: Any) -> Any:
+        return original["make_pre_post_processors"](*args, **run.with_statistics(kwargs))
+
+    def make_optimizer_and_scheduler(cfg: Any, policy: Any) -> Any:
+        base, scheduler = original["make_optimizer_and_scheduler"](cfg, policy)
+        with _settings_explained():
+            return run.wrap(cfg, policy, base), scheduler
+
+    def load_training_state(*args: Any, **kwargs: Any) -> Any:
+        loaded = original["load_training_state"](*args, **kwargs)
+        run.restore()
+        return loaded
+
+    def update_policy(train_metrics: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
+        if run.retention is None:
+            with _settings_explained():
+                run.begin(policy, kwargs.get("accelerator") or args[3])
+        updated = original["update_policy"](train_metrics, policy, *args, **kwargs)
+        run.report(train_metrics)
+        return updated
+
+    def save_checkpoint(checkpoint_dir: Path, *args: Any, **kwargs: Any) -> None:
+        original["save_checkpoint"](checkpoint_dir, *args, **kwargs)
+        run.save(Path(checkpoint_dir))
+
+    def submit_to_hf(*_: Any, **__: Any) -> None:
+        sys.exit(
+            "craft: a remote job (--job.target) would train without retention, because its machine has no craft-optim. "
+            "Run `craft-optim train` there."
+        )
+
+    here = locals()
+    return {name: here[name] for name in REPLACED}
+
+
+def _asked_for(arguments: Sequence[str]) -> bool:
+    from lerobot.configs.parser import parse_plugin_args
+
+    return PACKAGE in parse_plugin_args("discover_packages_path", arguments).values()
+
+
+if _asked_for(sys.argv[1:]):
+    install(sys.argv[1:])

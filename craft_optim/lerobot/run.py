@@ -1,0 +1,375 @@
+"""One run of lerobot-train with retention: what it wraps, what it builds at its first step, what it keeps and reports.
+
+The hooks of `craft_optim.lerobot.plugin` call it, in this order:
+
+    wrap      the optimizer that lerobot has made of the policy's preset
+    restore   when a run goes on: lambda, the step, which anchors come next
+    begin     before the first update: the anchors of the policy as it is then, or those that it was begun with
+    report    after every update
+    save      beside lerobot's own training state
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.utils.constants import TRAINING_STATE_DIR
+from lerobot.utils.logging_utils import AverageMeter
+from lerobot.utils.random_utils import load_rng_state
+from torch import nn
+
+from craft_optim.anchors import AnchorCache, AnchorRetention
+from craft_optim.anchors.folders import write_aside, write_json
+from craft_optim.inspection import spread
+from craft_optim.lerobot.adapters import adapter_for
+from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anchors
+from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings
+from craft_optim.metrics import METRICS, JSONLWriter
+from craft_optim.optimizer import CraftOptimizer
+
+__all__ = ["FOLDER", "STATE_FILE", "CraftRun"]
+
+FOLDER = "craft"
+STATE_FILE = "craft.json"
+_VERSION = 1
+# In the console's line; the others go to the trackers alone
+_SHOWN = {
+    "retention_loss": ("drift", ":.3g"),
+    "epsilon": ("eps", ":.3g"),
+    "lambda": ("lam", ":.3g"),
+    "grad_cos": ("cos", ":.2f"),
+}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = logging.getLogger(__name__)
+
+
+class _Quiet(AverageMeter):  # type: ignore[misc]  # lerobot is not typed for mypy here
+    """A meter that W&B gets and the console does not."""
+
+    def __str__(self) -> str:
+        return ""
+
+
+class CraftRun:
+    """State of one run.
+
+    Args:
+        flags: As `settings.own_flags` returns them.
+
+    Raises:
+        SettingsError: A setting cannot be.
+
+    Attributes:
+        settings: Those of the flags and files; from `wrap` on also those of the checkpoint that the run goes on from.
+        optimizer: None before `wrap`.
+        retention: None before `begin`.
+    """
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        self.flags = list(flags)
+        self.settings = read_settings(flags)
+        self.optimizer: CraftOptimizer | None = None
+        self.retention: AnchorRetention | None = None
+        self._cfg: Any = None
+        self._saved: dict[str, Any] | None = None
+        self._anchors: RunAnchors | None = None
+        self._writer: JSONLWriter | None = None
+
+    # -- before the first step -----------------------------------------------------------------------------------------
+
+    def with_statistics(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of lerobot's processor factory; without the new dataset's statistics where the old ones shall stay.
+
+        A run that goes on has the processors of its checkpoint either way.
+        """
+        if self.settings.statistics == "dataset" or not arguments.get("pretrained_path"):
+            return arguments
+        changed = {key: value for key, value in arguments.items() if key != "dataset_stats"}
+        for key in ("preprocessor_overrides", "postprocessor_overrides"):
+            steps = changed.get(key) or {}
+            changed[key] = {
+                step: {name: value for name, value in own.items() if name != "stats"} for step, own in steps.items()
+            }
+        return changed
+
+    def wrap(self, cfg: Any, policy: nn.Module, base: Any) -> CraftOptimizer:
+        """The optimizer that training gets: lerobot's own, under the constraint.
+
+        Args:
+            cfg: lerobot's TrainPipelineConfig, validated.
+            policy: On its device, not yet prepared by accelerate.
+            base: What lerobot's factory returns.
+
+        Raises:
+            SettingsError: The run is none that can be constrained, or a setting cannot be.
+        """
+        _check_run(cfg, base)
+        self._cfg = cfg
+        if cfg.resume:
+            self._saved = _read_state(cfg.checkpoint_path)
+        settings = self.settings = read_settings(self.flags, self._saved and self._saved["settings"])
+        _check_teacher(cfg, settings, self._saved)
+        adapter_for(policy, settings.anchors.keep)  # raises now, not after the dataset was read
+        clip = cfg.optimizer.grad_clip_norm
+        optimizer = CraftOptimizer(
+            base,
+            epsilon=settings.schedule(cfg.steps),
+            dual=settings.dual,
+            lambda_init=settings.lambda_init,
+            lambda_lr=settings.lambda_lr,
+            lambda_max=settings.lambda_max,
+            rho=settings.rho,
+            projection=settings.projection,  # type: ignore[arg-type]  # checked with the settings
+            conflict_threshold=settings.conflict_threshold,
+            merge=settings.merge,  # type: ignore[arg-type]
+            granularity=settings.granularity,  # type: ignore[arg-type]
+            retention_every=settings.retention_every,
+            # lerobot clips before the step, and the merge comes after
+            max_grad_norm=settings.max_grad_norm or (clip if clip > 0 else None),
+        )
+        _keep_state_dicts_plain(optimizer)
+        self.optimizer = optimizer
+        return optimizer
+
+    def restore(self) -> None:
+        """Takes up lambda, the step and the place among the anchors where the checkpoint has them."""
+        if self._saved is not None and self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group.update(self._saved["state"])
+
+    def begin(self, model: nn.Module, accelerator: Any) -> None:
+        """Builds or opens the anchors, and begins to constrain. Collective.
+
+        Args:
+            model: As accelerate has prepared it.
+            accelerator: accelerate's.
+        """
+        settings, optimizer, cfg = self.settings, self.optimizer, self._cfg
+        assert optimizer is not None
+        model = _within(model)
+        autocast = _AUTOCAST.get(accelerator.mixed_precision)
+        folder = settings.anchors.path or Path(cfg.output_dir) / FOLDER / "anchors"
+        if self._saved is not None and settings.anchors.path == _path_or_none(
+            self._saved["settings"]["anchors"]["path"]
+        ):
+            found = open_anchors(model, _moved(self._saved, cfg.checkpoint_path), self._saved["fingerprint"])
+        elif cfg.resume or not settings.anchors.has_source:
+            found = open_anchors(model, folder)
+        else:
+            log.info("craft: the anchors of %s go to %s", cfg.policy.pretrained_path, folder)
+            found = build_anchors(
+                model,
+                settings.anchors,
+                folder,
+                pretrained=str(cfg.policy.pretrained_path),
+                device=accelerator.device,
+                autocast=autocast,
+                heldout_count=settings.drift_anchors,
+            )
+        self._anchors = found
+        loss = {"loss": settings.loss} if found.adapter.kind == "hidden" else {}
+        self.retention = found.adapter.retention(
+            model,
+            found.cache,
+            batch_size=min(settings.batch_size or cfg.batch_size, len(found.cache) // accelerator.num_processes),
+            autocast=autocast,
+            **loss,
+        )
+        if not cfg.resume:
+            # That it agrees with its teacher is to be seen now: the first update moves statistics of batches, if it has
+            # any, before the first pass
+            self.retention()
+        self.retention.strict = False
+        self.retention.position = int(optimizer.param_groups[0]["craft_anchor_position"])
+        optimizer.retention_closure = self.retention
+        if cfg.resume:
+            # lerobot restores it earlier; making the data loader draws from it
+            load_rng_state(cfg.checkpoint_path / TRAINING_STATE_DIR)
+        if accelerator.is_main_process:
+            self._open_log()
+        log.info("craft: %s", _in_words(settings, found))
+
+    # -- from then on --------------------------------------------------------------------------------------------------
+
+    def report(self, tracker: Any) -> None:
+        """Hands the metrics of the update that has just been to lerobot's tracker, and appends them to the log.
+
+        Measures the drift where that is due; collective then.
+        """
+        settings, optimizer, cfg = self.settings, self.optimizer, self._cfg
+        assert optimizer is not None
+        step = tracker.steps + 1  # lerobot counts it after this
+        every = cfg.save_freq if settings.drift_every is None else settings.drift_every
+        row = dict(optimizer.metrics) if optimizer.metrics.get("fresh") else {}
+        if step == cfg.steps or (every > 0 and step % every == 0):
+            drifts = self._drifts()
+            row |= drifts
+            _meter(tracker, drifts, drifts)
+            log.info("craft: step %d: %s", step, _drift_in_words(drifts, optimizer.metrics))
+        _meter(tracker, METRICS, optimizer.metrics)
+        if self._writer is not None and row:
+            self._writer({"step": step, "loss": tracker.loss.val, "lr": tracker.lr.val, **row})
+
+    def _drifts(self) -> dict[str, float]:
+        assert self._anchors is not None
+        assert self.retention is not None
+        caches = {"drift_anchors": self._anchors.cache, "drift_heldout": self._anchors.heldout}
+        return {
+            name: _drift_on(self.retention, cache, self.settings.drift_anchors)
+            for name, cache in caches.items()
+            if cache is not None
+        }
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes `craft.json` beside lerobot's training state; the files of lerobot are those of a plain run."""
+        assert self.optimizer is not None
+        assert self._anchors is not None
+        path = self._anchors.cache.path.resolve()
+        held = {
+            "version": _VERSION,
+            "settings": self.settings.to_dict(),
+            "pretrained": str(self._saved["pretrained"] if self._saved else self._cfg.policy.pretrained_path),
+            "anchors": str(path),
+            "anchors_from_here": os.path.relpath(path, Path(checkpoint).resolve()),
+            "fingerprint": self._anchors.cache.fingerprint,
+            "state": {k: v for k, v in self.optimizer.param_groups[0].items() if k.startswith("craft_")},
+        }
+        write_json(Path(checkpoint) / TRAINING_STATE_DIR / STATE_FILE, held)
+
+    def _open_log(self) -> None:
+        file = Path(self._cfg.output_dir) / FOLDER / "metrics.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.optimizer is not None and self._cfg.resume and file.is_file():
+            _forget_rows_after(file, int(self.optimizer.param_groups[0]["craft_step"]))
+        self._writer = JSONLWriter(file)
+
+
+def _check_run(cfg: Any, base: Any) -> None:
+    if cfg.is_reward_model_training:
+        raise SettingsError("craft constrains policies, and this run trains a reward model: leave the flag out.")
+    if isinstance(base, dict):
+        raise SettingsError(
+            f"craft wraps one optimizer, and {cfg.policy.type} has {len(base)} ({', '.join(base)}): leave the flag out."
+        )
+
+
+def _check_teacher(cfg: Any, settings: CraftSettings, saved: Mapping[str, Any] | None) -> None:
+    """Raises unless it is known what the policy must not lose."""
+    if cfg.resume:
+        if saved is None and settings.anchors.path is None:
+            raise SettingsError(
+                f"The checkpoint {cfg.checkpoint_path} was made without craft: it does not say where anchors of the "
+                "pretrained policy are, and of a policy that has been trained they cannot be made. Make them of the "
+                f"pretrained one and pass {PREFIX}anchors.path=FOLDER:\n  craft-optim build-anchors FOLDER "
+                "--policy.path=PRETRAINED --dataset.repo_id=OLD_TASK"
+            )
+        return
+    if cfg.policy.pretrained_path is None:
+        raise SettingsError(
+            "craft keeps what a pretrained policy can do, and this one begins with random weights: pass --policy.path."
+        )
+    if not settings.anchors.has_source and settings.anchors.path is None:
+        raise SettingsError(
+            "craft needs examples of what the policy must keep, usually of the tasks that it can do now: pass "
+            f"{PREFIX}anchors.repo_id or {PREFIX}anchors.root (a LeRobotDataset), {PREFIX}anchors.prompts (a .jsonl), "
+            f"or {PREFIX}anchors.path (a cache)."
+        )
+
+
+def _keep_state_dicts_plain(optimizer: CraftOptimizer) -> None:
+    """State dicts without our floats: lerobot's checkpoints can then be read by, and made by, runs without them."""
+
+    def leave_out(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [{k: v for k, v in group.items() if not k.startswith("craft_")} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    def put_back(of: Any, state: dict[str, Any]) -> dict[str, Any]:
+        own = {k: v for k, v in of.param_groups[0].items() if k.startswith("craft_")}
+        return {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
+
+    optimizer.register_state_dict_post_hook(leave_out)
+    optimizer.register_load_state_dict_pre_hook(put_back)
+
+
+def _within(model: nn.Module) -> nn.Module:
+    """The policy itself where its wrapper may be passed by."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any] | None:
+    file = Path(checkpoint) / TRAINING_STATE_DIR / STATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = held["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{file} cannot be read ({error}): resume from another checkpoint.") from error
+    if version != _VERSION:
+        raise SettingsError(
+            f"{file} has version {version}, this craft-optim reads {_VERSION}: use the one that wrote it."
+        )
+    return held
+
+
+def _path_or_none(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _moved(saved: Mapping[str, Any], checkpoint: Path) -> Path:
+    """Where the anchors of a checkpoint are: at the same place seen from it, if it was moved with them."""
+    beside = (Path(checkpoint).resolve() / saved["anchors_from_here"]).resolve()
+    return beside if beside.is_dir() else Path(saved["anchors"])
+
+
+def _drift_on(retention: AnchorRetention, cache: AnchorCache, count: int) -> float:
+    places, size = spread(len(cache), count), retention.batch_size
+    batches = (cache.read(places[start : start + size]) for start in range(0, len(places), size))
+    drift: float = retention.drift(batches)  # type: ignore[attr-defined]  # all on a cache have it
+    return drift
+
+
+def _meter(tracker: Any, names: Mapping[str, Any], values: Mapping[str, float]) -> None:
+    """Adds values to lerobot's tracker: its log line and W&B. `names` beyond those shown there stay out of the line."""
+    for name in names:
+        if name not in values:
+            continue
+        key = f"craft/{name}"
+        if key not in tracker.metrics:
+            shown = _SHOWN.get(name)
+            tracker.metrics[key] = AverageMeter(*shown) if shown else _Quiet(name)
+        tracker.metrics[key].update(float(values[name]))
+
+
+def _drift_in_words(drifts: Mapping[str, float], metrics: Mapping[str, float]) -> str:
+    words = [f"{drifts['drift_anchors']:.3g} on anchors (epsilon {metrics['epsilon']:.3g})"]
+    if "drift_heldout" in drifts:
+        words.append(f"{drifts['drift_heldout']:.3g} on held-out ones")
+    return f"drift {', '.join(words)}"
+
+
+def _in_words(settings: CraftSettings, found: RunAnchors) -> str:
+    held = "none are held out" if found.heldout is None else f"{len(found.heldout)} more are held out"
+    return (
+        f"{len(found.cache)} anchors ({found.adapter.keep}) from {found.cache.path}, {held}; epsilon "
+        f"{settings.epsilon:g}{f', {settings.epsilon_schedule}' if settings.epsilon_schedule else ''}, "
+        f"every {settings.retention_every} step(s)"
+    )
+
+
+def _forget_rows_after(file: Path, step: int) -> None:
+    """Rows of steps that the resumed run will do again, and a last one that a killed run left half written."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_aside(file, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))

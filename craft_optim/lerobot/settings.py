@@ -1,0 +1,282 @@
+"""What can be set of a training run with retention: a file, flags `--craft.<name>=<value>`, or both."""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import draccus
+import yaml
+from draccus.utils import ParsingError
+
+from craft_optim.retention_step import Projection
+from craft_optim.schedules import Cosine, Exponential, Linear, Schedule
+from craft_optim.surgery import Granularity, Merge
+
+__all__ = ["PREFIX", "AnchorSettings", "CraftSettings", "SettingsError", "own_flags", "read_settings", "without_flags"]
+
+PREFIX = "--craft."
+_FILE = "CRAFT_CONFIG"
+_SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
+_STATISTICS = ("dataset", "pretrained")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be; the message names it, and has the remedy."""
+
+
+@dataclass
+class AnchorSettings:
+    """Examples of what the policy must keep.
+
+    Attributes:
+        path: Folder of the cache: opened if it is there, else built there. None: `craft/anchors` in the output folder.
+        repo_id: LeRobotDataset with the anchors, such as the old task's.
+        root: Where it is, if it is local. May hold several datasets, such as what lerobot-eval records.
+        episodes: Which: "12" the first twelve, "[0, 3]" these, "40:" or "-10:" a part in Python's sense. None: all.
+        prompts: A .txt with instructions for the frames, or a .jsonl with instructions and pictures, and no dataset.
+        rename_map: Names of the dataset's observations -> those of the policy, where they differ.
+        count: So many frames, spread over tasks and episodes. None: all.
+        keep: "logits", "tokens", "actions" or "prefix", see `craft_optim.lerobot.adapters`. None: by the policy.
+        layers: Hidden states to keep instead of the adapter's; numbers or names of modules.
+        top_k: Keep the K likeliest classes instead of all.
+        dtype: "float16", "bfloat16" or "float32": of what is stored.
+        batch_size: Frames per forward of the teacher.
+        workers: Processes that read frames ahead while the cache is built.
+        heldout: Share of the episodes that are not trained on: drift on them is reported beside the anchors'. 0: none.
+    """
+
+    path: Path | None = None
+    repo_id: str | None = None
+    root: Path | None = None
+    episodes: str | None = None
+    prompts: Path | None = None
+    rename_map: dict[str, str] = field(default_factory=dict)
+    count: int | None = None
+    keep: str | None = None
+    layers: list[str] | None = None
+    top_k: int | None = None
+    dtype: str = "float16"
+    batch_size: int = 16
+    workers: int = 0
+    heldout: float = 0.1
+
+    @property
+    def has_source(self) -> bool:
+        """Whether these settings say where anchors come from, besides a finished cache."""
+        return bool(self.repo_id or self.root or (self.prompts and self.prompts.suffix == ".jsonl"))
+
+
+@dataclass
+class CraftSettings:
+    """One run. Everything that is not explained here is an argument of `craft_optim.CraftOptimizer`.
+
+    Attributes:
+        epsilon: The drift to allow; of a schedule, where it ends. Nats for logits and tokens, for actions and hidden
+            states the share of the teacher's variance.
+        epsilon_schedule: None for a constant, or "linear", "cosine", "exponential".
+        epsilon_start: Where a schedule starts.
+        epsilon_steps: How long it takes. None: half of the training.
+        max_grad_norm: None: the clipping of the policy's optimizer.
+        batch_size: Anchors per step and process. None: the training's batch size.
+        loss: Of hidden states and actions: "mse", "cosine" or "l1".
+        statistics: The normalisation that training uses and the checkpoint will hold: the new "dataset"'s, as without
+            this package, or the "pretrained" policy's, so that one checkpoint serves old and new tasks.
+        drift_every: Measure the drift on anchors and held-out frames every so many steps, and at the end. None: as
+            often as lerobot saves. 0: only at the end.
+        drift_anchors: On so many of each, evenly apart.
+        anchors: See `AnchorSettings`.
+    """
+
+    epsilon: float = 0.05
+    epsilon_schedule: str | None = None
+    epsilon_start: float | None = None
+    epsilon_steps: int | None = None
+    dual: str = "pi"
+    lambda_init: float = 1.0
+    lambda_lr: float = 0.1
+    lambda_max: float = 1e4
+    rho: float | None = None
+    projection: str = "violated"
+    conflict_threshold: float = 0.0
+    merge: str = "weighted"
+    granularity: str = "global"
+    retention_every: int = 1
+    max_grad_norm: float | None = None
+    batch_size: int | None = None
+    loss: str = "mse"
+    statistics: str = "dataset"
+    drift_every: int | None = None
+    drift_anchors: int = 256
+    anchors: AnchorSettings = field(default_factory=AnchorSettings)
+
+    def check(self) -> None:
+        """Raises SettingsError for what is wrong in itself; `CraftOptimizer` and `anchors.build` check the rest."""
+        choices: dict[str, tuple[object, ...]] = {
+            "projection": get_args(Projection),
+            "merge": get_args(Merge),
+            "granularity": get_args(Granularity),
+            "epsilon_schedule": (None, *_SCHEDULES),
+            "statistics": _STATISTICS,
+            "loss": ("mse", "cosine", "l1"),
+            "anchors.dtype": ("float16", "bfloat16", "float32"),
+        }
+        for name, allowed in choices.items():
+            found = _get(self, name)
+            if found not in allowed:
+                known = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise SettingsError(f"{PREFIX}{name} must be one of {known}. Found {found}.")
+        for name, least in {
+            "batch_size": 1, "epsilon_steps": 1, "drift_every": 0, "drift_anchors": 1, "anchors.count": 1,
+            "anchors.batch_size": 1, "anchors.workers": 0, "anchors.top_k": 1,
+        }.items():  # fmt: skip
+            found = _get(self, name)
+            if found is not None and found < least:
+                raise SettingsError(f"{PREFIX}{name} must be a whole number >= {least}. Found {found}.")
+        if not 0.0 <= self.anchors.heldout < 1.0:
+            raise SettingsError(f"{PREFIX}anchors.heldout must be in [0, 1). Found {self.anchors.heldout}.")
+        if (self.epsilon_schedule is None) != (self.epsilon_start is None):
+            raise SettingsError(
+                f"{PREFIX}epsilon_schedule and {PREFIX}epsilon_start belong together: pass both, or neither. Found "
+                f"{self.epsilon_schedule} and {self.epsilon_start}."
+            )
+
+    def schedule(self, steps: int) -> float | Schedule:
+        """`epsilon` as `CraftOptimizer` takes it.
+
+        Args:
+            steps: Length of the training.
+        """
+        if self.epsilon_schedule is None:
+            return self.epsilon
+        length = self.epsilon_steps or max(1, steps // 2)
+        made: Schedule = _SCHEDULES[self.epsilon_schedule](self.epsilon_start, self.epsilon, length)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        encoded: dict[str, Any] = draccus.encode(self)
+        return encoded
+
+
+def _get(settings: Any, name: str) -> Any:
+    """The value of a dotted name."""
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def own_flags(arguments: Sequence[str]) -> list[str]:
+    """The `--craft.*` of a command line without their prefix, and without the one that names a package to load."""
+    return [f"--{name.removeprefix(PREFIX)}={value}" for name, value in _flags(arguments)[0]]
+
+
+def without_flags(arguments: Sequence[str]) -> list[str]:
+    """A command line without its `--craft.*`."""
+    return _flags(arguments)[1]
+
+
+def _flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    ours, rest, waiting = [], [], list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith(PREFIX):
+            rest.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        if not equals:
+            # As lerobot reads flags: the next word is the value, unless it is a flag itself
+            if not waiting or waiting[0].startswith("--"):
+                raise SettingsError(f"{name} has no value: write {name}=VALUE.")
+            value = waiting.pop(0)
+        if not name.endswith("discover_packages_path"):
+            ours.append((name, value))
+    return ours, rest
+
+
+def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = None) -> CraftSettings:
+    """The settings of a run: flags first, then the file, then what a checkpoint holds, then the defaults.
+
+    Args:
+        arguments: Flags as `own_flags` returns them, `--config=FILE` among them; without it the environment's
+            CRAFT_CONFIG names the file. YAML or JSON, with the names of `CraftSettings`, at its top or under "craft".
+        saved: `CraftSettings.to_dict` of the run that goes on.
+
+    Raises:
+        SettingsError: A file or name that is not there, or a value that cannot be.
+    """
+    merged = copy.deepcopy(dict(saved or {}))
+    named = [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
+    file = named[-1] if named else os.environ.get(_FILE)
+    if file:
+        _merge(merged, _read_file(Path(file)))
+    for flag in arguments:
+        name, _, text = flag.removeprefix("--").partition("=")
+        if name != "config":
+            _merge(merged, _nested(name, _value(name, text)))
+    anchors = merged.get("anchors")
+    if isinstance(anchors, dict) and isinstance(anchors.get("episodes"), int | list):  # as a file may have it
+        anchors["episodes"] = str(anchors["episodes"])
+    try:
+        settings: CraftSettings = draccus.decode(CraftSettings, merged)
+    except ParsingError as error:
+        where = f"in {file} or the flags" if file else "in the flags"
+        raise SettingsError(f"A setting of craft {where} cannot be read: {error}") from error
+    settings.check()
+    return settings
+
+
+def _value(name: str, text: str) -> Any:
+    """A flag's text: YAML, except where text or a path is wanted."""
+    kind: Any = CraftSettings
+    for part in name.split("."):
+        fields = get_type_hints(kind) if is_dataclass(kind) else {}
+        if part not in fields:
+            known = get_close_matches(name, _names(CraftSettings), 3) or _names(CraftSettings)
+            raise SettingsError(f"There is no {PREFIX}{name}. Known: {', '.join(PREFIX + other for other in known)}.")
+        kind = fields[part]
+    if text in ("", "null", "None"):
+        return None
+    if {str, Path} & {kind, *get_args(kind)} and get_origin(kind) is not dict:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{PREFIX}{name}={text} cannot be read: {error}") from error
+
+
+def _names(kind: Any) -> list[str]:
+    names = []
+    for name, of in get_type_hints(kind).items():
+        names += [f"{name}.{inner}" for inner in _names(of)] if is_dataclass(of) else [name]
+    return names
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SettingsError(f"There is no file {str(path)!r}: {PREFIX}config or the environment's {_FILE} names it.")
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is neither YAML nor JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise SettingsError(f"{path} must hold names and values. Found {type(read).__name__}.")
+    inner = read.get("craft", read)
+    return inner if isinstance(inner, dict) else read
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for name, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into[name] = value

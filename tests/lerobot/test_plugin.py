@@ -1,0 +1,306 @@
+"""What the plugin does to a run besides training: metrics, checkpoints, settings; and nothing without its flag."""
+
+import json
+import logging
+import shutil
+import sys
+
+import gymnasium as gym
+import pytest
+import small
+import torch
+from lerobot.scripts import lerobot_train
+from safetensors.torch import load_file
+from table import Table
+from training import (
+    CRAFT,
+    NEW,
+    OLD,
+    arguments,
+    checkpoint,
+    copied,
+    pretrained,
+    replaced,
+    resume,
+    rows,
+    train,
+)
+
+from craft_optim import CraftOptimizer
+from craft_optim.cli import main
+from craft_optim.lerobot import plugin
+
+
+@pytest.fixture(scope="module")
+def act(tmp_path_factory):
+    return pretrained("act", tmp_path_factory.mktemp("policies") / "act")
+
+
+@pytest.fixture(scope="module")
+def pi0_fast(tmp_path_factory):
+    return pretrained("pi0_fast", tmp_path_factory.mktemp("policies") / "pi0_fast")
+
+
+@pytest.fixture(scope="module")
+def finished_run(act, tmp_path_factory):
+    """Two checkpoints of a run with retention; tests work on copies."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    train("act", act, *arguments(act, out), *CRAFT)
+    return out
+
+
+def stopped_with(capsys, name, policy, *given, status=2):
+    with pytest.raises(SystemExit) as stopped:
+        train(name, policy, *given)
+    assert stopped.value.code == status
+    return capsys.readouterr().err
+
+
+# Its metrics
+
+
+class Recorder:
+    """In the place of lerobot's WandBLogger."""
+
+    logged: list = []  # noqa: RUF012
+
+    def __init__(self, cfg):
+        self.logged.clear()
+
+    def log_dict(self, values, step=None, mode="train", **_):
+        self.logged.append((step, values))
+
+    def log_policy(self, checkpoint_dir):
+        pass
+
+
+def test_metrics_go_to_the_console_the_tracker_and_a_file(act, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(lerobot_train, "WandBLogger", Recorder)
+    console, listener = [], logging.Handler()
+    monkeypatch.setattr(listener, "emit", lambda record: console.append(record.getMessage()))  # it changes later
+    monkeypatch.setattr(logging.root, "handlers", [listener])
+    caplog.set_level("INFO")
+    train("act", act, *arguments(act, tmp_path / "out", "--wandb.enable=true", "--wandb.project=p"), *CRAFT)
+    written = rows(tmp_path / "out")
+    assert [step for step, _ in Recorder.logged] == [1, 2, 3, 4]
+    for row, (_, logged) in zip(written, Recorder.logged, strict=True):
+        for name in ("retention_loss", "lambda", "task_grad_norm", "capped"):
+            assert logged[f"craft/{name}"] == row[name]
+    assert "craft/drift_heldout" in Recorder.logged[1][1], "where lerobot saves"
+    line = next(said for said in console if said.startswith("step:4 "))
+    assert f" drift:{written[-1]['retention_loss']:.3g} eps:0.01 lam:{written[-1]['lambda']:.3g}" in line
+    assert "task_grad_norm" not in line
+    (said,) = [said for said in console if said.startswith("craft: step 4")]
+    assert f"{written[-1]['drift_heldout']:.3g} on held-out ones" in said
+
+
+def test_drift_is_measured_as_often_as_asked(act, tmp_path):
+    given = [*arguments(act, tmp_path / "out"), *CRAFT, "--craft.drift_every=3", "--craft.retention_every=2"]
+    train("act", act, *given)
+    written = rows(tmp_path / "out")
+    assert {row["step"]: "drift_anchors" in row for row in written} == {1: False, 3: True, 4: True}
+    assert "retention_loss" not in written[-1], "a step without retention has none of its own"
+
+
+# With and without it
+
+
+def test_a_checkpoint_resumes_without_the_plugin(act, finished_run, tmp_path):
+    out = copied(finished_run, tmp_path / "out", until=2)
+    assert train("act", act, *resume(out, 2), with_plugin=False) is None
+    plain, state = checkpoint(out, 4)
+    assert state is None
+    held, _ = checkpoint(finished_run, 4)
+    assert plain.keys() == held.keys()
+    assert any(not torch.equal(x, held[name]) for name, x in plain.items())
+
+
+def test_a_plain_checkpoint_resumes_with_the_plugin(act, finished_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    train("act", act, *arguments(act, out), with_plugin=False)
+    shutil.rmtree(out / "checkpoints" / "000004")
+    said = stopped_with(capsys, "act", act, *resume(out, 2), *CRAFT)
+    assert "made without craft" in said
+    assert "--craft.anchors.path=FOLDER" in said
+    anchors = finished_run / "craft" / "anchors"
+    run = train("act", act, *resume(out, 2), f"--craft.anchors.path={anchors}", "--craft.epsilon=0.02")
+    assert [row["step"] for row in rows(out)] == [3, 4]
+    assert rows(out)[0]["retention_loss"] > 0.0, "the teacher is the pretrained policy, not the checkpoint"
+    assert run.optimizer.epsilon(0) == 0.02
+
+
+def test_with_a_multiplier_of_zero_it_is_the_plain_run(act, tmp_path):
+    """Same batches, same dropout: building anchors, passes and measuring drift leave no trace."""
+    train("act", act, *arguments(act, tmp_path / "plain"), with_plugin=False)
+    none = ["--craft.dual=ascent", "--craft.lambda_init=0", "--craft.lambda_max=0", "--craft.projection=never"]
+    train("act", act, *arguments(act, tmp_path / "held"), *CRAFT, *none, "--craft.max_grad_norm=1e9")
+    plain, held = checkpoint(tmp_path / "plain", 4)[0], checkpoint(tmp_path / "held", 4)[0]
+    assert all(torch.equal(x, held[name]) for name, x in plain.items())
+    assert rows(tmp_path / "held")[-1]["retention_loss"] > 0.0
+
+
+def test_the_module_alone_changes_nothing():
+    before = {name: getattr(lerobot_train, name) for name in plugin.REPLACED}
+    sys.modules.pop(plugin.__name__)
+    try:
+        __import__(plugin.__name__)
+    finally:
+        sys.modules[plugin.__name__] = plugin
+    assert all(getattr(lerobot_train, name) is value for name, value in before.items())
+
+
+def test_two_runs_in_one_process(act, tmp_path):
+    with replaced():
+        plugin.install(CRAFT)
+        plugin.install(CRAFT)
+        first = lerobot_train.make_optimizer_and_scheduler
+        assert first.__wrapped__.__module__ == "lerobot.optim.factory", "replaced once"
+
+
+# Its anchors
+
+
+def test_they_are_never_made_anew(act, finished_run, tmp_path, capsys):
+    out = copied(finished_run, tmp_path / "moved", until=2)
+    shutil.rmtree(out / "craft" / "anchors-heldout")
+    train("act", act, *resume(out, 2))
+    assert "drift_heldout" not in rows(out)[-1]
+    assert "drift_heldout" in rows(out)[1]
+
+    out = copied(finished_run, tmp_path / "other", until=2)
+    file = out / "checkpoints" / "000002" / "training_state" / "craft.json"
+    held = json.loads(file.read_text())
+    file.write_text(json.dumps({**held, "fingerprint": "v1-another"}))
+    assert "not those that this run began with" in stopped_with(capsys, "act", act, *resume(out, 2))
+    file.write_text(json.dumps({**held, "anchors": str(tmp_path / "nowhere"), "anchors_from_here": "nowhere"}))
+    assert "There are no anchors in" in stopped_with(capsys, "act", act, *resume(out, 2))
+    file.write_text("{")
+    assert "cannot be read" in stopped_with(capsys, "act", act, *resume(out, 2))
+
+
+def test_a_cache_that_is_there_is_used(act, finished_run, tmp_path):
+    cache = finished_run / "craft" / "anchors"
+    before = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
+    train("act", act, *arguments(act, tmp_path / "out"), f"--craft.anchors.path={cache}", "--craft.epsilon=0.01")
+    assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == before
+    assert not (tmp_path / "out" / "craft" / "anchors").exists()
+    assert rows(tmp_path / "out")[0]["retention_loss"] == pytest.approx(0.0, abs=1e-3)
+    assert "drift_heldout" in rows(tmp_path / "out")[-1], "it lies beside the cache"
+
+
+def test_pictures_and_prompts_without_a_dataset(pi0_fast, tmp_path):
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 9, 9)).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"task": "open a drawer", "image_path": f"{number}.png"}) for number in range(4)]
+    (tmp_path / "anchors.jsonl").write_text("\n".join(lines))
+    own = [f"--craft.anchors.prompts={tmp_path / 'anchors.jsonl'}", "--craft.anchors.heldout=0.25"]
+    run = train("pi0_fast", pi0_fast, *arguments(pi0_fast, tmp_path / "out", steps=2), *own)
+    assert run.retention.cache.features.tokens is not None, "what the policy itself would do"
+    assert len(run.retention.cache) == 3
+    assert "drift_heldout" in rows(tmp_path / "out")[-1]
+
+
+# What else lerobot-train can do
+
+
+def test_adapters(pi0_fast, tmp_path):
+    peft = ["--peft.method_type=LORA", "--peft.r=4", "--peft.target_modules=[q_proj,v_proj]"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train("pi0_fast", pi0_fast, *arguments(pi0_fast, whole), *CRAFT, *peft)
+    assert rows(whole)[0]["retention_loss"] == pytest.approx(0.0, abs=1e-3)
+    weights, _ = checkpoint(whole, 4)
+    assert any("lora_B" in name and x.abs().sum() > 0 for (_, name), x in weights.items())
+    copied(whole, stopped, until=2)
+    train("pi0_fast", pi0_fast, *resume(stopped, 2))
+    again, _ = checkpoint(stopped, 4)
+    assert all(torch.equal(x, again[name]) for name, x in weights.items())
+
+
+def test_mixed_precision(act, tmp_path):
+    run = train("act", act, *arguments(act, tmp_path / "out", "--policy.use_amp=true"), *CRAFT)
+    assert run.retention.autocast == torch.bfloat16
+    assert run.retention.cache.features.autocast == "bfloat16"
+    assert rows(tmp_path / "out")[0]["retention_loss"] < 1e-3
+
+
+class Wide(Table):
+    width = 4  # as the datasets have
+
+
+def test_evaluations_in_between(act, tmp_path, monkeypatch, capsys):
+    """On held-out frames of the new task, and in a simulator."""
+    monkeypatch.setitem(gym.registry, "gym_pusht/PushT-v0", gym.envs.registration.EnvSpec("gym_pusht/PushT-v0", Wide))
+    heldout = ["--dataset.eval_split=0.5", "--eval_steps=2"]
+    simulator = [
+        "--env.type=pusht", "--env_eval_freq=2", "--eval.n_episodes=1", "--eval.batch_size=1",
+        f"--env.observation_height={small.IMAGE}", f"--env.observation_width={small.IMAGE}",
+    ]  # fmt: skip
+    out = tmp_path / "out"
+    train("act", act, *arguments(act, out, *heldout, *simulator), *CRAFT)
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
+    assert len(list((out / "eval").glob("videos_step_*"))) == 2
+    train("act", act, *arguments(act, tmp_path / "without"), *CRAFT, "--dataset.eval_split=0.5")
+    same = [[row["loss"] for row in rows(run)] for run in (out, tmp_path / "without")]
+    assert same[0][:2] == same[1][:2], "until the first simulation, which draws random numbers"
+
+
+@pytest.mark.parametrize(("choice", "source"), [("dataset", NEW), ("pretrained", OLD)])
+def test_whose_statistics_a_checkpoint_holds(act, tmp_path, choice, source):
+    train("act", act, *arguments(act, tmp_path / "out", steps=1), *CRAFT, f"--craft.statistics={choice}")
+    folder = tmp_path / "out" / "checkpoints" / "000001" / "pretrained_model"
+    expected = json.loads((source / "meta" / "stats.json").read_text())["action"]["mean"]
+    for kind in ("preprocessor", "postprocessor"):
+        (file,) = folder.glob(f"policy_{kind}_step_*normalizer*.safetensors")
+        assert load_file(file)["action.mean"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--craft.epsilom=1"], "--craft.epsilon"),
+        (["--craft.anchors.heldout=2"], "must be in [0, 1)"),
+        (["--craft.anchors.root=null"], "craft needs examples"),
+        (["--craft.epsilon_start=1"], "belong together"),
+        (["--craft.config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_settings(act, tmp_path, capsys, change, words):
+    assert words in stopped_with(capsys, "act", act, *arguments(act, tmp_path / "out"), *CRAFT, *change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_that_was_never_trained(act, tmp_path, capsys):
+    fresh = [x for x in arguments(act, tmp_path / "out") if not x.startswith("--policy.path")]
+    random = "--policy.pretrained_backbone_weights=null"
+    said = stopped_with(capsys, "act", act, *fresh, "--policy.type=act", "--policy.device=cpu", *CRAFT, random)
+    assert "random weights: pass --policy.path" in said
+
+
+def test_a_remote_job(act, tmp_path):
+    with pytest.raises(SystemExit, match="no craft-optim"):
+        train("act", act, *arguments(act, tmp_path / "out", "--job.target=a10g-small"), *CRAFT)
+
+
+def test_the_command(act, tmp_path, monkeypatch):
+    """`craft-optim train` starts lerobot's script with the flag that loads this package."""
+    started = []
+    monkeypatch.setattr(lerobot_train, "main", lambda: started.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", [])
+    with replaced():
+        assert main(["train", "--craft.epsilon=1", "--policy.path=a"]) == 0
+        assert lerobot_train.craft_run.settings.epsilon == 1.0, "and the hooks are in place"
+    assert started == [["lerobot-train", plugin.TRAIN_FLAG, "--craft.epsilon=1", "--policy.path=a"]]
+
+
+def test_its_optimizer_is_the_presets(act, tmp_path):
+    run = train("act", act, *arguments(act, tmp_path / "out", steps=1), *CRAFT)
+    assert isinstance(run.optimizer, CraftOptimizer)
+    groups = run.optimizer.base_optimizer.param_groups
+    assert type(run.optimizer.base_optimizer) is torch.optim.AdamW
+    assert len(groups) == 2, "ACT trains its backbone at a rate of its own"
+    assert run.optimizer.max_grad_norm == 10.0
