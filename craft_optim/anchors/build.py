@@ -6,8 +6,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from .masks import Mask
 from .names import class_name, unwrapped
 from .passes import Forward, autocast_dtype, device_of, isolated_rng, steady
 from .processes import Team, digest, find_team
+from .progress import anchor_bar
 from .shards import AnchorCacheError
 from .structure import Structure, flatten
 from .writing import Writer, begins_with
@@ -354,7 +355,7 @@ class _Stream:
 
     def __iter__(self) -> Iterator[tuple[_Flat, int]]:
         count, began, said = 0, time.monotonic(), time.monotonic()
-        with _bar(self._progress, self._title) as (bar, lines):
+        with anchor_bar(self._progress, self._title) as (bar, lines):
             for number, batch in enumerate(chain(self._peeked, self._batches), 1):
                 self._peeked, size = [], batch[2]
                 if self._number is not None:  # estimated: the last batch may be smaller
@@ -385,24 +386,3 @@ class _Stream:
                 needed / size * self._total / 1e9,
                 free / 1e9,
             )
-
-
-@contextmanager
-def _bar(progress: bool | None, title: str) -> Iterator[tuple[Callable[[int, int | None], Any], bool]]:
-    """What to call after each batch with its size and the total, and whether to log lines instead of drawing."""
-    if progress is not False:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            pass
-        else:
-            disable = None if progress is None else False  # None: tqdm draws on terminals only
-            with tqdm(desc=f"anchors of {title}", unit=" anchors", disable=disable) as bar:
-
-                def update(size: int, total: int | None) -> None:
-                    bar.total = total
-                    bar.update(size)
-
-                yield update, False
-            return
-    yield (lambda size, total: None), bool(progress)

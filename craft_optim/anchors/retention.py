@@ -411,12 +411,13 @@ class CachedRetention(AnchorRetention):
     def _cause(self, batch: AnchorBatch) -> str:
         built_by = self.cache.fingerprint
         if built_by is not None and (why := compare_fingerprints(built_by, fingerprint(self.model))):
-            moving = any(getattr(module, "track_running_stats", False) for module in self.model.modules())
-            return (
-                f"Cause: {why}. Load the weights that the cache was built with, or build it with these."
-                + " If batches have passed in training mode since, they have moved the statistics of its norms: call "
-                "the closure once before the first of them, then set `strict` to False." * moving
-            )
+            remedy = "Load the weights that the cache was built with, or build it with these."
+            if any(getattr(module, "track_running_stats", False) for module in self.model.modules()):
+                remedy += (
+                    " If batches have passed in training mode since, they have moved the statistics of its norms: call "
+                    "the closure once before the first of them, then set `strict` to False."
+                )
+            return f"Cause: {why}. {remedy}"
         with torch.no_grad():
             values = []
             for number in (0, 1):

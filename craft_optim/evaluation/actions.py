@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache
-from craft_optim.anchors.build import _bar
 from craft_optim.anchors.passes import autocast_to, device_of, isolated_rng, to_device
+from craft_optim.anchors.progress import anchor_bar
 from craft_optim.anchors.sampling import mixed_seed
 
 __all__ = ["ActionDrift", "action_drift", "predicted_actions"]
@@ -109,7 +109,7 @@ def predicted_actions(
     device = device_of(policy)
     autocast = None if cache.features.autocast is None else getattr(torch, cache.features.autocast)
     chunks = []
-    with _bar(progress, f"{title}, actions") as (bar, _), _as_found(policy):
+    with anchor_bar(progress, f"{title}, actions") as (bar, _), _as_found(policy):
         for number, start in enumerate(range(0, len(places), batch_size)):
             batch = places[start : start + batch_size]
             inputs: Any = to_device(cache.read(batch, features=False).inputs, device)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache
-from craft_optim.anchors.build import _bar
 from craft_optim.anchors.cache import tap_key
 from craft_optim.anchors.combined import SharedPass
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.passes import Forward
+from craft_optim.anchors.progress import anchor_bar
 from craft_optim.anchors.retention import CachedRetention
 from craft_optim.inspection import retention_kinds
 
@@ -119,7 +119,7 @@ def drifts(
     members = _closures(model, cache, forward, "mse" if varies else "cosine")
     shared = SharedPass(members, dict.fromkeys(members, 1.0))
     batches = []
-    with _bar(progress, title) as (bar, _):
+    with anchor_bar(progress, title) as (bar, _):
         for number, start in enumerate(range(0, len(places), batch_size)):
             batch = places[start : start + batch_size]
             batches.append(shared._of_each(batch, number))

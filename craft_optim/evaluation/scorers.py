@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from craft_optim.adapter_checkpoints import base_of_adapters, with_adapters
 from craft_optim.evaluation.mcq import Scorer
 
 __all__ = ["load_scorer", "require_checkpoint"]
@@ -99,8 +100,8 @@ def _of_transformers(path: str, config: dict[str, Any], device: str, settings: d
         raise ImportError(f"{path} needs transformers ({error}): pip install 'craft-optim[transformers]'.") from error
     from craft_optim.evaluation.language_models import LanguageModelScorer, VisionLanguageScorer
 
-    whole = _base_of_adapters(path, config) if "peft_type" in config else path
-    about = transformers.AutoConfig.from_pretrained(whole)
+    whole, revision = base_of_adapters(path) if "peft_type" in config else (path, None)
+    about = transformers.AutoConfig.from_pretrained(whole, revision=revision)
     # Beside adapters there may be a tokenizer, or none: then it is the model's.
     words = path if _json(path, "tokenizer_config.json") else whole
     for kind in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
@@ -111,42 +112,13 @@ def _of_transformers(path: str, config: dict[str, Any], device: str, settings: d
             f"{path} must be a causal language model, a vision-language model or a pi0_fast. Found model_type="
             f"{about.model_type!r}: for anything else give a function that returns a scorer."
         )
-    model, loaded = kind.from_pretrained(whole, dtype="auto", output_loading_info=True)
+    model, loaded = kind.from_pretrained(whole, revision=revision, dtype="auto", output_loading_info=True)
     if loaded["missing_keys"]:
         raise ValueError(
             f"The weights of {whole} lack {len(loaded['missing_keys'])} tensors of {type(model).__name__}, such as "
             f"{min(loaded['missing_keys'])!r}: transformers would go on with untrained ones."
         )
-    model = (model if whole == path else _with_adapters(model, path)).to(device).eval()
+    model = (model if whole == path else with_adapters(model, path).get_base_model()).to(device).eval()
     if kind is transformers.AutoModelForCausalLM:
         return LanguageModelScorer(model, transformers.AutoTokenizer.from_pretrained(words), **settings)
     return VisionLanguageScorer(model, transformers.AutoProcessor.from_pretrained(words), **settings)
-
-
-def _base_of_adapters(path: str, about: dict[str, Any]) -> str:
-    base = about.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"The adapters in {path} do not say which model they belong to: write its folder or hub id into "
-            f"{_ADAPTERS} as base_model_name_or_path."
-        )
-    return str(base)
-
-
-def _with_adapters(model: Any, path: str) -> Any:
-    """The model itself, with the adapters of a folder or hub id in it."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(f"{path} holds adapters, which need peft ({error}): pip install peft.") from error
-    about = peft.PeftConfig.from_pretrained(path)
-    if about.is_prompt_learning:
-        raise ValueError(
-            f"{path} holds a learned prompt ({about.peft_type.value}): give a function that returns a scorer."
-        )
-    adapted = peft.PeftModel.from_pretrained(model, path, config=about)
-    own = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    lacking = sorted(own.keys() - peft.load_peft_weights(path, device="cpu").keys())  # of which PEFT only warns
-    if lacking:
-        raise ValueError(f"The adapters in {path} lack {len(lacking)} tensors, such as {lacking[0]!r}: copy them anew.")
-    return adapted.get_base_model()

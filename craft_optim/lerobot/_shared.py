@@ -135,13 +135,14 @@ def with_noise(
         noise = policy.model.sample_noise((1, chunk, policy.config.max_action_dim), cpu)
         return noise, policy.model.sample_time(1, cpu)
 
-    actions, draw = inputs.get(ACTION), draw or flow
+    without, draw = "" if draw else ", or keep='prefix'", draw or flow
+    actions = inputs.get(ACTION)
     if actions is None or actions.ndim != 3 or actions.shape[1] != chunk:
         found = f"none among {sorted(inputs)}" if actions is None else f"shape {tuple(actions.shape)}"
         raise ValueError(
             f"An anchor of {policy.name} needs its next {chunk} actions, {ACTION!r} of shape [B, {chunk}, action]. "
             f"Found {found}: open the dataset with delta_timestamps=resolve_delta_timestamps(policy.config, "
-            "dataset.meta), or keep='prefix'."
+            f"dataset.meta){without}."
         )
     small = [x.detach().cpu() for _, x in sorted(inputs.items()) if x.ndim < 4]
     drawn = []

@@ -103,9 +103,8 @@ class PI0FastScorer:
     @torch.no_grad()
     def _score(self, picture: Tensor, prompt: Tensor, answers: list[Tensor]) -> list[ChoiceScore]:
         device, count = device_of(self._policy), len(answers)
-        suffix = pad_sequence(answers, batch_first=True).to(
-            device
-        )  # what pads comes after a choice, which cannot see it
+        # What pads comes after a choice, which cannot see it
+        suffix = pad_sequence(answers, batch_first=True).to(device)
         tokens = prompt.to(device).expand(count, -1)
         batch = {
             self._camera: picture.to(device).expand(count, -1, -1, -1),

@@ -1,6 +1,5 @@
 """A lerobot policy and its preprocessor from a checkpoint, and proof that the weights are the checkpoint's."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,9 @@ from huggingface_hub.errors import HFValidationError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import get_policy_class, make_pre_post_processors
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
+
+from craft_optim.adapter_checkpoints import base_of_adapters, with_adapters
 
 __all__ = ["load_config", "load_policy", "load_preprocessor"]
 
@@ -108,49 +109,16 @@ def _check_weights(policy: nn.Module, path: str, revision: str | None) -> None:
 
 def _with_adapters(config: Any, path: str) -> Any:
     """The policy of a checkpoint that holds adapters only, the adapters merged into it."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(f"{path} holds adapters, which need peft ({error}): pip install peft.") from error
-    about = peft.PeftConfig.from_pretrained(path)
-    base = about.base_model_name_or_path
-    if not base:
-        raise ValueError(
-            f"The adapters in {path} do not say which policy they belong to: write its folder or hub id into "
-            "adapter_config.json as base_model_name_or_path."
-        )
-    policy = _plain(config, base, about.revision)
+    policy = _plain(config, *base_of_adapters(path))
     trained = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
-    saved = peft.load_peft_weights(path, device="cpu")
-    try:
-        model = peft.PeftModel.from_pretrained(policy, path, config=about)
-    except (KeyError, RuntimeError) as error:  # names and shapes
-        raise _unlike(path, " ".join(str(error).split())) from error
-    _check_adapters(model, saved, path)
+    model = with_adapters(policy, path)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(
-            f"Adapters of type {about.peft_type} as in {path} cannot be merged into the policy: give a function that "
-            "loads it as --factory."
+            f"Adapters as in {path} ({type(model.base_model).__name__}) cannot be merged into the policy: give a "
+            "function that loads it as --factory."
         )
     merged = model.merge_and_unload()
     for name, parameter in merged.named_parameters():  # PEFT froze them
         parameter.requires_grad_(trained[name])
     merged.config.use_peft = False  # what it holds now is a whole policy
     return merged
-
-
-def _check_adapters(model: Any, saved: Mapping[str, Tensor], path: str) -> None:
-    """Raises unless the model has the adapters in the file: PEFT only warns of missing ones, and skips the others."""
-    import peft
-
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    alone = sorted(own.keys() - saved.keys()) + sorted(saved.keys() - own.keys() - model.state_dict().keys())
-    if alone:
-        raise _unlike(path, repr(alone[0]))
-
-
-def _unlike(path: str, where: str) -> ValueError:
-    return ValueError(
-        f"The adapters in {path} do not fit their policy ({where}): they belong to another one than the "
-        "base_model_name_or_path in adapter_config.json, or were copied incompletely."
-    )

@@ -12,6 +12,7 @@ The hooks of `craft_optim.lerobot.plugin` call it, in this order:
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,19 +173,15 @@ class CraftRun:
                 heldout_count=settings.drift_anchors,
             )
         self._anchors = found
-        loss = {"loss": settings.loss} if found.adapter.kind == "hidden" else {}
+        loss: dict[str, Any] = {"loss": settings.loss} if found.adapter.kind == "hidden" else {}
         self.retention = found.adapter.retention(
             model,
             found.cache,
             batch_size=min(settings.batch_size or cfg.batch_size, len(found.cache) // accelerator.num_processes),
             autocast=autocast,
+            strict=not cfg.resume,
             **loss,
         )
-        if not cfg.resume:
-            # That it agrees with its teacher is to be seen now: the first update moves statistics of batches, if it has
-            # any, before the first pass
-            self.retention()
-        self.retention.strict = False
         self.retention.position = int(optimizer.param_groups[0]["craft_anchor_position"])
         optimizer.retention_closure = self.retention
         if cfg.resume:
@@ -192,6 +189,9 @@ class CraftRun:
             load_rng_state(cfg.checkpoint_path / TRAINING_STATE_DIR)
         if accelerator.is_main_process:
             self._open_log()
+            wandb = sys.modules.get("wandb")  # lerobot has started it, or nobody wants it
+            if wandb is not None and wandb.run is not None:
+                wandb.config.update({"craft": settings.to_dict()}, allow_val_change=True)
         log.info("craft: %s", _in_words(settings, found))
 
     # -- from then on --------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def build_anchors(
     more = {"top_k": settings.top_k} if settings.top_k is not None else {}
 
     def build(part: Part, count: int | None, path: Path) -> AnchorCache:
-        rows = range(len(part)) if count is None else spread_frames(part, count)
+        rows = range(len(part)) if count is None else spread_frames(part, min(count, len(part)))
         batches = anchor_batches(
             part,
             prepare,
@@ -143,7 +143,7 @@ def build_anchors(
 
     heldout = None
     if held is not None:
-        heldout = build(held, min(heldout_count, len(held)), heldout_folder(folder))
+        heldout = build(held, heldout_count, heldout_folder(folder))
     return RunAnchors(adapter, build(train, settings.count, folder), heldout)
 
 

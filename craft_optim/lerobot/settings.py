@@ -39,7 +39,7 @@ class AnchorSettings:
         episodes: Which: "12" the first twelve, "[0, 3]" these, "40:" or "-10:" a part in Python's sense. None: all.
         prompts: A .txt with instructions for the frames, or a .jsonl with instructions and pictures, and no dataset.
         rename_map: Names of the dataset's observations -> those of the policy, where they differ.
-        count: So many frames, spread over tasks and episodes. None: all.
+        count: At most so many frames, spread over tasks and episodes. None: all.
         keep: "logits", "tokens", "actions" or "prefix", see `craft_optim.lerobot.adapters`. None: by the policy.
         layers: Hidden states to keep instead of the adapter's; numbers or names of modules.
         top_k: Keep the K likeliest classes instead of all.
@@ -55,7 +55,7 @@ class AnchorSettings:
     episodes: str | None = None
     prompts: Path | None = None
     rename_map: dict[str, str] = field(default_factory=dict)
-    count: int | None = None
+    count: int | None = 4096
     keep: str | None = None
     layers: list[str] | None = None
     top_k: int | None = None

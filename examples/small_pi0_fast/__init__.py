@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples lerobot-train --small.discover_packages_path=small_pi0_fast --policy.path=outputs/pretrained ...
 
-So lerobot's own commands run on a CPU, offline. `unpack` makes the folder for --policy.path. Three things of lerobot are
+lerobot's own commands then run on a CPU, offline. `unpack` makes the folder for --policy.path. Three things of it are
 replaced: the sizes that it has in its code; its loading, which ties output layer and embedding, here apart; and the
 processor that forgets, when it is saved, which tokenizers it has, and would look for others on the hub.
 """

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torchvision
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from metaworld_pi0_fast import ASSETS, OLD_TASK
 from metaworld_pi0_fast.demonstrations import VIDEO_BACKEND
+from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import AutoTokenizer, SmolVLMConfig
 
 TOKENIZER = ASSETS / "pretrained" / "tokenizers" / "text"
@@ -134,11 +136,19 @@ def diffusion(**settings):
     from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
+    def one_block_a_stage(weights):
+        return ResNet(BasicBlock, [1, 1, 1, 1])
+
     sizes = {"down_dims": (16, 32), "n_groups": 4, "kernel_size": 3, "diffusion_step_embed_dim": 16}
     chunks = {"horizon": 8, "n_action_steps": 4, "num_train_timesteps": 20}
     own = {key: value for key, value in features(TOP, WRIST).items() if key != "chunk_size"}
-    seen = {"crop_shape": (40, 40), "pretrained_backbone_weights": None}
-    return DiffusionPolicy(DiffusionConfig(**own | sizes | chunks | seen | settings))
+    eyes = {
+        "crop_shape": (40, 40),
+        "pretrained_backbone_weights": None,
+        "use_separate_rgb_encoder_per_camera": False,
+    }
+    with mock.patch.object(torchvision.models, "resnet18", one_block_a_stage):
+        return DiffusionPolicy(DiffusionConfig(**own | sizes | chunks | eyes | settings))
 
 
 def build(name, folder, **settings):

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
@@ -76,6 +77,9 @@ class Recorder:
 
 def test_metrics_go_to_the_console_the_tracker_and_a_file(act, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lerobot_train, "WandBLogger", Recorder)
+    configured = {}
+    wandb = SimpleNamespace(run="a run", config=SimpleNamespace(update=lambda held, **_: configured.update(held)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     console, listener = [], logging.Handler()
     monkeypatch.setattr(listener, "emit", lambda record: console.append(record.getMessage()))  # it changes later
     monkeypatch.setattr(logging.root, "handlers", [listener])
@@ -90,6 +94,7 @@ def test_metrics_go_to_the_console_the_tracker_and_a_file(act, tmp_path, monkeyp
     line = next(said for said in console if said.startswith("step:4 "))
     assert f" drift:{written[-1]['retention_loss']:.3g} eps:0.01 lam:{written[-1]['lambda']:.3g}" in line
     assert "task_grad_norm" not in line
+    assert configured["craft"]["epsilon"] == 0.01
     (said,) = [said for said in console if said.startswith("craft: step 4")]
     assert f"{written[-1]['drift_heldout']:.3g} on held-out ones" in said
 

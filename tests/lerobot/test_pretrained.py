@@ -80,7 +80,7 @@ def rewrite(file, change):
 def test_adapters_without_a_policy(adapted):
     folder, _ = adapted
     rewrite(folder / "adapter_config.json", lambda config: config.update(base_model_name_or_path=None))
-    with pytest.raises(ValueError, match=r"do not say which policy they belong to.*base_model_name_or_path"):
+    with pytest.raises(ValueError, match=r"do not say which model they belong to.*base_model_name_or_path"):
         load_policy(str(folder), "cpu")
 
 
@@ -97,13 +97,13 @@ def test_adapters_that_are_not_the_policys(adapted, change):
     if change == "shape":
         weights[name] = weights[name][:, :1].contiguous()
     save_file({} if change == "none" else weights, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=r"The adapters in .* do not fit their policy \(.*(layers|action_head)"):
+    with pytest.raises(ValueError, match=r"The adapters in .* do not fit their model \(.*(layers|action_head)"):
         load_policy(str(folder), "cpu")
 
 
 def test_adapters_that_cannot_be_merged(adapted, monkeypatch):
     monkeypatch.delattr(BaseTuner, "merge_and_unload")
-    with pytest.raises(ValueError, match=r"of type PeftType.LORA as in .* cannot be merged.*--factory"):
+    with pytest.raises(ValueError, match=r"Adapters as in .*\(LoraModel\) cannot be merged.*--factory"):
         load_policy(str(adapted[0]), "cpu")
 
 

@@ -1,0 +1,33 @@
+"""A bar that counts anchors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["anchor_bar"]
+
+
+@contextmanager
+def anchor_bar(progress: bool | None, title: str) -> Iterator[tuple[Callable[[int, int | None], Any], bool]]:
+    """What to call after each batch with its size and the total, and whether to log lines instead of drawing.
+
+    Args:
+        progress: Whether to show it. None: only on a terminal.
+        title: What the anchors are those of.
+    """
+    if progress is not False:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            pass
+        else:
+            disable = None if progress is None else False  # None: tqdm draws on terminals only
+            with tqdm(desc=f"anchors of {title}", unit=" anchors", disable=disable) as bar:
+
+                def update(size: int, total: int | None) -> None:
+                    bar.total = total
+                    bar.update(size)
+
+                yield update, False
+            return
+    yield (lambda size, total: None), bool(progress)
