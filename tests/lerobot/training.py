@@ -127,16 +127,18 @@ def train(name, folder, *given, with_plugin=True):
         if with_plugin:
             plugin.install(given)
         threads, state = torch.get_num_threads(), torch.random.get_rng_state()
+        # torch's own tables of optimizers, which other tests import, make such flags read-only
+        flags = torch.backends.ContextProp.__set__.__globals__
+        free = mock.patch.dict(flags, {"__allow_nonbracketed_mutation_flag": True})
         torch.set_num_threads(1)  # as in a process of its own: other numbers round differently
         try:
-            with mock.patch.object(lerobot_train, "init_logging"):
+            with free, torch.backends.cudnn.flags(), mock.patch.object(lerobot_train, "init_logging"):
                 lerobot_train.train()
             return lerobot_train.__dict__.get("craft_run")
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.set_num_threads(threads)
             torch.random.set_rng_state(state)
-            torch.backends.cudnn.benchmark = False
 
 
 def console(*given, processes=1, fsdp=False):
