@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
 
 from .names import unwrapped
 from .structure import Inputs, map_tensors
 
 __all__ = [
+    "Statistics",
     "autocast_dtype",
     "autocast_to",
     "call",
@@ -52,6 +54,35 @@ def _is_noisy(module: nn.Module) -> bool:
     drops = any("drop" in name and isinstance(value, float | int) and value > 0 for name, value in own.items())
     # GPT-2's attention reads the probability off its dropout child and its own `training`.
     return drops or any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.children())
+
+
+class Statistics:
+    """The running statistics of a model's normalisations, as they are now. Training's forwards move them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._then = [
+            (module, name, x.detach().clone())
+            for module in model.modules()
+            if _is_noisy(module)
+            for name, x in module.named_buffers(recurse=False)
+            if not is_lazy(x)
+        ]
+
+    def moved(self) -> bool:
+        """Whether they are others now."""
+        return any(not torch.equal(getattr(module, name).to(x.device), x) for module, name, x in self._then)
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """Within the block the model has them as they were."""
+        now = [getattr(module, name) for module, name, _ in self._then]
+        try:
+            for (module, name, then), x in zip(self._then, now, strict=True):
+                setattr(module, name, then.to(x.device))
+            yield
+        finally:
+            for (module, name, _), x in zip(self._then, now, strict=True):
+                setattr(module, name, x)
 
 
 class _Conditions:

@@ -22,7 +22,7 @@ from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
 from .images import decode
-from .passes import Forward, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
+from .passes import Forward, Statistics, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
 from .sampling import AnchorSampler, mixed_seed
 from .single import single_anchors
 from .structure import flatten
@@ -98,6 +98,7 @@ class AnchorRetention(ABC):
         )
         self._mean: Callable[[Tensor], Tensor] | None = None
         self._position = 0
+        self._statistics = Statistics(model) if strict else None
 
     @property
     def device(self) -> torch.device:
@@ -263,6 +264,14 @@ class AnchorRetention(ABC):
         tolerance = self._default_tolerance() if self.tolerance is None else self.tolerance
         if abs(drift) <= tolerance:
             return
+        if self._statistics is not None and self._statistics.moved():
+            # The task's forward, which came first, has moved them: what has to agree is the model before it
+            statistics, self._statistics = self._statistics, None
+            with torch.no_grad(), statistics.back():
+                with self._pass(self._seed(self._position)):
+                    terms = self._terms(batch)
+                self._check_first({name: value for name, (value, _) in terms.items()}, batch)
+            return
         raise AnchorMismatchError(
             f"The model does not reproduce {self._teacher_in_words()} before the first step: its drift is {drift:.3g} "
             f"where at most {tolerance:.3g} is rounding. {self._cause(batch)} A run that continues from a fine-tuned "
@@ -411,13 +420,7 @@ class CachedRetention(AnchorRetention):
     def _cause(self, batch: AnchorBatch) -> str:
         built_by = self.cache.fingerprint
         if built_by is not None and (why := compare_fingerprints(built_by, fingerprint(self.model))):
-            remedy = "Load the weights that the cache was built with, or build it with these."
-            if any(getattr(module, "track_running_stats", False) for module in self.model.modules()):
-                remedy += (
-                    " If batches have passed in training mode since, they have moved the statistics of its norms: call "
-                    "the closure once before the first of them, then set `strict` to False."
-                )
-            return f"Cause: {why}. {remedy}"
+            return f"Cause: {why}. Load the weights that the cache was built with, or build it with these."
         with torch.no_grad():
             values = []
             for number in (0, 1):

@@ -18,7 +18,7 @@ from craft_optim.lerobot.opening import open_dataset
 __all__ = ["AnchorFrames", "keep_without_actions", "open_frames"]
 
 # What can be kept of a policy without demonstrated actions, the default first; of those not named here, the prefix
-_WITHOUT_ACTIONS = {"pi0_fast": ("tokens", "prefix"), "act": ("actions",)}
+_WITHOUT_ACTIONS = {"pi0_fast": ("tokens", "prefix"), "act": ("actions",), "diffusion": ()}
 _SEE_ALL = ("act", "diffusion")  # the others go on without a camera
 _READ_NO_TASK = ("act", "diffusion")
 
@@ -94,6 +94,11 @@ def keep_without_actions(policy: str, keep: str | None = None) -> str:
         ValueError: It needs demonstrated actions.
     """
     possible = _WITHOUT_ACTIONS.get(policy, ("prefix",))
+    if not possible:
+        raise ValueError(
+            f"Nothing can be kept of {policy} without demonstrated actions: pass a dataset, such as a recording of "
+            "lerobot-eval."
+        )
     if keep is None:
         return possible[0]
     if keep not in possible:

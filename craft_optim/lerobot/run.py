@@ -160,7 +160,7 @@ class CraftRun:
         ):
             found = open_anchors(model, _moved(self._saved, cfg.checkpoint_path), self._saved["fingerprint"])
         elif cfg.resume or not settings.anchors.has_source:
-            found = open_anchors(model, folder)
+            found = open_anchors(model, folder, None if self._saved is None else self._saved["fingerprint"])
         else:
             log.info("craft: the anchors of %s go to %s", cfg.policy.pretrained_path, folder)
             found = build_anchors(
@@ -212,7 +212,7 @@ class CraftRun:
             _meter(tracker, drifts, drifts)
             log.info("craft: step %d: %s", step, _drift_in_words(drifts, optimizer.metrics))
         _meter(tracker, METRICS, optimizer.metrics)
-        if self._writer is not None and row:
+        if self._writer is not None:
             self._writer({"step": step, "loss": tracker.loss.val, "lr": tracker.lr.val, **row})
 
     def _drifts(self) -> dict[str, float]:

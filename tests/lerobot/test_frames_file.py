@@ -67,20 +67,18 @@ def policy_and_preprocessor(name, folder, stats, shipped):
     if name == "pi0_fast":
         return shipped[0], shipped[1][0]
     settings = small.features(small.TOP)
-    if name == "diffusion":
-        del settings["chunk_size"]
     if name == "smolvla":
         settings |= {"train_expert_only": False, "freeze_vision_encoder": False}
     policy = small.build(name, folder, **settings)
     return policy, small.preprocessor(policy, stats)
 
 
-@pytest.mark.parametrize("name", ["act", "pi0", "pi05", "smolvla", "pi0_fast", "diffusion"])
+@pytest.mark.parametrize("name", ["act", "pi0", "pi05", "smolvla", "pi0_fast"])
 def test_a_frame_is_the_same_anchor_from_a_file_as_from_a_dataset(name, tmp_path, stats, shipped):
     policy, preprocessor = policy_and_preprocessor(name, tmp_path / "vlm", stats, shipped)
     adapter = adapter_for(policy, keep_without_actions(name))
     dataset = open_dataset(policy.config, root=DATA, episodes="1")
-    rows = [0] if name == "diffusion" else [0, 11, 20]  # of later ones it sees the frame before, too
+    rows = [0, 11, 20]
     lines = []
     for row in rows:
         sample = dataset[row]
@@ -275,6 +273,9 @@ def test_what_is_kept_without_actions():
     assert keep_without_actions("pi0_fast", "prefix") == "prefix"
     with pytest.raises(ValueError, match=r"one of \('tokens', 'prefix'\) for pi0_fast. Found 'logits'.*lerobot-eval"):
         keep_without_actions("pi0_fast", "logits")
+    for keep in (None, "actions"):
+        with pytest.raises(ValueError, match="of diffusion without demonstrated actions: pass a dataset"):
+            keep_without_actions("diffusion", keep)
 
 
 @pytest.mark.parametrize("name", ["repo_id", "root", "episodes", "rename_map"])

@@ -1,0 +1,297 @@
+"""What the documentation says exists: settings, commands, links, messages, numbers. Nothing here imports lerobot.
+
+`python tests/test_docs.py` writes the tables that are made of docstrings.
+"""
+
+import argparse
+import ast
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from craft_optim.cli import _parser
+from craft_optim.cli.options import existing_file
+from craft_optim.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "craft_optim"
+LEROBOT = ROOT / "docs" / "lerobot.md"
+TROUBLE = ROOT / "docs" / "troubleshooting.md"
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+# Of each run of lerobot-train that is not a setting
+OUTSIDE = {"config", "discover_packages_path"}
+
+
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def tree(*parts):
+    return ast.parse(read(PACKAGE.joinpath(*parts)))
+
+
+# Tables of settings and metrics
+
+
+def described(docstring, section):
+    """Name -> text of one section of a docstring, as Google's style has it."""
+    lines = docstring.split(f"{section}:\n")[1].split("\n\n")[0].splitlines()
+    found, indent = {}, len(lines[0]) - len(lines[0].lstrip())
+    for line in lines:
+        if line[indent] != " ":
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+        else:
+            found[name] += f" {line.strip()}"
+    return found
+
+
+def classes(module):
+    return {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+
+
+def settings():
+    """(name, default, what it is) of each setting, from the source."""
+    found = classes(tree("lerobot", "settings.py"))
+    of_optimizer = described(ast.get_docstring(classes(tree("optimizer.py"))["CraftOptimizer"]), "Args")
+
+    def fields(kind, place):
+        texts = described(ast.get_docstring(found[kind]), "Attributes")
+        for node in found[kind].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            name = node.target.id
+            if ast.unparse(node.annotation) in found:
+                yield from fields(ast.unparse(node.annotation), f"{place}{name}.")
+            else:
+                default = ast.unparse(node.value) if node.value else ""
+                default = {"field(default_factory=dict)": "{}", "10000.0": "1e4"}.get(default, default)
+                yield f"{place}{name}", default.strip("'"), texts.get(name) or of_optimizer[name]
+
+    return list(fields("CraftSettings", ""))
+
+
+def table(header, rows):
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {' | '.join(header)} |", "|---" * len(header) + "|", *lines, ""])
+
+
+def settings_table():
+    rows = [(f"`--craft.{name}`", f"`{default}`", text.replace("|", "\\|")) for name, default, text in settings()]
+    return table(("setting", "default", "what it is"), rows)
+
+
+def metrics_table():
+    of_run = {
+        "drift_anchors": "drift on the anchors, where it is measured",
+        "drift_heldout": "drift on held-out ones, where it is measured",
+    }
+    rows = [(f"`{name}`", text.replace("|", "\\|")) for name, text in (METRICS | of_run).items()]
+    return table(("name", "what it is"), rows)
+
+
+TABLES = {"settings": settings_table, "metrics": metrics_table}
+
+
+def with_table(text, name):
+    begin = f"<!-- {name}: written by `python tests/test_docs.py` -->\n"
+    before, rest = text.split(begin)
+    return f"{before}{begin}{TABLES[name]()}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_what_the_docstrings_say(name):
+    text = read(LEROBOT)
+    assert with_table(text, name) == text, "run python tests/test_docs.py"
+
+
+def test_every_setting_is_found():
+    """The table is read off the source: it must not lose a part of it."""
+    names = [name for name, *_ in settings()]
+    assert {"epsilon", "rho", "statistics", "anchors.path", "anchors.heldout"} <= set(names)
+    assert all(text for *_, text in settings())
+    assert "anchors" not in names
+
+
+def test_what_is_kept_of_which_policy():
+    known = next(
+        node.value
+        for node in tree("lerobot", "adapters.py").body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "_POLICIES"
+    )
+    expected = {key.value: ast.literal_eval(value.args[1]) for key, value in zip(known.keys, known.values, strict=True)}
+    section = read(LEROBOT).split("## What it keeps of which policy")[1].split("\n## ")[0]
+    found, policy = {}, None
+    for name, keep in re.findall(r"^\| (\w*) ?\| `(\w+)` \|", section, re.MULTILINE):
+        policy = name or policy
+        found[policy] = (*found.get(policy, ()), keep)
+    assert found == expected
+
+
+def test_names_that_the_hook_replaces():
+    replaced = next(
+        ast.literal_eval(node.value)
+        for node in tree("lerobot", "plugin.py").body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "REPLACED"
+    )
+    section = read(LEROBOT).split("## How the hook works")[1]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(replaced)
+
+
+def test_fields_of_the_checkpoint():
+    section = read(LEROBOT).split("## Checkpoints and resuming")[1].split("\n## ")[0]
+    named = {x for row in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for x in re.findall(r"`(\w+)`", row)}
+    (written,) = [
+        {key.value for key in node.keys}
+        for node in ast.walk(tree("lerobot", "run.py"))
+        if isinstance(node, ast.Dict)
+        and any(isinstance(k, ast.Constant) and k.value == "fingerprint" for k in node.keys)
+    ]
+    assert named == written
+
+
+# Flags and commands
+
+
+@EVERY_PAGE
+def test_settings_that_are_named_exist(page):
+    known = {name for name, *_ in settings()} | OUTSIDE
+    known |= {"anchors", "<name>"}  # all below, and any
+    unknown = {name.rstrip(".") for name in re.findall(r"--craft\.([\w.<>]+)", read(page))} - known
+    assert not unknown
+
+
+def commands(text):
+    """The commands of this package in blocks of shell, as words."""
+    for block in blocks(text, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["craft-optim"]:
+                yield words[1:]
+            elif "craft_optim.cli" in words:
+                yield words[words.index("craft_optim.cli") + 1 :]
+
+
+def lenient(parser):
+    """The parser, content with files that are not there."""
+    for action in parser._actions:
+        if action.type is existing_file:
+            action.type = str
+        for below in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            lenient(below)
+    return parser
+
+
+@EVERY_PAGE
+def test_commands_are_understood(page):
+    parser = lenient(_parser())
+    for words in commands(read(page)):
+        args, rest = parser.parse_known_args(words)
+        assert getattr(args, "takes_rest", False) or not rest, words
+
+
+@EVERY_PAGE
+def test_options_in_the_text_exist(page):
+    """`--option` of `craft-optim command` within one pair of backticks."""
+    (below,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    for command, rest in re.findall(r"`craft-optim ([\w-]+)([^`]*)`", read(page)):
+        assert command in below.choices, command
+        known = set(below.choices[command]._option_string_actions)
+        named = {word.partition("=")[0] for word in rest.split() if word.startswith("--")}
+        assert command == "train" or named <= known, (command, named - known)
+
+
+def test_the_commands_are_all_documented():
+    (below,) = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    text = "".join(map(read, PAGES))
+    assert not [command for command in below.choices if f"craft-optim {command}" not in text]
+
+
+# Links, messages, numbers
+
+
+def anchors_of(page):
+    """What GitHub makes of headings."""
+    titles = re.findall(
+        r"^#+ (.*)", re.sub(r"^```.*?^```", "", read(page), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@EVERY_PAGE
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", read(page)):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors_of(file), target
+
+
+@cache
+def messages():
+    """All texts in the source; where values are filled in, a mark."""
+    return list(_messages())
+
+
+def _messages():
+    mark = "\0"
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(read(file))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else mark for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def is_quoted(message, known):
+    """Whether one text has all pieces of the message, in their order; between them it may have anything."""
+    pieces = [re.escape(piece.strip(". \n")) for piece in message.split("...") if piece.strip(". \n")]
+    return any(re.search(".*?".join(pieces), text, re.DOTALL) for text in known)
+
+
+QUOTED = [" ".join(block.split()) for block in blocks(read(TROUBLE), "text")]
+
+
+@pytest.mark.parametrize("message", QUOTED, ids=range(len(QUOTED)))
+def test_messages_are_those_of_the_source(message):
+    assert is_quoted(message, messages()), message
+
+
+def test_a_message_that_is_not_there_is_found_out():
+    assert not is_quoted("The drift is too large: ... of epsilon.", messages())
+    assert len(QUOTED) > 20
+
+
+def test_numbers_of_the_sweep():
+    swept = json.loads(read(ROOT / "examples" / "results" / "sweep-logits.json"))
+    rows = re.findall(r"^\| ([\d.]+|plain AdamW) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+                      read(ROOT / "docs" / "choosing.md"), re.MULTILINE)  # fmt: skip
+    found = {name: tuple(map(float, numbers)) for name, *numbers in rows}
+    points = {"plain AdamW": swept["adamw"]} | {f"{point['epsilon']:g}": point for point in swept["craft"]}
+    rounded = {
+        name: (
+            *(round(point[f"{task}_success"], 2) for task in ("old", "new")),
+            *(round(point[f"drift_{kind}"], 4) for kind in ("anchor", "heldout")),
+        )
+        for name, point in points.items()
+    }
+    assert found == rounded
+
+
+if __name__ == "__main__":
+    text = read(LEROBOT)
+    for name in TABLES:
+        text = with_table(text, name)
+    LEROBOT.write_text(text, encoding="utf-8")
