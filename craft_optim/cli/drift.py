@@ -18,7 +18,7 @@ from craft_optim.anchors.cache import MANIFEST
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.passes import Forward
 from craft_optim.cli.build_anchors import add_frames, check_build, source_of
-from craft_optim.cli.options import AddCommand, UsageError, device_of, layer, whole
+from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, whole
 from craft_optim.cli.output import print_grid
 from craft_optim.cli.sources import factory_source, load_policy, policy_forward
 from craft_optim.evaluation.actions import action_drift, predicted_actions
@@ -80,13 +80,7 @@ def add(command: AddCommand) -> None:
     add("--worst", type=whole, default=5, metavar="N", help="name the N anchors that moved most (default: 5)")
     add("--no-actions", action="store_true", help="do not compare actions")
     add("--seed", type=int, default=0, help="of the noise that policies draw for actions (default: 0)")
-    add(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="everything as JSON: to FILE, or in the place of the tables",
-    )
+    add_json(add)
     add("--plot", metavar="FILE", help="draw drift over checkpoints against epsilon; needs matplotlib")
     add_frames(add)
     add("--keep", choices=["logits", "tokens", "prefix", "actions"], help="of a dataset: what to compare")

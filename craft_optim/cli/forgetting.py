@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from craft_optim.cli.options import AddCommand, UsageError, existing_file, whole
+from craft_optim.cli.options import AddCommand, UsageError, add_json, existing_file, whole
 from craft_optim.cli.output import print_grid
 from craft_optim.evaluation.forgetting import Cell, Change, Measure, SuccessMatrix, changes, measures
 from craft_optim.evaluation.plots import draw_matrix, require_matplotlib
@@ -52,13 +52,7 @@ def add(command: AddCommand) -> None:
     add("--trials", type=whole, metavar="N", help="of --matrix: rollouts behind a rate that is given without")
     add("--confidence", type=_share, default=0.95, metavar="P", help="of the intervals (default: 0.95)")
     add("--seed", type=int, default=0, help="of the draws behind intervals (default: 0)")
-    add(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="everything as JSON: to FILE, or in the place of the tables",
-    )
+    add_json(add)
     add("--plot", metavar="FILE", help="draw success as a heat map; needs matplotlib")
 
 

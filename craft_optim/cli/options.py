@@ -16,6 +16,7 @@ __all__ = [
     "AddCommand",
     "Parser",
     "UsageError",
+    "add_json",
     "add_model",
     "device_of",
     "existing_file",
@@ -56,6 +57,12 @@ def existing_file(text: str) -> str:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}.")
     return text
+
+
+def add_json(add: Callable[..., Any]) -> None:
+    """The option of commands that measure."""
+    about = "everything as JSON: to FILE, or in the place of the tables"
+    add("--json", nargs="?", const="-", metavar="FILE", help=about)
 
 
 def add_model(add: Callable[..., Any]) -> None:

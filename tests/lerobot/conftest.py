@@ -1,5 +1,4 @@
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -42,12 +41,9 @@ def policy(shipped):
 @pytest.fixture
 def pi0_fast(tmp_path):
     """The shipped policy so that lerobot itself can load it: tokenizers by their paths, lerobot's sizes small."""
-    from metaworld_pi0_fast import ASSETS
     from metaworld_pi0_fast.policy import Backbone, small_backbone
+    from metaworld_pi0_fast.unpacked import unpack
 
-    folder = tmp_path / "pi0_fast"
-    shutil.copytree(ASSETS / "pretrained", folder)
-    for file in folder.glob("*.json"):
-        file.write_text(file.read_text().replace('"tokenizers/', f'"{folder}/tokenizers/'))
+    folder = unpack(tmp_path / "pi0_fast")
     with small_backbone(Backbone(**json.loads((folder / "small_backbone.json").read_text())), 764):
         yield folder

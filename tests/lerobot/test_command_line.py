@@ -12,7 +12,7 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import get_policy_class
 from metaworld_pi0_fast import ASSETS, OLD_TASK
-from metaworld_pi0_fast.policy import Backbone, load_policy, make_processors, small_backbone
+from metaworld_pi0_fast.policy import load_policy, make_processors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,17 +23,6 @@ from craft_optim.lerobot.act import run_actions
 
 DATA = ASSETS / "demonstrations" / OLD_TASK
 FRAMES = [f"--dataset.root={DATA}", "--dataset.episodes=2", "--count=6", "--batch-size=4"]
-
-
-@pytest.fixture
-def pi0_fast(tmp_path):
-    """The shipped policy so that lerobot itself can load it: tokenizers by their paths, lerobot's sizes small."""
-    folder = tmp_path / "pi0_fast"
-    shutil.copytree(ASSETS / "pretrained", folder)
-    for file in folder.glob("*.json"):
-        file.write_text(file.read_text().replace('"tokenizers/', f'"{folder}/tokenizers/'))
-    with small_backbone(Backbone(**json.loads((folder / "small_backbone.json").read_text())), 764):
-        yield folder
 
 
 @pytest.fixture

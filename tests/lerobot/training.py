@@ -21,6 +21,7 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPolicy
 from lerobot.processor.tokenizer_processor import ActionTokenizerProcessorStep
 from lerobot.scripts import lerobot_train
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
+from metaworld_pi0_fast.unpacked import unpack
 from safetensors.torch import load_file, load_model
 from transformers import AutoTokenizer
 
@@ -38,8 +39,7 @@ SPEAKING = (*REBUILT, "pi0_fast")
 def pretrained(name, folder, **settings):
     """A checkpoint for --policy.path, with its own statistics: those of the old task."""
     if name == "pi0_fast":
-        with replaced():
-            return import_module("small_pi0_fast").unpack(folder)
+        return unpack(folder)
     policy = small.build(name, folder.with_name(f"{name}-vlm"), **_sizes(name), **settings)
     stats = LeRobotDatasetMetadata(f"local/{OLD_TASK}", root=OLD).stats
     with offline():
