@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sweep assets clean
+.PHONY: help setup demo test lint bench sweep experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -35,7 +35,7 @@ demo: $(FOR_EXAMPLE)  ## fine-tune the small pi0_fast with AdamW and with CRaFT;
 	$(BIN)/python examples/pi0_fast_craft.py
 
 test: $(FOR_TESTS) lint  ## linters, types, all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -47,6 +47,9 @@ bench: $(FOR_TESTS)  ## what anchors and passes cost, as multiples of the altern
 
 sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
 	$(BIN)/python examples/sweep_epsilon.py
+
+experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)
+	$(BIN)/python examples/six_experiments.py
 
 assets: $(FOR_EXAMPLE)  ## record the demonstrations and pretrain the small policy again
 	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all
