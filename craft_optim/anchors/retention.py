@@ -303,6 +303,7 @@ class CachedRetention(AnchorRetention):
         self.cache = cache
         self._ahead = Ahead(self._prepare, workers)
         self._run: AnchorForward | None = None
+        self._destination = torch.device("cpu")
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
         super().shard(rank, world_size, mean)
@@ -310,10 +311,9 @@ class CachedRetention(AnchorRetention):
 
     def _prepare(self, position: int) -> _Prepared:
         """Reads a batch and starts its copy to the device; runs in another thread."""
-        return self._on_device(self.cache, self._sampler.indices(position))
+        return self._on_device(self.cache, self._sampler.indices(position), self._destination)
 
-    def _on_device(self, cache: AnchorCache, indices: Sequence[int] | Tensor) -> _Prepared:
-        device = self.device
+    def _on_device(self, cache: AnchorCache, indices: Sequence[int] | Tensor, device: torch.device) -> _Prepared:
         tensors, encodings = cache.gather(indices, self._wanted(cache), pin_memory=device.type == "cuda")
         if device.type == "cpu":  # decoded ahead, too; elsewhere bytes travel, and are decoded there
             decoded = {key: decode(tensors[key], *encodings[key]) for key in encodings}
@@ -322,10 +322,11 @@ class CachedRetention(AnchorRetention):
         return cache, tensors | there, encodings, event
 
     def _next(self, position: int) -> AnchorBatch:
+        self._destination = self.device  # the other thread must not walk the model, which FSDP1 changes as it runs
         return _arrived(self._ahead.get(position))
 
     def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
-        return _arrived(self._on_device(cast(AnchorCache, anchors), indices))
+        return _arrived(self._on_device(cast(AnchorCache, anchors), indices, self.device))
 
     def drift(
         self, cache_or_batches: AnchorCache | Iterable[AnchorBatch] | None = None, batch_size: int | None = None

@@ -1,6 +1,7 @@
 """Retention closures: what they return, what they refuse, and that nothing around them notices."""
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -490,6 +491,21 @@ def test_a_model_may_move_after_the_closure_is_made(classifier: nn.Module, cache
     classifier.to("meta")
     assert retention.device == torch.device("meta")
     assert LogitRetention(classifier, cache, device="cpu").device == torch.device("cpu")
+
+
+class Shy(nn.Linear):
+    """A model that another thread must not look at: FSDP1's changes its parameters' dicts while it runs."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        assert threading.current_thread() is threading.main_thread()
+        return super().named_parameters(*args, **kwargs)
+
+
+def test_reading_ahead_does_not_look_at_the_model(points: Tensor, tmp_path: Path) -> None:
+    model = Shy(6, 4)
+    retention = LogitRetention(model, build(model, [points], tmp_path), 16, workers=2)
+    for _ in range(4):
+        retention()
 
 
 def test_a_span_whose_positions_nobody_knows_is_refused(llama: nn.Module, token_batches: Any, tmp_path: Path) -> None:
