@@ -114,7 +114,7 @@ def _replacements(run: CraftRun, script: ModuleType) -> dict[str, Callable[..., 
     def update_policy(train_metrics: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         if run.retention is None:
             with _settings_explained():
-                run.begin(policy, kwargs.get("accelerator") or args[3])
+                run.begin(policy, kwargs.get("accelerator") or args[3], train_metrics.steps)
         updated = original["update_policy"](train_metrics, policy, *args, **kwargs)
         run.report(train_metrics)
         return updated

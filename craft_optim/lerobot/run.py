@@ -74,6 +74,10 @@ class CraftRun:
     def __init__(self, flags: Sequence[str]) -> None:
         self.flags = list(flags)
         self.settings = read_settings(flags)
+        self._forget()
+
+    def _forget(self) -> None:
+        """One process may train more than once."""
         self.optimizer: CraftOptimizer | None = None
         self.retention: AnchorRetention | None = None
         self._cfg: Any = None
@@ -110,6 +114,7 @@ class CraftRun:
             SettingsError: The run is none that can be constrained, or a setting cannot be.
         """
         _check_run(cfg, base)
+        self._forget()
         self._cfg = cfg
         if cfg.resume:
             self._saved = _read_state(cfg.checkpoint_path)
@@ -141,14 +146,16 @@ class CraftRun:
         """Takes up lambda, the step and the place among the anchors where the checkpoint has them."""
         if self._saved is not None and self.optimizer is not None:
             for group in self.optimizer.param_groups:
-                group.update(self._saved["state"])
+                # Another --craft.dual has other numbers, which begin anew
+                group.update({name: value for name, value in self._saved["state"].items() if name in group})
 
-    def begin(self, model: nn.Module, accelerator: Any) -> None:
+    def begin(self, model: nn.Module, accelerator: Any, step: int) -> None:
         """Builds or opens the anchors, and begins to constrain. Collective.
 
         Args:
             model: As accelerate has prepared it.
             accelerator: accelerate's.
+            step: Updates that lerobot has done before.
         """
         settings, optimizer, cfg = self.settings, self.optimizer, self._cfg
         assert optimizer is not None
@@ -188,7 +195,7 @@ class CraftRun:
             # lerobot restores it earlier; making the data loader draws from it
             load_rng_state(cfg.checkpoint_path / TRAINING_STATE_DIR)
         if accelerator.is_main_process:
-            self._open_log()
+            self._open_log(step)
             wandb = sys.modules.get("wandb")  # lerobot has started it, or nobody wants it
             if wandb is not None and wandb.run is not None:
                 wandb.config.update({"craft": settings.to_dict()}, allow_val_change=True)
@@ -241,11 +248,11 @@ class CraftRun:
         }
         write_json(Path(checkpoint) / TRAINING_STATE_DIR / STATE_FILE, held)
 
-    def _open_log(self) -> None:
+    def _open_log(self, step: int) -> None:
         file = Path(self._cfg.output_dir) / FOLDER / "metrics.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if self.optimizer is not None and self._cfg.resume and file.is_file():
-            _forget_rows_after(file, int(self.optimizer.param_groups[0]["craft_step"]))
+        if file.is_file():
+            _forget_rows_after(file, step)
         self._writer = JSONLWriter(file)
 
 

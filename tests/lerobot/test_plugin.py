@@ -155,7 +155,28 @@ def test_the_module_alone_changes_nothing():
     assert all(getattr(lerobot_train, name) is value for name, value in before.items())
 
 
-def test_two_runs_in_one_process(act, tmp_path):
+def test_it_goes_on_after_a_part_without_it(act, finished_run, tmp_path):
+    """The metrics of both parts stay; another way to find lambda begins anew, and the anchors go on."""
+    out = copied(finished_run, tmp_path / "out", until=2)
+    run = train("act", act, *resume(out, 2), "--craft.dual=nupi", "--steps=3")
+    assert {name for name in run.optimizer.param_groups[0] if name.startswith("craft_dual_")} == {
+        f"craft_dual_{name}" for name in run.optimizer.controller.initial_state()
+    }
+    assert run.retention.position == 3
+    train("act", act, *resume(out, 3, "--steps=5"), with_plugin=False)
+    anchors = finished_run / "craft" / "anchors"
+    train("act", act, *resume(out, 5, "--steps=6"), f"--craft.anchors.path={anchors}")
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 6]
+
+
+def test_two_runs_in_one_process(act, finished_run, tmp_path):
+    with replaced():
+        plugin.install(CRAFT)
+        run = lerobot_train.craft_run
+        run.retention = run._saved = "of the first"
+        with pytest.raises(AttributeError):
+            run.wrap(SimpleNamespace(is_reward_model_training=False), None, None)
+        assert (run.retention, run._saved) == (None, None)
     with replaced():
         plugin.install(CRAFT)
         plugin.install(CRAFT)
