@@ -35,6 +35,9 @@ def recorded(tmp_path, monkeypatch):
     flags += ["eval.use_async_envs=false", "eval.recording=true", "policy.device=cpu", f"rename_map={RENAME}"]
     flags += [f"env.observation_{side}={small.IMAGE}" for side in ("height", "width")]
     flags += [f"output_dir={tmp_path / 'eval'}"]
+    # torch's own tables of optimizers, which other tests import, make flags read-only that lerobot-eval sets
+    flags_of_torch = torch.backends.ContextProp.__set__.__globals__
+    monkeypatch.setitem(flags_of_torch, "__allow_nonbracketed_mutation_flag", True)
     monkeypatch.setattr(sys, "argv", ["lerobot-eval", *(f"--{flag}" for flag in flags)])
     eval_main()
     return tmp_path / "act", tmp_path / "eval" / "recordings"
