@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,8 @@ from craft_optim.anchors.cache import MANIFEST
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.passes import Forward
 from craft_optim.cli.build_anchors import add_frames, check_build, source_of
-from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, whole
-from craft_optim.cli.output import print_grid
+from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, require_folders, whole
+from craft_optim.cli.output import emit_json, print_grid
 from craft_optim.cli.sources import factory_source, load_policy, policy_forward
 from craft_optim.evaluation.actions import action_drift, predicted_actions
 from craft_optim.evaluation.checkpoints import Checkpoint, layer_name, record, short_names
@@ -119,12 +118,7 @@ def _drift(args: argparse.Namespace) -> None:
     if args.json != "-":
         _print(found, places, epsilon, args.worst, len(cache))
     if args.json:
-        text = json.dumps(about, indent=1, allow_nan=False)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(f"{text}\n", encoding="utf-8")
-            print(f"\nJSON: {args.json}")
+        emit_json(args.json, about)
     if args.plot:
         draw_checkpoints(found, epsilon, args.plot)
         print(f"\nPlot: {args.plot}", file=sys.stderr if args.json == "-" else sys.stdout)
@@ -134,9 +128,7 @@ def _check(args: argparse.Namespace) -> list[str]:
     """The models to measure; refuses what does not go together before anything is loaded."""
     if bool(args.policies) == bool(args.factories):
         raise UsageError("which models? Pass --policy.path, or --factory for models that are not lerobot's")
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and file != "-" and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
+    require_folders(args)
     if args.plot:
         require_matplotlib()
     models = args.factories or [part for path in args.policies for part in _split(path)]

@@ -1,16 +1,14 @@
 """craft-optim forgetting: success on every task after every stage of training, and what was lost on the way."""
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from craft_optim.cli.options import AddCommand, UsageError, add_json, existing_file, whole
-from craft_optim.cli.output import print_grid
+from craft_optim.cli.options import AddCommand, UsageError, add_json, existing_file, require_folders, whole
+from craft_optim.cli.output import emit_json, print_grid
 from craft_optim.evaluation.forgetting import Cell, Change, Measure, SuccessMatrix, changes, measures
 from craft_optim.evaluation.plots import draw_matrix, require_matplotlib
 from craft_optim.evaluation.success_files import matrix_of, read_evaluation, read_matrix
@@ -65,9 +63,7 @@ def _share(text: str) -> float:
 
 
 def _forgetting(args: argparse.Namespace) -> None:
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and file != "-" and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
+    require_folders(args)
     if args.plot:
         require_matplotlib()
     matrix = _matrix(args)
@@ -75,12 +71,7 @@ def _forgetting(args: argparse.Namespace) -> None:
     if args.json != "-":
         _print(matrix, changed, found, args.confidence)
     if args.json:
-        text = json.dumps(_record(matrix, changed, found, args.confidence), indent=1, allow_nan=False)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(f"{text}\n", encoding="utf-8")
-            print(f"\nJSON: {args.json}")
+        emit_json(args.json, _record(matrix, changed, found, args.confidence))
     if args.plot:
         draw_matrix(matrix, args.plot)
         print(f"\nPlot: {args.plot}", file=sys.stderr if args.json == "-" else sys.stdout)

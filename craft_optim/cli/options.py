@@ -22,6 +22,7 @@ __all__ = [
     "existing_file",
     "joined_processes",
     "layer",
+    "require_folders",
     "require_one_model",
     "whole",
 ]
@@ -70,6 +71,13 @@ def add_model(add: Callable[..., Any]) -> None:
     add("--policy.path", dest="policy", metavar="PATH", help="a lerobot policy: folder or hub id")
     add("--factory", metavar="FILE:FUNCTION", help="a function that returns (model, batches[, settings])")
     add("--device", default="auto", help="where the model runs (default: auto: CUDA if there is, else the CPU)")
+
+
+def require_folders(args: argparse.Namespace) -> None:
+    """Refuses --json and --plot files in folders that are not there, before anything is measured."""
+    for option, file in (("--json", args.json), ("--plot", args.plot)):
+        if file and file != "-" and not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
 
 
 def require_one_model(args: argparse.Namespace) -> None:

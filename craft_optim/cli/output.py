@@ -1,9 +1,12 @@
 """What the commands print."""
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["print_code", "print_grid", "print_table"]
+__all__ = ["emit_json", "print_code", "print_grid", "print_table"]
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -57,3 +60,13 @@ def print_grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 def print_code(code: str) -> None:
     """The lines that a user may run next."""
     print("\nNext:\n", *(f"  {line}" for line in code.splitlines()), sep="\n")
+
+
+def emit_json(file: str, about: Mapping[str, Any]) -> None:
+    """Writes what was measured to a file, or to standard output for "-"."""
+    text = json.dumps(about, indent=1, allow_nan=False)
+    if file == "-":
+        print(text)
+    else:
+        Path(file).write_text(f"{text}\n", encoding="utf-8")
+        print(f"\nJSON: {file}")

@@ -47,3 +47,11 @@ def pi0_fast(tmp_path):
     folder = unpack(tmp_path / "pi0_fast")
     with small_backbone(Backbone(**json.loads((folder / "small_backbone.json").read_text())), 764):
         yield folder
+
+
+@pytest.fixture
+def act(tmp_path):
+    """A checkpoint of a small ACT, with the statistics of the old task."""
+    from training import pretrained
+
+    return pretrained("act", tmp_path / "act")

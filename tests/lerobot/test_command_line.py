@@ -25,16 +25,6 @@ DATA = ASSETS / "demonstrations" / OLD_TASK
 FRAMES = [f"--dataset.root={DATA}", "--dataset.episodes=2", "--count=6", "--batch-size=4"]
 
 
-@pytest.fixture
-def act(tmp_path):
-    policy = small.build("act", tmp_path, **small.features(small.TOP))
-    stats = LeRobotDatasetMetadata(f"local/{OLD_TASK}", root=DATA).stats
-    policy.save_pretrained(tmp_path / "act")
-    small.preprocessor(policy, stats).save_pretrained(tmp_path / "act")
-    small.make_pre_post_processors(policy.config, dataset_stats=stats)[1].save_pretrained(tmp_path / "act")
-    return tmp_path / "act"
-
-
 def change(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({name: x * 1.1 if x.is_floating_point() else x for name, x in weights.items()}, folder / "other")

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import small
 import torch
-from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
 from metaworld_pi0_fast import ASSETS, OLD_TASK
 from safetensors.torch import load_file, save_file
 
@@ -20,16 +19,6 @@ from craft_optim.lerobot.pretrained import load_preprocessor
 
 DATA = ASSETS / "demonstrations" / OLD_TASK
 FRAMES = [f"--dataset.root={DATA}", "--dataset.episodes=2", "--count=6", "--batch-size=4"]
-
-
-@pytest.fixture
-def act(tmp_path):
-    policy = small.build("act", tmp_path, **small.features(small.TOP))
-    stats = LeRobotDatasetMetadata(f"local/{OLD_TASK}", root=DATA).stats
-    policy.save_pretrained(tmp_path / "act")
-    for processor in small.make_pre_post_processors(policy.config, dataset_stats=stats):
-        processor.save_pretrained(tmp_path / "act")
-    return tmp_path / "act"
 
 
 def finetuned(folder, name, by=0.0):

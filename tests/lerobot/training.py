@@ -29,11 +29,8 @@ from craft_optim.lerobot import plugin
 
 OLD, NEW = (ASSETS / "demonstrations" / name for name in (OLD_TASK, NEW_TASK))
 EXAMPLES = ASSETS.parents[1]
-SIZES = {"n_encoder_layers": 1} | small.features(small.TOP)
 # What lerobot's models have in their code, and here have smaller
 REBUILT = ("pi0", "pi05", "smolvla")
-# A tokenizer of the hub is among the processors of these
-SPEAKING = (*REBUILT, "pi0_fast")
 
 
 def pretrained(name, folder, **settings):
