@@ -85,9 +85,9 @@ class Layout:
         """Whether the flag is set on any process."""
         return bool(self.total(torch.tensor(float(flag), device=device)))
 
-    def shares(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Weight of this process' sum over each parameter's elements: float64 `[n]`."""
-        return torch.tensor([self._share(p) for p in parameters], dtype=torch.float64)
+    def shares(self, parameters: Sequence[Tensor]) -> list[float]:
+        """Weight of this process' sum over each parameter's elements."""
+        return [self._share(p) for p in parameters]
 
     def _share(self, p: Tensor) -> float:
         if isinstance(p, DTensor):
@@ -140,16 +140,10 @@ class Layout:
             for g, p in zip(local, parameters, strict=True)
         ]
 
-    def reduce(self, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        """For `inner_products`: rows of local products, and one of scalars -> those of all processes."""
-        shares = self.shares(parameters)
-
-        def reduce(sums: Tensor) -> Tensor:
-            weights = torch.full_like(sums, 1.0 / self.size)
-            weights[:-1, : len(shares)] = shares
-            return self.total(sums * weights)
-
-        return reduce
+    def reduce(self, sums: Tensor) -> Tensor:
+        """For `GradientPairs.inner_products`: the products of all processes added up, the scalars averaged."""
+        sums[3] /= self.size
+        return self.total(sums)
 
 
 def _local(tensor: Any) -> Any:

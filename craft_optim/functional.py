@@ -11,10 +11,11 @@ Example:
 
 from collections.abc import Mapping
 
+from craft_optim.decision import Gram, weights
 from craft_optim.dual import Controller, Update
 from craft_optim.gradients import Gradients
 from craft_optim.schedules import epsilon_at
-from craft_optim.surgery import Gram, inner_products, merge_, weights
+from craft_optim.surgery import GradientPairs
 
 __all__ = ["Gram", "epsilon_at", "gram", "project_and_merge_", "update_multiplier"]
 
@@ -30,7 +31,7 @@ def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
     Raises:
         ValueError: If the lists differ in length.
     """
-    return inner_products(task_grads, retention_grads)[0].gram()
+    return GradientPairs(task_grads, retention_grads).inner_products()[0].gram()
 
 
 def project_and_merge_(
@@ -44,7 +45,7 @@ def project_and_merge_(
 ) -> Gram:
     """Writes the merged gradient a g_t + w g_r into `retention_grads` and returns what it measured.
 
-    See `craft_optim.surgery` for the formula. Entries of the list are replaced where nothing could be written into:
+    See `craft_optim.decision` for the formula. Entries of the list are replaced where nothing could be written into:
     a missing retention gradient becomes the task gradient (times a). With lam = 0, project and threshold 0 this is
     A-GEM (Chaudhry et al. 2019, arXiv:1812.00420).
 
@@ -62,11 +63,12 @@ def project_and_merge_(
     """
     if not lam >= 0.0:
         raise ValueError(f"`lam` must be >= 0. Found lam={lam!r}.")
-    measured = gram(task_grads, retention_grads)
+    pairs = GradientPairs(task_grads, retention_grads)
+    measured = pairs.inner_products()[0].gram()
     if not measured.finite:
         raise ValueError(f"The gradients hold NaN or inf: {measured}. Skip this step.")
     chosen = weights(measured, lam=lam, project=project, conflict_threshold=conflict_threshold, merge=merge)
-    retention_grads[:] = merge_(task_grads, retention_grads, [chosen])
+    retention_grads[:] = pairs.merge_([chosen])
     return measured
 
 

@@ -18,7 +18,7 @@ from craft_optim.gradients import all_zero, gradients_of
 from craft_optim.retention_step import Projection, RetentionStep, Rules
 from craft_optim.scaling import initial_scale
 from craft_optim.schedules import Linear, Schedule, as_schedule, epsilon_at
-from craft_optim.surgery import Granularity, Merge
+from craft_optim.decision import Granularity, Merge
 
 if TYPE_CHECKING:
     from craft_optim.distributed import Layout
@@ -55,7 +55,7 @@ class CraftOptimizer(torch.optim.Optimizer):
 
         g = a g_t + w g_r,        by default a = 1, w = lambda - p
 
-    where p = <g_t, g_r> / |g_r|^2 while L_ret > epsilon and the gradients conflict, else 0 (see `craft_optim.surgery`),
+    where p = <g_t, g_r> / |g_r|^2 while L_ret > epsilon and the gradients conflict, else 0 (see `craft_optim.decision`),
     and lambda follows L_ret / epsilon (see `craft_optim.dual`). `p.grad` holds the task gradients again afterwards.
     Without a retention closure it is the base optimizer, bit for bit.
 
@@ -289,17 +289,15 @@ class CraftOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
     def _constrained_step(self, closure: Callable[[], Any] | None) -> Any:
-        state = self._craft_state()
-        step = int(state["craft_step"])
-        parameters = self._parameters()
-        if closure is None and self._is_priming(step, parameters):
+        step = int(self.param_groups[0]["craft_step"])
+        if closure is None and self._is_priming(step):
             return self._step_base(None)
-        idle = closure is None and _without_gradients(parameters)
-        if idle or step % self.retention_every != 0:
+        if step % self.retention_every != 0 or (closure is None and _without_gradients(self._each_parameter())):
             result = self._step_base(closure)
             self._finish(step, None)
             return result
 
+        parameters = self._parameters()
         layout = self._find_layout(parameters)
         retention = RetentionStep(
             cast(Callable[[], Tensor], self.retention_closure),
@@ -314,10 +312,11 @@ class CraftOptimizer(torch.optim.Optimizer):
             ),
             parameters,
             [len(group["params"]) for group in self.param_groups],
-            state=state,
+            state=self._craft_state(),
             epsilon=epsilon_at(self.epsilon, step),
             layout=layout,
             float16=self._float16,
+            find_reached=self._measured + 1 == _REACH_AT,
         )
         with retention.undone_after_errors():
             if closure is None:
@@ -339,10 +338,13 @@ class CraftOptimizer(torch.optim.Optimizer):
 
     def _step_base(self, closure: Callable[[], Any] | None) -> Any:
         # `self.base_optimizer.step` and not its class's: a scheduler built on the base patches the instance.
+        arguments = () if closure is None else (closure,)
+        if not any(_global_hooks()):
+            return self.base_optimizer.step(*arguments)
         with _without_global_hooks():
-            return self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+            return self.base_optimizer.step(*arguments)
 
-    def _is_priming(self, step: int, parameters: list[Tensor]) -> bool:
+    def _is_priming(self, step: int) -> bool:
         """Whether a framework steps on zero gradients only to make the base create its state.
 
         torch.distributed.checkpoint does so, with lr = 0, whenever it saves or loads an optimizer without state.
@@ -353,6 +355,7 @@ class CraftOptimizer(torch.optim.Optimizer):
 
         if step != 0 and not all(is_zero(group.get("lr")) for group in self.param_groups):
             return False
+        parameters = self._parameters()
         layout = self._find_layout(parameters)
         if layout is None:
             return all_zero(gradients_of(parameters))
@@ -428,8 +431,11 @@ class CraftOptimizer(torch.optim.Optimizer):
     def _forget_circumstances(self) -> None:
         self._float16, self._layout, self._found_for, self._measured = None, None, [], 0
 
+    def _each_parameter(self) -> Iterator[Tensor]:
+        return (p for group in self.base_optimizer.param_groups for p in group["params"])
+
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.base_optimizer.param_groups for p in group["params"]]
+        return list(self._each_parameter())
 
     # -- our state: floats in every parameter group --------------------------------------------------------------------
 
@@ -572,22 +578,32 @@ class CraftOptimizer(torch.optim.Optimizer):
 
 
 def _without_gradients(parameters: Iterable[Tensor]) -> bool:
-    # FSDP1 may leave a process nothing but parameters without elements: it goes by the others' step.
-    here = [p.grad is None for p in parameters if p.numel() > 0]
-    return bool(here) and all(here)
+    """Whether there is nothing to step on. Usually the first parameter tells: most steps shall cost nothing."""
+    some = False
+    for p in parameters:
+        # FSDP1 may leave a process nothing but parameters without elements: it goes by the others' step.
+        if p.numel() > 0:
+            if p.grad is not None:
+                return False
+            some = True
+    return some
 
 
 def _empty_wrapper() -> CraftOptimizer:
     return CraftOptimizer.__new__(CraftOptimizer)
 
 
-@contextmanager
-def _without_global_hooks() -> Iterator[None]:
-    """Hooks for all optimizers fire for the wrapper; the base's step within must not fire them a second time."""
-    tables: list[dict[int, Any]] = [
+def _global_hooks() -> list[dict[int, Any]]:
+    return [
         cast(dict[int, Any], torch_optimizer._global_optimizer_pre_hooks),
         cast(dict[int, Any], torch_optimizer._global_optimizer_post_hooks),
     ]
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Hooks for all optimizers fire for the wrapper; the base's step within must not fire them a second time."""
+    tables = _global_hooks()
     kept = [OrderedDict(table) for table in tables]
     for table in tables:
         table.clear()

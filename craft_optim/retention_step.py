@@ -12,9 +12,10 @@ from torch.profiler import record_function
 
 from craft_optim import scaling
 from craft_optim._warn import warn
+from craft_optim.decision import Granularity, Merge, Products, Weights, decide, labels_of
 from craft_optim.dual import Controller, Update
 from craft_optim.gradients import Gradients, gradients_of, put, set_aside
-from craft_optim.surgery import Granularity, Merge, Products, Weights, blocks_of, decide, inner_products, merge_
+from craft_optim.surgery import GradientPairs
 
 if TYPE_CHECKING:
     from craft_optim.distributed import Layout
@@ -41,16 +42,14 @@ class _Measured(NamedTuple):
     """Of one retention pass.
 
     Attributes:
-        task: The task gradients, what of them is on this process.
-        retention: The retention gradients times `scale`, what of them is on this process.
-        whole: The same as autograd left them.
-        products: Inner products over all processes, without the scale.
+        pairs: The task gradients and the retention gradients times `scale`, what of them is on this process.
+        whole: The retention gradients as autograd left them.
+        products: Inner products per label, over all processes, without the scale.
         loss: L_ret.
         scale: The private loss scale; 1 without float16.
     """
 
-    task: Gradients
-    retention: Gradients
+    pairs: GradientPairs
     whole: Gradients
     products: Products
     loss: float
@@ -69,11 +68,12 @@ class RetentionStep:
         epsilon: The drift allowed at this step.
         layout: Of several processes; None for one.
         float16: Whether float16 takes part in the closure's backward; None to find out.
+        find_reached: Whether to look which tensors the retention loss reaches: one more read of its gradients.
 
     Attributes:
         state: The floats to write once the base has stepped.
         metrics: What was measured; empty if nothing was.
-        reached: Of each parameter, whether its retention gradient, on any process, is not zero.
+        reached: Of each parameter, whether its retention gradient, on any process, is not zero; empty if not asked for.
         float16: As found out.
     """
 
@@ -88,14 +88,16 @@ class RetentionStep:
         epsilon: float,
         layout: "Layout | None",
         float16: bool | None,
+        find_reached: bool = False,
     ) -> None:
         self.state = dict(state)
         self.metrics: dict[str, float] = {}
         self.reached: list[bool] = []
         self.float16 = float16
         self._closure, self._rules = closure, rules
-        self._parameters, self._group_sizes = parameters, group_sizes
+        self._parameters, self._find_reached = parameters, find_reached
         self._epsilon, self._layout = epsilon, layout
+        self._labels = labels_of(rules.granularity, group_sizes)
         self._update: Update | None = None
         self._task: Gradients | None = None
         self._start = getattr(closure, "position", None)
@@ -112,7 +114,7 @@ class RetentionStep:
         """
         sizes = torch.tensor([p.numel() * p.requires_grad for p in self._parameters], dtype=torch.float64)
         if self._layout is not None and self._layout.fsdp1:  # its parameters, unlike DTensors, know only their shard
-            here = sizes * self._layout.shares(self._parameters)
+            here = sizes * torch.tensor(self._layout.shares(self._parameters), dtype=torch.float64)
             sizes = self._layout.total(here.to(self._parameters[0].device)).cpu()
         return float(sizes[torch.tensor(self.reached)].sum() / sizes.sum())
 
@@ -136,7 +138,7 @@ class RetentionStep:
     def merge(self) -> None:
         """Runs the retention pass and points `.grad` at the merged gradients, or at the task's if it was not finite."""
         self._task = gradients_of(self._parameters)
-        task, retention, whole, products, value, scale = self._measured(self._task)
+        pairs, whole, products, value, scale = self._measured(self._task)
         gram = products.gram()
         if not (math.isfinite(value) and gram.finite):
             self._skip(value, gram.tt, gram.rr)
@@ -155,21 +157,20 @@ class RetentionStep:
             self.state["craft_lambda"] = self._update.multiplier
         decision = decide(
             products,
-            blocks_of(rules.granularity, self._group_sizes),
             lam=self._update.multiplier,
             project=rules.projection == "always" or (rules.projection == "violated" and value > self._epsilon),
             conflict_threshold=rules.conflict_threshold,
             merge=rules.merge,
             max_norm=rules.max_grad_norm,
         )
-        coefficients = [Weights(c.task, c.retention / scale, c.projected) for c in decision.coefficients]
+        if self._find_reached and not self.metrics:
+            self.reached = self._reached(pairs.retention)
         with record_function("CraftOptimizer.merge"):
-            merged = merge_(task, retention, coefficients)
+            merged = pairs.merge_([Weights(c.task, c.retention / scale, c.projected) for c in decision.coefficients])
             if self._layout is not None:
                 merged = self._layout.wrapped(merged, self._parameters, self._task, whole)
             put(self._parameters, merged)
         if not self.metrics:  # of a line search, the first evaluation: where the step began
-            self.reached = (products.rr > 0.0).tolist()
             self.metrics = {
                 "retention_loss": value,
                 "epsilon": self._epsilon,
@@ -192,14 +193,13 @@ class RetentionStep:
 
         Repeats a pass whose gradients have overflowed, as long as a smaller scale may help.
         """
-        reduce = None if self._layout is None else self._layout.reduce(self._parameters)
         while True:
             self._rewind()  # a line search evaluates more than once: always on the same anchors
             with record_function("CraftOptimizer.retention"):
                 loss, whole, scale = self._retention_gradients()
             with record_function("CraftOptimizer.merge"):
-                here = self._local(task, whole)
-                scaled, (value,) = inner_products(*here, loss, reduce=reduce)
+                pairs = self._pairs(*self._local(task, whole), self._labels)
+                scaled, (value,) = pairs.inner_products(loss, reduce=self._reduce)
             products = Products(scaled.tt, scaled.rr / scale**2, scaled.tr / scale)
             gram = products.gram()
             overflowed = math.isfinite(value) and math.isfinite(gram.tt) and not gram.finite
@@ -209,10 +209,23 @@ class RetentionStep:
                 self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
                 break
             self.state |= scaling.shrunk(self.state)
-            del whole, here
+            del whole, pairs
         if self._start is not None:
             self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
-        return _Measured(*here, whole, products, value, scale)
+        return _Measured(pairs, whole, products, value, scale)
+
+    def _pairs(self, task: Gradients, retention: Gradients, labels: Sequence[int]) -> GradientPairs:
+        shares = None if self._layout is None else self._layout.shares(self._parameters)
+        return GradientPairs(task, retention, labels, shares)
+
+    @property
+    def _reduce(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self._layout is None else self._layout.reduce
+
+    def _reached(self, retention: Gradients) -> list[bool]:
+        pairs = self._pairs([None] * len(retention), retention, range(len(retention)))
+        products, _ = pairs.inner_products(reduce=self._reduce)
+        return [bool(square > 0.0) for square in products.rr]
 
     def _retention_gradients(self) -> tuple[Tensor, Gradients, float]:
         """L_ret, the gradients of `scale` times it, and scale; every `.grad` it could reach is set aside meanwhile."""

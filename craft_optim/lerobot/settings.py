@@ -14,7 +14,7 @@ from draccus.utils import ParsingError
 
 from craft_optim.retention_step import Projection
 from craft_optim.schedules import Cosine, Exponential, Linear, Schedule
-from craft_optim.surgery import Granularity, Merge
+from craft_optim.decision import Granularity, Merge
 
 __all__ = ["PREFIX", "AnchorSettings", "CraftSettings", "SettingsError", "own_flags", "read_settings", "without_flags"]
 
