@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from craft_optim._warn import warn
+from craft_optim.decision import Granularity, Merge
 from craft_optim.dual import Controller, DualAscent, make_controller
 from craft_optim.gradients import all_zero, gradients_of
 from craft_optim.retention_step import Projection, RetentionStep, Rules
 from craft_optim.scaling import initial_scale
 from craft_optim.schedules import Linear, Schedule, as_schedule, epsilon_at
-from craft_optim.decision import Granularity, Merge
+from craft_optim.stash import GradientMemory
+from craft_optim.streaming import StreamingStep
 
 if TYPE_CHECKING:
     from craft_optim.distributed import Layout
@@ -55,9 +57,9 @@ class CraftOptimizer(torch.optim.Optimizer):
 
         g = a g_t + w g_r,        by default a = 1, w = lambda - p
 
-    where p = <g_t, g_r> / |g_r|^2 while L_ret > epsilon and the gradients conflict, else 0 (see `craft_optim.decision`),
-    and lambda follows L_ret / epsilon (see `craft_optim.dual`). `p.grad` holds the task gradients again afterwards.
-    Without a retention closure it is the base optimizer, bit for bit.
+    where p = <g_t, g_r> / |g_r|^2 while L_ret > epsilon and the gradients conflict, else 0 (`craft_optim.decision`),
+    and lambda follows L_ret / epsilon (`craft_optim.dual`). `p.grad` holds the task gradients again afterwards. Without
+    a retention closure it is the base optimizer, bit for bit.
 
     Pass this object wherever the loop used the base optimizer: schedulers, scalers, checkpoints. Its own state is a
     handful of floats named `craft_*` in every parameter group.
@@ -86,6 +88,10 @@ class CraftOptimizer(torch.optim.Optimizer):
         retention_every: Run retention on every K-th step, beginning with the first; the others are the base's alone.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. Clip task gradients
             as ever, before `step`.
+        gradient_memory: Where the task gradients wait while the retention pass runs: "copy" (they stay), "bfloat16"
+            (rounded), "host" (in the main memory), or "streaming" (each is merged as its retention gradient arrives,
+            with what the last retention step measured). `craft_optim.stash` and `craft_optim.streaming` tell what each
+            saves and costs.
         process_group: The processes that gradients of plain (not sharded) parameters are averaged over. None: those of
             the DDP module that holds the parameters; needed where gradients are averaged in another way. False: none.
             See `craft_optim.distributed`.
@@ -145,6 +151,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         granularity: Granularity = "global",
         retention_every: int = 1,
         max_grad_norm: float | None = None,
+        gradient_memory: GradientMemory = "copy",
         process_group: "dist.ProcessGroup | Literal[False] | None" = None,
         on_metrics: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
@@ -157,6 +164,12 @@ class CraftOptimizer(torch.optim.Optimizer):
         _check_choice("projection", projection, get_args(Projection))
         _check_choice("merge", merge, get_args(Merge))
         _check_choice("granularity", granularity, get_args(Granularity))
+        _check_choice("gradient_memory", gradient_memory, get_args(GradientMemory))
+        if gradient_memory == "streaming" and granularity == "group":
+            raise ValueError(
+                '`gradient_memory="streaming"` decides for each tensor or for all of them. Found granularity="group". '
+                'Take granularity="tensor" or "global", or another gradient_memory.'
+            )
         if not -1.0 <= conflict_threshold <= 1.0:
             raise ValueError(
                 "`conflict_threshold` is a cosine and must be in [-1, 1]. "
@@ -184,6 +197,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.granularity = granularity
         self.retention_every = retention_every
         self.max_grad_norm = max_grad_norm
+        self.gradient_memory = gradient_memory
         self.process_group = process_group
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
@@ -299,7 +313,8 @@ class CraftOptimizer(torch.optim.Optimizer):
 
         parameters = self._parameters()
         layout = self._find_layout(parameters)
-        retention = RetentionStep(
+        kind = StreamingStep if self.gradient_memory == "streaming" else RetentionStep
+        retention = kind(
             cast(Callable[[], Tensor], self.retention_closure),
             Rules(
                 self.controller,
@@ -309,6 +324,7 @@ class CraftOptimizer(torch.optim.Optimizer):
                 self.merge,
                 self.granularity,
                 self.max_grad_norm,
+                self.gradient_memory,
             ),
             parameters,
             [len(group["params"]) for group in self.param_groups],
@@ -446,6 +462,7 @@ class CraftOptimizer(torch.optim.Optimizer):
             "craft_anchor_position": float(getattr(self.retention_closure, "position", 0)),
             "craft_skipped": 0.0,
             **initial_scale(),
+            **(StreamingStep.initial_state() if self.gradient_memory == "streaming" else {}),
             **{f"craft_dual_{name}": float(value) for name, value in self.controller.initial_state().items()},
         }
 

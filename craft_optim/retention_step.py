@@ -12,9 +12,10 @@ from torch.profiler import record_function
 
 from craft_optim import scaling
 from craft_optim._warn import warn
-from craft_optim.decision import Granularity, Merge, Products, Weights, decide, labels_of
+from craft_optim.decision import Decision, Gram, Granularity, Merge, Products, Weights, decide, labels_of
 from craft_optim.dual import Controller, Update
 from craft_optim.gradients import Gradients, gradients_of, put, set_aside
+from craft_optim.stash import GradientMemory, Stash
 from craft_optim.surgery import GradientPairs
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Rules:
     merge: Merge
     granularity: Granularity
     max_grad_norm: float | None
+    gradient_memory: GradientMemory
 
 
 class _Measured(NamedTuple):
@@ -43,6 +45,7 @@ class _Measured(NamedTuple):
 
     Attributes:
         pairs: The task gradients and the retention gradients times `scale`, what of them is on this process.
+        task: The task gradients as the stash gave them.
         whole: The retention gradients as autograd left them.
         products: Inner products per label, over all processes, without the scale.
         loss: L_ret.
@@ -50,6 +53,7 @@ class _Measured(NamedTuple):
     """
 
     pairs: GradientPairs
+    task: Gradients
     whole: Gradients
     products: Products
     loss: float
@@ -99,13 +103,13 @@ class RetentionStep:
         self._epsilon, self._layout = epsilon, layout
         self._labels = labels_of(rules.granularity, group_sizes)
         self._update: Update | None = None
-        self._task: Gradients | None = None
+        self._stash: Stash | None = None
         self._start = getattr(closure, "position", None)
 
     @property
     def ran(self) -> bool:
         """Whether there was anything to merge."""
-        return self._task is not None
+        return self._stash is not None
 
     def share_reached(self) -> float:
         """The part of the trainable elements that is in tensors with a retention gradient; in [0, 1].
@@ -127,8 +131,8 @@ class RetentionStep:
             self._rewind()
             raise
         finally:
-            if self._task is not None:
-                put(self._parameters, self._task)
+            if self._stash is not None:
+                put(self._parameters, self._stash.restored())
 
     def _rewind(self) -> None:
         if self._start is not None:
@@ -137,8 +141,8 @@ class RetentionStep:
     @torch.no_grad()
     def merge(self) -> None:
         """Runs the retention pass and points `.grad` at the merged gradients, or at the task's if it was not finite."""
-        self._task = gradients_of(self._parameters)
-        pairs, whole, products, value, scale = self._measured(self._task)
+        self._stash = Stash(gradients_of(self._parameters), self._rules.gradient_memory)
+        pairs, task, whole, products, value, scale = self._measured(self._stash)
         gram = products.gram()
         if not (math.isfinite(value) and gram.finite):
             self._skip(value, gram.tt, gram.rr)
@@ -146,49 +150,61 @@ class RetentionStep:
         if self.float16:
             self.state |= scaling.grown(self.state)
 
-        rules = self._rules
-        if self._update is None:
-            cap = rules.rho * math.sqrt(gram.tt) / math.sqrt(gram.rr) if gram.rr > 0.0 else math.inf
-            dual_state = {
-                k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")
-            }
-            self._update = rules.controller(dual_state, loss=value, epsilon=self._epsilon, cap=cap)
-            self.state |= {f"craft_dual_{k}": float(v) for k, v in self._update.state.items()}
-            self.state["craft_lambda"] = self._update.multiplier
+        update = self._updated(value, gram)
         decision = decide(
             products,
-            lam=self._update.multiplier,
-            project=rules.projection == "always" or (rules.projection == "violated" and value > self._epsilon),
-            conflict_threshold=rules.conflict_threshold,
-            merge=rules.merge,
-            max_norm=rules.max_grad_norm,
+            lam=update.multiplier,
+            project=self._may_project(value),
+            conflict_threshold=self._rules.conflict_threshold,
+            merge=self._rules.merge,
+            max_norm=self._rules.max_grad_norm,
         )
         if self._find_reached and not self.metrics:
             self.reached = self._reached(pairs.retention)
         with record_function("CraftOptimizer.merge"):
             merged = pairs.merge_([Weights(c.task, c.retention / scale, c.projected) for c in decision.coefficients])
             if self._layout is not None:
-                merged = self._layout.wrapped(merged, self._parameters, self._task, whole)
-            put(self._parameters, merged)
-        if not self.metrics:  # of a line search, the first evaluation: where the step began
-            self.metrics = {
-                "retention_loss": value,
-                "epsilon": self._epsilon,
-                "lambda": self._update.multiplier,
-                "violation": value / self._epsilon if self._epsilon > 0.0 else math.inf if value > 0.0 else 0.0,
-                "grad_dot": gram.tr,
-                "grad_cos": gram.cos,
-                "conflict": decision.conflict,
-                "projected": decision.projected,
-                "task_grad_norm": math.sqrt(gram.tt),
-                "retention_grad_norm": math.sqrt(gram.rr),
-                "merged_grad_norm": decision.norm,
-                "capped": float(self._update.capped),
-                "clipped": float(decision.clipped),
-                "skipped": self.state["craft_skipped"],
-            }
+                merged = self._layout.wrapped(merged, self._parameters, task, whole)
+            put(self._parameters, self._stash.in_their_dtype(merged))
+        self._report(value, gram, update, decision)
 
-    def _measured(self, task: Gradients) -> "_Measured":
+    def _updated(self, value: float, gram: Gram) -> Update:
+        """The multiplier; of a line search, that of the first evaluation."""
+        if self._update is None:
+            cap = self._rules.rho * math.sqrt(gram.tt) / math.sqrt(gram.rr) if gram.rr > 0.0 else math.inf
+            dual_state = {
+                k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")
+            }
+            self._update = self._rules.controller(dual_state, loss=value, epsilon=self._epsilon, cap=cap)
+            self.state |= {f"craft_dual_{k}": float(v) for k, v in self._update.state.items()}
+            self.state["craft_lambda"] = self._update.multiplier
+        return self._update
+
+    def _may_project(self, value: float) -> bool:
+        projection = self._rules.projection
+        return projection == "always" or (projection == "violated" and value > self._epsilon)
+
+    def _report(self, value: float, gram: Gram, update: Update, decision: Decision) -> None:
+        if self.metrics:  # of a line search, the first evaluation: where the step began
+            return
+        self.metrics = {
+            "retention_loss": value,
+            "epsilon": self._epsilon,
+            "lambda": update.multiplier,
+            "violation": value / self._epsilon if self._epsilon > 0.0 else math.inf if value > 0.0 else 0.0,
+            "grad_dot": gram.tr,
+            "grad_cos": gram.cos,
+            "conflict": decision.conflict,
+            "projected": decision.projected,
+            "task_grad_norm": math.sqrt(gram.tt),
+            "retention_grad_norm": math.sqrt(gram.rr),
+            "merged_grad_norm": decision.norm,
+            "capped": float(update.capped),
+            "clipped": float(decision.clipped),
+            "skipped": self.state["craft_skipped"],
+        }
+
+    def _measured(self, stash: Stash) -> "_Measured":
         """Runs the retention pass and the inner products.
 
         Repeats a pass whose gradients have overflowed, as long as a smaller scale may help.
@@ -198,6 +214,7 @@ class RetentionStep:
             with record_function("CraftOptimizer.retention"):
                 loss, whole, scale = self._retention_gradients()
             with record_function("CraftOptimizer.merge"):
+                task = stash.for_surgery()
                 pairs = self._pairs(*self._local(task, whole), self._labels)
                 scaled, (value,) = pairs.inner_products(loss, reduce=self._reduce)
             products = Products(scaled.tt, scaled.rr / scale**2, scaled.tr / scale)
@@ -209,10 +226,13 @@ class RetentionStep:
                 self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
                 break
             self.state |= scaling.shrunk(self.state)
-            del whole, pairs
+            del task, whole, pairs
+        self._note_position()
+        return _Measured(pairs, task, whole, products, value, scale)
+
+    def _note_position(self) -> None:
         if self._start is not None:
             self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
-        return _Measured(pairs, whole, products, value, scale)
 
     def _pairs(self, task: Gradients, retention: Gradients, labels: Sequence[int]) -> GradientPairs:
         shares = None if self._layout is None else self._layout.shares(self._parameters)
@@ -228,23 +248,38 @@ class RetentionStep:
         return [bool(square > 0.0) for square in products.rr]
 
     def _retention_gradients(self) -> tuple[Tensor, Gradients, float]:
-        """L_ret, the gradients of `scale` times it, and scale; every `.grad` it could reach is set aside meanwhile."""
+        """L_ret, the gradients of `scale` times it, and scale."""
+        with self._isolated():
+            loss, scale = self._scaled_loss()
+            loss.backward()  # type: ignore[no-untyped-call]
+            retention = gradients_of(self._parameters)
+        if self._layout is not None:
+            retention = self._layout.averaged(retention, self._parameters)
+        self._check_reached(retention)
+        return loss.detach() if scale == 1.0 else loss.detach() / scale, retention, scale
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
+        """Within the block, no pass reaches a `.grad` or a reduction that is not its own."""
         own = {id(p) for p in self._parameters}
         reachable: Iterable[Tensor] = getattr(self._closure, "parameters", tuple)()
         others = [p for p in reachable if id(p) not in own]
         own_reduction = nullcontext() if self._layout is None else self._layout.own_reduction()
-        with set_aside(self._parameters + others), own_reduction:
-            with torch.enable_grad():
-                loss = self._closure()
-                _check_loss(loss)
-                if self.float16 is None:
-                    self.float16 = scaling.reaches_float16(loss)
-                scale = self.state["craft_scale"] if self.float16 else 1.0
-                wide = loss.float() if loss.dtype == torch.float16 else loss
-                (wide if scale == 1.0 else wide * scale).backward()  # type: ignore[no-untyped-call]
-            retention = gradients_of(self._parameters)
-        if self._layout is not None:
-            retention = self._layout.averaged(retention, self._parameters)
+        put(self._parameters, [None] * len(self._parameters))  # they are in the stash
+        with set_aside(self._parameters + others), own_reduction, torch.enable_grad():
+            yield
+
+    def _scaled_loss(self) -> tuple[Tensor, float]:
+        """L_ret times the private scale, and the scale."""
+        loss = self._closure()
+        _check_loss(loss)
+        if self.float16 is None:
+            self.float16 = scaling.reaches_float16(loss)
+        scale = self.state["craft_scale"] if self.float16 else 1.0
+        wide = loss.float() if loss.dtype == torch.float16 else loss
+        return (wide if scale == 1.0 else wide * scale), scale
+
+    def _check_reached(self, retention: Gradients) -> None:
         # FSDP1 leaves a process parameters without elements, and those without gradients.
         reached = [g is not None for p, g in zip(self._parameters, retention, strict=True) if p.numel() > 0]
         if reached and not any(reached):
@@ -254,7 +289,6 @@ class RetentionStep:
                 "are the parameters behind the anchored output trainable? Under DeepSpeed ZeRO the optimizer owns "
                 "flattened copies that no backward reaches: use DDP or FSDP2."
             )
-        return loss.detach(), retention, scale
 
     def _local(self, task: Gradients, retention: Gradients) -> tuple[Gradients, Gradients]:
         if self._layout is not None:
@@ -269,14 +303,18 @@ class RetentionStep:
         return task, retention
 
     def _skip(self, loss: float, tt: float, rr: float) -> None:
+        if self._stash is not None:
+            put(self._parameters, self._stash.restored())
+        self._note_skip(loss, tt, rr, "used the task gradient alone, lambda is unchanged")
+
+    def _note_skip(self, loss: float, tt: float, rr: float, consequence: str) -> None:
         self.state["craft_skipped"] += 1.0
-        put(self._parameters, self._task or [])
         culprit = "task gradient" if not math.isfinite(tt) else "retention pass"
         first = self._layout is None or self._layout.first
         if first and self.state["craft_skipped"] in (1.0, 10.0, 100.0, 1000.0):
             warn(
                 f"The {culprit} is not finite (L_ret = {loss:g}, |g_ret|^2 = {rr:g}, |g_task|^2 = {tt:g}): step "
-                f"{int(self.state['craft_step'])} used the task gradient alone, lambda is unchanged. Skipped so far: "
+                f"{int(self.state['craft_step'])} {consequence}. Skipped so far: "
                 f"{int(self.state['craft_skipped'])} (reported again at 10, 100, 1000).",
             )
 

@@ -137,6 +137,7 @@ class CraftRun:
             retention_every=settings.retention_every,
             # lerobot clips before the step, and the merge comes after
             max_grad_norm=settings.max_grad_norm or (clip if clip > 0 else None),
+            gradient_memory=settings.gradient_memory,  # type: ignore[arg-type]
         )
         _keep_state_dicts_plain(optimizer)
         self.optimizer = optimizer

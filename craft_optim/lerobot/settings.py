@@ -12,9 +12,10 @@ import draccus
 import yaml
 from draccus.utils import ParsingError
 
+from craft_optim.decision import Granularity, Merge
 from craft_optim.retention_step import Projection
 from craft_optim.schedules import Cosine, Exponential, Linear, Schedule
-from craft_optim.decision import Granularity, Merge
+from craft_optim.stash import GradientMemory
 
 __all__ = ["PREFIX", "AnchorSettings", "CraftSettings", "SettingsError", "own_flags", "read_settings", "without_flags"]
 
@@ -106,6 +107,7 @@ class CraftSettings:
     granularity: str = "global"
     retention_every: int = 1
     max_grad_norm: float | None = None
+    gradient_memory: str = "copy"
     batch_size: int | None = None
     loss: str = "mse"
     statistics: str = "dataset"
@@ -119,6 +121,7 @@ class CraftSettings:
             "projection": get_args(Projection),
             "merge": get_args(Merge),
             "granularity": get_args(Granularity),
+            "gradient_memory": get_args(GradientMemory),
             "epsilon_schedule": (None, *_SCHEDULES),
             "statistics": _STATISTICS,
             "loss": ("mse", "cosine", "l1"),
