@@ -305,16 +305,16 @@ class RetentionStep:
     def _skip(self, loss: float, tt: float, rr: float) -> None:
         if self._stash is not None:
             put(self._parameters, self._stash.restored())
-        self._note_skip(loss, tt, rr, "used the task gradient alone, lambda is unchanged")
+        self._note_skip(loss, tt, rr, "")
 
-    def _note_skip(self, loss: float, tt: float, rr: float, consequence: str) -> None:
+    def _note_skip(self, loss: float, tt: float, rr: float, where: str) -> None:
         self.state["craft_skipped"] += 1.0
         culprit = "task gradient" if not math.isfinite(tt) else "retention pass"
         first = self._layout is None or self._layout.first
         if first and self.state["craft_skipped"] in (1.0, 10.0, 100.0, 1000.0):
             warn(
                 f"The {culprit} is not finite (L_ret = {loss:g}, |g_ret|^2 = {rr:g}, |g_task|^2 = {tt:g}): step "
-                f"{int(self.state['craft_step'])} {consequence}. Skipped so far: "
+                f"{int(self.state['craft_step'])} used the task gradient alone{where}. Skipped so far: "
                 f"{int(self.state['craft_skipped'])} (reported again at 10, 100, 1000).",
             )
 

@@ -91,7 +91,7 @@ class StreamingStep(RetentionStep):
         self._stash = Stash(arrivals.gradients, "streaming")
         put(self._parameters, arrivals.gradients)
         if arrivals.spoilt:
-            self._note_skip(value, total.tt, math.inf, f"used the task gradient alone for {arrivals.spoilt} tensors")
+            self._note_skip(value, total.tt, math.inf, f" for {arrivals.spoilt} tensors")
             if self.float16:
                 self.state |= scaling.shrunk(self.state)
         elif self.float16:
