@@ -7,6 +7,8 @@ And the training around it must not notice: flags, random numbers and autocast a
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -45,15 +47,24 @@ _NAMES = ("Dropout", "DropPath", "StochasticDepth", "BatchNorm", "SpectralNorm")
 
 def _is_noisy(module: nn.Module) -> bool:
     """Whether the module's own forward depends on `training`: dropout, normalisation statistics, functional dropout."""
-    if isinstance(module, _KINDS) or any(name in type(module).__name__ for name in _NAMES):
+    if _is_noisy_kind(type(module)):  # type: ignore[arg-type]  # nn.Module hides that types are hashable
         return True
     own = vars(module)
+    names = " ".join(own)  # every pass asks this of every module: most have no such name, and no children
     # A module that checkpoints its activations does so only while `training`: eval mode would cost the memory it saves.
-    if any("checkpoint" in name and value is True for name, value in own.items()):
+    if "checkpoint" in names and any("checkpoint" in name and value is True for name, value in own.items()):
         return False
-    drops = any("drop" in name and isinstance(value, float | int) and value > 0 for name, value in own.items())
     # GPT-2's attention reads the probability off its dropout child and its own `training`.
-    return drops or any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module.children())
+    if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module._modules.values()):
+        return True
+    return "drop" in names and any(
+        "drop" in name and isinstance(value, float | int) and value > 0 for name, value in own.items()
+    )
+
+
+@lru_cache(maxsize=1024)
+def _is_noisy_kind(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, _KINDS) or any(name in kind.__name__ for name in _NAMES)
 
 
 class Statistics:
@@ -251,9 +262,8 @@ def autocast_to(device: torch.device, wanted: torch.dtype | None) -> AbstractCon
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives; the CPU for a model without any."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
