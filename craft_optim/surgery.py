@@ -198,14 +198,24 @@ class GradientPairs:
         return merged
 
 
-_TRAITS = attrgetter("dtype", "layout", "is_cpu")
-_PLAIN = {(dtype, torch.strided, True) for dtype in compiled.KINDS}
+_DTYPE, _LAYOUT, _IS_CPU = map(attrgetter, ("dtype", "layout", "is_cpu"))
+# Others keep what they hold elsewhere than where `data_ptr` says.
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _all_plain(gradients: Gradients) -> bool:
-    """Whether all are contiguous, in main memory, of dtypes that are compiled; None is, too."""
+    """Whether all are contiguous, in main memory, of dtypes that are compiled; None is, too.
+
+    Without a line of Python per tensor, of which there may be thousands of small ones.
+    """
     given = [g for g in gradients if g is not None]
-    return set(map(_TRAITS, given)) <= _PLAIN and all(map(Tensor.is_contiguous, given))
+    return (
+        set(map(type, given)) <= _PLAIN
+        and set(map(_DTYPE, given)) <= compiled.KINDS.keys()
+        and set(map(_LAYOUT, given)) <= {torch.strided}
+        and all(map(_IS_CPU, given))
+        and all(map(Tensor.is_contiguous, given))
+    )
 
 
 def _way(pair: Pair, has_library: bool) -> str:
@@ -217,7 +227,8 @@ def _way(pair: Pair, has_library: bool) -> str:
         way, kinds = "fused", _fused().DTYPES.keys()
     else:
         return "portable"
-    fits = all(g.device == device and g.dtype in kinds for g in pair.given) and pair.in_same_order()
+    fits = all(type(g) in _PLAIN and g.device == device and g.dtype in kinds for g in pair.given)
+    fits = fits and pair.in_same_order()
     return way if fits else "portable"
 
 

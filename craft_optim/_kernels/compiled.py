@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ _FLAGS_OF_PROCESSOR = {
 # Elements per piece, and per thread at least.
 _PIECE = 1 << 18
 _PER_THREAD = 1 << 21
+
+_DTYPE = attrgetter("dtype")
 
 _log = logging.getLogger(__name__)
 
@@ -170,16 +173,13 @@ class _Vectors:
     """Addresses (0 for None), lengths and kinds of tensors."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        n = len(tensors)
-        whole = [x for x in tensors if x is not None]
-        if len(whole) == n:  # without a line of Python per tensor: there may be thousands of small ones
-            self.address = np.fromiter(map(Tensor.data_ptr, whole), np.int64, n)
-            self.length = np.fromiter(map(Tensor.numel, whole), np.int64, n)
-            self.kind = np.fromiter((KINDS[x.dtype] for x in whole), np.int32, n)
-        else:
-            self.address = np.array([0 if x is None else x.data_ptr() for x in tensors], np.int64)
-            self.length = np.array([0 if x is None else x.numel() for x in tensors], np.int64)
-            self.kind = np.array([0 if x is None else KINDS[x.dtype] for x in tensors], np.int32)
+        given = [x for x in tensors if x is not None]  # then no line of Python per tensor: there may be thousands
+        here = slice(None) if len(given) == len(tensors) else np.array([x is not None for x in tensors])
+        self.address, self.length = np.zeros((2, len(tensors)), np.int64)
+        self.kind = np.zeros(len(tensors), np.int32)
+        self.address[here] = np.fromiter(map(Tensor.data_ptr, given), np.int64)
+        self.length[here] = np.fromiter(map(Tensor.numel, given), np.int64)
+        self.kind[here] = np.fromiter(map(KINDS.__getitem__, map(_DTYPE, given)), np.int32)
 
     def at(self, owner: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.int64]:
         """Addresses of the elements `start` of the tensors `owner`."""
