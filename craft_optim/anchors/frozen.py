@@ -24,7 +24,17 @@ from torch.utils import _pytree as pytree
 from .names import modules_by_name, plain_name
 from .passes import device_of, eager, saving_hooks
 
-__all__ = ["Calls", "Layout", "layouts_of", "leaves", "recorded", "replayed", "resolve_frozen", "trains"]
+__all__ = [
+    "Calls",
+    "Layout",
+    "layouts_of",
+    "leaves",
+    "other_forwards",
+    "recorded",
+    "replayed",
+    "resolve_frozen",
+    "trains",
+]
 
 Calls = Mapping[str, list[Any]]
 
@@ -75,7 +85,7 @@ def resolve_frozen(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modul
 
 
 @contextmanager
-def _forwards(modules: Mapping[str, nn.Module], make: Callable[[str, Any], Callable[..., Any]]) -> Iterator[None]:
+def other_forwards(modules: Mapping[str, nn.Module], make: Callable[[str, Any], Callable[..., Any]]) -> Iterator[None]:
     """Within the block each module's forward is `make(name, its own)`; hooks on the module fire as ever."""
     before = {name: vars(module).get("forward") for name, module in modules.items()}  # some wrappers set one, too
     try:
@@ -134,7 +144,7 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
 
         return forward
 
-    with _forwards(modules, make):
+    with other_forwards(modules, make):
         yield calls
 
 
@@ -251,5 +261,5 @@ def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[st
 
         return forward
 
-    with _forwards(modules, make):
+    with other_forwards(modules, make):
         yield

@@ -28,6 +28,7 @@ __all__ = [
     "eager",
     "is_compiled",
     "is_encoder_decoder",
+    "is_noisy",
     "isolated_rng",
     "logits_of",
     "saving_hooks",
@@ -45,7 +46,7 @@ _KINDS = (
 _NAMES = ("Dropout", "DropPath", "StochasticDepth", "BatchNorm", "SpectralNorm")
 
 
-def _is_noisy(module: nn.Module) -> bool:
+def is_noisy(module: nn.Module) -> bool:
     """Whether the module's own forward depends on `training`: dropout, normalisation statistics, functional dropout."""
     if _is_noisy_kind(type(module)):  # type: ignore[arg-type]  # nn.Module hides that types are hashable
         return True
@@ -74,7 +75,7 @@ class Statistics:
         self._then = [
             (module, name, x.detach().clone())
             for module in model.modules()
-            if _is_noisy(module)
+            if is_noisy(module)
             for name, x in module.named_buffers(recurse=False)
             if not is_lazy(x)
         ]
@@ -103,7 +104,7 @@ class _Conditions:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = [m for m in model.modules() if _is_noisy(m)]
+        self.modules = [m for m in model.modules() if is_noisy(m)]
         self.turned_off: list[nn.Module] = []
         self.eager = False
 
