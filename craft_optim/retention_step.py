@@ -132,7 +132,7 @@ class RetentionStep:
             raise
         finally:
             if self._stash is not None:
-                put(self._parameters, self._stash.restored())
+                self._stash.give_back(self._parameters)
 
     def _rewind(self) -> None:
         if self._start is not None:
@@ -304,7 +304,7 @@ class RetentionStep:
 
     def _skip(self, loss: float, tt: float, rr: float) -> None:
         if self._stash is not None:
-            put(self._parameters, self._stash.restored())
+            self._stash.give_back(self._parameters)
         self._note_skip(loss, tt, rr, "")
 
     def _note_skip(self, loss: float, tt: float, rr: float, where: str) -> None:

@@ -57,11 +57,16 @@ class Stash:
         """On their devices; rounded ones as they wait. Copies of those that wait elsewhere."""
         return [g.wrap(g.copy.to(g.device, non_blocking=True)) if isinstance(g, _Away) else g for g in self._kept]
 
-    def restored(self) -> Gradients:
-        """As they were, up to rounding."""
-        return [
-            g.wrap(g.copy.to(g.device, g.dtype, non_blocking=True)) if isinstance(g, _Away) else g for g in self._kept
-        ]
+    def give_back(self, parameters: Sequence[Tensor]) -> None:
+        """Points each `.grad` at what it was, up to rounding.
+
+        One after another, and each where another gradient was freed: no third list of gradients lives at any time.
+        """
+        for i, p in enumerate(parameters):
+            kept, p.grad = self._kept[i], None
+            if isinstance(kept, _Away):
+                kept = self._kept[i] = kept.wrap(kept.copy.to(kept.device, kept.dtype, non_blocking=True))
+            p.grad = kept
 
     def in_their_dtype(self, merged: Sequence[Tensor | None]) -> Gradients:
         """Of merged gradients, those that are rounded task gradients in the dtype of before."""
