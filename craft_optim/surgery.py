@@ -15,7 +15,6 @@ products, `craft_optim._kernels` holds what does the work:
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,8 +65,8 @@ class GradientPairs:
                 f"`task` and `retention` must have the same length. Found {len(task)} and {len(retention)}."
             )
         self.task, self.retention = task, retention
+        n_labels = 1 if labels is None else max(labels, default=0) + 1
         labels = [0] * len(task) if labels is None else labels
-        n_labels = max(labels, default=0) + 1
         # Products are added up in segments. Usually these are the labels; else each label and share has one.
         self._segments, self._label_of = labels, list(range(n_labels))
         # [n_segments, n_labels], from the sums of the one to those of the other.
@@ -83,10 +82,13 @@ class GradientPairs:
         self._compiled: compiled.CompiledPairs | None = None
         self._fused: list[FusedPairs] = []
         library = compiled.library()
-        if library is not None and _all_plain(task) and _all_plain(retention):
-            self._compiled = compiled.CompiledPairs(library, task, retention, self._segments)
-            self._portable = PortablePairs([])
-            return
+        self._portable = PortablePairs([])
+        if library is not None:
+            of_t, of_r = compiled.Vectors.of_plain(task), compiled.Vectors.of_plain(retention)
+            if of_t is not None and of_r is not None:
+                segments = None if n_segments == 1 else self._segments
+                self._compiled = compiled.CompiledPairs(library, of_t, of_r, segments)
+                return
 
         pairs = [
             Pair(i, segment, t, r)
@@ -97,7 +99,7 @@ class GradientPairs:
         here = [pair for pair, way in zip(pairs, ways, strict=True) if way == "compiled"]
         if library is not None and here:
             _, of_pairs, ts, rs = zip(*here, strict=True)
-            self._compiled = compiled.CompiledPairs(library, ts, rs, of_pairs)
+            self._compiled = compiled.CompiledPairs(library, compiled.Vectors(ts), compiled.Vectors(rs), of_pairs)
         there = [pair for pair, way in zip(pairs, ways, strict=True) if way == "fused"]
         for device in dict.fromkeys(pair.device for pair in there):
             on_device = [pair for pair in there if pair.device == device]
@@ -124,13 +126,15 @@ class GradientPairs:
         products, values = self._measured(scalars, torch.float32, reduce)
         total = products.gram()
         low, high = _TRUSTED
-        if self._in_float32 and any(not low < square < high for square in (total.tt, total.rr)):
+        in_float32 = self.portable or self._fused
+        if in_float32 and any(not low < square < high for square in (total.tt, total.rr)):
             products, _ = self._measured((), torch.float64, reduce)
         return products, values
 
     @property
-    def _in_float32(self) -> bool:
-        return bool(self._fused) or bool(self._portable)
+    def portable(self) -> bool:
+        """Whether torch operations work on any of the pairs."""
+        return bool(self._portable)
 
     def _measured(
         self, scalars: Sequence[Tensor], dtype: torch.dtype, reduce: Callable[[Tensor], Tensor] | None
@@ -190,32 +194,12 @@ class GradientPairs:
         merged = list(self.retention)
         for i, g in self._portable.merge_(coefficients):
             merged[i] = g
-        if any(g is None for g in merged) or any(c.retention == 0.0 for c in coefficients):
+        if type(None) in set(map(type, merged)) or any(c.retention == 0.0 for c in coefficients):
             for i, (segment, t, r) in enumerate(zip(self._segments, self.task, self.retention, strict=True)):
                 c = coefficients[segment]
                 if r is None or c.retention == 0.0:
                     merged[i] = t if t is None or c.task == 1.0 else t * c.task
         return merged
-
-
-_DTYPE, _LAYOUT, _IS_CPU = map(attrgetter, ("dtype", "layout", "is_cpu"))
-# Others keep what they hold elsewhere than where `data_ptr` says.
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def _all_plain(gradients: Gradients) -> bool:
-    """Whether all are contiguous, in main memory, of dtypes that are compiled; None is, too.
-
-    Without a line of Python per tensor, of which there may be thousands of small ones.
-    """
-    given = [g for g in gradients if g is not None]
-    return (
-        set(map(type, given)) <= _PLAIN
-        and set(map(_DTYPE, given)) <= compiled.KINDS.keys()
-        and set(map(_LAYOUT, given)) <= {torch.strided}
-        and all(map(_IS_CPU, given))
-        and all(map(Tensor.is_contiguous, given))
-    )
 
 
 def _way(pair: Pair, has_library: bool) -> str:
@@ -227,7 +211,7 @@ def _way(pair: Pair, has_library: bool) -> str:
         way, kinds = "fused", _fused().DTYPES.keys()
     else:
         return "portable"
-    fits = all(type(g) in _PLAIN and g.device == device and g.dtype in kinds for g in pair.given)
+    fits = all(type(g) in compiled.PLAIN and g.device == device and g.dtype in kinds for g in pair.given)
     fits = fits and pair.in_same_order()
     return way if fits else "portable"
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from craft_optim.decision import Weights
 
-__all__ = ["KINDS", "CompiledPairs", "library"]
+__all__ = ["KINDS", "PLAIN", "CompiledPairs", "Vectors", "library"]
 
 # What compiled.cpp calls the kinds of elements. Half precision is not among them: gradients of models that train in it
 # on a CPU are rare, and it would need conversions of its own.
@@ -44,7 +44,10 @@ _FLAGS_OF_PROCESSOR = {
 _PIECE = 1 << 18
 _PER_THREAD = 1 << 21
 
-_DTYPE = attrgetter("dtype")
+# Others keep what they hold elsewhere than where `data_ptr` says.
+PLAIN = {Tensor, torch.nn.Parameter}
+
+_DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
 
 _log = logging.getLogger(__name__)
 
@@ -98,26 +101,67 @@ def _compiled() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+class Vectors:
+    """Addresses (0 for None), lengths and kinds of tensors.
+
+    Found without a line of Python per tensor: there may be thousands of small ones.
+
+    Args:
+        tensors: In main memory, of the dtypes in `KINDS`, without gaps; entries may be None.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        given = [x for x in tensors if x is not None]
+        dtypes = list(map(_DTYPE, given))
+        n = len(tensors)
+        here = slice(None) if len(given) == n else np.array([x is not None for x in tensors])
+        self.address, self.length, self.kind = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int32)
+        self.address[here] = np.fromiter(map(Tensor.data_ptr, given), np.int64, len(given))
+        self.length[here] = np.fromiter(map(Tensor.numel, given), np.int64, len(given))
+        if len(set(dtypes)) == 1:
+            self.kind[here] = KINDS[dtypes[0]]
+        else:
+            self.kind[here] = np.fromiter(map(KINDS.__getitem__, dtypes), np.int32, len(given))
+
+    @classmethod
+    def of_plain(cls, tensors: Sequence[Tensor | None]) -> "Vectors | None":
+        """Those of contiguous tensors of these kinds; None if there is another among them."""
+        given = [x for x in tensors if x is not None]
+        try:
+            if not (
+                set(map(type, given)) <= PLAIN
+                and all(map(_IS_CPU, given))
+                and all(map(Tensor.is_contiguous, given))  # sparse ones raise
+            ):
+                return None
+            return cls(tensors)
+        except (RuntimeError, KeyError):  # of another layout, of another dtype
+            return None
+
+    def at(self, owner: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Addresses of the elements `start` of the tensors `owner`."""
+        size = np.array([dtype.itemsize for dtype in KINDS], np.int64)[self.kind]
+        address = self.address[owner]
+        return np.where(address == 0, 0, address + start * size[owner])
+
+
 class CompiledPairs:
     """Pairs of contiguous gradients in main memory.
 
     Args:
         functions: From `library`.
-        task: Task gradients, of the dtypes in `KINDS`; None for zero.
-        retention: Retention gradients, likewise; as many elements as their partner's.
-        segments: Of each pair.
+        of_t: Task gradients. Whoever has made these keeps the tensors.
+        of_r: Retention gradients; as many elements as their partner's.
+        segments: Of each pair; None if there is one.
+
+    Raises:
+        ValueError: If partners differ in their number of elements.
     """
 
     def __init__(
-        self,
-        functions: ctypes.CDLL,
-        task: Sequence[Tensor | None],
-        retention: Sequence[Tensor | None],
-        segments: Sequence[int],
+        self, functions: ctypes.CDLL, of_t: Vectors, of_r: Vectors, segments: Sequence[int] | None = None
     ) -> None:
         self._functions = functions
-        self._alive = task, retention  # the table below holds addresses
-        of_t, of_r = _Vectors(task), _Vectors(retention)
         length = np.maximum(of_t.length, of_r.length)
         if ((of_t.length != length) & (of_t.address != 0) | (of_r.length != length) & (of_r.address != 0)).any():
             raise ValueError("`task` and `retention` must have the same shapes.")
@@ -127,7 +171,7 @@ class CompiledPairs:
         self._length = np.minimum(length[owner] - start, _PIECE)
         self._t, self._r = of_t.at(owner, start), of_r.at(owner, start)
         self._kinds = of_t.kind[owner], of_r.kind[owner]
-        self._segment = np.asarray(segments)[owner]
+        self._segment = np.zeros(len(owner), np.int64) if segments is None else np.asarray(segments)[owner]
 
     def sums(self, n_segments: int) -> NDArray[np.float64]:
         """<g_t, g_t>, <g_r, g_r> and <g_t, g_r> per segment, `[3, n_segments]`, formed in float64."""
@@ -167,22 +211,3 @@ class CompiledPairs:
         work(bounds[0], bounds[1])
         for thread in others:
             thread.join()
-
-
-class _Vectors:
-    """Addresses (0 for None), lengths and kinds of tensors."""
-
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        given = [x for x in tensors if x is not None]  # then no line of Python per tensor: there may be thousands
-        here = slice(None) if len(given) == len(tensors) else np.array([x is not None for x in tensors])
-        self.address, self.length = np.zeros((2, len(tensors)), np.int64)
-        self.kind = np.zeros(len(tensors), np.int32)
-        self.address[here] = np.fromiter(map(Tensor.data_ptr, given), np.int64)
-        self.length[here] = np.fromiter(map(Tensor.numel, given), np.int64)
-        self.kind[here] = np.fromiter(map(KINDS.__getitem__, map(_DTYPE, given)), np.int32)
-
-    def at(self, owner: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Addresses of the elements `start` of the tensors `owner`."""
-        size = np.array([dtype.itemsize for dtype in KINDS], np.int64)[self.kind]
-        address = self.address[owner]
-        return np.where(address == 0, 0, address + start * size[owner])

@@ -5,7 +5,7 @@ calls would cost more than the memory traffic.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -90,36 +90,46 @@ class PortablePairs:
             torch._foreach_add_(rs, ts, alpha=c.task)
 
 
-class _Kind(NamedTuple):
-    """What pairs have in common that share a bucket."""
-
-    segment: int
-    device: torch.device
-    t: torch.dtype | None
-    r: torch.dtype | None
+# Of pairs that share a bucket: segment, device, and both dtypes.
+_Kind = tuple[int, torch.device, torch.dtype | None, torch.dtype | None]
 
 
 def _blocks(pairs: Sequence[Pair], dtype: torch.dtype) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
     """Matching pieces of both gradients as real vectors of at least `dtype`, with their segment."""
-    buckets: dict[_Kind, list[tuple[Tensor | None, Tensor | None]]] = {}
-    held: dict[_Kind, int] = {}
-    for pair in pairs:
-        segment, t, r, device = pair.segment, pair.task, pair.retention, pair.device
-        if any(g.is_sparse or g.is_complex() for g in pair.given):
+    small: dict[_Kind, list[tuple[Tensor | None, Tensor | None]]] = {}
+    for _, segment, t, r in pairs:
+        one = r if t is None else t
+        assert one is not None
+        if one.is_sparse or one.is_complex() or (r is not None and r.is_sparse):
             t, r = _plain(t, r)
-        n = t.numel() if t is not None else r.numel() if r is not None else 0
-        block = _BLOCK.get(device.type, _BLOCK_ACCELERATOR)
-        if n >= _SMALL.get(device.type, _SMALL_ACCELERATOR):
-            yield from _cut(segment, t, r, block, dtype)
-            continue
-        key = _Kind(segment, device, None if t is None else t.dtype, None if r is None else r.dtype)
-        buckets.setdefault(key, []).append((t, r))
-        held[key] = held.get(key, 0) + n
-        if held[key] >= block:
-            yield from _cut(segment, *_flattened(buckets.pop(key)), 2 * block, dtype)
-            del held[key]
-    for key, bucket in buckets.items():
-        yield from _cut(key.segment, *_flattened(bucket), 2 * _BLOCK.get(key.device.type, _BLOCK_ACCELERATOR), dtype)
+            one = r if t is None else t
+            assert one is not None
+        device = one.device
+        if one.numel() >= _SMALL.get(device.type, _SMALL_ACCELERATOR):
+            yield from _cut(segment, t, r, _block(device), dtype)
+        else:
+            kind = segment, device, None if t is None else t.dtype, None if r is None else r.dtype
+            small.setdefault(kind, []).append((t, r))
+    for (segment, device, _, _), alike in small.items():
+        block = _block(device)
+        for bucket in _buckets(alike, block):
+            # A little more than a block at most: not worth cutting.
+            yield from _cut(segment, *_flattened(bucket), 2 * block, dtype)
+
+
+def _block(device: torch.device) -> int:
+    return _BLOCK.get(device.type, _BLOCK_ACCELERATOR)
+
+
+def _buckets(
+    pairs: list[tuple[Tensor | None, Tensor | None]], block: int
+) -> Iterator[list[tuple[Tensor | None, Tensor | None]]]:
+    """The pairs in lists of about `block` elements."""
+    sizes = [(r if t is None else t).numel() for t, r in pairs]  # type: ignore[union-attr]
+    of_pair = np.cumsum(sizes) // block
+    ends = [*(np.flatnonzero(np.diff(of_pair)) + 1).tolist(), len(pairs)]
+    for start, end in pairwise([0, *ends]):
+        yield pairs[start:end]
 
 
 def _flattened(bucket: list[tuple[Tensor | None, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from craft_optim._kernels import compiled
-from craft_optim._kernels.compiled import CompiledPairs
+from craft_optim._kernels.compiled import CompiledPairs, Vectors
 from craft_optim.decision import Weights
 from craft_optim.functional import gram, project_and_merge_
 
@@ -25,6 +25,10 @@ def forget():
     compiled._library.cache_clear()
 
 
+def compiled_pairs(task, retention, segments=None):
+    return CompiledPairs(compiled.library(), Vectors(task), Vectors(retention), segments)
+
+
 def pairs(*lengths, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [[torch.randn(n, generator=generator).to(dtype) for n in lengths] for _ in range(2)]
@@ -36,7 +40,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     for threads in (1, 2, 5):
         task, retention = pairs(3, 700_001, 0, 4097, 250_000)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        work = CompiledPairs(compiled.library(), task, retention, [0, 1, 0, 0, 1])
+        work = compiled_pairs(task, retention, [0, 1, 0, 0, 1])
         sums = work.sums(2)
         work.merge_([Weights(1.0, 0.3, False), Weights(0.5, 0.7, False)])
         found.append((sums.tobytes(), [r.numpy().tobytes() for r in retention]))
@@ -49,7 +53,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 def test_only_retention_gradients_are_written_to():
     task, retention = pairs(5, 9)
     kept = [t.clone() for t in task], [r.clone() for r in retention]
-    work = CompiledPairs(compiled.library(), [task[0], None], [None, retention[1]], [0, 0])
+    work = compiled_pairs([task[0], None], [None, retention[1]])
     work.merge_([Weights(2.0, 3.0, False)])
     assert all(torch.equal(a, b) for a, b in zip(task, kept[0], strict=True))
     assert torch.equal(retention[0], kept[1][0])
@@ -62,9 +66,8 @@ def test_bfloat16_rounds_as_torch_does():
     halves = torch.tensor([1.0, 1.0078125, 3.3e38, -3.3e38, 1e-40, float("nan")]).bfloat16()
     for other in halves:
         retention = [every.clone()]
-        CompiledPairs(compiled.library(), [other.expand(1 << 16).contiguous()], retention, [0]).merge_(
-            [Weights(1.0, 0.50390625, False)]
-        )
+        task = [other.expand(1 << 16).contiguous()]
+        compiled_pairs(task, retention).merge_([Weights(1.0, 0.50390625, False)])
         expected = (other.float() + 0.50390625 * every.float()).bfloat16()
         assert torch.equal(retention[0].isnan(), expected.isnan())
         found, wanted = retention[0].nan_to_num(0.0), expected.nan_to_num(0.0)
@@ -75,7 +78,7 @@ def test_dtypes_may_differ_within_a_pair():
     for t_dtype in compiled.KINDS:
         for r_dtype in compiled.KINDS:
             task, retention = [torch.randn(1000).to(t_dtype)], [torch.randn(1000).to(r_dtype)]
-            work = CompiledPairs(compiled.library(), task, retention, [0])
+            work = compiled_pairs(task, retention)
             exact = (task[0].double() * retention[0].double()).sum().item()
             assert work.sums(1)[2, 0] == pytest.approx(exact, rel=1e-12, abs=1e-12)
             expected = task[0].double() + 0.5 * retention[0].double()
@@ -87,7 +90,7 @@ def test_dtypes_may_differ_within_a_pair():
 
 def test_scales_that_float32_cannot_hold_need_no_second_pass():
     big, small = [torch.full((64,), 1e30)], [torch.full((64,), 1e-30)]
-    sums = CompiledPairs(compiled.library(), big, small, [0]).sums(1)
+    sums = compiled_pairs(big, small).sums(1)
     np.testing.assert_allclose(sums[:, 0], [64e60, 64e-60, 64.0], rtol=1e-6)
 
 

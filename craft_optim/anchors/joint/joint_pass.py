@@ -116,10 +116,8 @@ class JointPass:
     """Runs the anchors of the coming retention step along with the task batch: one forward and one backward for both.
 
     The gradients are those of separate passes: the task's in `p.grad`, retention's kept until `optimizer.step()` asks
-    for them. The arithmetic is the same; forwards and backwards launch about 40 % fewer kernels in models like Llama
-    and pi0_fast, 30 % in GPT-2, not 10 % in plain stacks of linear layers. That may pay where a GPU waits for
-    launches. On a CPU it hardly does: steps of small transformers took 3 to 7 % less time at the smallest batches and
-    as long at larger ones, those of a stack of linear layers a quarter more. The activations of both batches live at
+    for them. The arithmetic is the same, with fewer operations to launch: that may pay where a GPU waits for launches,
+    and hardly pays on a CPU. `make bench GROUP=joint` counts and times both. The activations of both batches live at
     once. And it runs on the anchors what separate passes leave out: modules whose outputs are cached
     (`build(frozen=...)`), the head at positions that do not count, layers that `HiddenRetention` does not need.
 
