@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy, gelu
 from torch.nn.parallel import DistributedDataParallel
 
-from craft_optim import CraftOptimizer
+from craft_optim import CraftOptimizer, stash
 from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention
 from craft_optim.anchors.names import plain_name
 from craft_optim.distributed import average
@@ -205,6 +205,9 @@ def samples(step):
     return x, x[:, :5].argmin(1)
 
 
+IS_HOST = stash._is_host
+
+
 def train(
     cache,
     parallel="plain",
@@ -221,6 +224,8 @@ def train(
     **craft,
 ):
     """Trains, from a checkpoint or the start; whole parameters, each step's metrics, and the anchors' position."""
+    # As if the main memory were another device's, if gradients wait there; a process serves many tests.
+    stash._is_host = (lambda device: False) if craft.get("gradient_memory") == "host" else IS_HOST
     model = network()
     wrapped, rank, world_size = PARALLEL[parallel](model)
     with torch.no_grad():  # away from the teacher, so that both gradients matter from the first step

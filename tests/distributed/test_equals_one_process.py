@@ -51,6 +51,30 @@ def test_settings(processes, cache, alone, assert_same_run, parallel, settings):
     assert_same_run(processes.run(2, "cases.train", cache=cache, parallel=parallel, **settings), alone(**settings))
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "fsdp2", "tp", "fsdp1"])
+@pytest.mark.parametrize("granularity", ["global", "tensor"])
+def test_gradients_that_wait_on_the_host(processes, cache, alone, assert_same_run, parallel, granularity):
+    settings = {"granularity": granularity, "gradient_memory": "host"}
+    ranks = processes.run(2, "cases.train", cache=cache, parallel=parallel, **settings)
+    assert_same_run(ranks, alone(granularity=granularity))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_gradients_that_wait_in_bfloat16(processes, cache, alone, parallel):
+    ranks = processes.run(2, "cases.train", cache=cache, parallel=parallel, gradient_memory="bfloat16")
+    assert ranks[0]["metrics"] == ranks[1]["metrics"], "ranks have measured, or decided, differently"
+    for mine, exact in zip(ranks[0]["metrics"], alone()["metrics"], strict=True):
+        for name in ("retention_loss", "task_grad_norm", "merged_grad_norm"):
+            assert mine[name] == pytest.approx(exact[name], rel=0.02)
+        assert mine["task_grad_norm"] != exact["task_grad_norm"], "they are rounded"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_streaming_is_refused(processes, cache, parallel):
+    with pytest.raises(pytest.fail.Exception, match="is for one process"):
+        processes.run(2, "cases.train", cache=cache, parallel=parallel, gradient_memory="streaming")
+
+
 @pytest.mark.parametrize(("world_size", "parallel"), [(2, "ddp"), (4, "fsdp2"), (4, "fsdp2 x tp")])
 def test_ranks_with_different_numbers_of_valid_positions(
     processes, cache, alone, assert_same_run, world_size, parallel

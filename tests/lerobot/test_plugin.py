@@ -325,9 +325,11 @@ def test_the_command(act, tmp_path, monkeypatch):
 
 
 def test_its_optimizer_is_the_presets(act, tmp_path):
-    run = train("act", act, *arguments(act, tmp_path / "out", steps=1), *CRAFT)
+    run = train("act", act, *arguments(act, tmp_path / "out", steps=2), *CRAFT, "--craft.gradient_memory=streaming")
     assert isinstance(run.optimizer, CraftOptimizer)
     groups = run.optimizer.base_optimizer.param_groups
     assert type(run.optimizer.base_optimizer) is torch.optim.AdamW
     assert len(groups) == 2, "ACT trains its backbone at a rate of its own"
     assert run.optimizer.max_grad_norm == 10.0
+    assert run.optimizer.gradient_memory == "streaming"
+    assert run.optimizer.metrics["retention_step"] == 1.0
