@@ -1,6 +1,6 @@
-"""What the number of anchors, epsilon and the size of passes do to drift: seven short runs of craft-optim train.
+"""What the number of anchors and epsilon do to drift: five short runs of craft-optim train.
 
-    python examples/how_many_anchors.py                      # prints the two tables of docs/choosing.md
+    python examples/how_many_anchors.py                      # prints the table of docs/choosing.md
     python examples/how_many_anchors.py --out=outputs/anchors --steps=300
 
 The shipped small pi0_fast learns the button; frames of the drawer are its anchors. Finished runs are not run again.
@@ -30,17 +30,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "anchors-256": ("256 anchors, epsilon 0.03", {}),
     "anchors-1024": ("1024 anchors, epsilon 0.03", {"anchors.count": 1024}),
     "tighter": ("256 anchors, epsilon 0.01", {"epsilon": 0.01}),
-    "smaller-passes": ("4 anchors on every step", {"batch_size": 4}),
-    "rarer-passes": ("16 anchors on every 5th step", {"retention_every": 5}),
-}
-TABLES = {
-    "Anchors and epsilon": ["plain", "anchors-64", "anchors-256", "anchors-1024", "tighter"],
-    "Smaller and rarer passes, 256 anchors, epsilon 0.03": ["anchors-256", "smaller-passes", "rarer-passes"],
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what is not there yet, and prints the tables."""
+    """Runs what is not there yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "how_many_anchors")
     parser.add_argument("--steps", type=int, default=300)
@@ -60,16 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = [f"--craft.{key}={value}" for key, value in (common | own).items()]
         small = "--small.discover_packages_path=small_pi0_fast"
         steps.command(name, craft_optim("train", small, *flags, *training, f"--output_dir={out / name}"))
-    for title, names in TABLES.items():
-        table = Table(
-            "", "drift on anchors", "drift on held-out frames", f"new task: loss, last {OF_LAST}", title=title
-        )
-        for name in names:
-            rows = rows_of(out / name)
-            loss = fmean(row["loss"] for row in rows[-OF_LAST:])
-            drifts = (f"{rows[-1][key]:.3f}" for key in ("drift_anchors", "drift_heldout"))
-            table.add_row(RUNS[name][0], *drifts, f"{loss:.2f}")
-        console.print(table)
+    table = Table("", "drift on anchors", "drift on held-out frames", f"new task: loss, last {OF_LAST}")
+    for name, (label, _) in RUNS.items():
+        rows = rows_of(out / name)
+        loss = fmean(row["loss"] for row in rows[-OF_LAST:])
+        drifts = (f"{rows[-1][key]:.3f}" for key in ("drift_anchors", "drift_heldout"))
+        table.add_row(label, *drifts, f"{loss:.2f}")
+    console.print(table)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -95,6 +95,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def load_task(repo_id: str | None, environment: str, policy: Any, preprocessor: Any, args: argparse.Namespace) -> Task:
+    """Demonstrations of the hub; those that are shipped of `environment`, if there is no repo id."""
+    data = repo_id or ASSETS / "demonstrations" / environment
+    episodes = list(range(args.episodes)) if args.episodes else None
+    frames = load_frames(data, policy.config.chunk_size, episodes=episodes)
+    return Task(repo_id or environment, PreparedFrames(frames, preprocessor), None if repo_id else environment)
+
+
 def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Namespace) -> anchors.AnchorCache:
     """Writes down what the policy says about these frames before it is fine-tuned."""
     name, batches = args.policy or "small pi0_fast", task.batches(rows)
@@ -132,12 +140,10 @@ def warmup_cosine(steps: int, warmup: int = 50, floor: float = 0.05) -> Any:
     return lambda t: min(1.0, (t + 1) / warmup) * (floor + (1 - floor) * (1 + math.cos(math.pi * t / steps)) / 2)
 
 
-def fine_tune(
-    policy: Any, method: str, new: Task, retention: Any, probe: list[Any], args: argparse.Namespace, seed: int
-) -> float:
-    """Trains `policy` on the new task, writes metrics and checkpoints, and returns the milliseconds per step."""
-    folder = args.out / "runs" / f"{method}-seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+def make_optimizer(
+    policy: Any, method: str, retention: Any, args: argparse.Namespace
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW for "adamw", and for "craft" the same one wrapped; with its learning-rate schedule."""
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.01)
     if method == "craft":
         optimizer = CraftOptimizer(
@@ -148,7 +154,27 @@ def fine_tune(
             retention_every=args.retention_every,
             max_grad_norm=1.0,
         )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(args.steps))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(args.steps))
+
+
+def train_step(policy: Any, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, scheduler: Any) -> Any:
+    """One step, the same for both methods; returns the loss on the new task."""
+    loss, _ = policy.forward(batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step()
+    return loss
+
+
+def fine_tune(
+    policy: Any, method: str, new: Task, retention: Any, probe: list[Any], args: argparse.Namespace, seed: int
+) -> float:
+    """Trains `policy` on the new task, writes metrics and checkpoints, and returns the milliseconds per step."""
+    folder = args.out / "runs" / f"{method}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer, scheduler = make_optimizer(policy, method, retention, args)
 
     torch.manual_seed(seed)
     first, seconds = 0, 0.0
@@ -168,12 +194,7 @@ def fine_tune(
     for step in bar:
         batch = new.frames.train_batch(rows_of_step(new.frames.train_indices, args.batch_size, seed, step))
         started = time.perf_counter()
-        loss, _ = policy.forward(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
+        loss = train_step(policy, batch, optimizer, scheduler)
         seconds += time.perf_counter() - started
 
         row = {"method": method, "seed": seed, "step": step, "loss": loss.item(), **getattr(optimizer, "metrics", {})}
@@ -206,14 +227,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     policy = load_policy(source, device=args.device)
     processors = make_processors(policy, path=source)
 
-    def task(repo_id: str | None, environment: str) -> Task:
-        data = repo_id or ASSETS / "demonstrations" / environment
-        episodes = list(range(args.episodes)) if args.episodes else None
-        frames = load_frames(data, policy.config.chunk_size, episodes=episodes)
-        name = repo_id or environment
-        return Task(name, PreparedFrames(frames, processors[0]), None if repo_id else environment)
-
-    old, new = task(args.anchors, OLD_TASK), task(args.dataset, NEW_TASK)
+    old = load_task(args.anchors, OLD_TASK, policy, processors[0], args)
+    new = load_task(args.dataset, NEW_TASK, policy, processors[0], args)
     console.print(
         f"[bold]pi0_fast[/bold], {parameter_count(policy) / 1e6:.2f} M parameters; keep [cyan]{old.name}[/cyan] "
         f"({len(old.frames.train_indices)} frames as anchors), learn [cyan]{new.name}[/cyan] "

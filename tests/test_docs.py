@@ -1,6 +1,6 @@
 """What the documentation says exists: settings, commands, links, messages, numbers. Nothing here imports lerobot.
 
-`python tests/test_docs.py` writes the tables that are made of docstrings.
+`python tests/test_docs.py` writes the tables that are made of docstrings or of results.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import ast
 import json
 import re
 import shlex
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from craft_optim.metrics import METRICS
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "craft_optim"
+CHOOSING = ROOT / "docs" / "choosing.md"
 LEROBOT = ROOT / "docs" / "lerobot.md"
 TROUBLE = ROOT / "docs" / "troubleshooting.md"
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -40,7 +41,7 @@ def tree(*parts):
     return ast.parse(read(PACKAGE.joinpath(*parts)))
 
 
-# Tables of settings and metrics
+# Tables of settings, metrics and results
 
 
 def described(docstring, section):
@@ -100,18 +101,34 @@ def metrics_table():
     return table(("name", "what it is"), rows)
 
 
-TABLES = {"settings": settings_table, "metrics": metrics_table}
+def budget_table(name):
+    result = json.loads(read(ROOT / "examples" / "results" / f"{name}.json"))
+    header = ("retention every", "anchors per pass", "cost of a step", "highest drift on the way")
+    rows = []
+    for row in [result["adamw"], *result["points"]]:
+        every, anchors = row["retention_every"], row["anchor_batch"]
+        which = (("step" if every == 1 else f"{every} steps"), f"{anchors}") if every else ("never: AdamW", "-")
+        drifts = (f"{row[f'drift_{kind}']:.3f}" for kind in ("highest", "anchor", "heldout"))
+        rows.append((*which, f"{row['cost']:.2f}", *drifts, f"{row['loss']:.2f}"))
+    return table((*header, "drift on anchors", "drift on held-out frames", "new task: loss, last 50 steps"), rows)
+
+
+TABLES = {
+    "settings": (LEROBOT, settings_table),
+    "metrics": (LEROBOT, metrics_table),
+    **{name: (CHOOSING, partial(budget_table, name)) for name in ("retention-budget", "retention-budget-lr-0.0003")},
+}
 
 
 def with_table(text, name):
     begin = f"<!-- {name}: written by `python tests/test_docs.py` -->\n"
     before, rest = text.split(begin)
-    return f"{before}{begin}{TABLES[name]()}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return f"{before}{begin}{TABLES[name][1]()}<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_are_what_the_docstrings_say(name):
-    text = read(LEROBOT)
+def test_tables_are_what_docstrings_and_results_say(name):
+    text = read(TABLES[name][0])
     assert with_table(text, name) == text, "run python tests/test_docs.py"
 
 
@@ -277,7 +294,7 @@ def test_a_message_that_is_not_there_is_found_out():
 def test_numbers_of_the_sweep():
     swept = json.loads(read(ROOT / "examples" / "results" / "sweep-logits.json"))
     rows = re.findall(r"^\| ([\d.]+|plain AdamW) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
-                      read(ROOT / "docs" / "choosing.md"), re.MULTILINE)  # fmt: skip
+                      read(CHOOSING), re.MULTILINE)  # fmt: skip
     found = {name: tuple(map(float, numbers)) for name, *numbers in rows}
     points = {"plain AdamW": swept["adamw"]} | {f"{point['epsilon']:g}": point for point in swept["craft"]}
     rounded = {
@@ -291,7 +308,5 @@ def test_numbers_of_the_sweep():
 
 
 if __name__ == "__main__":
-    text = read(LEROBOT)
-    for name in TABLES:
-        text = with_table(text, name)
-    LEROBOT.write_text(text, encoding="utf-8")
+    for name, (page, _) in TABLES.items():
+        page.write_text(with_table(read(page), name), encoding="utf-8")

@@ -15,7 +15,6 @@ def test_a_run_and_its_table(tmp_path, monkeypatch, capsys):
 
     few = {"anchors-64": ("8 anchors", {"anchors.count": 8})}
     monkeypatch.setattr(how_many_anchors, "RUNS", few)
-    monkeypatch.setattr(how_many_anchors, "TABLES", {"Few": ["anchors-64"]})
     how_many_anchors.main(["--steps=2", f"--out={tmp_path}"])
     (_, last) = how_many_anchors.rows_of(tmp_path / "anchors-64")
     printed = capsys.readouterr().out
