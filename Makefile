@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sweep experiments assets clean
+.PHONY: help setup demo test lint bench sweep budget experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -42,11 +42,19 @@ lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(FOR_TESTS)  ## what anchors and passes cost, as multiples of the alternatives (some minutes)
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-columns=median -q
+# On a GPU where there is one; DEVICE=cpu measures the CPU there, too. The numbers go into benchmarks/results and the
+# README's table; of GROUP=anchors, joint, memory, passes, scaling, step or surgery only this part.
+bench: $(FOR_TESTS)  ## what optimizer and anchors cost, as multiples of alternatives (ten minutes; GROUP=surgery: a part)
+	@mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks$(if $(GROUP),/test_$(GROUP).py) $(if $(DEVICE),--bench-device=$(DEVICE)) \
+		--benchmark-enable --benchmark-columns=median --benchmark-json=.benchmarks/run.json -q
+	$(BIN)/python benchmarks/performance_table.py .benchmarks/run.json
 
 sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
 	$(BIN)/python examples/sweep_epsilon.py
+
+budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
+	$(BIN)/python examples/retention_budget.py
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)
 	$(BIN)/python examples/six_experiments.py

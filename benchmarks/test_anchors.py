@@ -99,12 +99,18 @@ def test_building_hidden_states(compare: Compare, pi0_fast: Any, tmp_path: Path,
         f"build, prefix states of layer {layer} / full forward",
         building(pi0_fast, "prefix", tmp_path, layers=(layer,)),
         plain_forward(pi0_fast),
+        rounds=5,
     )
 
 
 @pytest.mark.benchmark(group="building")
 def test_inference_mode(compare: Compare, pi0_fast: Any) -> None:
-    compare("forward, inference_mode / no_grad", plain_forward(pi0_fast, torch.inference_mode), plain_forward(pi0_fast))
+    compare(
+        "forward, inference_mode / no_grad",
+        plain_forward(pi0_fast, torch.inference_mode),
+        plain_forward(pi0_fast),
+        rounds=5,
+    )
 
 
 # Reading
