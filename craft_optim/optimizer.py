@@ -65,8 +65,9 @@ class CraftOptimizer(torch.optim.Optimizer):
     handful of floats named `craft_*` in every parameter group.
 
     Cost of a step that runs retention: one forward and backward of the closure, one additional copy of the gradients
-    while they live, about 5N elements of memory traffic, one read of the device. Other steps cost the base's step. With
-    several processes, a few all-reduces of a few numbers per parameter; under DDP one of all retention gradients, too.
+    while they live (see `gradient_memory`), about 5N elements of memory traffic, one read of the device. Other steps
+    cost the base's step. With several processes, an all-reduce of a few numbers; under DDP one of all retention
+    gradients, too.
 
     Args:
         base_optimizer: The optimizer that does the step.

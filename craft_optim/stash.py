@@ -9,7 +9,7 @@ For N elements of float32, beyond the base optimizer's own peak:
 | "host" | in the main memory | 0 | 0; N in between, for the merge | none | 3 transfers |
 | "streaming" | see `craft_optim.streaming` | largest tensor | 0 | last coefficients | a read per tensor |
 
-An element that two gradients share (a view into a bucket of DDP's, say) cannot be freed and stays where it is.
+A gradient that is a view into a larger buffer (a bucket of DDP, say) cannot be freed and stays where it is.
 """
 
 from collections.abc import Callable, Sequence

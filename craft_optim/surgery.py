@@ -150,11 +150,11 @@ class GradientPairs:
         given = [x.detach().double().reshape(1) for x in scalars]
         if reduce is not None:
             home = next((g.device for g in (*self.task, *self.retention) if g is not None), torch.device("cpu"))
-            total = torch.from_numpy(host).to(home)
+            total = torch.from_numpy(host).to(home, non_blocking=True)  # the one wait of the host is the read below
             for sums in on_devices.values():
                 total = total + sums.to(home)
             if self._fold is not None:
-                total = total @ torch.from_numpy(self._fold).to(home)
+                total = total @ torch.from_numpy(self._fold).to(home, non_blocking=True)
             n = total.shape[1]
             rows = total.new_zeros(4, max(n, len(given)))
             rows[:3, :n] = total

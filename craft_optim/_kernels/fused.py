@@ -39,10 +39,34 @@ _VECTOR = 16
 _HAS_TASK, _HAS_RETENTION = 1, 2
 
 
-@triton.jit(do_not_specialize=["tensors_stride", "programs_stride", "partial_stride"])  # type: ignore[untyped-decorator]
-def _dots(  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def _chunk(  # type: ignore[no-untyped-def]
     tensors,  # int64 [5, tensors_stride]: addresses of both gradients, length, segment, which of them are given
     programs,  # int64 [3, programs_stride]: tensor, first element, where the result belongs
+    tensors_stride,
+    programs_stride,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """This program's tensor, where its chunk begins in both gradients, and the chunk's length."""
+    program = tl.program_id(0)
+    tensor = tl.load(programs + program)
+    start = tl.load(programs + programs_stride + program)
+    t = tl.load(tensors + tensor).to(tl.pointer_type(T)) + start
+    r = tl.load(tensors + tensors_stride + tensor).to(tl.pointer_type(R)) + start
+    if ALIGNED:
+        t = tl.multiple_of(t, 16)
+        r = tl.multiple_of(r, 16)
+    n = tl.minimum(tl.load(tensors + 2 * tensors_stride + tensor) - start, CHUNK).to(tl.int32)
+    return tensor, t, r, n
+
+
+@triton.jit(do_not_specialize=["tensors_stride", "programs_stride", "partial_stride"])  # type: ignore[untyped-decorator]
+def _dots(  # type: ignore[no-untyped-def]
+    tensors,
+    programs,
     partial,  # float64 [3, partial_stride]
     tensors_stride,
     programs_stride,
@@ -54,15 +78,7 @@ def _dots(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tensor = tl.load(programs + program)
-    start = tl.load(programs + programs_stride + program)
-    t = tl.load(tensors + tensor).to(tl.pointer_type(T)) + start
-    r = tl.load(tensors + tensors_stride + tensor).to(tl.pointer_type(R)) + start
-    if ALIGNED:
-        t = tl.multiple_of(t, 16)
-        r = tl.multiple_of(r, 16)
-    n = tl.minimum(tl.load(tensors + 2 * tensors_stride + tensor) - start, CHUNK).to(tl.int32)
+    tensor, t, r, n = _chunk(tensors, programs, tensors_stride, programs_stride, T, R, ALIGNED, CHUNK)
     whole = n // BLOCK * BLOCK  # a mask would keep these loads from being vectors
     offsets = tl.arange(0, BLOCK)
     tt = tl.zeros([BLOCK], WIDE)
@@ -82,7 +98,7 @@ def _dots(  # type: ignore[no-untyped-def]
         rr += y * y
         tr += x * y
     given = tl.load(tensors + 4 * tensors_stride + tensor)
-    result = partial + tl.load(programs + 2 * programs_stride + program)
+    result = partial + tl.load(programs + 2 * programs_stride + tl.program_id(0))
     zero = tl.zeros([], WIDE)
     tl.store(result, tl.where(given & 1 != 0, tl.sum(tt), zero).to(tl.float64))
     tl.store(result + partial_stride, tl.where(given & 2 != 0, tl.sum(rr), zero).to(tl.float64))
@@ -116,22 +132,14 @@ def _merge(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tensor = tl.load(programs + program)
+    tensor, t, r, n = _chunk(tensors, programs, tensors_stride, programs_stride, T, R, ALIGNED, CHUNK)
     given = tl.load(tensors + 4 * tensors_stride + tensor)
     segment = tl.load(tensors + 3 * tensors_stride + tensor)
     task = tl.load(coefficients + segment)
     retention = tl.load(coefficients + n_segments + segment)
     if (given & 2 != 0) & (retention != 0.0):
-        start = tl.load(programs + programs_stride + program)
-        t = tl.load(tensors + tensor).to(tl.pointer_type(T)) + start
-        r = tl.load(tensors + tensors_stride + tensor).to(tl.pointer_type(R)) + start
-        if ALIGNED:
-            t = tl.multiple_of(t, 16)
-            r = tl.multiple_of(r, 16)
         a = tl.where(given & 1 != 0, task, 0.0).to(WIDE)  # without a task gradient, `t` is `r`
         w = retention.to(WIDE)
-        n = tl.minimum(tl.load(tensors + 2 * tensors_stride + tensor) - start, CHUNK).to(tl.int32)
         whole = n // BLOCK * BLOCK
         offsets = tl.arange(0, BLOCK)
         for at in range(0, whole, BLOCK):

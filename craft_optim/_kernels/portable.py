@@ -185,4 +185,5 @@ def _added_up(entries: list[tuple[int, Tensor]], n_segments: int) -> Tensor:
         row[: len(found)] = found
     values = torch.stack([value for _, value in entries])
     padded = torch.cat([values, values.new_zeros(1)])
-    return padded[torch.from_numpy(table).to(values.device)].sum(dim=1).view(3, n_segments)
+    there = torch.from_numpy(table).to(values.device, non_blocking=True)  # else the host waits for all work before
+    return padded[there].sum(dim=1).view(3, n_segments)
