@@ -117,6 +117,7 @@ def train(name, folder, *given, with_plugin=True):
     """lerobot-train in this process; nothing of it stays behind."""
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # what other tests have left would choose the precision
     given = [*([plugin.TRAIN_FLAG] if with_plugin else []), *map(str, given)]
     with replaced(), small_sizes(name, Path(folder)), mock.patch.object(sys, "argv", ["lerobot-train", *given]):
         if name == "pi0_fast":
