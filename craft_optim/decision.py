@@ -29,6 +29,7 @@ __all__ = [
     "Weights",
     "decide",
     "labels_of",
+    "merged_norm",
     "weights",
 ]
 
@@ -73,6 +74,10 @@ class Products(NamedTuple):
         chosen = slice(None) if label is None else slice(label, label + 1)
         return Gram(*(float(column[chosen].sum()) for column in self))
 
+    def unscaled(self, scale: float) -> "Products":
+        """Those of r, where these are of `scale` * r."""
+        return Products(self.tt, self.rr / scale**2, self.tr / scale)
+
 
 class Weights(NamedTuple):
     """Coefficients of the merge g = task * g_t + retention * g_r."""
@@ -80,6 +85,10 @@ class Weights(NamedTuple):
     task: float
     retention: float
     projected: bool
+
+    def of_scaled(self, scale: float) -> "Weights":
+        """For `scale` * g_r in the place of g_r."""
+        return self._replace(retention=self.retention / scale)
 
 
 def weights(gram: Gram, *, lam: float, project: bool, conflict_threshold: float, merge: str) -> Weights:

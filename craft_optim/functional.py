@@ -29,7 +29,7 @@ def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
         `Gram` with `tt`, `rr`, `tr` and `cos` as Python floats.
 
     Raises:
-        ValueError: If the lists differ in length.
+        ValueError: If the lists differ in length, or a pair in its number of elements.
     """
     return GradientPairs(task_grads, retention_grads).inner_products()[0].gram()
 
@@ -58,8 +58,8 @@ def project_and_merge_(
         merge: "weighted", "equal" or "task_priority".
 
     Raises:
-        ValueError: If lam is negative, a name is unknown, the lists differ in length, or a gradient is not finite;
-            the gradients are then unchanged.
+        ValueError: If lam is negative, a name is unknown, the lists differ in length or a pair in its number of
+            elements, or a gradient is not finite; the gradients are then unchanged.
     """
     if not lam >= 0.0:
         raise ValueError(f"`lam` must be >= 0. Found lam={lam!r}.")

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from craft_optim import scaling
 from craft_optim._warn import warn
-from craft_optim.decision import Decision, Gram, Granularity, Merge, Products, Weights, decide, labels_of
+from craft_optim.decision import Decision, Gram, Granularity, Merge, Products, decide, labels_of
 from craft_optim.dual import Controller, Update
 from craft_optim.gradients import Gradients, gradients_of, put, set_aside
 from craft_optim.stash import GradientMemory, Stash
@@ -162,7 +162,7 @@ class RetentionStep:
         if self._find_reached and not self.metrics:
             self.reached = self._reached(pairs.retention)
         with record_function("CraftOptimizer.merge"):
-            merged = pairs.merge_([Weights(c.task, c.retention / scale, c.projected) for c in decision.coefficients])
+            merged = pairs.merge_([c.of_scaled(scale) for c in decision.coefficients])
             if self._layout is not None:
                 merged = self._layout.wrapped(merged, self._parameters, task, whole)
             put(self._parameters, self._stash.in_their_dtype(merged))
@@ -217,7 +217,7 @@ class RetentionStep:
                 task = stash.for_surgery()
                 pairs = self._pairs(*self._local(task, whole), self._labels)
                 scaled, (value,) = pairs.inner_products(loss, reduce=self._reduce)
-            products = Products(scaled.tt, scaled.rr / scale**2, scaled.tr / scale)
+            products = scaled.unscaled(scale)
             gram = products.gram()
             overflowed = math.isfinite(value) and math.isfinite(gram.tt) and not gram.finite
             if not (overflowed and self.float16):
@@ -266,7 +266,7 @@ class RetentionStep:
         others = [p for p in reachable if id(p) not in own]
         own_reduction = nullcontext() if self._layout is None else self._layout.own_reduction()
         put(self._parameters, [None] * len(self._parameters))  # they are in the stash
-        with set_aside(self._parameters + others), own_reduction, torch.enable_grad():
+        with set_aside(others), own_reduction, torch.enable_grad():
             yield
 
     def _scaled_loss(self) -> tuple[Tensor, float]:

@@ -170,15 +170,13 @@ class _Arrivals:
                 'use_reentrant=False, or take another `gradient_memory` than "streaming".'
             )
         pairs = GradientPairs([self.gradients[i]], [r])
-        scaled = pairs.inner_products()[0].gram()
-        gram = Gram(scaled.tt, scaled.rr / self._scale**2, scaled.tr / self._scale)
+        gram = pairs.inner_products()[0].unscaled(self._scale).gram()
         if not gram.finite:
             self.spoilt += 1
             self.grams[i], self._chosen[i] = Gram(gram.tt, 0.0, 0.0), _TASK_ALONE
             return
         self.grams[i], self._chosen[i] = gram, self._rule(gram)
-        a, w, projected = self._chosen[i]
-        (self.gradients[i],) = pairs.merge_([Weights(a, w / self._scale, projected)])
+        (self.gradients[i],) = pairs.merge_([self._chosen[i].of_scaled(self._scale)])
 
     def complete(self) -> tuple[list[Gram], list[Weights]]:
         """Inner products and coefficients of all tensors, after those without a retention gradient are scaled, too."""

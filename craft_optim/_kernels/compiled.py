@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from craft_optim._kernels.pairs import cut
 from craft_optim.decision import Weights
 
 __all__ = ["KINDS", "PLAIN", "CompiledPairs", "Vectors", "library"]
@@ -165,9 +166,7 @@ class CompiledPairs:
         length = np.maximum(of_t.length, of_r.length)
         if ((of_t.length != length) & (of_t.address != 0) | (of_r.length != length) & (of_r.address != 0)).any():
             raise ValueError("`task` and `retention` must have the same shapes.")
-        pieces = -(-length // _PIECE)
-        owner = np.repeat(np.arange(len(length)), pieces)
-        start = (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * _PIECE
+        owner, start = cut(length, _PIECE)
         self._length = np.minimum(length[owner] - start, _PIECE)
         self._t, self._r = of_t.at(owner, start), of_r.at(owner, start)
         self._kinds = of_t.kind[owner], of_r.kind[owner]

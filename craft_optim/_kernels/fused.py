@@ -16,7 +16,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from craft_optim._kernels.pairs import Pair
+from craft_optim._kernels.pairs import Pair, cut
 from craft_optim.decision import Weights
 
 __all__ = ["DTYPES", "FusedPairs"]
@@ -207,9 +207,7 @@ class FusedPairs:
         segments = []
         for entries in groups.values():
             tensors = np.array(entries, np.int64).T
-            chunks = -(-tensors[2] // _CHUNK)
-            owner = np.repeat(np.arange(len(entries)), chunks)
-            start = (np.arange(len(owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * _CHUNK
+            owner, start = cut(tensors[2], _CHUNK)
             tables += [tensors, np.stack([owner, start, start])]
             segments.append(tensors[3][owner])
         # Results lie in the order of their segments: each segment's are added up from one slot to another.

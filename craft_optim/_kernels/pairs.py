@@ -1,11 +1,13 @@
-"""The gradients of one parameter, and their memory as plain vectors."""
+"""The gradients of one parameter, and how their memory is cut into pieces."""
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Pair"]
+__all__ = ["Pair", "cut"]
 
 
 class Pair(NamedTuple):
@@ -44,3 +46,18 @@ class Pair(NamedTuple):
             return True
         same = given[0].stride() == given[-1].stride()
         return same and bool(torch.ops.aten.is_non_overlapping_and_dense(given[0]))
+
+
+def cut(length: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pieces of at most `size` elements, one vector's after another's.
+
+    Args:
+        length: Of each vector.
+        size: Of a piece.
+
+    Returns:
+        Of each piece the number of its vector, and the first of its elements.
+    """
+    pieces = -(-length // size)
+    owner = np.repeat(np.arange(len(length)), pieces)
+    return owner, (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size

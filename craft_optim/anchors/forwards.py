@@ -13,7 +13,7 @@ from .masks import rows
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
 from .structure import Inputs, map_tensors
 
-__all__ = ["AnchorForward", "FrozenMismatchError", "Outcome"]
+__all__ = ["AnchorForward", "FrozenMismatchError", "Outcome", "outcome_of"]
 
 
 class FrozenMismatchError(ValueError):
@@ -36,6 +36,15 @@ class Outcome(NamedTuple):
     shape: tuple[int, ...]
     hidden: dict[Layer, Tensor]
     frozen: dict[str, Tensor]
+
+
+def outcome_of(output: Any, logits: Tensor | None, hidden: dict[Layer, Tensor], valid: Tensor | None) -> Outcome:
+    """Of a whole forward; logits at the positions that are valid, or at all if that does not fit them."""
+    if logits is None:
+        return Outcome(output, None, (), hidden, {})
+    shape = tuple(logits.shape[:-1])
+    fits = valid is not None and tuple(valid.shape) == shape
+    return Outcome(output, rows(logits, valid if fits else None), shape, hidden, {})
 
 
 class AnchorForward:
@@ -103,15 +112,11 @@ class AnchorForward:
         with head_at(self._model, valid, self._head) if packs and valid is not None else nullcontext() as packed:
             output, hidden = run(self._model, inputs, forward=self._forward, layers=self._layers, output=self._output)
         logits = logits_of(output) if self._output else None
-        if logits is None:
-            return Outcome(output, None, (), hidden, {})
         gather = getattr(logits, "full_tensor", None)  # of tensor parallelism
         logits = logits if gather is None else gather()
-        if packed is not None and packed.used and valid is not None:
+        if logits is not None and packed is not None and packed.used and valid is not None:
             return Outcome(output, logits[0], tuple(valid.shape), hidden, {})
-        shape = tuple(logits.shape[:-1])
-        fits = valid is None or tuple(valid.shape) == shape
-        return Outcome(output, rows(logits, valid if fits else None), shape, hidden, {})
+        return outcome_of(output, logits, hidden, valid)
 
     def _can_pack(self, inputs: Inputs, valid: Tensor) -> bool:
         """Whether to: the model's logits stay the same, and there is something to save in this batch."""

@@ -24,6 +24,7 @@ __all__ = [
     "autocast_dtype",
     "autocast_to",
     "call",
+    "checkpoints_activations",
     "device_of",
     "eager",
     "is_compiled",
@@ -53,7 +54,7 @@ def is_noisy(module: nn.Module) -> bool:
     own = vars(module)
     names = " ".join(own)  # every pass asks this of every module: most have no such name, and no children
     # A module that checkpoints its activations does so only while `training`: eval mode would cost the memory it saves.
-    if "checkpoint" in names and any("checkpoint" in name and value is True for name, value in own.items()):
+    if "checkpoint" in names and checkpoints_activations(module):
         return False
     # GPT-2's attention reads the probability off its dropout child and its own `training`.
     if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module._modules.values()):
@@ -61,6 +62,11 @@ def is_noisy(module: nn.Module) -> bool:
     return "drop" in names and any(
         "drop" in name and isinstance(value, float | int) and value > 0 for name, value in own.items()
     )
+
+
+def checkpoints_activations(module: nn.Module) -> bool:
+    """Whether the module itself repeats its forward in the backward, by the flags that libraries set."""
+    return any("checkpoint" in name and value is True for name, value in vars(module).items())
 
 
 @lru_cache(maxsize=1024)

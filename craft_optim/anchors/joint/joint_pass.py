@@ -1,13 +1,4 @@
-"""Anchors and task batch in one forward and one backward, with their gradients apart.
-
-optimizer = CraftOptimizer(base, LogitRetention(model, cache), epsilon=0.05)
-joint = JointPass(optimizer)
-for batch in loader:
-    loss = joint.run(batch).loss  # instead of model(**batch)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-"""
+"""Anchors and task batch in one forward and one backward, with their gradients apart: `JointPass`."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,9 +14,9 @@ from craft_optim._warn import warn
 
 from ..cache import AnchorBatch
 from ..capture import Layer, run
-from ..forwards import Outcome
-from ..masks import IGNORED, rows
-from ..passes import autocast_dtype, is_compiled, is_noisy, isolated_rng, logits_of, to_device
+from ..forwards import outcome_of
+from ..masks import IGNORED
+from ..passes import autocast_dtype, checkpoints_activations, is_compiled, is_noisy, isolated_rng, logits_of, to_device
 from ..retention import AnchorRetention, CachedRetention
 from ..structure import Inputs
 from .check import differentiable, other_gradients, random_gradients, same_values
@@ -283,7 +274,7 @@ class JointPass:
         elif is_compiled(self._model):
             why = "The model is compiled."
         for module in modules:
-            if any("checkpoint" in name and value is True for name, value in vars(module).items()):
+            if checkpoints_activations(module):
                 why = f"{type(module).__name__} checkpoints activations: its second forward would be another."
             elif isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
                 why = f"{type(module).__name__} is in train mode: its statistics would be those of both batches."
@@ -339,14 +330,8 @@ class JointPass:
     def _retention(self, anchored: "_Anchored", batch: AnchorBatch) -> tuple[Tensor, list[Tensor | None]]:
         """L_ret, and its gradients at what is compared."""
         retention, leaves = self.retention, anchored.leaves()
-        valid, logits = batch.features.get("mask"), leaves.logits
-        shape: tuple[int, ...] = ()
-        if logits is not None:
-            shape = tuple(logits.shape[:-1])
-            logits = rows(logits, valid if valid is not None and tuple(valid.shape) == shape else None)
-        values = retention._weighted(
-            retention._compare(Outcome(leaves.output, logits, shape, leaves.hidden, {}), batch)
-        )
+        outcome = outcome_of(leaves.output, leaves.logits, leaves.hidden, batch.features.get("mask"))
+        values = retention._weighted(retention._compare(outcome, batch))
         loss = retention._combine(values)
         if retention.position == 0:
             retention._check_first({name: value.detach() for name, value in values.items()}, batch)
