@@ -21,12 +21,14 @@ def way(request, monkeypatch):
     monkeypatch.setenv("CRAFT_OPTIM_COMPILE", "1" if request.param == "compiled" else "0")
     if request.param == "compiled" and compiled.library() is None:
         pytest.skip("no C++ compiler")
+    if request.param == "compiled":  # it sums in float64
+        monkeypatch.setitem(TOLERANCE, torch.float32, 5e-7)
     return request.param
 
 
 SHAPES = [(3,), (), (0,), (7, 5), (2, 3, 4, 4), (200, 130), (300, 300)]
-# Relative to the largest element of a tensor: one rounding of the result, and what sums in float32 leave in the
-# coefficient.
+# Relative to the largest element of a tensor: one rounding of the result, and in the portable way what sums in float32
+# leave in the coefficient.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SCALES = [0.0, 1e-15, 1e-5, 1.0, 1e5, 1e15]
 
