@@ -109,10 +109,11 @@ class Vectors:
 
     Args:
         tensors: In main memory, of the dtypes in `KINDS`, without gaps; entries may be None.
+        given: Those that are not None, if the caller has them.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        given = [x for x in tensors if x is not None]
+    def __init__(self, tensors: Sequence[Tensor | None], given: Sequence[Tensor] | None = None) -> None:
+        given = [x for x in tensors if x is not None] if given is None else given
         dtypes = list(map(_DTYPE, given))
         n = len(tensors)
         here = slice(None) if len(given) == n else np.array([x is not None for x in tensors])
@@ -135,7 +136,7 @@ class Vectors:
                 and all(map(Tensor.is_contiguous, given))  # sparse ones raise
             ):
                 return None
-            return cls(tensors)
+            return cls(tensors, given)
         except (RuntimeError, KeyError):  # of another layout, of another dtype
             return None
 
