@@ -1,11 +1,14 @@
 """The slow, readable ground truth of `craft_optim.surgery`: flatten everything to float64 and follow the formulas."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from craft_optim.gradients import Gradients
 
-__all__ = ["reference_gram", "reference_merge"]
+__all__ = ["reference_gram", "reference_merge", "reference_merge_several"]
 
 
 def _flatten(gradients: Gradients, like: list[Tensor]) -> Tensor:
@@ -57,3 +60,44 @@ def reference_merge(
             else:
                 out[i] = piece.reshape(param.shape)
     return out
+
+
+def reference_merge_several(
+    task: Gradients,
+    retention: Sequence[Gradients],
+    parameters: list[Tensor],
+    *,
+    lams: Sequence[float],
+    project: Sequence[bool],
+    conflict_threshold: float = 0.0,
+    merge: str = "weighted",
+) -> list[Tensor]:
+    """The merged gradient of every parameter, in float64, under several constraints; for real parameters.
+
+    The projection is left to SciPy: min |g_t + sum_j q_j g_j| over q >= 0 with a target that is shifted so that
+    conflicts above the threshold do not count.
+    """
+    from scipy.optimize import nnls  # of an extra
+
+    t = _flatten(task, parameters)
+    rs = [_flatten(gradients, parameters) for gradients in retention]
+    norm = float(t.norm())
+    q = np.zeros(len(rs))
+    may = [j for j, r in enumerate(rs) if project[j] and norm > 0.0 and float(r.norm()) > 0.0]
+    if may:
+        columns = torch.stack([rs[j] / rs[j].norm() for j in may], dim=1)
+        cosines = columns.T @ (t / norm)
+        wanted = -torch.where(cosines < conflict_threshold, cosines, cosines.clamp(min=0.0))
+        target = torch.linalg.lstsq(columns.T, wanted[:, None], driver="gelsd").solution[:, 0]
+        found = nnls(columns.numpy(), target.numpy())[0]
+        q[may] = [norm * x / float(rs[j].norm()) for j, x in zip(may, found, strict=True)]
+    m = len(rs)
+    a, w = {
+        "weighted": (1.0, [lam + x for lam, x in zip(lams, q, strict=True)]),
+        "equal": (1.0 / (m + 1), [(1.0 + x) / (m + 1) for x in q]),
+        "task_priority": (1.0, [min(lam, 1.0) + x for lam, x in zip(lams, q, strict=True)]),
+    }[merge]
+    g = a * t + sum((x * r for x, r in zip(w, rs, strict=True)), torch.zeros_like(t))
+    return [
+        x.reshape(p.shape) for p, x in zip(parameters, torch.split(g, [p.numel() for p in parameters]), strict=True)
+    ]

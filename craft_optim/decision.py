@@ -27,6 +27,7 @@ __all__ = [
     "Merge",
     "Products",
     "Weights",
+    "cap_of",
     "decide",
     "labels_of",
     "merged_norm",
@@ -113,6 +114,11 @@ def weights(gram: Gram, *, lam: float, project: bool, conflict_threshold: float,
     if merge == "task_priority":
         return Weights(1.0, min(lam, 1.0) - p, projected)
     raise ValueError(f"`merge` must be one of {', '.join(map(repr, get_args(Merge)))}. Found merge={merge!r}.")
+
+
+def cap_of(gram: Gram, rho: float) -> float:
+    """The largest lambda with lambda |g_r| <= rho |g_t|; inf where g_r is zero."""
+    return rho * math.sqrt(gram.tt) / math.sqrt(gram.rr) if gram.rr > 0.0 else math.inf
 
 
 class Decision(NamedTuple):

@@ -9,15 +9,19 @@ Example:
     (-1.0, [0.5, 0.5])
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from craft_optim.decision import Gram, weights
 from craft_optim.dual import Controller, Update
 from craft_optim.gradients import Gradients
 from craft_optim.schedules import epsilon_at
-from craft_optim.surgery import GradientPairs
+from craft_optim.several import decide_several
+from craft_optim.surgery import GradientPairs, GradientSets
 
-__all__ = ["Gram", "epsilon_at", "gram", "project_and_merge_", "update_multiplier"]
+__all__ = ["Gram", "epsilon_at", "gram", "project_and_merge_", "project_and_merge_several_", "update_multiplier"]
 
 
 def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
@@ -70,6 +74,61 @@ def project_and_merge_(
     chosen = weights(measured, lam=lam, project=project, conflict_threshold=conflict_threshold, merge=merge)
     retention_grads[:] = pairs.merge_([chosen])
     return measured
+
+
+def project_and_merge_several_(
+    task_grads: Gradients,
+    retention_grads: Sequence[Gradients],
+    *,
+    lams: Sequence[float],
+    project: Sequence[bool] | None = None,
+    conflict_threshold: float = 0.0,
+    merge: str = "weighted",
+) -> NDArray[np.float64]:
+    """Writes the merged gradient a g_t + sum_j w_j g_j into the last of `retention_grads`; uses up the others.
+
+    See `craft_optim.several` for the formula and `craft_optim.surgery` for the cost. With lams of 0 this is GEM
+    (Lopez-Paz & Ranzato 2017, arXiv:1706.08840).
+
+    Args:
+        task_grads: Task gradients; not changed.
+        retention_grads: Of each constraint its gradients, as for `project_and_merge_`.
+        lams: The multipliers, >= 0.
+        project: Of each constraint, whether to remove what is against it; None for all.
+        conflict_threshold: A cosine below this is a conflict; in [-1, 0].
+        merge: "weighted", "equal" or "task_priority".
+
+    Returns:
+        The inner products of all gradients, `[m + 1, m + 1]`; the task's are the first.
+
+    Raises:
+        ValueError: As `project_and_merge_`, or if the numbers of lists, lams and project differ.
+
+    Example:
+        >>> import torch
+        >>> task = [torch.tensor([-1.0, -1.0])]
+        >>> retention = [[torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 2.0])]]
+        >>> products = project_and_merge_several_(task, retention, lams=[0.5, 0.0])
+        >>> products[0].tolist(), retention[-1][0].tolist()
+        ([2.0, -1.0, -2.0], [0.5, 0.0])
+    """
+    project = [True] * len(lams) if project is None else project
+    if not len(retention_grads) == len(lams) == len(project) > 0:
+        raise ValueError(
+            "`retention_grads`, `lams` and `project` must have one entry per constraint. Found "
+            f"{len(retention_grads)}, {len(lams)} and {len(project)}."
+        )
+    if not all(lam >= 0.0 for lam in lams):
+        raise ValueError(f"`lams` must be >= 0. Found lams={lams!r}.")
+    if not -1.0 <= conflict_threshold <= 0.0:
+        raise ValueError(f"`conflict_threshold` must be in [-1, 0]. Found {conflict_threshold!r}.")
+    sets = GradientSets(task_grads, retention_grads)
+    products, _ = sets.inner_products()
+    if not products.finite:
+        raise ValueError(f"The gradients hold NaN or inf: {products.total().tolist()}. Skip this step.")
+    decisions = decide_several(products, lams=lams, project=project, conflict_threshold=conflict_threshold, merge=merge)
+    retention_grads[-1][:] = sets.merge_([decision.coefficients for decision in decisions])
+    return products.total()
 
 
 def update_multiplier(

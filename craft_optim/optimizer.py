@@ -13,12 +13,23 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from craft_optim._warn import warn
+from craft_optim.constraints import (
+    Closures,
+    Constraint,
+    by_name,
+    check_names,
+    constraints_at,
+    controllers,
+    each,
+    keyed,
+    of,
+)
 from craft_optim.decision import Granularity, Merge
-from craft_optim.dual import Controller, DualAscent, make_controller
+from craft_optim.dual import Controller, DualAscent
 from craft_optim.gradients import all_zero, gradients_of
-from craft_optim.retention_step import Projection, RetentionStep, Rules
+from craft_optim.retention_step import SHARED_STATE, Projection, RetentionStep, Rules
 from craft_optim.scaling import initial_scale
-from craft_optim.schedules import Linear, Schedule, as_schedule, epsilon_at
+from craft_optim.schedules import Linear, Schedule, as_schedule
 from craft_optim.stash import GradientMemory
 from craft_optim.streaming import StreamingStep
 
@@ -27,8 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CraftOptimizer", "RetentionClosure"]
 
-# Retention steps in a row with lambda at its cap and the constraint violated before a warning says so.
+# Steps in a row with lambda at its cap and the constraint violated before a warning says so.
 _PATIENCE_AT_CAP = 100
+_LEAST_PATIENCE = 20  # with a large `retention_every`, where a hundred may be more than the run has
 # The retention step that shows how much of the model retention reaches. Earlier gradients may be zero for good reasons:
 # at the teacher's own weights, or of a LoRA matrix whose partner is still zero.
 _REACH_AT = 10
@@ -61,6 +73,11 @@ class CraftOptimizer(torch.optim.Optimizer):
     and lambda follows L_ret / epsilon (`craft_optim.dual`). `p.grad` holds the task gradients again afterwards. Without
     a retention closure it is the base optimizer, bit for bit.
 
+    Several constraints L_j <= epsilon_j(t) have names: pass a mapping name -> closure. `epsilon`, `dual` and
+    `lambda_init` are then one value for all, or a mapping with the same names. Each constraint has a pass, a multiplier
+    and metrics of its own, called "lambda/name" and so on; `craft_optim.several` tells how they are merged, and
+    docs/constraints.md what that costs and what cannot be combined with it. A mapping of one is as its closure alone.
+
     Pass this object wherever the loop used the base optimizer: schedulers, scalers, checkpoints. Its own state is a
     handful of floats named `craft_*` in every parameter group.
 
@@ -71,8 +88,8 @@ class CraftOptimizer(torch.optim.Optimizer):
 
     Args:
         base_optimizer: The optimizer that does the step.
-        retention_closure: Returns L_ret on an anchor batch, for example `craft_optim.anchors.LogitRetention`; None for
-            none.
+        retention_closure: Returns L_ret on an anchor batch, for example `craft_optim.anchors.LogitRetention`; a mapping
+            name -> closure for several constraints; None for none.
         epsilon: The drift to allow, in the unit of L_ret: a number, a `craft_optim.schedules` object, or any callable
             step -> float.
         dual: How lambda is found: "pi" (default), "ascent", "nupi", "augmented_lagrangian" or a
@@ -108,7 +125,8 @@ class CraftOptimizer(torch.optim.Optimizer):
     Raises:
         TypeError: If `base_optimizer` is not an optimizer or one that a framework has wrapped already, or
             `retention_closure` or `dual` cannot be called, or `process_group` is none.
-        ValueError: If a value is out of its range, a name is unknown, or two groups share a parameter.
+        ValueError: If a value is out of its range, a name is unknown, mappings differ in their names, settings cannot
+            be combined, or two groups share a parameter.
 
     Example:
         >>> import torch
@@ -130,7 +148,7 @@ class CraftOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = False
 
     # Found out at the first retention pass, for the closure and the parameters of these ids.
-    _float16: bool | None
+    _float16: dict[str | None, bool]
     _layout: "Layout | None"
     _found_for: list[int]
     _measured: int  # retention steps since then
@@ -138,11 +156,11 @@ class CraftOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
-        retention_closure: RetentionClosure | Callable[[], Tensor] | None = None,
+        retention_closure: RetentionClosure | Closures | None = None,
         *,
-        epsilon: float | Schedule = 0.05,
-        dual: str | Controller = "pi",
-        lambda_init: float = 1.0,
+        epsilon: float | Schedule | Mapping[str, float | Schedule] = 0.05,
+        dual: str | Controller | Mapping[str, str | Controller] = "pi",
+        lambda_init: float | Mapping[str, float] = 1.0,
         lambda_lr: float = 0.1,
         lambda_max: float = 1e4,
         rho: float | None = None,
@@ -157,11 +175,6 @@ class CraftOptimizer(torch.optim.Optimizer):
         on_metrics: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
         _check_base(base_optimizer)
-        if retention_closure is not None and not callable(retention_closure):
-            raise TypeError(
-                "`retention_closure` must be callable without arguments and return the retention loss, or be None. "
-                f"Found {type(retention_closure).__name__}."
-            )
         _check_choice("projection", projection, get_args(Projection))
         _check_choice("merge", merge, get_args(Merge))
         _check_choice("granularity", granularity, get_args(Granularity))
@@ -187,10 +200,8 @@ class CraftOptimizer(torch.optim.Optimizer):
             if value is not None and not value > 0.0:
                 raise ValueError(f"`{name}` must be > 0, or None. Found {name}={value!r}.")
 
-        self.base_optimizer = base_optimizer
-        self.retention_closure = retention_closure
-        self.epsilon = as_schedule(epsilon)
-        self.controller = make_controller(dual, initial=lambda_init, learning_rate=lambda_lr, maximum=lambda_max)
+        self.epsilon = each(epsilon, as_schedule)
+        self.controller = controllers(dual, lambda_init, learning_rate=lambda_lr, maximum=lambda_max)
         self.rho = max(1.0, float(retention_every)) if rho is None else float(rho)
         self.projection = projection
         self.conflict_threshold = conflict_threshold
@@ -202,20 +213,23 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.process_group = process_group
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
-        self._steps_at_cap = 0
-        self._warned_at_cap = False
+        self._steps_at_cap: dict[str | None, int] = {}
+        self._warned_at_cap: set[str | None] = set()
         self._forget_circumstances()
         self._lost_closure = False
+        self._closures = self._checked(retention_closure)
 
         # `Optimizer.__init__` would copy the groups; they, the state and the defaults stay the base's own objects.
+        self.base_optimizer = base_optimizer
         self._make_hooks()
         self._complete_groups()
+        self._restore_positions()
 
     @classmethod
     def published(
         cls,
         base_optimizer: torch.optim.Optimizer,
-        retention_closure: RetentionClosure | Callable[[], Tensor],
+        retention_closure: RetentionClosure | Closures,
         *,
         total_steps: int,
         **overrides: Any,
@@ -245,7 +259,7 @@ class CraftOptimizer(torch.optim.Optimizer):
     def bind(
         cls,
         optimizer_class: type[torch.optim.Optimizer],
-        retention_closure: RetentionClosure | Callable[[], Tensor] | None,
+        retention_closure: RetentionClosure | Closures | None,
         **craft: Any,
     ) -> "type[CraftOptimizer]":
         """A class that builds the base and wraps it, for frameworks that want an optimizer class.
@@ -273,6 +287,35 @@ class CraftOptimizer(torch.optim.Optimizer):
         Bound.__name__ = Bound.__qualname__ = f"Craft{optimizer_class.__name__}"
         return Bound
 
+    @property
+    def retention_closure(self) -> Callable[[], Tensor] | dict[str, Callable[[], Tensor]] | None:
+        """The closure, or a copy of the mapping of closures, as given."""
+        if None in self._closures:
+            return self._closures[None]
+        return cast(dict[str, Callable[[], Tensor]], dict(self._closures)) or None
+
+    @retention_closure.setter
+    def retention_closure(self, closure: RetentionClosure | Closures | None) -> None:
+        self._closures = self._checked(closure)
+        self._complete_groups()
+
+    def _checked(self, closure: object) -> dict[str | None, Callable[[], Tensor]]:
+        """The closures by name, if they go with the other arguments."""
+        closures = by_name(closure)
+        if closures:
+            check_names(closures, {"`epsilon`": self.epsilon, "`dual` or `lambda_init`": self.controller})
+        if len(closures) > 1 and self.gradient_memory == "streaming":
+            raise ValueError(
+                '`gradient_memory="streaming"` is for one constraint. Found '
+                f'{len(closures)}: {", ".join(map(repr, closures))}. Take "bfloat16" or "host".'
+            )
+        if len(closures) > 1 and self.conflict_threshold > 0.0:
+            raise ValueError(
+                "`conflict_threshold` must be <= 0 with several constraints: to remove what helps one of them may "
+                f"harm another. Found conflict_threshold={self.conflict_threshold!r}."
+            )
+        return closures
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -291,7 +334,7 @@ class CraftOptimizer(torch.optim.Optimizer):
                 the parameters, or there are several processes and it is not clear whether they train one model. Nothing
                 has changed then, neither parameters nor state nor the anchors' position.
         """
-        if self.retention_closure is None:
+        if not self._closures:
             if self._lost_closure:
                 self._lost_closure = False
                 warn(
@@ -312,13 +355,13 @@ class CraftOptimizer(torch.optim.Optimizer):
             self._finish(step, None)
             return result
 
+        constraints = constraints_at(step, self._closures, self.epsilon, self.controller)
         parameters = self._parameters()
         layout = self._find_layout(parameters)
         kind = StreamingStep if self.gradient_memory == "streaming" else RetentionStep
         retention = kind(
-            cast(Callable[[], Tensor], self.retention_closure),
+            constraints,
             Rules(
-                self.controller,
                 self.rho,
                 self.projection,
                 self.conflict_threshold,
@@ -330,7 +373,6 @@ class CraftOptimizer(torch.optim.Optimizer):
             parameters,
             [len(group["params"]) for group in self.param_groups],
             state=self._craft_state(),
-            epsilon=epsilon_at(self.epsilon, step),
             layout=layout,
             float16=self._float16,
             find_reached=self._measured + 1 == _REACH_AT,
@@ -385,7 +427,7 @@ class CraftOptimizer(torch.optim.Optimizer):
 
         Made known to the closure, which may be another one, too.
         """
-        found_for = [id(self.retention_closure), *map(id, parameters)]
+        found_for = [*map(id, self._closures.values()), *map(id, parameters)]
         if found_for != self._found_for:
             self._forget_circumstances()
             self._found_for = found_for
@@ -393,9 +435,10 @@ class CraftOptimizer(torch.optim.Optimizer):
                 from craft_optim.distributed import find_layout
 
                 self._layout = find_layout(parameters, self.process_group)
-            shard = getattr(self.retention_closure, "shard", None)
-            if shard is not None and self._layout is not None:
-                shard(self._layout.rank, self._layout.world_size, self._layout.mean)
+            for closure in self._closures.values():
+                shard = getattr(closure, "shard", None)
+                if shard is not None and self._layout is not None:
+                    shard(self._layout.rank, self._layout.world_size, self._layout.mean)
         return self._layout
 
     def _finish(self, step: int, retention: RetentionStep | None) -> None:
@@ -412,41 +455,45 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.metrics = retention.metrics | {"retention_step": float(step), "fresh": 1.0}
         self._measured += 1
         if self._measured == _REACH_AT:
-            self._check_reach(retention)
+            for constraint in retention.constraints:
+                self._check_reach(retention, constraint)
         if self._layout is None or self._layout.first:  # the values are the same on every process: one of them reports
-            self._watch_cap()
+            for constraint in retention.constraints:
+                self._watch_cap(constraint)
             if self.on_metrics is not None:
                 self.on_metrics(dict(self.metrics))
 
-    def _watch_cap(self) -> None:
-        stuck = self.metrics["capped"] == 1.0 and self.metrics["retention_loss"] > self.metrics["epsilon"]
-        self._steps_at_cap = self._steps_at_cap + 1 if stuck else 0
-        if self._steps_at_cap == _PATIENCE_AT_CAP and not self._warned_at_cap:
-            self._warned_at_cap = True
+    def _watch_cap(self, constraint: Constraint) -> None:
+        name, prefix = constraint.name, constraint.prefix
+        capped, drift, epsilon = (self.metrics[keyed(x, name)] for x in ("capped", "retention_loss", "epsilon"))
+        self._steps_at_cap[name] = self._steps_at_cap.get(name, 0) + 1 if capped == 1.0 and drift > epsilon else 0
+        patience = max(_LEAST_PATIENCE, math.ceil(_PATIENCE_AT_CAP / self.retention_every))
+        if self._steps_at_cap[name] == patience and name not in self._warned_at_cap:
+            self._warned_at_cap.add(name)
             warn(
-                f"lambda has been at its cap for {_PATIENCE_AT_CAP} retention steps while the drift "
-                f"({self.metrics['retention_loss']:.3g}) is above epsilon ({self.metrics['epsilon']:.3g}). The "
-                f"constraint is not met: raise epsilon, raise rho (now {self.rho:g}), lower retention_every (now "
-                f"{self.retention_every}), or lower the learning rate.",
+                f"{prefix}lambda has been at its cap for {patience} retention steps while the drift "
+                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, raise rho "
+                f"(now {self.rho:g}), lower retention_every (now {self.retention_every}), or lower the learning rate.",
             )
 
-    def _check_reach(self, retention: RetentionStep) -> None:
-        share = retention.share_reached()
+    def _check_reach(self, retention: RetentionStep, constraint: Constraint) -> None:
+        share = retention.share_reached(constraint.name)
         if share >= _LITTLE_REACH or not (self._layout is None or self._layout.first):
             return
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        trained = [(p.requires_grad, reached) for p, reached in zip(self._parameters(), retention.reached, strict=True)]
+        reached = retention.reached[constraint.name]
+        trained = [(p.requires_grad, here) for p, here in zip(self._parameters(), reached, strict=True)]
         free = [name for name, of in zip(names, trained, strict=False) if of == (True, False)]
         warn(
-            f"After {_REACH_AT} retention steps the retention loss has a gradient in {share:.1%} of the trainable "
-            f"elements ({trained.count((True, True))} of {sum(p for p, _ in trained)} tensors"
+            f"{constraint.prefix}After {_REACH_AT} retention steps the retention loss has a gradient in {share:.1%} of "
+            f"the trainable elements ({trained.count((True, True))} of {sum(p for p, _ in trained)} tensors"
             f"{'; not in ' + ', '.join(free[:3]) if free else ''}): nothing holds the others. Anchor an output "
             "that depends on what is trained: logits, or hidden states behind the trained layers, not behind frozen "
             "ones only. If the others may move freely, filter this warning out.",
         )
 
     def _forget_circumstances(self) -> None:
-        self._float16, self._layout, self._found_for, self._measured = None, None, [], 0
+        self._float16, self._layout, self._found_for, self._measured = {}, None, [], 0
 
     def _each_parameter(self) -> Iterator[Tensor]:
         return (p for group in self.base_optimizer.param_groups for p in group["params"])
@@ -457,30 +504,40 @@ class CraftOptimizer(torch.optim.Optimizer):
     # -- our state: floats in every parameter group --------------------------------------------------------------------
 
     def _initial_state(self) -> dict[str, float]:
-        return {
-            "craft_step": 0.0,
-            "craft_lambda": 0.0,
-            "craft_anchor_position": float(getattr(self.retention_closure, "position", 0)),
-            "craft_skipped": 0.0,
-            **initial_scale(),
-            **(StreamingStep.initial_state() if self.gradient_memory == "streaming" else {}),
-            **{f"craft_dual_{name}": float(value) for name, value in self.controller.initial_state().items()},
-        }
+        state = dict.fromkeys(SHARED_STATE, 0.0)
+        named = next((x for x in (self.controller, self.epsilon) if isinstance(x, dict)), [None])
+        for name, closure in (self._closures or dict.fromkeys(named)).items():
+            of_dual = of(self.controller, name).initial_state()
+            own = {
+                "craft_lambda": 0.0,
+                "craft_anchor_position": float(getattr(closure, "position", 0)),
+                **initial_scale(),
+                **(StreamingStep.initial_state() if self.gradient_memory == "streaming" else {}),
+                **{f"craft_dual_{key}": float(value) for key, value in of_dual.items()},
+            }
+            state |= {keyed(what, name): value for what, value in own.items()}
+        return state
 
     def _complete_groups(self) -> None:
         """Gives every group all of our keys: what the first group has, else the initial values.
 
-        A base restored from one of our checkpoints before it is wrapped thus goes on where the checkpoint was.
+        A base restored from one of our checkpoints before it is wrapped thus goes on where the checkpoint was. What
+        belongs to names stays until closures are set that have others.
         """
         groups = self.base_optimizer.param_groups
         known = self._initial_state()
         present = {key: float(groups[0][key]) for key in known if key in groups[0]}
         for group in groups:
-            for stale in [key for key in group if key.startswith("craft_") and key not in known]:
+            ours = [key for key in group if key.startswith("craft_") and not ("/" in key and not self._closures)]
+            for stale in set(ours) - set(known):
                 del group[stale]
         self._write(known | present)
-        if hasattr(self.retention_closure, "position"):
-            self.retention_closure.position = int(groups[0]["craft_anchor_position"])  # type: ignore[union-attr]
+
+    def _restore_positions(self) -> None:
+        """Puts the anchors of every closure where the state says."""
+        for name, closure in self._closures.items():
+            if hasattr(closure, "position"):
+                closure.position = int(self.base_optimizer.param_groups[0][keyed("craft_anchor_position", name)])
 
     def _craft_state(self) -> dict[str, float]:
         group = self.base_optimizer.param_groups[0]
@@ -541,6 +598,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         """Adds a group to the base; it takes part in retention from the next step."""
         self.base_optimizer.add_param_group(param_group)
         self._complete_groups()
+        self._restore_positions()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, with the floats `craft_*` in every param group."""
@@ -562,18 +620,19 @@ class CraftOptimizer(torch.optim.Optimizer):
                 state_dict = replaced
         self.base_optimizer.load_state_dict(state_dict)
         self._complete_groups()
+        self._restore_positions()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # The closure and the sink hold models and files; hooks and a scheduler's patch of `step` stay behind, as they
         # do with torch's own optimizers.
-        left_behind = ("retention_closure", "on_metrics", "process_group", "_layout", "_found_for", "step")
+        left_behind = ("_closures", "on_metrics", "process_group", "_layout", "_found_for", "step")
         return {k: v for k, v in self.__dict__.items() if k not in left_behind and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.retention_closure = None
+        self._closures = {}
         self.on_metrics = None
         self.process_group = None
         self._forget_circumstances()
@@ -585,7 +644,7 @@ class CraftOptimizer(torch.optim.Optimizer):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin.retention_closure = self.retention_closure
+        twin._closures = dict(self._closures)
         twin.on_metrics = self.on_metrics
         twin.process_group = self.process_group
         twin._lost_closure = self._lost_closure

@@ -1,9 +1,10 @@
 """The retention side of one optimizer step: from task gradients in `.grad` to merged gradients in `.grad`."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -12,25 +13,29 @@ from torch.profiler import record_function
 
 from craft_optim import scaling
 from craft_optim._warn import warn
-from craft_optim.decision import Decision, Gram, Granularity, Merge, Products, decide, labels_of
-from craft_optim.dual import Controller, Update
-from craft_optim.gradients import Gradients, gradients_of, put, set_aside
+from craft_optim.constraints import Constraint, keyed, own_state, put_together
+from craft_optim.decision import Decision, Gram, Granularity, Merge, labels_of
+from craft_optim.gradients import Gradients, gradients_of, put
+from craft_optim.retention_pass import Passed, RetentionPass
+from craft_optim.several import ProductsOfSeveral, caps, common_factor, decide_several
 from craft_optim.stash import GradientMemory, Stash
-from craft_optim.surgery import GradientPairs
+from craft_optim.surgery import GradientPairs, GradientSets
 
 if TYPE_CHECKING:
     from craft_optim.distributed import Layout
 
-__all__ = ["Projection", "RetentionStep", "Rules"]
+__all__ = ["SHARED_STATE", "Projection", "RetentionStep", "Rules"]
 
 Projection = Literal["violated", "always", "never"]
+
+# Floats of the state that belong to no constraint.
+SHARED_STATE = ("craft_step", "craft_skipped")
 
 
 @dataclass(frozen=True)
 class Rules:
     """What decides how a step merges; `CraftOptimizer` explains each."""
 
-    controller: Controller
     rho: float
     projection: Projection
     conflict_threshold: float
@@ -41,77 +46,95 @@ class Rules:
 
 
 class _Measured(NamedTuple):
-    """Of one retention pass.
+    """Of the retention passes of one evaluation.
 
     Attributes:
-        pairs: The task gradients and the retention gradients times `scale`, what of them is on this process.
+        sets: The task gradients and the retention gradients times their scales, what of them is on this process.
         task: The task gradients as the stash gave them.
-        whole: The retention gradients as autograd left them.
-        products: Inner products per label, over all processes, without the scale.
-        loss: L_ret.
-        scale: The private loss scale; 1 without float16.
+        passed: What each pass gave.
+        products: Inner products per label, over all processes, without the scales.
+        losses: Of each constraint.
     """
 
-    pairs: GradientPairs
+    sets: GradientSets
     task: Gradients
-    whole: Gradients
-    products: Products
-    loss: float
-    scale: float
+    passed: list[Passed]
+    products: ProductsOfSeveral
+    losses: list[float]
 
 
 class RetentionStep:
-    """One step; of a line search, all its evaluations, on the same anchors and with the same multiplier.
+    """One step; of a line search, all its evaluations, on the same anchors and with the same multipliers.
 
     Args:
-        closure: The retention closure.
+        constraints: One without a name, or several with names.
         rules: Of the merge.
         parameters: All of the optimizer's.
         group_sizes: How many of them each parameter group has.
         state: The `craft_*` floats before the step.
-        epsilon: The drift allowed at this step.
         layout: Of several processes; None for one.
-        float16: Whether float16 takes part in the closure's backward; None to find out.
-        find_reached: Whether to look which tensors the retention loss reaches: one more read of its gradients.
+        float16: Name -> whether float16 takes part in the closure's backward; finds out what is not there.
+        find_reached: Whether to look which tensors the retention losses reach: one more read of their gradients.
 
     Attributes:
-        state: The floats to write once the base has stepped.
         metrics: What was measured; empty if nothing was.
-        reached: Of each parameter, whether its retention gradient, on any process, is not zero; empty if not asked for.
-        float16: As found out.
+        reached: Name -> of each parameter, whether its retention gradient, on any process, is not zero; empty if not
+            asked for.
     """
 
     def __init__(
         self,
-        closure: Callable[[], Tensor],
+        constraints: Sequence[Constraint],
         rules: Rules,
         parameters: list[Tensor],
         group_sizes: Sequence[int],
         *,
         state: dict[str, float],
-        epsilon: float,
         layout: "Layout | None",
-        float16: bool | None,
+        float16: dict[str | None, bool],
         find_reached: bool = False,
     ) -> None:
-        self.state = dict(state)
         self.metrics: dict[str, float] = {}
-        self.reached: list[bool] = []
-        self.float16 = float16
-        self._closure, self._rules = closure, rules
+        self.reached: dict[str | None, list[bool]] = {}
+        self._rules, self._layout = rules, layout
         self._parameters, self._find_reached = parameters, find_reached
-        self._epsilon, self._layout = epsilon, layout
         self._labels = labels_of(rules.granularity, group_sizes)
-        self._update: Update | None = None
+        self._shared = {key: state[key] for key in SHARED_STATE}
+        own = {key: value for key, value in state.items() if key not in SHARED_STATE}
+        self._passes = [
+            RetentionPass(
+                constraint,
+                parameters,
+                state=own_state(own, constraint.name),
+                layout=layout,
+                float16=float16.get(constraint.name),
+            )
+            for constraint in constraints
+        ]
         self._stash: Stash | None = None
-        self._start = getattr(closure, "position", None)
 
     @property
     def ran(self) -> bool:
         """Whether there was anything to merge."""
         return self._stash is not None
 
-    def share_reached(self) -> float:
+    @property
+    def constraints(self) -> list[Constraint]:
+        """As given."""
+        return [run.constraint for run in self._passes]
+
+    @property
+    def state(self) -> dict[str, float]:
+        """The floats to write once the base has stepped."""
+        own = {keyed(what, run.constraint.name): x for run in self._passes for what, x in run.state.items()}
+        return self._shared | own
+
+    @property
+    def float16(self) -> dict[str | None, bool]:
+        """As given, and found out."""
+        return {run.constraint.name: run.float16 for run in self._passes if run.float16 is not None}
+
+    def share_reached(self, name: str | None) -> float:
         """The part of the trainable elements that is in tensors with a retention gradient; in [0, 1].
 
         Whole tensors count: of an embedding only the rows of the anchors' tokens have a gradient. Collective.
@@ -120,7 +143,7 @@ class RetentionStep:
         if self._layout is not None and self._layout.fsdp1:  # its parameters, unlike DTensors, know only their shard
             here = sizes * torch.tensor(self._layout.shares(self._parameters), dtype=torch.float64)
             sizes = self._layout.total(here.to(self._parameters[0].device)).cpu()
-        return float(sizes[torch.tensor(self.reached)].sum() / sizes.sum())
+        return float(sizes[torch.tensor(self.reached[name])].sum() / sizes.sum())
 
     @contextmanager
     def undone_after_errors(self) -> Iterator[None]:
@@ -128,194 +151,176 @@ class RetentionStep:
         try:
             yield
         except BaseException:
-            self._rewind()
+            for run in self._passes:
+                run.rewind()
             raise
         finally:
             if self._stash is not None:
                 self._stash.give_back(self._parameters)
 
-    def _rewind(self) -> None:
-        if self._start is not None:
-            self._closure.position = self._start  # type: ignore[attr-defined]
-
     @torch.no_grad()
     def merge(self) -> None:
-        """Runs the retention pass and points `.grad` at the merged gradients, or at the task's if it was not finite."""
-        self._stash = Stash(gradients_of(self._parameters), self._rules.gradient_memory)
-        pairs, task, whole, products, value, scale = self._measured(self._stash)
-        gram = products.gram()
-        if not (math.isfinite(value) and gram.finite):
-            self._skip(value, gram.tt, gram.rr)
-            return
-        if self.float16:
-            self.state |= scaling.grown(self.state)
+        """Runs the retention passes and points `.grad` at the merged gradients.
 
-        update = self._updated(value, gram)
-        decision = decide(
+        At the task's, if anything was not finite.
+        """
+        self._stash = Stash(gradients_of(self._parameters), self._rules.gradient_memory)
+        sets, task, passed, products, losses = self._measured(self._stash)
+        grams = products.grams
+        if not (all(map(math.isfinite, losses)) and products.finite):
+            self._stash.give_back(self._parameters)
+            self._note_skip(losses, grams)
+            return
+        for run in self._passes:
+            if run.float16:
+                run.state |= scaling.grown(run.state)
+
+        decisions = decide_several(
             products,
-            lam=update.multiplier,
-            project=self._may_project(value),
+            lams=self._multipliers(losses, products),
+            project=[
+                run.may_project(self._rules.projection, loss) for run, loss in zip(self._passes, losses, strict=True)
+            ],
             conflict_threshold=self._rules.conflict_threshold,
             merge=self._rules.merge,
             max_norm=self._rules.max_grad_norm,
         )
         if self._find_reached and not self.metrics:
-            self.reached = self._reached(pairs.retention)
+            for run, retention in zip(self._passes, sets.retention, strict=True):
+                self.reached[run.constraint.name] = self._reached(retention)
         with record_function("CraftOptimizer.merge"):
-            merged = pairs.merge_([c.of_scaled(scale) for c in decision.coefficients])
+            merged = sets.merge_(
+                [
+                    [c.of_scaled(of.scale) for c in decision.coefficients]
+                    for decision, of in zip(decisions, passed, strict=True)
+                ]
+            )
             if self._layout is not None:
-                merged = self._layout.wrapped(merged, self._parameters, task, whole)
+                whole = (of.gradients for of in passed)
+                merged = self._layout.wrapped(merged, self._parameters, task, *whole)
             put(self._parameters, self._stash.in_their_dtype(merged))
-        self._report(value, gram, update, decision)
+        self._report(losses, grams, decisions)
 
-    def _updated(self, value: float, gram: Gram) -> Update:
-        """The multiplier; of a line search, that of the first evaluation."""
-        if self._update is None:
-            cap = self._rules.rho * math.sqrt(gram.tt) / math.sqrt(gram.rr) if gram.rr > 0.0 else math.inf
-            dual_state = {
-                k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")
-            }
-            self._update = self._rules.controller(dual_state, loss=value, epsilon=self._epsilon, cap=cap)
-            self.state |= {f"craft_dual_{k}": float(v) for k, v in self._update.state.items()}
-            self.state["craft_lambda"] = self._update.multiplier
-        return self._update
+    def _multipliers(self, losses: Sequence[float], products: ProductsOfSeveral) -> list[float]:
+        """Of a line search, those of the first evaluation."""
+        updates = [run.update for run in self._passes if run.update is not None]
+        if not updates:
+            updates = [
+                run.updated(loss, cap)
+                for run, loss, cap in zip(self._passes, losses, caps(products, self._rules.rho), strict=True)
+            ]
+            factor = common_factor(products, [update.multiplier for update in updates], self._rules.rho)
+            if factor < 1.0:
+                updates = [x._replace(multiplier=x.multiplier * factor, capped=True) for x in updates]
+                for run, update in zip(self._passes, updates, strict=True):
+                    run.use(update)
+        return [update.multiplier for update in updates]
 
-    def _may_project(self, value: float) -> bool:
-        projection = self._rules.projection
-        return projection == "always" or (projection == "violated" and value > self._epsilon)
-
-    def _report(self, value: float, gram: Gram, update: Update, decision: Decision) -> None:
+    def _report(self, losses: Sequence[float], grams: Sequence[Gram], decisions: Sequence[Decision]) -> None:
         if self.metrics:  # of a line search, the first evaluation: where the step began
             return
-        self.metrics = {
-            "retention_loss": value,
-            "epsilon": self._epsilon,
-            "lambda": update.multiplier,
-            "violation": value / self._epsilon if self._epsilon > 0.0 else math.inf if value > 0.0 else 0.0,
-            "grad_dot": gram.tr,
-            "grad_cos": gram.cos,
-            "conflict": decision.conflict,
-            "projected": decision.projected,
-            "task_grad_norm": math.sqrt(gram.tt),
-            "retention_grad_norm": math.sqrt(gram.rr),
-            "merged_grad_norm": decision.norm,
-            "capped": float(update.capped),
-            "clipped": float(decision.clipped),
-            "skipped": self.state["craft_skipped"],
+        rows = {}
+        for run, loss, gram, decision in zip(self._passes, losses, grams, decisions, strict=True):
+            epsilon, update = run.constraint.epsilon, run.update
+            rows[run.constraint.name] = {
+                "retention_loss": loss,
+                "epsilon": epsilon,
+                "lambda": run.state["craft_lambda"],
+                "violation": loss / epsilon if epsilon > 0.0 else math.inf if loss > 0.0 else 0.0,
+                "grad_dot": gram.tr,
+                "grad_cos": gram.cos,
+                "conflict": decision.conflict,
+                "projected": decision.projected,
+                "retention_grad_norm": math.sqrt(gram.rr),
+                "capped": float(update is not None and update.capped),
+            }
+        self.metrics = put_together(rows) | {
+            "task_grad_norm": math.sqrt(grams[0].tt),
+            "merged_grad_norm": decisions[0].norm,
+            "clipped": float(decisions[0].clipped),
+            "skipped": self._shared["craft_skipped"],
         }
 
-    def _measured(self, stash: Stash) -> "_Measured":
-        """Runs the retention pass and the inner products.
+    def _measured(self, stash: Stash) -> _Measured:
+        """Runs the retention passes and the inner products.
 
         Repeats a pass whose gradients have overflowed, as long as a smaller scale may help.
         """
+        passed: dict[RetentionPass, Passed] = {}
         while True:
-            self._rewind()  # a line search evaluates more than once: always on the same anchors
-            with record_function("CraftOptimizer.retention"):
-                loss, whole, scale = self._retention_gradients()
+            for run in self._passes:
+                if run not in passed:
+                    with record_function("CraftOptimizer.retention"):
+                        passed[run] = run.gradients()
+            found = [passed[run] for run in self._passes]
             with record_function("CraftOptimizer.merge"):
                 task = stash.for_surgery()
-                pairs = self._pairs(*self._local(task, whole), self._labels)
-                scaled, (value,) = pairs.inner_products(loss, reduce=self._reduce)
-            products = scaled.unscaled(scale)
-            gram = products.gram()
-            overflowed = math.isfinite(value) and math.isfinite(gram.tt) and not gram.finite
-            if not (overflowed and self.float16):
+                sets = self._sets(task, [of.gradients for of in found])
+                scaled, losses = sets.inner_products(*(of.loss for of in found), reduce=self._reduce)
+            products = scaled.unscaled([of.scale for of in found])
+            again = [
+                run
+                for run, loss, gram, of in zip(self._passes, losses, products.grams, found, strict=True)
+                if run.float16
+                and math.isfinite(loss)
+                and math.isfinite(gram.tt)
+                and not gram.finite
+                and run.may_repeat(of.scale)
+            ]
+            if not again:
                 break
-            if scale == 1.0:
-                self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
-                break
-            self.state |= scaling.shrunk(self.state)
-            del task, whole, pairs
-        self._note_position()
-        return _Measured(pairs, task, whole, products, value, scale)
-
-    def _note_position(self) -> None:
-        if self._start is not None:
-            self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
-
-    def _pairs(self, task: Gradients, retention: Gradients, labels: Sequence[int]) -> GradientPairs:
-        shares = None if self._layout is None else self._layout.shares(self._parameters)
-        return GradientPairs(task, retention, labels, shares)
+            del task, sets, found
+            for run in again:
+                del passed[run]
+        for run in self._passes:
+            run.note_position()
+        return _Measured(sets, task, found, products, losses)
 
     @property
     def _reduce(self) -> Callable[[Tensor], Tensor] | None:
         return None if self._layout is None else self._layout.reduce
 
     def _reached(self, retention: Gradients) -> list[bool]:
-        pairs = self._pairs([None] * len(retention), retention, range(len(retention)))
+        shares = None if self._layout is None else self._layout.shares(self._parameters)
+        pairs = GradientPairs([None] * len(retention), retention, range(len(retention)), shares)
         products, _ = pairs.inner_products(reduce=self._reduce)
         return [bool(square > 0.0) for square in products.rr]
 
-    def _retention_gradients(self) -> tuple[Tensor, Gradients, float]:
-        """L_ret, the gradients of `scale` times it, and scale."""
-        with self._isolated():
-            loss, scale = self._scaled_loss()
-            loss.backward()  # type: ignore[no-untyped-call]
-            retention = gradients_of(self._parameters)
+    def _sets(self, task: Gradients, retention: Sequence[Gradients]) -> GradientSets:
+        """What of the gradients is on this process."""
+        shares = None
+        lists = [task, *retention]
         if self._layout is not None:
-            retention = self._layout.averaged(retention, self._parameters)
-        self._check_reached(retention)
-        return loss.detach() if scale == 1.0 else loss.detach() / scale, retention, scale
+            shares = self._layout.shares(self._parameters)
+            lists = [self._layout.local(gradients, self._parameters) for gradients in lists]
+        for one, other in combinations(lists, 2):
+            if any(map(_same_memory, one, other)):
+                raise RuntimeError(
+                    "The retention backward wrote its gradients into the memory of the task gradients, or of another "
+                    "constraint's, which are lost now: a wrapper of the model keeps its own gradient buffers. Let the "
+                    "retention closure run the model that is wrapped (`.module`)."
+                )
+        return GradientSets(lists[0], lists[1:], self._labels, shares)
 
-    @contextmanager
-    def _isolated(self) -> Iterator[None]:
-        """Within the block, no pass reaches a `.grad` or a reduction that is not its own."""
-        own = {id(p) for p in self._parameters}
-        reachable: Iterable[Tensor] = getattr(self._closure, "parameters", tuple)()
-        others = [p for p in reachable if id(p) not in own]
-        own_reduction = nullcontext() if self._layout is None else self._layout.own_reduction()
-        put(self._parameters, [None] * len(self._parameters))  # they are in the stash
-        with set_aside(others), own_reduction, torch.enable_grad():
-            yield
-
-    def _scaled_loss(self) -> tuple[Tensor, float]:
-        """L_ret times the private scale, and the scale."""
-        loss = self._closure()
-        _check_loss(loss)
-        if self.float16 is None:
-            self.float16 = scaling.reaches_float16(loss)
-        scale = self.state["craft_scale"] if self.float16 else 1.0
-        wide = loss.float() if loss.dtype == torch.float16 else loss
-        return (wide if scale == 1.0 else wide * scale), scale
-
-    def _check_reached(self, retention: Gradients) -> None:
-        # FSDP1 leaves a process parameters without elements, and those without gradients.
-        reached = [g is not None for p, g in zip(self._parameters, retention, strict=True) if p.numel() > 0]
-        if reached and not any(reached):
-            raise RuntimeError(
-                "The retention loss reaches none of the optimizer's parameters: every retention gradient is None. "
-                "Does the closure run the model that is being trained (not a copy, not a re-created PEFT wrapper), and "
-                "are the parameters behind the anchored output trainable? Under DeepSpeed ZeRO the optimizer owns "
-                "flattened copies that no backward reaches: use DDP or FSDP2."
-            )
-
-    def _local(self, task: Gradients, retention: Gradients) -> tuple[Gradients, Gradients]:
-        if self._layout is not None:
-            task = self._layout.local(task, self._parameters)
-            retention = self._layout.local(retention, self._parameters)
-        if any(_same_memory(t, r) for t, r in zip(task, retention, strict=True)):
-            raise RuntimeError(
-                "The retention backward wrote its gradients into the memory of the task gradients, which are lost now: "
-                "a wrapper of the model keeps its own gradient buffers. Let the retention closure run the model that "
-                "is wrapped (`.module`)."
-            )
-        return task, retention
-
-    def _skip(self, loss: float, tt: float, rr: float) -> None:
-        if self._stash is not None:
-            self._stash.give_back(self._parameters)
-        self._note_skip(loss, tt, rr, "")
-
-    def _note_skip(self, loss: float, tt: float, rr: float, where: str) -> None:
-        self.state["craft_skipped"] += 1.0
-        culprit = "task gradient" if not math.isfinite(tt) else "retention pass"
+    def _note_skip(self, losses: Sequence[float], grams: Sequence[Gram], where: str = "") -> None:
+        self._shared["craft_skipped"] += 1.0
+        bad = [
+            j
+            for j, (loss, gram) in enumerate(zip(losses, grams, strict=True))
+            if not (math.isfinite(loss) and gram.finite)
+        ]
+        j = bad[0] if bad else 0
+        names = [repr(self._passes[i].constraint.name) for i in bad if self._passes[i].constraint.name is not None]
+        culprit = "retention pass" + (f" of {' and of '.join(names)}" if names else "")
+        if not math.isfinite(grams[j].tt):
+            culprit = "task gradient"
+        skipped = self._shared["craft_skipped"]
         first = self._layout is None or self._layout.first
-        if first and self.state["craft_skipped"] in (1.0, 10.0, 100.0, 1000.0):
+        if first and skipped in (1.0, 10.0, 100.0, 1000.0):
             warn(
-                f"The {culprit} is not finite (L_ret = {loss:g}, |g_ret|^2 = {rr:g}, |g_task|^2 = {tt:g}): step "
-                f"{int(self.state['craft_step'])} used the task gradient alone{where}. Skipped so far: "
-                f"{int(self.state['craft_skipped'])} (reported again at 10, 100, 1000).",
+                f"The {culprit} is not finite (L_ret = {losses[j]:g}, |g_ret|^2 = {grams[j].rr:g}, |g_task|^2 = "
+                f"{grams[j].tt:g}): step {int(self._shared['craft_step'])} used the task gradient alone{where}. "
+                f"Skipped so far: {int(skipped)} (reported again at 10, 100, 1000).",
             )
 
 
@@ -323,21 +328,3 @@ def _same_memory(t: Tensor | None, r: Tensor | None) -> bool:
     if t is None or r is None or t.is_sparse or r.is_sparse or t.numel() == 0:
         return False
     return t.data_ptr() == r.data_ptr()
-
-
-def _check_loss(loss: object) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"`retention_closure` must return the retention loss as a tensor. Found {type(loss).__name__}. "
-            "Return the loss itself, not loss.item(), and do not call backward."
-        )
-    if loss.numel() != 1:
-        raise RuntimeError(
-            f"`retention_closure` must return a scalar. Found a tensor of shape {tuple(loss.shape)}. Reduce it, for "
-            "example with .mean()."
-        )
-    if not loss.requires_grad:
-        raise RuntimeError(
-            "`retention_closure` returned a loss without a graph: it reaches no trainable parameter. Is it computed "
-            "under no_grad, detached, or from a model whose parameters are all frozen?"
-        )

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from craft_optim import scaling
-from craft_optim.decision import Decision, Gram, Weights, merged_norm, weights
-from craft_optim.dual import Update
+from craft_optim.decision import Decision, Gram, Weights, cap_of, merged_norm, weights
 from craft_optim.gradients import Gradients, gradients_of, put
 from craft_optim.retention_step import RetentionStep
 from craft_optim.stash import Stash
@@ -61,25 +60,29 @@ class StreamingStep(RetentionStep):
                 f'`gradient_memory="streaming"` is for one process. Found {self._layout.size} that train one model. '
                 'Take gradient_memory="bfloat16" or "host".'
             )
+        (run,) = self._passes
         task = gradients_of(self._parameters)
         self._stash = Stash(task, "streaming")
-        self._rewind()
-        last = Gram(*(self.state[key] for key in _LAST))
-        with record_function("CraftOptimizer.retention"), self._isolated():
-            loss, scale = self._scaled_loss()
+        run.rewind()
+        last = Gram(*(run.state[key] for key in _LAST))
+        with record_function("CraftOptimizer.retention"), run.isolated():
+            loss, scale = run.scaled_loss()
             value = loss.item() / scale
             if math.isfinite(value):
-                update = self._updated(value, last) if last.rr > 0.0 else Update(self.state["craft_lambda"], {}, False)
-                arrivals = _Arrivals(task, self._rule(last, update.multiplier, value), scale)
+                lam = run.state["craft_lambda"]
+                if last.rr > 0.0:
+                    lam = run.updated(value, cap_of(last, self._rules.rho)).multiplier
+                arrivals = _Arrivals(task, self._rule(last, lam, value), scale)
                 self._stash = Stash([None] * len(task), "streaming")  # an error from here on leaves no gradients
                 arrivals.run(loss, self._parameters)
                 self._stash = Stash(arrivals.gradients, "streaming")
-        self._note_position()
+        run.note_position()
         if not math.isfinite(value):
-            self._skip(value, last.tt, math.nan)
+            self._stash.give_back(self._parameters)
+            self._note_skip([value], [Gram(last.tt, math.nan, math.nan)])
             return
 
-        self._check_reached([g if i in arrivals.grams else None for i, g in enumerate(arrivals.gradients)])
+        run.check_reached([g if i in arrivals.grams else None for i, g in enumerate(arrivals.gradients)])
         grams, chosen = arrivals.complete()
         total = Gram(*(math.fsum(column) for column in zip(*((g.tt, g.rr, g.tr) for g in grams), strict=True)))
         norm = merged_norm(grams, chosen)
@@ -91,29 +94,29 @@ class StreamingStep(RetentionStep):
         self._stash = Stash(arrivals.gradients, "streaming")
         put(self._parameters, arrivals.gradients)
         if arrivals.spoilt:
-            self._note_skip(value, total.tt, math.inf, f" for {arrivals.spoilt} tensors")
-            if self.float16:
-                self.state |= scaling.shrunk(self.state)
-        elif self.float16:
-            self.state |= scaling.grown(self.state)
+            self._note_skip([value], [Gram(total.tt, math.inf, math.inf)], f" for {arrivals.spoilt} tensors")
+            if run.float16:
+                run.state |= scaling.shrunk(run.state)
+        elif run.float16:
+            run.state |= scaling.grown(run.state)
         if total.finite:
-            self.state |= dict(zip(_LAST, (total.tt, total.rr, total.tr), strict=True))
-        self.reached = [gram.rr > 0.0 for gram in grams]
+            run.state |= dict(zip(_LAST, (total.tt, total.rr, total.tr), strict=True))
+        self.reached = {run.constraint.name: [gram.rr > 0.0 for gram in grams]}
 
         blocks = [total] if self._rules.granularity == "global" else grams
         conflict = sum(gram.cos < self._rules.conflict_threshold for gram in blocks) / len(blocks)
         projected = sum(c.projected for c in chosen) / len(chosen)
-        self._report(value, total, update, Decision(chosen, norm, conflict, projected, clipped))
+        self._report([value], [total], [Decision(chosen, norm, conflict, projected, clipped)])
 
     def _rule(self, last: Gram, lam: float, value: float) -> Callable[[Gram], Weights]:
         """The coefficients of a tensor with these inner products."""
-        rules = self._rules
+        rules, (run,) = self._rules, self._passes
 
         def decide(gram: Gram) -> Weights:
             return weights(
                 gram,
                 lam=lam,
-                project=self._may_project(value),
+                project=run.may_project(rules.projection, value),
                 conflict_threshold=rules.conflict_threshold,
                 merge=rules.merge,
             )

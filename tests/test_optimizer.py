@@ -363,10 +363,8 @@ def test_jsonl_stays_json_when_a_value_is_not_finite(tmp_path):
     writer = JSONLWriter(tmp_path / "m.jsonl")
     writer({"violation": math.inf, "epsilon": 0.0})
     writer.close()
-    assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail) == {
-        "violation": None,
-        "epsilon": 0.0,
-    }
+    row = json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row == {"violation": None, "epsilon": 0.0, "time": row["time"]}
 
 
 def test_accumulation_needs_nothing():
@@ -845,14 +843,17 @@ def test_a_nonfinite_task_gradient_is_left_to_the_base():
     assert craft.param_groups[0]["craft_skipped"] == 1.0
 
 
-def test_a_cap_that_binds_for_long_is_reported_once():
+@pytest.mark.parametrize(("every", "patience"), [(1, 100), (3, 34), (10, 20)])
+def test_a_cap_that_binds_for_long_is_reported_once(every, patience):
     model = network()
     drift = Drift(model)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
-    craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=1e-6), drift, epsilon=1e-6, rho=0.1)
-    with pytest.warns(UserWarning, match="at its cap") as caught:
+    base = torch.optim.SGD(model.parameters(), lr=1e-6)
+    craft = CraftOptimizer(base, drift, epsilon=1e-6, rho=0.1, retention_every=every)
+    train(model, craft, every * (patience - 1))
+    with pytest.warns(UserWarning, match=f"at its cap for {patience} retention steps") as caught:
         train(model, craft, 250)
     assert len(caught) == 1
     assert caught[0].filename == __file__, "it points at the line that stepped"

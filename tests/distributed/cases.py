@@ -234,9 +234,13 @@ def train(
             p.mul_(1.1)
     if average_by_hand:
         craft["process_group"] = dist.group.WORLD
-    retention = CLOSURES[closure](wrapped if through == "wrapped" else model, AnchorCache.open(cache), world_size)
+    run = wrapped if through == "wrapped" else model
+    closures = {name: CLOSURES[name](run, AnchorCache.open(cache), world_size) for name in closure.split(" and ")}
+    retention = closures[closure.split(" and ")[0]]
     optimizer = CraftOptimizer(
-        BASES[base](wrapped.parameters()), retention, **{"epsilon": 0.01, "max_grad_norm": 2.2} | craft
+        BASES[base](wrapped.parameters()),
+        closures if len(closures) > 1 else retention,
+        **{"epsilon": 0.01, "max_grad_norm": 2.2} | craft,
     )
     options = StateDictOptions(**options or {})
     if load:

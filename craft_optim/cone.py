@@ -1,0 +1,84 @@
+"""The direction nearest to a gradient that works against none of several others: a small quadratic programme. Pure.
+
+For gradients g_j with K_ij = <g_i, g_j>, among all q >= 0 the one with the least
+
+    q' K q / 2 + c' q
+
+With c_j = <g, g_j>, v = g + sum_j q_j g_j is the vector nearest to g that has <v, g_j> >= 0 for all j (GEM, Lopez-Paz &
+Ranzato 2017, arXiv:1706.08840, for whom these are the gradients of earlier tasks).
+
+Some entries of the solution are zero, and the others solve K q = -c among themselves. With few gradients every choice
+of those can be tried: the one with q >= 0 and the least value is the solution.
+"""
+
+import math
+from itertools import chain, combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["distance_to_cone", "nearest_in_cone"]
+
+# Least eigenvalue of cosines: gradients that are closer than 1e-4 rad to linear dependence count as dependent, and the
+# solution does without one of them. Products that were summed in float32 do not tell them apart.
+_INDEPENDENT = 1e-8
+# Of the value, relative to its scale: what a choice of more gradients must gain over one of fewer.
+_GAIN = 1e-14
+
+
+def nearest_in_cone(products: NDArray[np.float64], c: NDArray[np.float64]) -> NDArray[np.float64]:
+    """q of every block.
+
+    Time grows as 2^m; scales do not matter.
+
+    Args:
+        products: K of shape `[n_blocks, m, m]`, finite. Zero gradients get q = 0.
+        c: Of shape `[n_blocks, m]`, finite.
+
+    Returns:
+        q of shape `[n_blocks, m]`, >= 0.
+
+    Example:
+        >>> k = np.array([[[1.0, -0.6], [-0.6, 1.0]]])  # the second gradient is against the first
+        >>> nearest_in_cone(k, np.array([[-1.0, 0.2]]))  # removing the first alone would break the second
+        array([[1.375, 0.625]])
+    """
+    m = c.shape[1]
+    size = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
+    size = np.where(size > 0.0, size, 1.0)
+    cosines = products / size[:, :, None] / size[:, None, :]
+    unit = np.abs(c / size).max(axis=1, initial=0.0)
+    unit = np.where(unit > 0.0, unit, 1.0)
+    target = c / size / unit[:, None]
+    best, least = np.zeros_like(c), np.zeros(len(c))
+    for chosen in map(list, chain.from_iterable(combinations(range(m), k) for k in range(1, m + 1))):
+        values, vectors = np.linalg.eigh(cosines[:, chosen][:, :, chosen])
+        independent = values[:, 0] > _INDEPENDENT
+        along = np.einsum("nij,ni->nj", vectors, target[:, chosen]) / np.where(independent[:, None], values, 1.0)
+        q = -np.einsum("nij,nj->ni", vectors, along)
+        value = 0.5 * (q * target[:, chosen]).sum(axis=1)
+        better = independent & (q >= 0.0).all(axis=1) & (value < least - _GAIN)
+        rows = np.flatnonzero(better)
+        best[rows] = 0.0
+        best[rows[:, None], chosen] = q[rows]
+        least[rows] = value[rows]
+    solution: NDArray[np.float64] = best * unit[:, None] / size
+    return solution
+
+
+def distance_to_cone(products: NDArray[np.float64], j: int) -> float:
+    """Norm of g_j plus what makes it smallest of all sum_i q_i g_i, q >= 0, i != j.
+
+    |g_j| where no other gradient is against it.
+
+    Args:
+        products: K of shape `[m, m]`.
+        j: Which gradient.
+    """
+    others = [i for i in range(len(products)) if i != j]
+    if not (products[j, others] < 0.0).any():
+        return math.sqrt(products[j, j])
+    q = np.zeros(len(products))
+    q[others] = nearest_in_cone(products[np.ix_(others, others)][None], products[j, others][None])[0]
+    q[j] = 1.0
+    return math.sqrt(max(float(q @ products @ q), 0.0))
