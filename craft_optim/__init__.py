@@ -5,8 +5,21 @@ against.
 """
 
 from craft_optim import anchors, dual, functional, metrics, schedules
+from craft_optim.calibration import Calibration, calibrate
+from craft_optim.heldout import HeldOutDrift
 from craft_optim.optimizer import CraftOptimizer, RetentionClosure
 
-__all__ = ["CraftOptimizer", "RetentionClosure", "anchors", "dual", "functional", "metrics", "schedules"]
+__all__ = [
+    "Calibration",
+    "CraftOptimizer",
+    "HeldOutDrift",
+    "RetentionClosure",
+    "anchors",
+    "calibrate",
+    "dual",
+    "functional",
+    "metrics",
+    "schedules",
+]
 
 __version__ = "0.1.0"

@@ -23,14 +23,17 @@ from lerobot.utils.logging_utils import AverageMeter
 from lerobot.utils.random_utils import load_rng_state
 from torch import nn
 
-from craft_optim.anchors import AnchorCache, AnchorRetention
+from craft_optim._warn import warn
+from craft_optim.anchors import AnchorRetention
 from craft_optim.anchors.folders import write_aside, write_json
-from craft_optim.inspection import spread
+from craft_optim.episodes import parse_episodes
+from craft_optim.heldout import runs_away
 from craft_optim.lerobot.adapters import adapter_for
 from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anchors
 from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings
 from craft_optim.metrics import METRICS, JSONLWriter
 from craft_optim.optimizer import CraftOptimizer
+from craft_optim.sampled_drift import drift_on
 
 __all__ = ["FOLDER", "STATE_FILE", "CraftRun"]
 
@@ -84,6 +87,7 @@ class CraftRun:
         self._saved: dict[str, Any] | None = None
         self._anchors: RunAnchors | None = None
         self._writer: JSONLWriter | None = None
+        self._ran_away = False
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
@@ -120,6 +124,7 @@ class CraftRun:
             self._saved = _read_state(cfg.checkpoint_path)
         settings = self.settings = read_settings(self.flags, self._saved and self._saved["settings"])
         _check_teacher(cfg, settings, self._saved)
+        _check_task(cfg, settings)
         adapter_for(policy, settings.anchors.keep)  # raises now, not after the dataset was read
         clip = cfg.optimizer.grad_clip_norm
         optimizer = CraftOptimizer(
@@ -219,6 +224,7 @@ class CraftRun:
             row |= drifts
             _meter(tracker, drifts, drifts)
             log.info("craft: step %d: %s", step, _drift_in_words(drifts, optimizer.metrics))
+            self._judge(drifts)
         _meter(tracker, METRICS, optimizer.metrics)
         if self._writer is not None:
             self._writer({"step": step, "loss": tracker.loss.val, "lr": tracker.lr.val, **row})
@@ -228,10 +234,20 @@ class CraftRun:
         assert self.retention is not None
         caches = {"drift_anchors": self._anchors.cache, "drift_heldout": self._anchors.heldout}
         return {
-            name: _drift_on(self.retention, cache, self.settings.drift_anchors)
+            name: drift_on(self.retention, cache, self.settings.drift_anchors)
             for name, cache in caches.items()
             if cache is not None
         }
+
+    def _judge(self, drifts: Mapping[str, float]) -> None:
+        """Warns once, on one process, if drift is held on the anchors alone."""
+        assert self.optimizer is not None
+        if self._writer is None or self._ran_away or "drift_heldout" not in drifts:
+            return
+        said = runs_away(drifts["drift_anchors"], drifts["drift_heldout"], self.optimizer.metrics["epsilon"])
+        if said is not None:
+            self._ran_away = True
+            warn(said)
 
     def save(self, checkpoint: Path) -> None:
         """Writes `craft.json` beside lerobot's training state; the files of lerobot are those of a plain run."""
@@ -289,6 +305,39 @@ def _check_teacher(cfg: Any, settings: CraftSettings, saved: Mapping[str, Any] |
         )
 
 
+def _check_task(cfg: Any, settings: CraftSettings) -> None:
+    """Warns if frames that the policy is trained on are its anchors."""
+    data, anchors = cfg.dataset, settings.anchors
+    same_root = anchors.root is not None and data.root is not None and _same_folder(anchors.root, data.root)
+    same_name = anchors.repo_id is not None and anchors.repo_id == data.repo_id and anchors.root is None is data.root
+    if not (same_root or same_name) or not _share_episodes(anchors.episodes, data.episodes):
+        return
+    warn(
+        f"The anchors are frames of the dataset that the policy is trained on, {data.root or data.repo_id}: there the "
+        "constraint holds it to what it did before, and keeps it from learning. Take anchors of what it must keep: "
+        f"another dataset ({PREFIX}anchors.repo_id, {PREFIX}anchors.root) or other episodes of this one "
+        f"({PREFIX}anchors.episodes). If these are old episodes that you replay among the new ones, all is well."
+    )
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _share_episodes(anchors: str | None, trained: Sequence[int] | None) -> bool:
+    """Whether some episodes are surely in both; parts that are counted from the end are not known yet."""
+    if anchors is None or trained is None:
+        return True
+    wanted = parse_episodes(anchors)
+    if isinstance(wanted, int):
+        wanted = slice(wanted)
+    if isinstance(wanted, slice):
+        if min(wanted.start or 0, wanted.stop or 0, wanted.step or 1) < 0:
+            return False
+        wanted = list(range(max(trained) + 1)[wanted])
+    return bool(set(wanted) & set(trained))
+
+
 def _keep_state_dicts_plain(optimizer: CraftOptimizer) -> None:
     """State dicts without our floats: lerobot's checkpoints can then be read by, and made by, runs without them."""
 
@@ -333,13 +382,6 @@ def _moved(saved: Mapping[str, Any], checkpoint: Path) -> Path:
     """Where the anchors of a checkpoint are: at the same place seen from it, if it was moved with them."""
     beside = (Path(checkpoint).resolve() / saved["anchors_from_here"]).resolve()
     return beside if beside.is_dir() else Path(saved["anchors"])
-
-
-def _drift_on(retention: AnchorRetention, cache: AnchorCache, count: int) -> float:
-    places, size = spread(len(cache), count), retention.batch_size
-    batches = (cache.read(places[start : start + size]) for start in range(0, len(places), size))
-    drift: float = retention.drift(batches)  # type: ignore[attr-defined]  # all on a cache have it
-    return drift
 
 
 def _meter(tracker: Any, names: Mapping[str, Any], values: Mapping[str, float]) -> None:

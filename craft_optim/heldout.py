@@ -1,0 +1,122 @@
+"""Drift on held-out anchors while training: it tells whether the anchors stand for what is to be kept."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from craft_optim._warn import warn
+from craft_optim.anchors.retention import AnchorRetention
+from craft_optim.constraints import keyed
+from craft_optim.sampled_drift import drift_on
+
+__all__ = ["RUNS_AWAY", "HeldOutDrift", "runs_away"]
+
+# On the small pi0_fast held-out drift was 5 times epsilon and the anchors' drift where the old task stayed as good as
+# it was (thousands of anchors), and 16 and 28 times epsilon with 256 and 64 anchors, where more of them helped.
+RUNS_AWAY = 10.0
+
+
+def runs_away(anchors: float, heldout: float, epsilon: float, factor: float = RUNS_AWAY) -> str | None:
+    """A warning if drift is held on the anchors and not elsewhere; None if all is well.
+
+    That is so if held-out drift is above `factor` times the anchors' drift, and above `factor` times epsilon.
+
+    Args:
+        anchors: Drift on the anchors.
+        heldout: Drift on others of their kind, which are not trained on.
+        epsilon: The allowed drift.
+        factor: How much more is too much.
+    """
+    if heldout <= factor * max(anchors, epsilon):
+        return None
+    return (
+        f"Drift is {heldout:.3g} on held-out anchors, {anchors:.3g} on those that are trained on (epsilon "
+        f"{epsilon:.3g}): the model agrees with its snapshot on these anchors, and not on others like them. Use more "
+        'anchors, and more varied ones; a smaller epsilon does less. See docs/choosing.md, "How many anchors".'
+    )
+
+
+class HeldOutDrift:
+    """A sink for `on_metrics` that measures drift on held-out anchors, and warns once if it runs away.
+
+    Every `every`-th time it is called it adds `drift_anchors` and `drift_heldout` to what it passes on.
+
+    Example:
+        optimizer = CraftOptimizer(
+            base, retention, on_metrics=HeldOutDrift(retention, heldout_cache, sink=JSONLWriter("metrics.jsonl"))
+        )
+
+    It runs after the base's step, and changes nothing: no gradients, modes, random numbers or places among the anchors.
+
+    Of several processes CraftOptimizer calls one sink only, on which a model that is wrapped or sharded would wait for
+    the others: there, call `measure()` yourself on every process.
+
+    Args:
+        retention: The closure in training.
+        heldout: Others of the same kind, as its `drift` takes them: a cache that was built before training.
+        every: Measure at the first call and every so many.
+        count: On at most so many of each, evenly apart. None: on all.
+        factor: Warn if held-out drift is so many times the anchors' drift, and epsilon.
+        name: Of several constraints, whose closure it is; its drifts are then called "drift_heldout/name".
+        sink: What gets the metrics then, such as `JSONLWriter`.
+
+    Raises:
+        ValueError: `every`, `count` or `factor` is out of range.
+        RuntimeError: In a call: the closure is one of several processes'.
+    """
+
+    def __init__(
+        self,
+        retention: Any,
+        heldout: Any,
+        *,
+        every: int = 100,
+        count: int | None = 256,
+        factor: float = RUNS_AWAY,
+        name: str | None = None,
+        sink: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:
+        for what, value in (("every", every), ("count", count)):
+            if value is not None and (int(value) != value or value < 1):
+                raise ValueError(f"`{what}` must be a whole number >= 1. Found {what}={value!r}.")
+        if not factor > 1.0:
+            raise ValueError(f"`factor` must be > 1. Found factor={factor!r}.")
+        self.retention, self.heldout, self.every, self.count = retention, heldout, every, count
+        self.factor, self.name, self.sink = factor, name, sink
+        self._calls = 0
+        self._warned = False
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        row = dict(metrics)
+        if self._calls % self.every == 0:
+            self._refuse_several()
+            row |= self.measure()
+            self._judge(row)
+        self._calls += 1
+        if self.sink is not None:
+            self.sink(row)
+
+    def measure(self) -> dict[str, float]:
+        """Both drifts now, by name. Of several processes each must call it, and each measures the whole."""
+        return {
+            keyed("drift_anchors", self.name): drift_on(self.retention, None, self.count),
+            keyed("drift_heldout", self.name): drift_on(self.retention, self.heldout, self.count),
+        }
+
+    def _judge(self, row: Mapping[str, float]) -> None:
+        anchors, heldout, epsilon = (row[keyed(x, self.name)] for x in ("drift_anchors", "drift_heldout", "epsilon"))
+        said = runs_away(anchors, heldout, epsilon, self.factor)
+        if said is not None and not self._warned:
+            self._warned = True
+            warn(said)
+
+    def _refuse_several(self) -> None:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if isinstance(self.retention, AnchorRetention):
+            several = several and self.retention._sampler.world_size > 1
+        if several:
+            raise RuntimeError(
+                "HeldOutDrift cannot be a sink where several processes train one model: CraftOptimizer calls one of "
+                "them, and its forward would wait for the others. Call `measure()` in your loop, on every process."
+            )

@@ -1,0 +1,69 @@
+"""What a run of lerobot-train is warned of: anchors of the task that it learns, drift that is held on anchors alone."""
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from training import CRAFT, NEW, OLD, arguments, pretrained, train
+
+from craft_optim._warn import CraftWarning
+from craft_optim.lerobot.run import _check_task
+from craft_optim.lerobot.settings import AnchorSettings, CraftSettings
+
+
+@pytest.fixture(scope="module")
+def act(tmp_path_factory):
+    return pretrained("act", tmp_path_factory.mktemp("policies") / "act")
+
+
+def told(act, out, *given):
+    """What it is warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CraftWarning)
+        train("act", act, *arguments(act, out, steps=2), *CRAFT, *given)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, CraftWarning)]
+
+
+def test_anchors_of_the_new_task(act, tmp_path):
+    relative = Path(NEW).parent / ".." / Path(NEW).parent.name / Path(NEW).name
+    (said,) = told(act, tmp_path / "out", f"--craft.anchors.root={relative}")
+    assert "anchors are frames of the dataset that the policy is trained on" in said
+    assert "--craft.anchors.episodes" in said
+
+
+@pytest.mark.parametrize(
+    ("data", "chosen", "warns"),
+    [
+        ({"root": NEW}, "2", True),
+        ({"root": NEW}, "[1, 7]", True),
+        ({"root": NEW}, "1:", True),
+        ({"root": NEW}, "2:4", False),
+        ({"root": NEW}, "-2:", False),  # of how many is not known yet
+        ({"root": NEW}, None, True),
+        ({"root": NEW, "episodes": None}, "2:4", True),
+        ({"root": OLD}, "2", False),
+        ({"repo_id": "local/new"}, "2", False),  # the training's is a folder of that name
+        ({"repo_id": "local/new", "its": {"root": None}}, "2", True),
+        ({"repo_id": "local/old", "its": {"root": None}}, "2", False),
+    ],
+)
+def test_which_anchors_are_of_the_new_task(data, chosen, warns):
+    trained = {"repo_id": "local/new", "root": NEW, "episodes": [0, 1], **data.get("its", {})}
+    if "episodes" in data:
+        trained["episodes"] = data["episodes"]
+    named = {name: data[name] for name in ("root", "repo_id") if name in data}
+    settings = CraftSettings(anchors=AnchorSettings(**named, episodes=chosen))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _check_task(SimpleNamespace(dataset=SimpleNamespace(**trained)), settings)
+    assert bool(caught) == warns
+
+
+def test_drift_that_runs_away_is_told_once(act, tmp_path, monkeypatch):
+    def drift_on(retention, cache, count):
+        return 0.5 if cache.path.name.endswith("-heldout") else 0.01
+
+    monkeypatch.setattr("craft_optim.lerobot.run.drift_on", drift_on)
+    (said,) = told(act, tmp_path / "out", "--craft.drift_every=1")
+    assert "Drift is 0.5 on held-out anchors, 0.01 on those that are trained on" in said
