@@ -4,7 +4,6 @@ The page loads nothing: styles are in it, pictures are data URIs, and it forbids
 """
 
 import base64
-import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from craft_optim.anchors import AnchorCache
 from craft_optim.anchors.structure import flatten
 from craft_optim.evaluation.drift import Drift
 from craft_optim.inspection import bytes_in_words, facts, lengths, tensors
+from craft_optim.markup import Markup, page, table, tag
 
 __all__ = ["render"]
 
@@ -28,17 +28,6 @@ _SIDE = 224  # pixels of the longer side of a thumbnail
 _VIEWS = 8  # pictures per anchor and input: a clip of 300 frames is told by its first ones
 _POSITIONS = 6  # of the teacher's predictions
 _IDS = re.compile(r"(^|[._])(input_ids|tokens|labels)$")
-
-
-class _Markup(str):
-    """Text that is HTML already; everything else is escaped."""
-
-
-def _tag(name: str, /, *children: str, **attributes: object) -> _Markup:
-    inner = "".join(x if isinstance(x, _Markup) else html.escape(x) for x in children)
-    named = {key.rstrip("_").replace("_", "-"): html.escape(str(value)) for key, value in attributes.items()}
-    words = "".join(f' {key}="{value}"' for key, value in named.items())
-    return _Markup(f"<{name}{words}>" if name in ("img", "meta") else f"<{name}{words}>{inner}</{name}>")
 
 
 def render(
@@ -74,37 +63,28 @@ def render(
         batch = cache.read([indices[place]])
         inputs = {name: x[0] for name, x in flatten(batch.inputs)[1].items()}
         card = [
-            _tag("header", _tag("h3", f"Anchor {indices[place]}"), *_badges(measured, place)),
+            tag("header", tag("h3", f"Anchor {indices[place]}"), *_badges(measured, place)),
             *views.pictures(place),
             _rows(inputs, views.names, decode),
             _teacher(batch.features, decode),
         ]
-        cards.append(_tag("article", *(part for part in card if part)))
+        cards.append(tag("article", *(part for part in card if part)))
 
     named = [*facts(cache), ("Checksums", "verified" if verified else "not compared (--verify does)")]
-    about = [part for label, text in named for part in (_tag("dt", label), _tag("dd", text))]
+    about = [part for label, text in named for part in (tag("dt", label), tag("dd", text))]
     sections = [
-        _tag("header", _tag("p", "anchor cache", class_="kind"), _tag("h1", cache.path.resolve().name)),
+        tag("header", tag("p", "anchor cache", class_="kind"), tag("h1", cache.path.resolve().name)),
         _drift_section(measured, verdict),
-        _tag("section", _tag("h2", "What it is"), _tag("dl", *about)),
-        _tag("section", _tag("h2", "Tensors"), _tensors(cache)),
-        _tag(
+        tag("section", tag("h2", "What it is"), tag("dl", *about)),
+        tag("section", tag("h2", "Tensors"), _tensors(cache)),
+        tag(
             "section",
-            _tag("h2", "Anchors"),
-            _tag("p", _caption(len(indices), len(cache), bool(measured)), class_="quiet"),
-            _tag("div", *cards, class_="cards"),
+            tag("h2", "Anchors"),
+            tag("p", _caption(len(indices), len(cache), bool(measured)), class_="quiet"),
+            tag("div", *cards, class_="cards"),
         ),
     ]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = [
-        _tag("meta", charset="utf-8"),
-        _tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        _tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        _tag("title", f"Anchors: {cache.path.resolve().name}"),
-        _tag("style", _Markup(_STYLE)),
-    ]
-    page = _tag("html", _tag("head", *head), _tag("body", _tag("main", *sections)), lang="en")
-    return f"<!doctype html>\n{page}\n"
+    return page(f"Anchors: {cache.path.resolve().name}", sections, _STYLE)
 
 
 def _caption(shown: int, total: int, by_drift: bool) -> str:
@@ -112,23 +92,17 @@ def _caption(shown: int, total: int, by_drift: bool) -> str:
     return f"{which}; the largest drift first." if by_drift else f"{which}."
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> _Markup:
-    head = _tag("tr", *(_tag("th", column) for column in columns))
-    body = [_tag("tr", *(_tag("td", cell) for cell in row)) for row in rows]
-    return _tag("div", _tag("table", _tag("thead", head), _tag("tbody", *body)), class_="scroll")
-
-
-def _tensors(cache: AnchorCache) -> _Markup:
+def _tensors(cache: AnchorCache) -> Markup:
     varying = {row.name: f"{row.shortest} / {row.mean:.3g} / {row.longest}" for row in lengths(cache)}
     rows = [[name, shape, dtype, varying.get(name, "")] for name, shape, dtype in tensors(cache)]
     words = f"{bytes_in_words(cache.nbytes)} on disk. Shapes are those of one anchor; lengths leave out padding."
-    table = _table(["name", "shape", "dtype on disk -> read", "length: least / mean / most"], rows)
-    return _Markup(_tag("p", words, class_="quiet") + table)
+    columns = ["name", "shape", "dtype on disk -> read", "length: least / mean / most"]
+    return Markup(tag("p", words, class_="quiet") + table(columns, rows))
 
 
-def _drift_section(measured: Sequence[Drift], verdict: tuple[bool, str] | None) -> _Markup:
+def _drift_section(measured: Sequence[Drift], verdict: tuple[bool, str] | None) -> Markup:
     if verdict is None:
-        return _Markup("")
+        return Markup("")
     rows = [
         [
             drift.kind,
@@ -141,21 +115,21 @@ def _drift_section(measured: Sequence[Drift], verdict: tuple[bool, str] | None) 
         for drift in measured
     ]
     fits, words = verdict
-    return _tag(
+    return tag(
         "section",
-        _tag("h2", "Drift of the model"),
-        _tag("p", words, class_="verdict fits" if fits else "verdict"),
-        _table(["kind", "mean", "median anchor", "worst anchor", "rounding", "unit"], rows),
+        tag("h2", "Drift of the model"),
+        tag("p", words, class_="verdict fits" if fits else "verdict"),
+        table(["kind", "mean", "median anchor", "worst anchor", "rounding", "unit"], rows),
     )
 
 
-def _badges(measured: Sequence[Drift], place: int) -> list[_Markup]:
+def _badges(measured: Sequence[Drift], place: int) -> list[Markup]:
     badges = []
     for drift in measured:
         share = abs(drift.each[place]) / max(max(map(abs, drift.each)), drift.tolerance or 0.0, 1e-12)
-        bar = _tag("i", style=f"width:{100 * share:.1f}%")
+        bar = tag("i", style=f"width:{100 * share:.1f}%")
         words = f"{drift.kind} {drift.each[place]:.3g}"
-        badges.append(_tag("span", words, _tag("b", bar), class_="drift", title=drift.unit))
+        badges.append(tag("span", words, tag("b", bar), class_="drift", title=drift.unit))
     return badges
 
 
@@ -212,17 +186,17 @@ class _Views:
             for name, flag in are_bytes.items()
         }
 
-    def pictures(self, place: int) -> list[_Markup]:
+    def pictures(self, place: int) -> list[Markup]:
         """Of the anchor at this place in `indices`."""
         figures = []
         for name, views in self._small[place].items():
             black, white = self._ranges[name]
             title = f"{name}, shown from {black:.3g} to {white:.3g}"
-            images = [_tag("img", src=_data_uri(x, black, white), alt=name, title=title) for x in views]
+            images = [tag("img", src=_data_uri(x, black, white), alt=name, title=title) for x in views]
             more = self._hidden[place][name]
-            caption = _tag("figcaption", name + (f" and {more} more" if more else ""))
-            figures.append(_tag("figure", *images, caption))
-        return [_tag("div", *figures, class_="pictures")] if figures else []
+            caption = tag("figcaption", name + (f" and {more} more" if more else ""))
+            figures.append(tag("figure", *images, caption))
+        return [tag("div", *figures, class_="pictures")] if figures else []
 
 
 def _shrunk(picture: Tensor) -> Tensor:
@@ -252,14 +226,14 @@ def _data_uri(picture: Tensor, black: float, white: float) -> str:
 # Everything else of an anchor
 
 
-def _rows(inputs: Mapping[str, Tensor], pictures: set[str], decode: Decode | None) -> _Markup:
+def _rows(inputs: Mapping[str, Tensor], pictures: set[str], decode: Decode | None) -> Markup:
     parts = []
     for name, x in inputs.items():
         if name in pictures or (x.dtype in (torch.bool,) or "mask" in name.lower()):
             continue
         text = _text(name, x, decode) if _are_ids(name, x) else _numbers(x)
-        parts += [_tag("dt", name), _tag("dd", text, class_="text" if _are_ids(name, x) and decode else "numbers")]
-    return _tag("dl", *parts, class_="inputs") if parts else _Markup("")
+        parts += [tag("dt", name), tag("dd", text, class_="text" if _are_ids(name, x) and decode else "numbers")]
+    return tag("dl", *parts, class_="inputs") if parts else Markup("")
 
 
 def _are_ids(name: str, x: Tensor) -> bool:
@@ -303,24 +277,24 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _teacher(features: Mapping[str, Tensor], decode: Decode | None) -> _Markup:
+def _teacher(features: Mapping[str, Tensor], decode: Decode | None) -> Markup:
     """The likeliest classes at the first positions that count, or what the teacher wrote."""
     lines = []
     for position, guesses in enumerate(_predictions(features)):
         words = [
-            _tag("span", _tag("code", _class(number, decode)), f" {chance:.0%}", style=f"--p:{100 * chance:.0f}%")
+            tag("span", tag("code", _class(number, decode)), f" {chance:.0%}", style=f"--p:{100 * chance:.0f}%")
             for number, chance in guesses
             if chance >= 0.005 or number == guesses[0][0]
         ]
-        lines.append(_tag("li", _tag("small", str(position)), *words))
+        lines.append(tag("li", tag("small", str(position)), *words))
     total = _count(features)
     heading = "The teacher" if total == 1 else f"The teacher, first {len(lines)} of {total} positions"
-    parts = [_tag("h4", heading), _tag("ol", *lines)] if lines else []
+    parts = [tag("h4", heading), tag("ol", *lines)] if lines else []
     if "tokens" in features:
         ids = features["tokens"].reshape(-1).tolist()
         written = _clipped(decode(ids) if decode else " ".join(map(str, ids)), 600)
-        parts += [_tag("h4", "The teacher wrote"), _tag("p", written, class_="text")]
-    return _tag("div", *parts, class_="teacher") if parts else _Markup("")
+        parts += [tag("h4", "The teacher wrote"), tag("p", written, class_="text")]
+    return tag("div", *parts, class_="teacher") if parts else Markup("")
 
 
 def _class(number: int, decode: Decode | None) -> str:
@@ -350,37 +324,12 @@ def _count(features: Mapping[str, Tensor]) -> int:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --quiet: #60646c; --line: #e2e4e8; --page: #f6f7f9; --card: #fff;
-  --accent: #2f6fde; --good: #1f8a4c; --bad: #c2571b; --wash: #eef3fc; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --quiet: #9aa0a8; --line: #33373e; --page: #16181b;
-  --card: #1e2125; --accent: #7aa7f5; --good: #55c481; --bad: #f0935a; --wash: #26303f; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Liberation Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0; letter-spacing: -.01em; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 40px 0 12px; } h3 { font-size: 15px; margin: 0; }
-h4 { font-size: 12px; font-weight: 600; color: var(--quiet); margin: 12px 0 4px; }
-.kind { margin: 0 0 4px; color: var(--quiet); letter-spacing: .06em; text-transform: uppercase; font-size: 12px; }
-.quiet { color: var(--quiet); margin: 0 0 12px; }
-.verdict { margin: 0 0 16px; padding: 12px 16px; border-left: 4px solid var(--bad); background: var(--card);
-  border-radius: 4px; } .verdict.fits { border-color: var(--good); }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 20px; margin: 0; }
-dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th { text-align: left; font-weight: 600; color: var(--quiet); font-size: 12px; }
-th, td { padding: 6px 16px 6px 0; white-space: nowrap; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 16px; }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
-  min-width: 0; }
-article > header { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: center; margin-bottom: 10px; }
+.cards { grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
 .drift { display: inline-flex; align-items: center; gap: 8px; font-size: 12px; color: var(--quiet);
   font-variant-numeric: tabular-nums; }
 .drift b { width: 56px; height: 6px; border-radius: 3px; background: var(--line); }
 .drift i { display: block; height: 6px; border-radius: 3px; background: var(--bad); }
 .pictures { display: flex; flex-wrap: wrap; gap: 10px; margin-bottom: 10px; }
-figure { margin: 0; min-width: 0; } figcaption { color: var(--quiet); font-size: 12px; overflow-wrap: anywhere; }
 img { height: 108px; max-width: 100%; border-radius: 6px; image-rendering: auto; display: inline-block;
   background: var(--line); margin-right: 4px; }
 .inputs { grid-template-columns: 1fr; gap: 0; font-size: 13px; } .inputs dt { font-size: 12px; margin-top: 6px; }

@@ -1,17 +1,30 @@
 """What a step reports, and where it goes.
 
 `CraftOptimizer(..., on_metrics=sink)` calls `sink(metrics)` after every step that ran retention. A sink is any
-callable; the two here append to a file.
+callable; those here append to a file, or pass the values on to the tracker that is in use already.
+
+    log = JSONLWriter("runs/first/metrics.jsonl")
+    optimizer = CraftOptimizer(base, retention, on_metrics=Tee(log, LogTo(run.log)))
+    for batch in loader:
+        loss = model(**batch).loss
+        loss.backward()
+        log.log(loss=loss)
+        optimizer.step()
+
+`craft-optim report runs/first` draws what a `JSONLWriter` or a `CSVWriter` has written.
 """
 
 import csv
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["METRICS", "CSVWriter", "JSONLWriter"]
+from craft_optim._warn import warn
+
+__all__ = ["METRICS", "CSVWriter", "JSONLWriter", "LogTo", "Sink", "Tee", "TensorBoardWriter"]
 
 METRICS: dict[str, str] = {
     "retention_loss": "L_ret on this step's anchor batch",
@@ -32,20 +45,47 @@ METRICS: dict[str, str] = {
     "fresh": "1 if they belong to the last step, 0 if they were kept from an earlier one",
 }
 
+Sink = Callable[[Mapping[str, float]], Any]
+"""What `on_metrics` takes"""
+
 
 class JSONLWriter:
     """Appends each step's metrics as one line of JSON; values that are not finite become null.
 
+    Every row gets `time`, the seconds since 1970 at which it was written: `craft-optim report` tells from it how long
+    a step took.
+
     Args:
         path: The file; its folder must exist. Lines are flushed one by one, so a killed run keeps them.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> log = JSONLWriter(path)
+        >>> log.log(loss=0.5)  # before `optimizer.step()`
+        >>> log({"retention_step": 0.0, "retention_loss": math.nan})  # what the optimizer does in it
+        >>> [*json.loads(path.read_text())]
+        ['loss', 'retention_step', 'retention_loss', 'time']
     """
 
     def __init__(self, path: str | Path) -> None:
         self._file: IO[str] = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - stays open for the whole run
+        self._waiting: dict[str, Any] = {}
+
+    def log(self, **values: Any) -> None:
+        """Puts values of your own into the next row; of several calls before it, the last value of each name.
+
+        Args:
+            values: Numbers or text. A tensor of one element is read when its row is written, not before: between rows
+                nothing waits for the device. `loss` and `lr` have a chart in the report; rows with a `method` and a
+                `seed` are grouped by them.
+        """
+        self._waiting |= {name: x.detach() if hasattr(x, "detach") else x for name, x in values.items()}
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
-        row = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(row) + "\n")
+        row = {**self._waiting, **metrics, "time": round(time.time(), 6)}
+        self._waiting = {}
+        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -53,24 +93,123 @@ class JSONLWriter:
         self._file.close()
 
 
+def _plain(value: Any) -> Any:
+    """In the types of JSON."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class CSVWriter:
-    """Appends each step's metrics as one row; the header is written when the file is new.
+    """Appends each step's metrics as one row.
+
+    The header is written when the file is new, with what the first row has. A name that comes later, or that the header
+    of an older file does not know, is left out, and a warning says so once.
 
     Args:
         path: The file; its folder must exist.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self._file: IO[str] = self._path.open("a", encoding="utf-8", newline="")
-        self._writer = csv.DictWriter(self._file, fieldnames=list(METRICS), extrasaction="ignore")
+        path = Path(path)
+        header: list[str] = []
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                header = next(csv.reader(file), [])
+        self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
+        self._names = header
+        self._warned = False
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
-        if self._path.stat().st_size == 0:
-            self._writer.writeheader()
-        self._writer.writerow(metrics)
+        new = not self._names
+        if new:
+            self._names = list(dict.fromkeys([*METRICS, *metrics]))
+        writer = csv.DictWriter(self._file, fieldnames=self._names, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        if (unknown := sorted(set(metrics) - set(self._names))) and not self._warned:
+            self._warned = True
+            warn(
+                f"{self._file.name} has no column for {', '.join(unknown)}, which is left out. Write to a new file, or "
+                "use JSONLWriter, whose rows may differ."
+            )
+        writer.writerow(metrics)
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class TensorBoardWriter:
+    """Adds each step's metrics to TensorBoard, at the step on which they were measured.
+
+    Args:
+        writer: A `torch.utils.tensorboard.SummaryWriter`, or another with its `add_scalar`. It stays yours to close.
+        prefix: Before each name.
+
+    Example:
+        `on_metrics=TensorBoardWriter(SummaryWriter("runs/first"))`
+    """
+
+    def __init__(self, writer: Any, prefix: str = "craft/") -> None:
+        self._writer, self._prefix = writer, prefix
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        step = int(metrics["retention_step"])
+        for name, value in _of_step(metrics).items():
+            self._writer.add_scalar(f"{self._prefix}{name}", value, step)
+
+
+class LogTo:
+    """Passes each step's metrics to a function that takes a dict: W&B, trackio, MLflow, Accelerate.
+
+    Args:
+        log: Called with one dict.
+        prefix: Before each name.
+        step: The keyword by which `log` is told the step; None: it is not, and counts for itself.
+
+    Example:
+        - trackio: `LogTo(run.log, step="step")`
+        - MLflow: `LogTo(mlflow.log_metrics, step="step")`
+        - Accelerate: `LogTo(accelerator.log, step="step")`
+        - W&B, whose steps end with a call of its `log`: `LogTo(functools.partial(run.log, commit=False))` lets the
+          values wait for your own `run.log({"loss": loss})` and share its step.
+    """
+
+    def __init__(self, log: Callable[..., Any], prefix: str = "craft/", step: str | None = None) -> None:
+        if not callable(log):
+            raise TypeError(
+                f"`log` must be a function that takes a dict, such as `run.log`. Found {type(log).__name__}."
+            )
+        self._log, self._prefix, self._step = log, prefix, step
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        keywords = {} if self._step is None else {self._step: int(metrics["retention_step"])}
+        self._log({f"{self._prefix}{name}": value for name, value in _of_step(metrics).items()}, **keywords)
+
+
+def _of_step(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without `fresh`, which is 1 wherever a sink is called."""
+    return {name: value for name, value in metrics.items() if name != "fresh"}
+
+
+class Tee:
+    """Passes each step's metrics to several sinks, in their order.
+
+    Args:
+        sinks: Callables.
+    """
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = sinks
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink(metrics)
+
+    def close(self) -> None:
+        """Closes those that can be closed."""
+        for sink in self.sinks:
+            close = getattr(sink, "close", None)
+            if close is not None:
+                close()

@@ -1,0 +1,109 @@
+"""craft-optim report: a run's metrics as a page, as pictures, or live in the terminal."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from craft_optim.cli.options import AddCommand, UsageError
+from craft_optim.cli.output import print_grid
+from craft_optim.inspection import bytes_in_words
+from craft_optim.report.runs import named
+
+__all__ = ["add"]
+
+_EXAMPLES = """\
+  craft-optim report outputs/train/new_task                       # of lerobot-train with retention; writes report.html
+  craft-optim report adamw=runs/a/metrics.jsonl craft=runs/b/metrics.jsonl --out=both.html --title="Both"
+  craft-optim report examples/out --pareto examples/out/summary.json --png=pictures/
+  craft-optim report runs/ --follow                               # in the terminal, while they train
+
+A run is a file (.jsonl or .csv of craft_optim.metrics, trainer_state.json of the Hugging Face Trainer), a folder with
+such files in it, at any depth, or either of them behind NAME=. Runs of one method under several seeds are drawn
+together: by the `method` and `seed` of their rows, or by names that end in seed0, seed1, ...
+
+--pareto: JSON with what methods have learnt and kept, {"points": [{"method": ..., "x": ..., "y": ...}]}, or a result of
+this project's examples and benchmarks; docs/report.md has the whole form.
+"""
+
+
+def add(command: AddCommand) -> None:
+    """The command and its options."""
+    about = "Draw what runs have logged, and say whether drift was held at epsilon."
+    add = command("report", _report, about, _EXAMPLES).add_argument
+    add("runs", nargs="*", metavar="RUN", help="a file, a folder, or NAME= before either")
+    add("--out", metavar="FILE", help="the page (default: report.html)")
+    add("--png", metavar="DIR", help="also every chart as a picture; needs matplotlib")
+    add("--pareto", nargs="+", default=[], metavar="FILE", help="what was learnt against what was kept, as JSON")
+    add("--title", default=None, metavar="TEXT", help="on top of the page (default: the names of what is in it)")
+    add("--follow", action="store_true", help="show the last values here until stopped; writes nothing")
+    add("--every", type=_seconds, default=1.0, metavar="S", help="of --follow: seconds between looks (default: 1)")
+
+
+def _seconds(text: str) -> float:
+    """A number > 0."""
+    try:
+        if float(text) > 0.0:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number > 0. Found {text!r}.")
+
+
+def _report(args: argparse.Namespace) -> None:
+    if not args.runs and (args.follow or not args.pareto):
+        raise UsageError("name at least one RUN: a file, or a folder with metrics.jsonl in it")
+    if args.follow:
+        _follow(args)
+        return
+    from craft_optim.evaluation.plots import require_matplotlib
+    from craft_optim.report import judge, read_outcomes, read_runs, render, summarise
+
+    out = Path(args.out or "report.html")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out={out} cannot be written: there is no folder {out.parent}")
+    if args.png:
+        require_matplotlib()
+    runs = read_runs(args.runs)
+    scatters = []
+    for file in map(Path, args.pareto):
+        scatters += [replace(x, title=x.title or (file.stem if args.pareto[1:] else "")) for x in read_outcomes(file)]
+    title = args.title or ", ".join(dict.fromkeys(map(_shown, args.runs or args.pareto)))
+    page = render(runs, scatters, title)
+    out.write_text(page, encoding="utf-8")
+
+    if runs:
+        rows = []
+        for run in runs:
+            summary = summarise(run)
+            ratio = "-" if summary.ratio is None else f"{summary.ratio:.2f}"
+            drift = "-" if summary.drift is None else f"{summary.drift:.3g}"
+            rows.append([run.name, f"{summary.steps}", drift, ratio, judge(summary).kind])
+        print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "verdict"], rows)
+        print()
+        for run in runs:
+            print(f"  {run.name}: {judge(summarise(run)).words}", *run.notes, sep=" ")
+    print(f"\nPage: {out} ({bytes_in_words(len(page.encode()))})")
+    if args.png:
+        from craft_optim.report.pictures import draw
+
+        files = draw(runs, scatters, Path(args.png))
+        print(f"Pictures: {len(files)} in {args.png}")
+
+
+def _shown(spec: str) -> str:
+    """What a RUN is called on top of the page."""
+    name, place = named(spec)
+    return name or Path(place).resolve().name
+
+
+def _follow(args: argparse.Namespace) -> None:
+    if args.out or args.png or args.pareto or args.title:
+        raise UsageError("--follow writes nothing: leave --out, --png, --pareto and --title out")
+    try:
+        from craft_optim.report.follow import follow
+    except ImportError as error:
+        raise ImportError(f"--follow needs rich ({error}): pip install 'craft-optim[report]'.") from error
+    try:
+        follow(args.runs, every=args.every)
+    except KeyboardInterrupt:  # the way to end it
+        print()

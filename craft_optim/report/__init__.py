@@ -1,0 +1,27 @@
+"""A run's metrics as one HTML page, as PNGs, and live in the terminal: what `craft-optim report` does.
+
+    from craft_optim.report import read_runs, render
+
+    page = render(read_runs(["outputs/train/new_task"]))
+
+`runs` reads, `summary` judges, `panels` thins for drawing; `page` and `pictures` draw what these say. The page needs
+nothing but numpy; PNGs need matplotlib, and `follow` needs rich: the extra `report`.
+"""
+
+from craft_optim.report.outcomes import Outcome, Scatter, read_outcomes
+from craft_optim.report.page import render
+from craft_optim.report.runs import Run, read_runs
+from craft_optim.report.summary import Summary, Verdict, judge, summarise
+
+__all__ = [
+    "Outcome",
+    "Run",
+    "Scatter",
+    "Summary",
+    "Verdict",
+    "judge",
+    "read_outcomes",
+    "read_runs",
+    "render",
+    "summarise",
+]

@@ -1,0 +1,193 @@
+"""What came of a run: numbers, and a verdict in words. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from craft_optim.heldout import runs_away
+from craft_optim.report.runs import Column, Run
+
+__all__ = ["BAND", "Summary", "Verdict", "judge", "judge_all", "summarise"]
+
+BAND = (0.9, 1.1)
+"""Drift / epsilon within which a constraint that binds is held"""
+
+_LAST = 0.05  # the part of a run whose rows stand for its end
+_AT_LEAST = 20  # rows, where there are as many
+_REMEDY = "raise epsilon, raise rho, lower retention_every, or lower the learning rate"  # as CraftOptimizer's warning
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one run; None for what its rows do not tell.
+
+    Attributes:
+        name: Of the run.
+        steps: Number of the last step.
+        retention_steps: Steps that ran retention.
+        loss: Of the task, mean over the end.
+        drift: At the end, as measured over many anchors; else the median of the last anchor batches.
+        over_anchors: Whether `drift` is the former.
+        heldout: Drift on held-out anchors, where last measured.
+        epsilon: At the end.
+        violated: Share of the retention steps with L_ret > epsilon.
+        capped: Share with lambda at its cap.
+        stuck: Number with both.
+        conflict: Mean share of conflicting blocks.
+        projected: Mean share of blocks in which the projection acted.
+        skipped: Retention passes that were not finite.
+        cosine: Median of the cosine of both gradients.
+        falling: Whether drift still came down at the end.
+        ms_per_step: Median.
+    """
+
+    name: str
+    steps: int
+    retention_steps: int
+    loss: float | None
+    drift: float | None
+    over_anchors: bool
+    heldout: float | None
+    epsilon: float | None
+    violated: float | None
+    capped: float | None
+    stuck: int
+    conflict: float | None
+    projected: float | None
+    skipped: int
+    cosine: float | None
+    falling: bool
+    ms_per_step: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Drift / epsilon."""
+        return None if self.drift is None or not self.epsilon else self.drift / self.epsilon
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the constraint was held, in words.
+
+    Attributes:
+        kind: "held", "not held", "inactive" (drift below the band: the constraint did not bind at the end), or "free"
+            (nothing was constrained).
+        words: A sentence or two, with the remedy where there is one to look for.
+    """
+
+    kind: str
+    words: str
+
+
+def summarise(run: Run) -> Summary:
+    """The numbers of one run."""
+    loss, batch = run["retention_loss"], run.measured("retention_loss")[1]
+    measured, heldout = run.measured("drift")[1], run.measured("drift_heldout")[1]
+    epsilon = run.measured("epsilon")[1]
+    with np.errstate(invalid="ignore"):
+        above = loss > run["epsilon"]
+    drift = float(measured[-1]) if len(measured) else float(np.median(_end(batch))) if len(batch) else None
+    skipped = run.measured("skipped")[1]
+    took = run.measured("seconds")[1]
+    cosine = run.measured("grad_cos")[1]
+    return Summary(
+        name=run.name,
+        steps=int(run.steps[-1]),
+        retention_steps=len(batch),
+        loss=_mean(_end(run.measured("loss")[1])),
+        drift=drift,
+        over_anchors=bool(len(measured)),
+        heldout=float(heldout[-1]) if len(heldout) else None,
+        epsilon=float(epsilon[-1]) if len(epsilon) else None,
+        violated=float(above[np.isfinite(loss)].mean()) if len(batch) and len(epsilon) else None,
+        capped=_mean(run.measured("capped")[1]),
+        stuck=int((above & (run["capped"] == 1.0)).sum()),
+        conflict=_mean(run.measured("conflict")[1]),
+        projected=_mean(run.measured("projected")[1]),
+        skipped=int(skipped.max()) if len(skipped) else 0,
+        cosine=float(np.median(cosine)) if len(cosine) else None,
+        falling=_falling(batch),
+        ms_per_step=1e3 * float(np.median(took)) if len(took) else None,
+    )
+
+
+def _end(values: Column) -> Column:
+    return values[-max(_AT_LEAST, int(_LAST * len(values))) :]
+
+
+def _mean(values: Column) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _falling(batch: Column) -> bool:
+    """Whether the last tenth's median is 5 % below that of the tenth before."""
+    part = len(batch) // 10
+    return part >= 5 and bool(np.median(batch[-part:]) < 0.95 * np.median(batch[-2 * part : -part]))
+
+
+def judge(summary: Summary) -> Verdict:
+    """The verdict on one run."""
+    drift, ratio = summary.drift, summary.ratio
+    if drift is None:
+        return Verdict("free", "Nothing was constrained, and no drift was measured.")
+    if ratio is None:
+        return Verdict("free", f"Nothing was constrained: drift ended at {drift:.3g}.")
+    ended = f"Drift ended at {drift:.3g}, {ratio:.2f} x epsilon"
+    if ratio > BAND[1]:
+        return Verdict("not held", f"{ended}: not held. {_why(summary)}{_heldout(summary)}")
+    if ratio < BAND[0]:
+        words = f"{ended}: held, with room. The constraint did not bind at the end."
+        return Verdict("inactive", f"{words}{_heldout(summary)}{_skipped(summary)}")
+    return Verdict("held", f"{ended}: held.{_heldout(summary)}{_skipped(summary)}")
+
+
+def _why(summary: Summary) -> str:
+    if summary.stuck > 0.1 * summary.retention_steps:
+        return (
+            f"Lambda sat at its cap, and drift above epsilon, for {summary.stuck} of {summary.retention_steps} "
+            f"retention steps: {_REMEDY}.{_skipped(summary)}"
+        )
+    if summary.skipped > 0.01 * summary.retention_steps:
+        return f"{summary.skipped} retention passes were not finite, and left the task step alone."
+    if summary.falling:
+        return "Drift was still coming down: train for longer, or let the learning rate decay."
+    return f"Lambda had not come to rest after {summary.retention_steps} retention steps: {_REMEDY}."
+
+
+def _heldout(summary: Summary) -> str:
+    drift, heldout, epsilon = summary.drift, summary.heldout, summary.epsilon
+    if drift is None or heldout is None or epsilon is None:
+        return ""
+    said = runs_away(drift, heldout, epsilon)
+    return "" if said is None else f" {said}"
+
+
+def _skipped(summary: Summary) -> str:
+    return f" Retention passes that were not finite: {summary.skipped}." if summary.skipped else ""
+
+
+def judge_all(summaries: Sequence[Summary]) -> Verdict:
+    """The verdict on runs of one method under several seeds.
+
+    It is held if it is in every run; the words are those of the run with the largest drift / epsilon.
+    """
+    if len(summaries) == 1:
+        return judge(summaries[0])
+    worst = max(summaries, key=lambda x: (x.ratio is not None, x.ratio or 0.0, x.drift or 0.0))
+    drifts = [x.drift for x in summaries if x.drift is not None]
+    ratios = [x.ratio for x in summaries if x.ratio is not None]
+    verdict = judge(worst)
+    if not ratios:
+        spread = f" from {min(drifts):.3g} to {max(drifts):.3g} in {len(drifts)} runs" if drifts else ""
+        return Verdict("free", f"Nothing was constrained: drift ended{spread}." if drifts else verdict.words)
+    held = sum(ratio <= BAND[1] for ratio in ratios)
+    spread = f"from {min(ratios):.2f} to {max(ratios):.2f} x epsilon, median {median(ratios):.2f}"
+    return Verdict(
+        verdict.kind, f"Held in {held} of {len(ratios)} runs, {spread}. The largest: {_lower(verdict.words)}"
+    )
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]

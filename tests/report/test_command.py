@@ -1,0 +1,116 @@
+"""craft-optim report, and its pictures."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from craft_optim.cli import main
+from craft_optim.report import read_outcomes, read_runs
+from craft_optim.report.pictures import draw
+
+OUTCOMES = {"points": [{"method": "craft", "x": 0.9, "y": 0.8, "x_interval": [0.8, 1.0]}]}
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    (tmp_path / "outcomes.json").write_text(json.dumps(OUTCOMES))
+    return tmp_path / "outcomes.json"
+
+
+def test_a_page_and_what_is_said(runs_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "runs"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>runs</title>" in page
+    said = capsys.readouterr().out
+    assert "craft seed 1: Drift ended at" in said
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith("  craft seed") and ":" not in line] == [
+        "held",
+        "held",
+    ]
+    assert f"Page: report.html ({len(page.encode()) / 1e3:.3g} kB)" in said
+
+
+def test_all_options(runs_folder, outcomes, tmp_path, capsys):
+    made = tmp_path / "page.html"
+    one = runs_folder / "craft-seed0" / "metrics.jsonl"
+    options = [f"--out={made}", f"--png={tmp_path / 'png' / 's'}", "--title=A title", "--pareto", str(outcomes)]
+    assert main(["report", f"mine={one}", *options]) == 0
+    assert "A title" in made.read_text()
+    assert "mine" in made.read_text()
+    assert made.read_text().count("<svg") == 1
+    names = {file.stem for file in (tmp_path / "png" / "s").iterdir()}
+    assert names == {"loss", "drift", "lambda", "cosine", "shares", "norms", "cost", "overview", "pareto"}
+    assert "Pictures: 9" in capsys.readouterr().out
+
+
+def test_outcomes_alone(outcomes, tmp_path):
+    assert main(["report", "--pareto", str(outcomes), str(outcomes), f"--out={tmp_path / 'p.html'}"]) == 0
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("<svg") == 2
+    assert "<h3>outcomes</h3>" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "name at least one RUN"),
+        (["--follow"], "name at least one RUN"),
+        (["runs", "--follow", "--title=x"], "--follow writes nothing"),
+        (["runs", "--follow", "--every=0"], "must be a number > 0"),
+        (["runs", "--out=no/where.html"], "there is no folder no"),
+    ],
+)
+def test_wrong_arguments(runs_folder, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["report", *options])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "gone"]) == 1
+    assert "There is no run 'gone'" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_not_installed(runs_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", "runs", "--png=png"]) == 1
+    assert "pip install 'craft-optim[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+    assert main(["report", "runs"]) == 0, "the page needs none"
+    for name in [name for name in sys.modules if name == "rich" or name.startswith("rich.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "craft_optim.report.follow", raising=False)
+    assert main(["report", "runs", "--follow"]) == 1
+    assert "--follow needs rich" in capsys.readouterr().err
+
+
+def test_following_ends_with_a_key(runs_folder, monkeypatch, capsys):
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("craft_optim.report.follow.time.sleep", pause)
+    assert main(["report", str(runs_folder), "--follow", "--every=0.5"]) == 0
+    assert "craft-seed0" in capsys.readouterr().out
+    assert pauses == [0.5]
+
+
+def test_pictures_show_what_is_there(runs_folder, outcomes, tmp_path):
+    files = draw(read_runs([str(runs_folder)]), read_outcomes(outcomes), tmp_path / "png")
+    for file in files:
+        picture = Image.open(file).convert("RGB")
+        inks = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+        assert (0x1B, 0x6C, 0xA8) in inks, file
+        plain = (0xD9, 0x5F, 0x02) in inks
+        assert plain == (file.stem in ("loss", "drift", "cost", "overview")), file

@@ -1,0 +1,125 @@
+"""What the charts show of the rows."""
+
+import math
+
+import numpy as np
+import pytest
+
+from craft_optim.report.panels import groups, panels
+from craft_optim.report.runs import read_file, read_runs
+
+
+def by_key(found, **settings):
+    return {panel.key: panel for panel in panels(groups(found), **settings)}
+
+
+@pytest.fixture
+def run_of(tmp_path, write):
+    def made(content, name="run"):
+        return read_file(write(tmp_path / f"{name}.jsonl", content))[0]
+
+    return made
+
+
+def test_methods_are_grouped_and_constrained_ones_come_first(runs_folder):
+    found = groups(read_runs([str(runs_folder)]))
+    assert [(group.name, len(group.runs)) for group in found] == [("craft", 2), ("adamw", 2)]
+    assert [group.constrained for group in found] == [True, False]
+
+
+def test_every_quantity_has_its_chart(runs_folder):
+    found = by_key(read_runs([str(runs_folder)]))
+    assert [*found] == ["loss", "drift", "lambda", "cosine", "shares", "norms", "cost"]
+    assert [curve.label for curve in found["shares"].curves] == ["conflict", "projected", "at the cap"]
+    assert {curve.group for curve in found["loss"].curves} == {0, 1}
+    assert {curve.group for curve in found["lambda"].curves} == {0}
+    assert found["cost"].curves[0].y == pytest.approx(100.0)
+
+
+def test_seeds_are_their_median_and_range(run_of):
+    def rows(seed, shift):
+        return [{"step": s, "lambda": s + shift, "epsilon": 1.0, "method": "m", "seed": seed} for s in range(50)]
+
+    runs = [run_of(rows(seed, shift), f"s{seed}") for seed, shift in enumerate((0.0, 10.0, 70.0))]
+    (curve,) = by_key(runs)["lambda"].curves
+    assert curve.x.tolist() == [*range(50)]
+    assert (curve.y - curve.x).tolist() == [10.0] * 50
+    assert (curve.low - curve.x).tolist() == [0.0] * 50
+    assert (curve.high - curve.x).tolist() == [70.0] * 50
+    (curve,) = by_key([runs[0], run_of(rows(1, 10.0)[:20], "short")])["lambda"].curves
+    assert curve.y[19:21].tolist() == [24.0, 20.0], "a seed that ended early counts as long as it ran"
+
+
+def test_long_runs_are_thinned_and_keep_their_extremes(run_of):
+    content = [{"step": s, "lambda": 1.0 + s / 1e4, "epsilon": 0.1, "lr": s % 2} for s in range(5000)]
+    content[3210]["lambda"] = 99.0
+    content[77]["lambda"] = 0.001
+    found = by_key([run_of(content)], points=100)
+    (curve,) = found["lambda"].curves
+    assert len(curve.x) == 100
+    assert (curve.high.max(), curve.low.min()) == (99.0, 0.001)
+    assert curve.x[np.argmax(curve.high)] == pytest.approx(3210, abs=50)
+    assert curve.y[10] == pytest.approx(1.0 + curve.x[10] / 1e4)
+    assert curve.y.mean() == pytest.approx(np.mean([row["lambda"] for row in content]), rel=1e-3)
+    assert np.all(np.diff(curve.x) > 0)
+    assert found["lr"].curves[0].y == pytest.approx(0.5)
+    assert len(by_key([run_of(content[:100])], points=100)["lambda"].curves[0].x) == 100, "as they are"
+
+
+def test_shares_move(run_of):
+    content = [{"step": s, "conflict": float(s >= 100), "epsilon": 1.0, "retention_loss": 1.0} for s in range(200)]
+    (curve,) = by_key([run_of(content)])["shares"].curves
+    assert curve.y[:95].tolist() == [0.0] * 95
+    assert curve.y[105:].tolist() == [1.0] * 95
+    assert curve.y[100] == pytest.approx(0.5)
+    assert np.all(np.diff(curve.y) >= 0)
+
+
+def test_cost_is_typical(run_of):
+    content = [{"step": s, "seconds": 100.0 if s % 50 == 7 else 0.2} for s in range(1000)]
+    (curve,) = by_key([run_of(content)], points=20)["cost"].curves
+    assert curve.y.tolist() == pytest.approx([200.0] * 20), "a checkpoint now and then is not what a step costs"
+
+
+def test_drift_and_what_stands_in_for_it(run_of, rows):
+    batches = run_of(rows())
+    (curve,) = by_key([batches])["drift"].curves
+    assert (curve.label, curve.style) == ("anchor batches", "solid")
+    content = rows()
+    content[50] |= {"drift": 0.04, "drift_heldout": 0.09}
+    found = by_key([run_of(content, "measured")])["drift"].curves
+    assert [(c.label, c.style, len(c.x)) for c in found] == [
+        ("", "solid", 1),
+        ("anchor batches", "faint", 100),
+        ("held out", "dotted", 1),
+    ]
+
+
+def test_epsilon_of_one_and_of_several(run_of, rows):
+    runs = [run_of(rows(epsilon=0.05), "a"), run_of(rows(steps=150, epsilon=0.05), "b")]
+    (limit,) = by_key(runs)["drift"].limits
+    assert (limit.group, limit.x.tolist(), limit.y.tolist()) == (None, [0.0, 149.0], [0.05, 0.05])
+    decaying = rows()
+    for row in decaying:
+        row["epsilon"] = 1.0 - row["step"] / 100
+    limits = by_key([runs[0], run_of(decaying, "c")])["drift"].limits
+    assert [limit.group for limit in limits] == [0, 1]
+    assert limits[1].y[[0, -1]].tolist() == pytest.approx([1.0, 0.01])
+
+
+def test_a_logarithmic_axis_is_not_lost_to_rounding(run_of, rows):
+    content = rows()
+    content[0]["retention_loss"] = 1e-12
+    content[1]["retention_loss"] = -1e-9
+    panel = by_key([run_of(content)])["drift"]
+    assert panel.log
+    assert 1e-4 < panel.bottom <= 0.05 / 30
+    assert panel.top > 0.05
+    power = math.floor(math.log10(panel.bottom))
+    assert panel.bottom / 10**power == pytest.approx(round(panel.bottom / 10**power))
+    nothing = by_key([run_of([{"step": 0, "lambda": 0.0, "epsilon": 0.1}])])["lambda"]
+    assert 0 < nothing.bottom < nothing.top
+
+
+def test_one_row(run_of, rows):
+    assert {len(curve.x) for panel in by_key([run_of(rows(1))]).values() for curve in panel.curves} == {1}

@@ -1,0 +1,164 @@
+"""Where metrics go: files, trackers, several at once."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from craft_optim import CraftOptimizer
+from craft_optim._warn import CraftWarning
+from craft_optim.metrics import METRICS, CSVWriter, JSONLWriter, LogTo, Tee, TensorBoardWriter
+
+
+def trained(sink, steps=6, every=2, before=lambda step, loss: None):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = CraftOptimizer(
+        torch.optim.SGD([weight], lr=0.1), lambda: weight.square().mean(), retention_every=every, on_metrics=sink
+    )
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = weight.sum()
+        loss.backward()
+        before(step, loss)
+        optimizer.step()
+    return optimizer
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_say_when_they_were_written(tmp_path):
+    begun = time.time()
+    writer = JSONLWriter(tmp_path / "m.jsonl")
+    trained(writer)
+    times = [row["time"] for row in lines(tmp_path / "m.jsonl")]
+    assert len(times) == 3
+    assert begun - 0.01 <= times[0] <= times[1] <= times[2] <= time.time() + 0.01
+
+
+def test_values_of_ones_own(tmp_path):
+    writer = JSONLWriter(tmp_path / "m.jsonl")
+    losses = []
+
+    def before(step, loss):
+        losses.append(loss.item())
+        if step < 3:
+            writer.log(loss=loss, method="mine", seed=1)
+            writer.log(lr=0.1, bad=math.inf)
+
+    trained(writer, before=before)
+    first, second, third = lines(tmp_path / "m.jsonl")
+    assert [*first][:5] == ["loss", "method", "seed", "lr", "bad"]
+    assert (first["loss"], first["method"], first["seed"], first["lr"], first["bad"]) == (
+        losses[0],
+        "mine",
+        1,
+        0.1,
+        None,
+    )
+    assert second["loss"] == losses[2], "of the steps between rows, the last"
+    assert "loss" not in third
+    assert set(METRICS) < set(first)
+
+
+def test_the_graph_is_not_kept():
+    class Kept(JSONLWriter):
+        def __init__(self):
+            self._waiting = {}
+
+    writer = Kept()
+    writer.log(loss=torch.ones((), requires_grad=True) * 2)
+    assert writer._waiting["loss"].grad_fn is None
+
+
+def test_a_table_keeps_the_columns_that_it_began_with(tmp_path):
+    path = tmp_path / "m.csv"
+    first = dict.fromkeys(METRICS, 1.0) | {"drift_heldout": 0.5}
+    writer = CSVWriter(path)
+    writer(first)
+    writer(dict.fromkeys(METRICS, 2.0))
+    writer.close()
+    again = CSVWriter(path)
+    with pytest.warns(CraftWarning, match=r"no column for mine, yours, which is left out"):
+        again(first | {"yours": 1.0, "mine": 2.0})
+    again(first | {"mine": 2.0})  # a second warning would be an error here
+    again.close()
+    header, *rows = [line.split(",") for line in path.read_text().splitlines()]
+    assert header == [*METRICS, "drift_heldout"]
+    assert [row[-1] for row in rows] == ["0.5", "", "0.5", "0.5"]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    seen = []
+    with SummaryWriter(str(tmp_path)) as writer:
+        trained(Tee(TensorBoardWriter(writer), seen.append))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {f"craft/{name}" for name in METRICS} - {"craft/fresh"}
+    for name in ("retention_loss", "lambda", "grad_cos"):
+        found = events.Scalars(f"craft/{name}")
+        assert [event.step for event in found] == [0, 2, 4]
+        assert [event.value for event in found] == pytest.approx([row[name] for row in seen], rel=1e-6)
+
+
+def test_a_tracker_that_takes_a_dict():
+    calls = []
+    trained(LogTo(lambda values: calls.append(values), prefix="c/"))
+    assert [values["c/retention_step"] for values in calls] == [0, 2, 4]
+    assert {*calls[0]} == {f"c/{name}" for name in METRICS} - {"c/fresh"}
+
+
+def test_a_tracker_that_is_told_the_step():
+    calls = []
+    trained(LogTo(lambda values, global_step: calls.append((global_step, values)), step="global_step"))
+    assert [(step, type(step)) for step, _ in calls] == [(0, int), (2, int), (4, int)]
+    assert all(name.startswith("craft/") for name in calls[0][1])
+
+
+def test_what_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"such as `run.log`. Found str"):
+        LogTo("run")
+
+
+TRACKIO = """
+import sys, trackio
+from craft_optim.metrics import METRICS, LogTo
+
+run = trackio.init(project="p", name="r")
+sink = LogTo(run.log, step="step")
+for step in (0, 5):
+    sink({**dict.fromkeys(METRICS, 0.25), "retention_step": float(step)})
+trackio.finish()
+"""
+
+
+def test_trackio(tmp_path):
+    pytest.importorskip("trackio", reason="pip install trackio")
+    import sqlite3
+
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", TRACKIO], env=environment, check=True, timeout=120, capture_output=True)
+    with sqlite3.connect(tmp_path / "p.db") as database:
+        found = database.execute("select step, metrics from metrics order by step").fetchall()
+    assert [step for step, _ in found] == [0, 5]
+    assert json.loads(found[1][1])["craft/retention_loss"] == 0.25
+
+
+def test_tee_calls_all_and_closes_what_can_be_closed(tmp_path):
+    first, second, third = JSONLWriter(tmp_path / "a.jsonl"), JSONLWriter(tmp_path / "b.jsonl"), []
+    both = Tee(first, third.append, second)
+    trained(both)
+    both.close()
+    a, b = lines(tmp_path / "a.jsonl"), lines(tmp_path / "b.jsonl")
+    assert [row["lambda"] for row in a] == [row["lambda"] for row in b] == [row["lambda"] for row in third]
+    with pytest.raises(ValueError, match="closed"):
+        first(third[0])
