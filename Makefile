@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench sweep budget experiments assets clean
+.PHONY: help setup demo test lint docs bench pareto sweep budget vla experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -34,7 +34,7 @@ setup: $(FOR_TESTS)  ## the virtual environment with everything in it
 demo: $(FOR_EXAMPLE)  ## fine-tune the small pi0_fast with AdamW and with CRaFT; results in examples/out
 	$(BIN)/python examples/pi0_fast_craft.py
 
-test: $(FOR_TESTS) lint  ## linters, types, all tests
+test: $(FOR_TESTS) lint  ## linters, types, documentation, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(FOR_TESTS)  ## ruff and mypy
@@ -42,19 +42,31 @@ lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# On a GPU where there is one; DEVICE=cpu measures the CPU there, too. The numbers go into benchmarks/results and the
-# README's table; of GROUP=anchors, joint, memory, passes, scaling, step or surgery only this part.
+docs: $(FOR_TESTS)  ## the documentation, as pages in docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+# On a GPU where there is one; DEVICE=cpu measures the CPU there, too. The numbers go into benchmarks/results and
+# docs/performance.md; of GROUP=anchors, joint, memory, passes, scaling, step or surgery only this part.
 bench: $(FOR_TESTS)  ## what optimizer and anchors cost, as multiples of alternatives (ten minutes; GROUP=surgery: a part)
 	@mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks$(if $(GROUP),/test_$(GROUP).py) $(if $(DEVICE),--bench-device=$(DEVICE)) \
 		--benchmark-enable --benchmark-columns=median --benchmark-json=.benchmarks/run.json -q
 	$(BIN)/python benchmarks/performance_table.py .benchmarks/run.json
 
+pareto: $(FOR_TESTS)  ## plasticity against retention of 11 methods on small real data (minutes; FULL=1: what is in benchmarks/results)
+	$(BIN)/python benchmarks/retention_pareto.py $(if $(FULL),--full --results=benchmarks/results)
+	$(if $(FULL),$(BIN)/python benchmarks/beyond_the_front.py --results=benchmarks/results)
+	$(if $(FULL),$(BIN)/python benchmarks/findings.py)
+
 sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
 	$(BIN)/python examples/sweep_epsilon.py
 
 budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
 	$(BIN)/python examples/retention_budget.py
+
+vla: $(FOR_EXAMPLE)  ## 13 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
+	$(BIN)/python benchmarks/retention_vla.py
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)
 	$(BIN)/python examples/six_experiments.py
@@ -63,4 +75,4 @@ assets: $(FOR_EXAMPLE)  ## record the demonstrations and pretrain the small poli
 	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all
 
 clean:  ## remove the environment and what runs have written
-	rm -rf $(VENV) examples/out build *.egg-info
+	rm -rf $(VENV) examples/out build docs/_build *.egg-info

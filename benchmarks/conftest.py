@@ -84,7 +84,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest, synchronize: Callabl
 
     `between` runs before each of them, and does not count. The peer's time counts `peer_counts` times: 5 where the
     function does five steps and the peer one. With `elsewhere` other processes do the work, and processor time is
-    unknown. Without `promise` it is what the table of the README promises, if anything.
+    unknown. Without `promise` it is what the table promises, if anything.
     """
 
     def run(

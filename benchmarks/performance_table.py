@@ -1,7 +1,7 @@
-"""The README's table of what the optimizer costs, from the JSON of a run.
+"""The table of what the optimizer costs, docs/performance.md, from the JSON of a run.
 
-    python benchmarks/performance_table.py run.json   # keeps what matters of pytest-benchmark's JSON, writes the README
-    python benchmarks/performance_table.py            # writes the README from what was kept
+    python benchmarks/performance_table.py run.json   # keeps what matters of pytest-benchmark's JSON, writes the page
+    python benchmarks/performance_table.py            # writes the page from what was kept
 
 A run of some groups takes the place of what is kept of these.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 __all__ = ["LINES", "Line", "promise_of", "read_results", "render", "results_of", "updated", "with_table"]
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = Path(__file__).parent / "results"
 DEVICES = ("cpu", "cuda")
 
@@ -223,16 +223,16 @@ def _about(kept: Mapping[str, Any]) -> str:
     )
 
 
-def with_table(text: str, table: str) -> str:
-    """The README with this table between its marks.
+def with_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """The text of a page with this table between its marks.
 
     Raises:
         ValueError: If the marks are not there, once each and in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"The text must have {BEGIN.strip()!r} and, after it, {END!r}, once each. Put them there.")
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in rest or end in after:
+        raise ValueError(f"The text must have {begin.strip()!r} and, after it, {end!r}, once each. Put them there.")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str]) -> None:
         file = RESULTS / f"{kept['machine']['device']}.json"
         kept = updated(json.loads(file.read_text("utf-8")) if file.exists() else None, kept)
         file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    README.write_text(with_table(README.read_text("utf-8"), render(read_results())), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text("utf-8"), render(read_results())), encoding="utf-8")
 
 
 if __name__ == "__main__":

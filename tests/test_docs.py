@@ -18,7 +18,7 @@ from craft_optim.cli.options import existing_file
 from craft_optim.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("[!_]*.md"))]
 PACKAGE = ROOT / "craft_optim"
 CHOOSING = ROOT / "docs" / "choosing.md"
 LEROBOT = ROOT / "docs" / "lerobot.md"

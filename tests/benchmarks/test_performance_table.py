@@ -1,4 +1,4 @@
-"""The README's table of measured performance is what the generator makes of the run that is kept."""
+"""The page of measured performance is what the generator makes of the run that is kept."""
 
 import pytest
 from performance_table import (
@@ -8,7 +8,7 @@ from performance_table import (
     LEGEND,
     LINES,
     NOT_MEASURED,
-    README,
+    PAGE,
     Line,
     promise_of,
     read_results,
@@ -19,8 +19,8 @@ from performance_table import (
 )
 
 
-def test_the_readme_has_the_numbers_of_the_run():
-    text = README.read_text(encoding="utf-8")
+def test_the_page_has_the_numbers_of_the_run():
+    text = PAGE.read_text(encoding="utf-8")
     assert with_table(text, render(read_results())) == text, "run python benchmarks/performance_table.py"
 
 
@@ -132,7 +132,7 @@ def test_nothing_but_the_table_is_replaced():
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, END + BEGIN, BEGIN + END + END, BEGIN + BEGIN + END])
-def test_a_readme_without_its_marks_is_refused(text):
+def test_a_text_without_its_marks_is_refused(text):
     with pytest.raises(ValueError, match="once each"):
         with_table(text, "new")
 
