@@ -65,7 +65,7 @@ sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (abou
 budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
 	$(BIN)/python examples/retention_budget.py
 
-vla: $(FOR_EXAMPLE)  ## 13 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
+vla: $(FOR_EXAMPLE)  ## 15 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
 	$(BIN)/python benchmarks/retention_vla.py
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)

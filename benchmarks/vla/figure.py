@@ -19,7 +19,7 @@ COLOURS = {
     "logits": "#1b6ca8",
     "hidden": "#984ea3",
 }
-KL_MARKERS = {0.1: "v", 1.0: "s", 10.0: "^"}
+MARKERS = {("kl", 0.1): "v", ("kl", 1.0): "s", ("kl", 10.0): "^", ("logits", 0.05): "s", ("logits", 0.1): "D"}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -46,7 +46,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 def _look(row: Mapping[str, Any]) -> dict[str, Any]:
     """Colour by method, shape by strength; hollow where anchors are looked at more rarely than on every step."""
     colour = COLOURS[row["kind"]]
-    marker = KL_MARKERS[row["strength"]] if row["kind"] == "kl" else "o"
+    marker = MARKERS.get((row["kind"], row["strength"]), "o")
     return {"color": colour, "marker": marker, "mfc": "white" if row["every"] > 1 else colour, "ls": ""}
 
 
@@ -63,7 +63,7 @@ def _draw_over(axis: Axes, rows: list[Mapping[str, Any]]) -> None:
     axis.set_title("success on both tasks, 95 % intervals", fontsize=10)
     axis.grid(alpha=0.25)
     if rows:
-        axis.legend(fontsize=7, loc="lower left")
+        axis.legend(fontsize=6, loc="lower left")
 
 
 def _draw_success(axis: Axes, rows: list[Mapping[str, Any]]) -> None:

@@ -21,8 +21,8 @@ LABELS = {
     "plain": "AdamW",
     "replay": "replay with labels",
     "kl": "KL, lambda {strength:g}",
-    "logits": "CRaFT, logits",
-    "hidden": "CRaFT, hidden states",
+    "logits": "CRaFT, logits, epsilon {strength:g}",
+    "hidden": "CRaFT, hidden states, epsilon {strength:g}",
 }
 
 
@@ -43,8 +43,9 @@ class Method:
 
     @property
     def name(self) -> str:
-        """In file names."""
-        strength = [f"{self.strength:g}"] if self.kind == "kl" else []
+        """In file names; the example's own epsilon has none."""
+        usual = craft.EPSILON.get(self.kind, 1.0)
+        strength = [f"{self.strength:g}"] if self.kind == "kl" or (self.every and self.strength != usual) else []
         return "-".join([self.kind, *strength, *([f"every-{self.every}"] if self.every else [])])
 
     @property
@@ -63,7 +64,9 @@ METHODS = (
     Method("plain"),
     *(Method("replay", every, 1.0) for every in (1, 5)),
     *(Method("kl", every, weight) for weight in (0.1, 1.0, 10.0) for every in (1, 5)),
-    *(Method(kind, every, craft.EPSILON[kind]) for kind in ("logits", "hidden") for every in (1, 5)),
+    *(Method("logits", every, craft.EPSILON["logits"]) for every in (1, 5)),
+    *(Method("logits", 1, epsilon) for epsilon in (0.05, 0.1)),  # at K = 5 drift ends above all of these
+    *(Method("hidden", every, craft.EPSILON["hidden"]) for every in (1, 5)),
 )
 """In the order of the tables; a seed's runs are made in it, too."""
 

@@ -73,7 +73,15 @@ def test_every_kind_with_anchors_runs_at_both_k():
     assert len({method.name for method in METHODS}) == len(METHODS)
     for kind, strengths in (("replay", {1.0}), ("kl", {0.1, 1.0, 10.0}), ("logits", {0.03}), ("hidden", {0.005})):
         found = {(method.strength, method.every) for method in METHODS if method.kind == kind}
-        assert found == {(strength, every) for strength in strengths for every in (1, 5)}
+        swept = {(0.05, 1), (0.1, 1)} if kind == "logits" else set()
+        assert found == {(strength, every) for strength in strengths for every in (1, 5)} | swept
+
+
+def test_names_of_files_say_the_strength_that_is_not_usual():
+    names = {(m.kind, m.strength, m.every): m.name for m in METHODS}
+    assert names["kl", 1.0, 5] == "kl-1-every-5"
+    assert (names["logits", 0.03, 1], names["logits", 0.05, 1]) == ("logits-every-1", "logits-0.05-every-1")
+    assert (names["plain", 0.0, 0], names["replay", 1.0, 5]) == ("plain", "replay-every-5")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -99,7 +107,7 @@ def test_a_row_is_a_mean_over_seeds():
     first = run_of(method, 0, 0.1, costs=[1.0, 2.0, 9.0], old_success=[True, False, False])
     second = run_of(method, 2, 0.2, costs=[3.0, 4.0], old_success=[True, True, True])
     row = summary.summarise(method, [first, second])
-    assert (row["name"], row["every"], row["strength"], row["seeds"]) == ("hidden-every-5", 5, 0.1, [0, 2])
+    assert (row["name"], row["every"], row["strength"], row["seeds"]) == ("hidden-0.1-every-5", 5, 0.1, [0, 2])
     assert row["old_success"] == pytest.approx(4 / 6)
     assert row["old_success_interval"] == wilson(4, 6)
     assert row["old_success_per_seed"] == pytest.approx([1 / 3, 1.0])
@@ -136,7 +144,7 @@ def test_rows_of_what_there_is(result, tmp_path):
     assert lines[3].startswith(
         "| AdamW | - | 2 | 1.00 [0.51, 1.00] | 0.50 [0.15, 0.85] | 0.2000 | 0.4000 | - | 1.500 |"
     )
-    (craft,) = [line for line in lines if line.startswith("| CRaFT, logits | 5 |")]
+    (craft,) = [line for line in lines if line.startswith("| CRaFT, logits, epsilon 0.03 | 5 |")]
     assert "| 40.00 to 40.00 |" in craft
     summary.write_csv(result["rows"], tmp_path / "x.csv")
     with (tmp_path / "x.csv").open() as file:
