@@ -146,7 +146,7 @@ def test_both_editions_say_the_same(part):
         ("links", "docs/guide.md", "docs/method.md"),
         ("code", "`make help`", "`make`"),
         ("numbers of tables", "0.1615", "0.1616"),
-        ("numbers", "为 1.6", "为 1.7"),
+        ("numbers", "为 1.7", "为 1.8"),
         ("points", "- **锚点", "- 锚点"),
     ],
 )
