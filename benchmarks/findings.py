@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from markdown_table import markdown_table
 from pareto.beyond import VARIANTS
 from pareto.methods import METHODS
 from pareto.summary import standard_error
@@ -30,11 +31,6 @@ def read_results() -> dict[str, Any]:
     return {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ± {standard_error(values):.3f}"
 
@@ -52,7 +48,7 @@ def fronts(results: Results) -> str:
         rows.append(
             [METHODS[name].title, *areas, *(f"{fmean(found[name]['at_learned']):.3f}" for found in of.values())]
         )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def robustness(results: Results, command: str) -> str:
@@ -74,14 +70,14 @@ def robustness(results: Results, command: str) -> str:
         of_variant = f", {VARIANTS[row['method']].title}" if row["method"] in VARIANTS else ""
         knob, span = f"{unit} = {row['strength']:g}{of_variant}", f"{min(drifts):.2g} to {max(drifts):.2g}"
         rows.append([row["setting"], knob, _mean(row["worst"]), span, f"{max(drifts) / min(drifts):.3g}", *of_epsilon])
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def targets(results: Results) -> str:
     """What was to be shown, and what was found."""
     found = results["retention_pareto"]["targets"]
     rows = [[row["setting"], row["what"], row["found"], "yes" if row["met"] else "**no**"] for row in found]
-    return _table(["", "target", "found", "met"], rows)
+    return markdown_table(["", "target", "found", "met"], rows)
 
 
 def _signed(value: float, error: float) -> str:
@@ -101,7 +97,7 @@ def variants(results: Results, reference: str) -> str:
         by = [each[name][reference] for each in of.values()]
         areas = [_signed(x["area"], x["area_error"]) for x in by]
         rows.append([title, *areas, *(_signed(x["at_learned"], x["at_learned_error"]) for x in by)])
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

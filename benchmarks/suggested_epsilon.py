@@ -17,8 +17,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from markdown_table import markdown_table
 from pareto.prepared import SETTINGS, base_optimizer, prepare
 from pareto.runs import run_all, store
+from pareto.scaled import RATES
 from pareto.setting import task_loss
 from pareto.summary import Outcome, outcomes
 from pareto.training import Job, fine_tune
@@ -27,7 +29,6 @@ from craft_optim import Calibration, calibrate
 from craft_optim.anchors import AnchorCache, LogitRetention
 
 NAME = "suggested_epsilon"
-RATES = (0.3, 1.0, 3.0)
 EPSILONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
@@ -118,8 +119,7 @@ def markdown(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
-    return "\n".join(lines)
+    return markdown_table(header, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:

@@ -8,15 +8,16 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from metaworld_pi0_fast.pictures import COLOURS as OF_DEMO
 
 __all__ = ["draw"]
 
 COLOURS = {
-    "pretrained": "#8c8c8c",
-    "plain": "#d95f02",
+    "pretrained": OF_DEMO["pretrained"],
+    "plain": OF_DEMO["adamw"],
     "replay": "#e6ab02",
     "kl": "#4daf4a",
-    "logits": "#1b6ca8",
+    "logits": OF_DEMO["craft"],
     "hidden": "#984ea3",
 }
 MARKERS = {("kl", 0.1): "v", ("kl", 1.0): "s", ("kl", 10.0): "^", ("logits", 0.05): "s", ("logits", 0.1): "D"}

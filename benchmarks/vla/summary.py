@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
+from markdown_table import markdown_table
 from metaworld_pi0_fast.summary import format_rate
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -110,8 +111,7 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The same as Markdown."""
-    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *map(cells, result["rows"])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{markdown_table(COLUMNS, [cells(row) for row in result['rows']])}\n"
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

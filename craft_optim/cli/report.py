@@ -72,16 +72,18 @@ def _report(args: argparse.Namespace) -> None:
     out.write_text(page, encoding="utf-8")
 
     if runs:
-        rows = []
+        rows, verdicts = [], []
         for run in runs:
             summary = summarise(run)
+            verdict = judge(summary)
             ratio = "-" if summary.ratio is None else f"{summary.ratio:.2f}"
             drift = "-" if summary.drift is None else f"{summary.drift:.3g}"
-            rows.append([run.name, f"{summary.steps}", drift, ratio, judge(summary).kind])
+            rows.append([run.name, f"{summary.steps}", drift, ratio, verdict.kind])
+            verdicts.append(verdict)
         print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "verdict"], rows)
         print()
-        for run in runs:
-            print(f"  {run.name}: {judge(summarise(run)).words}", *run.notes, sep=" ")
+        for run, verdict in zip(runs, verdicts, strict=True):
+            print(f"  {run.name}: {verdict.words}", *run.notes, sep=" ")
     print(f"\nPage: {out} ({bytes_in_words(len(page.encode()))})")
     if args.png:
         from craft_optim.report.pictures import draw

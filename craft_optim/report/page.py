@@ -32,16 +32,17 @@ def render(runs: Sequence[Run], scatters: Sequence[Scatter] = (), title: str = "
     """
     found = groups(runs)
     drawn = panels(found)
+    summaries = [[summarise(run) for run in group.runs] for group in found]
     sections = [tag("header", tag("p", "craft-optim report", class_="kind"), tag("h1", title), _about(found))]
     if found:
-        sections += [_verdicts(found), _charts(found, drawn)]
+        sections += [_verdicts(found, summaries), _charts(found, drawn)]
     if scatters:
         colours = {group.name: place for place, group in enumerate(found)}
         for name in (point.method for scatter in scatters for point in scatter.points):
             colours.setdefault(name, len(colours))
         sections.append(_scatters(scatters, colours))
     if found:
-        sections.append(_table(found))
+        sections.append(_table(found, summaries))
     return page(title, sections, _asset("uPlot.min.css") + _STYLE, _scripts() if drawn else ())
 
 
@@ -67,19 +68,18 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _verdicts(found: Sequence[Group]) -> Markup:
-    cards = [_card(place, group) for place, group in enumerate(found)]
+def _verdicts(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) -> Markup:
+    cards = [_card(place, group.name, of) for place, (group, of) in enumerate(zip(found, summaries, strict=True))]
     return tag("section", tag("h2", "Did it hold?"), tag("div", *cards, class_="cards"))
 
 
-def _card(place: int, group: Group) -> Markup:
-    summaries = [summarise(run) for run in group.runs]
+def _card(place: int, name: str, summaries: Sequence[Summary]) -> Markup:
     verdict = judge_all(summaries)
     seeds = tag("span", f"{len(summaries)} seeds", class_="seeds") if len(summaries) > 1 else Markup("")
     head = tag(
         "header",
         _swatch(place),
-        tag("h3", group.name),
+        tag("h3", name),
         seeds,
         tag("span", _BADGES[verdict.kind], class_=f"badge {verdict.kind.replace(' ', '-')}"),
     )
@@ -251,11 +251,10 @@ def _scatters(scatters: Sequence[Scatter], colours: dict[str, int]) -> Markup:
     )
 
 
-def _table(found: Sequence[Group]) -> Markup:
+def _table(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) -> Markup:
     rows, notes = [], []
-    for group in found:
-        for run in group.runs:
-            summary = summarise(run)
+    for group, of in zip(found, summaries, strict=True):
+        for run, summary in zip(group.runs, of, strict=True):
             verdict = judge(summary)
             numbers = dict(_facts([summary]))
             ratio = "-" if summary.ratio is None else f"{summary.ratio:.2f}"
