@@ -47,7 +47,7 @@ docs: $(FOR_TESTS)  ## the documentation, as pages in docs/_build/html; a warnin
 	@echo "docs/_build/html/index.html"
 
 # On a GPU where there is one; DEVICE=cpu measures the CPU there, too. The numbers go into benchmarks/results and
-# docs/performance.md; of GROUP=anchors, joint, memory, passes, scaling, step or surgery only this part.
+# docs/performance.md; of GROUP=anchors, memory, passes, scaling, step or surgery only this part.
 bench: $(FOR_TESTS)  ## what optimizer and anchors cost, as multiples of alternatives (ten minutes; GROUP=surgery: a part)
 	@mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks$(if $(GROUP),/test_$(GROUP).py) $(if $(DEVICE),--bench-device=$(DEVICE)) \

@@ -6,7 +6,6 @@ from .combined import CombinedRetention
 from .fingerprint import fingerprint
 from .hidden_retention import HiddenRetention
 from .importers import convert
-from .joint import JointPass, JointPassError
 from .logit_retention import LogitRetention
 from .online import OnlineRetention
 from .retention import AnchorMismatchError, AnchorRetention
@@ -23,8 +22,6 @@ __all__ = [
     "AnchorSampler",
     "CombinedRetention",
     "HiddenRetention",
-    "JointPass",
-    "JointPassError",
     "LogitRetention",
     "OnlineRetention",
     "Snapshot",

@@ -599,11 +599,3 @@ def test_what_cannot_be_is_refused_later_too():
     with pytest.raises(ValueError, match="`epsilon` must have the names"):
         optimizer.retention_closure = {"first": drift}
     assert set(optimizer.retention_closure) == {"first", "others"}
-
-
-def test_joint_passes_are_for_one_closure():
-    from craft_optim.anchors import JointPass
-
-    model = network()
-    with pytest.raises(TypeError, match="Found dict"):
-        JointPass(CraftOptimizer(adamw(model), two(model)))
