@@ -1,0 +1,154 @@
+"""Retention closures: the loss that `CraftOptimizer` constrains, and what it may be asked.
+
+A plain function without arguments that returns L_ret as a scalar tensor with a graph is enough. A class that inherits
+from `Retention` says more; only such a class is asked. Nothing is read from, or written to, other objects.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Retention", "RetentionClosure", "as_retention"]
+
+RetentionClosure = Callable[[], Tensor]
+"""A function without arguments that returns L_ret, a scalar tensor with a graph; each `Retention` is one."""
+
+
+class Retention(ABC):
+    """A retention loss on anchors that are numbered: pass 0, 1, 2, ...
+
+    `CraftOptimizer` keeps the number of the next pass in its own state and calls `loss(number)`. So a line search that
+    evaluates twice, a resumed run, a copied optimizer and a second one on the same closure all see the anchors that are
+    theirs; nothing has to be put back.
+
+    In a loop of your own call the object, `retention()`: it counts for itself, and `state_dict` holds its count.
+
+    Attributes:
+        unit: Unit of L_ret and of epsilon, in words.
+        tolerance: Largest |L_ret| of an unchanged model that is rounding; infinite if that is not known.
+        shared: Whether the anchors are shared with other processes, see `shard`.
+
+    Example:
+        >>> import torch
+        >>> class Drift(Retention):
+        ...     unit = "mean squared difference of outputs"
+        ...     def __init__(self, model, inputs):
+        ...         self.model, self.inputs = model, inputs  # inputs: batches of anchors
+        ...         with torch.no_grad():
+        ...             self.before = [model(x) for x in inputs]
+        ...     def loss(self, number):
+        ...         i = number % len(self.inputs)
+        ...         return (self.model(self.inputs[i]) - self.before[i]).square().mean()
+        >>> drift = Drift(torch.nn.Linear(2, 1), [torch.ones(3, 2), torch.zeros(3, 2)])
+        >>> drift().item(), drift.state_dict()
+        (0.0, {'position': 1})
+    """
+
+    unit: str = "the closure's own unit"
+    tolerance: float = math.inf
+    shared: bool = False
+
+    _position = 0
+
+    @abstractmethod
+    def loss(self, number: int) -> Tensor:
+        """L_ret on the anchors of a pass: a scalar tensor with a graph.
+
+        Args:
+            number: Passes before this one, >= 0. The same number must give the same anchors and the same random draws.
+        """
+
+    def __call__(self) -> Tensor:
+        """`loss` of the next number; counts if it succeeds."""
+        loss = self.loss(self._position)
+        self._position += 1
+        return loss
+
+    @property
+    def position(self) -> int:
+        """Number of the pass that the next call without a number runs; what `CraftOptimizer` runs does not count."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if int(value) != value or value < 0:
+            raise ValueError(f"`position` must be a whole number >= 0. Found position={value!r}.")
+        self._position = int(value)
+
+    def state_dict(self) -> dict[str, int]:
+        """The count of calls without a number, for checkpoints of a loop of your own."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Takes up the count of `state_dict`.
+
+        Raises:
+            KeyError, ValueError: `state` has no position, or one that cannot be.
+        """
+        self.position = state["position"]
+
+    def parameters(self) -> Iterable[Tensor]:
+        """All parameters that the backward may reach, whoever owns them. Default: what the loss's graph shows."""
+        return ()
+
+    def drift(self, anchors: Any = None, count: int | None = None) -> float:
+        """The mean of L_ret without gradients, in `unit`. Advances nothing.
+
+        Args:
+            anchors: Others than its own, such as held-out ones. None: its own.
+            count: On at most so many, evenly apart and the same at every call. None: on all.
+
+        Raises:
+            TypeError: This class does not measure it.
+        """
+        raise TypeError(f"{type(self).__name__} has no `drift`: it tells its loss on the next anchors only.")
+
+    def examples(self, count: int) -> list[Any]:
+        """Inputs of at most `count` of its anchors, evenly apart, each a batch of one; none if it does not tell."""
+        return []
+
+    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor]) -> None:  # noqa: B027
+        """Makes this process one of several that train one model; called before their first pass. Default: nothing.
+
+        Args:
+            rank: Place of this process among those that see different data, in [0, world_size).
+            world_size: Their number.
+            mean: Averages a small tensor over all of them; every process must make the same calls.
+        """
+
+
+class _Function(Retention):
+    """A plain function; it counts for itself, if at all."""
+
+    def __init__(self, function: RetentionClosure) -> None:
+        self.function = function
+
+    def loss(self, number: int) -> Tensor:
+        return self.function()
+
+
+def as_retention(closure: object, name: str = "retention_closure") -> Retention:
+    """The closure itself if it is a `Retention`, else one that calls it.
+
+    Args:
+        closure: A `Retention`, or a function without arguments.
+        name: Of the argument, for messages.
+
+    Raises:
+        TypeError: It cannot be called, is a class, or its `unit` or `tolerance` is none.
+    """
+    if isinstance(closure, Retention):
+        if not isinstance(closure.unit, str):
+            raise TypeError(f"`{name}.unit` must be text. Found {closure.unit!r}.")
+        if not isinstance(closure.tolerance, int | float) or not closure.tolerance >= 0.0:
+            raise TypeError(f"`{name}.tolerance` must be a number >= 0. Found {closure.tolerance!r}.")
+        return closure
+    if not callable(closure) or isinstance(closure, type):
+        raise TypeError(
+            f"`{name}` must be callable without arguments and return the retention loss, or be None. "
+            f"Found {closure.__name__ if isinstance(closure, type) else type(closure).__name__}."
+        )
+    return _Function(closure)
