@@ -279,6 +279,14 @@ def train(
     return outcome(wrapped, optimizer, retention, metrics)
 
 
+def refused(**arguments):
+    """What `train` says on each rank when it does not."""
+    try:
+        train(**arguments)
+    except Exception as error:
+        return str(error)
+
+
 def average_of(seed, kinds):
     """One gradient per word of `kinds`, a letter per rank: d(ense), s(parse), n(one), c(omplex), h(alf)."""
     rank, size = dist.get_rank(), dist.get_world_size()
