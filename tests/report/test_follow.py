@@ -55,12 +55,12 @@ def test_a_growing_file_is_shown_as_it_grows(tmp_path, rows, write):
 
     def train():
         write(folder / "a" / "metrics.jsonl", rows(5))
-        seen.wait(10)
+        seen.wait()
         write(folder / "a" / "metrics.jsonl", rows(40, final=2.0))
         write(folder / "b" / "metrics.jsonl", rows(7, epsilon=None))
 
     seen, looks = threading.Event(), []
-    thread = threading.Thread(target=train)
+    thread = threading.Thread(target=train, daemon=True)
 
     def until():
         if not looks:
