@@ -1,5 +1,6 @@
 """For the tests and the doctests alike."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -16,6 +17,13 @@ collect_ignore_glob = [files for library, files in _INTEGRATIONS.items() if not 
 # The same examples on every run, and no limits of wall time.
 settings.register_profile("fixed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is there to stay: no collection of garbage goes over it again, nor any search."""
+    gc.collect()
+    gc.freeze()
+
 
 PROCESSOR_SECONDS = 150  # the longest test needs a tenth of it, without its subprocesses
 
