@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from craft_optim import CraftOptimizer, stash
-from craft_optim._reference import reference_merge
+from craft_optim._step.reference import reference_merge
 from craft_optim._warn import CraftWarning
 from craft_optim.dual import Update
 

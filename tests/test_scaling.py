@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from craft_optim import CraftOptimizer
-from craft_optim.scaling import grown, initial_scale, reaches_float16, shrunk
+from craft_optim._step.scaling import grown, initial_scale, reaches_float16, shrunk
 
 
 class Drift:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from craft_optim import decision
-from craft_optim._kernels import compiled, portable
-from craft_optim._reference import reference_gram, reference_merge
+from craft_optim._step.kernels import compiled, portable
+from craft_optim._step.reference import reference_gram, reference_merge
+from craft_optim._step.surgery import GradientPairs
 from craft_optim.functional import gram, project_and_merge_
-from craft_optim.surgery import GradientPairs
 
 
 @pytest.fixture(params=["compiled", "portable"], autouse=True)

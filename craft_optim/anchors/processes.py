@@ -84,16 +84,16 @@ def find_team(model: nn.Module, process_group: dist.ProcessGroup | Literal[False
     group: Any = process_group or dist.group.WORLD
     if group.size() == 1:
         return Team(None)
-    from craft_optim.distributed import find_layout
+    from craft_optim._step.processes import find_layout
 
     spread = [p for p in model.parameters() if hasattr(p, "device_mesh")]
     fsdp1 = "FullyShardedDataParallel" in class_names(model)
     if not spread and not fsdp1:
         return Team(group, group.rank(), group.size())
     layout = find_layout(list(model.parameters()) if fsdp1 else spread, None)
-    rank, world_size = (layout.rank, layout.world_size) if layout is not None else (0, 1)
-    ranks = Team(group).gather(rank)
-    return Team(group, rank, world_size, writes=ranks.index(rank) == group.rank(), sharded=True)
+    ranks = Team(group).gather(layout.rank)
+    writes = ranks.index(layout.rank) == group.rank()
+    return Team(group, layout.rank, layout.world_size, writes=writes, sharded=True)
 
 
 def digest(*parts: Any) -> str:

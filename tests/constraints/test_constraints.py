@@ -10,10 +10,10 @@ import weakref
 
 import pytest
 import torch
+from craft_optim.constraints import PER_CONSTRAINT, put_together
 from torch import nn
 
 from craft_optim import CraftOptimizer, schedules
-from craft_optim.constraints import PER_CONSTRAINT, put_together
 from craft_optim.dual import DualAscent
 from craft_optim.metrics import METRICS, CSVWriter, JSONLWriter
 

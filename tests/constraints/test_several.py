@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from craft_optim.several import ProductsOfSeveral, caps, common_factor, decide_several
 
 from craft_optim import decision
-from craft_optim._kernels import compiled
-from craft_optim._reference import reference_merge_several
+from craft_optim._step.kernels import compiled
+from craft_optim._step.reference import reference_merge_several
+from craft_optim._step.surgery import GradientSets
 from craft_optim.functional import project_and_merge_, project_and_merge_several_
-from craft_optim.several import ProductsOfSeveral, caps, common_factor, decide_several
-from craft_optim.surgery import GradientSets
 
 SHAPES = [(3,), (), (0,), (7, 5), (2, 3, 4, 4), (200, 130)]
 # One rounding per merge, and what sums in float32 leave in the coefficients

@@ -24,9 +24,9 @@ from torch.nn.functional import cross_entropy, gelu
 from torch.nn.parallel import DistributedDataParallel
 
 from craft_optim import CraftOptimizer, stash
+from craft_optim._step.processes import average
 from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention
 from craft_optim.anchors.names import plain_name
-from craft_optim.distributed import average
 
 BATCH, ANCHORS = 8, 8  # of all processes together
 BASES = {

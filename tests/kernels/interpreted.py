@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from craft_optim import surgery
-from craft_optim._kernels import fused
-from craft_optim._reference import reference_gram, reference_merge
-from craft_optim.decision import Weights
+from craft_optim._step.decision import Weights
+from craft_optim._step.kernels import fused
+from craft_optim._step.reference import reference_gram, reference_merge
+from craft_optim._step.surgery import GradientPairs
 from craft_optim.functional import gram, project_and_merge_
-from craft_optim.surgery import GradientPairs
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 

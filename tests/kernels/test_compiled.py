@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from craft_optim._kernels import compiled
-from craft_optim._kernels.compiled import CompiledPairs, Vectors
-from craft_optim.decision import Weights
+from craft_optim._step.decision import Weights
+from craft_optim._step.kernels import compiled
+from craft_optim._step.kernels.compiled import CompiledPairs, Vectors
 from craft_optim.functional import gram, project_and_merge_
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler")
@@ -141,7 +141,7 @@ def test_a_home_that_cannot_be_written_to(forget, tmp_path, monkeypatch):
 
 
 def test_several_processes_may_compile_at_once(tmp_path):
-    code = "from craft_optim._kernels import compiled; assert compiled.library() is not None"
+    code = "from craft_optim._step.kernels import compiled; assert compiled.library() is not None"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]

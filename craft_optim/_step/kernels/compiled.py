@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from craft_optim._kernels.pairs import cut
-from craft_optim.decision import Weights
+from ..decision import Weights
+from .pairs import cut
 
 __all__ = ["KINDS", "PLAIN", "CompiledPairs", "Vectors", "library"]
 
@@ -167,7 +167,9 @@ class CompiledPairs:
         length = np.maximum(of_t.length, of_r.length)
         if ((of_t.length != length) & (of_t.address != 0) | (of_r.length != length) & (of_r.address != 0)).any():
             raise ValueError("`task` and `retention` must have the same shapes.")
-        owner, start = cut(length, _PIECE)
+        owner, start = np.arange(len(length)), np.zeros(len(length), np.int64)
+        if (len(length) and length.max() > _PIECE) or not length.all():
+            owner, start = cut(length, _PIECE)
         self._length = np.minimum(length[owner] - start, _PIECE)
         self._t, self._r = of_t.at(owner, start), of_r.at(owner, start)
         self._kinds = of_t.kind[owner], of_r.kind[owner]
