@@ -96,16 +96,13 @@ class GradientPairs:
     @property
     def ways(self) -> set[str]:
         """Names of the modules in `kernels` that work on any of the pairs."""
-        given = {
-            "compiled": self._compiled is not None,
-            "fused": bool(self._fused),
-            "portable": self._portable is not None,
-        }
-        return {way for way, used in given.items() if used}
+        given = {"compiled": self._compiled, "fused": self._fused, "portable": self._portable}
+        return {way for way, pairs in given.items() if pairs}
 
     def sums(self, dtype: torch.dtype) -> tuple[NDArray[np.float64], dict[torch.device, Tensor]]:
         """Products per segment, `[3, n_segments]`: those that are on the host, and for every device those there."""
-        host, on_devices = np.zeros((3, self.n_segments)), {}
+        host: NDArray[np.float64] = np.zeros((3, self.n_segments))
+        on_devices: dict[torch.device, Tensor] = {}
         if self._portable is not None:
             host, on_devices = self._portable.sums(self.n_segments, dtype)
         if self._compiled is not None:

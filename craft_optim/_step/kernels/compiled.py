@@ -167,8 +167,9 @@ class CompiledPairs:
         length = np.maximum(of_t.length, of_r.length)
         if ((of_t.length != length) & (of_t.address != 0) | (of_r.length != length) & (of_r.address != 0)).any():
             raise ValueError("`task` and `retention` must have the same shapes.")
-        owner, start = np.arange(len(length)), np.zeros(len(length), np.int64)
-        if (len(length) and length.max() > _PIECE) or not length.all():
+        owner: NDArray[np.int64] = np.arange(len(length))
+        start: NDArray[np.int64] = np.zeros(len(length), np.int64)
+        if not ((length > 0) & (length <= _PIECE)).all():
             owner, start = cut(length, _PIECE)
         self._length = np.minimum(length[owner] - start, _PIECE)
         self._t, self._r = of_t.at(owner, start), of_r.at(owner, start)
