@@ -531,7 +531,7 @@ def test_state_dict_round_trip_resumes_bit_for_bit(dual, tmp_path):
     torch.save({"model": model.state_dict(), "optimizer": first.state_dict()}, tmp_path / "c.pt")
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
 
-    resumed, drift, second = build()
+    resumed, _, second = build()
     resumed.load_state_dict(saved["model"])
     second.load_state_dict(saved["optimizer"])
     assert drawn(second) == 20

@@ -56,7 +56,7 @@ def test_on_a_device_it_does_what_torch_operations_do(dtype, monkeypatch):
     generator = torch.Generator("cuda").manual_seed(0)
     task = [torch.randn(n, generator=generator, device="cuda").to(dtype) for n in (5, 100_000, 4096, 1 << 20)]
     retention = [torch.randn(t.shape, generator=generator, device="cuda").to(dtype) - 0.5 * t for t in task]
-    assert GradientPairs(task, retention)._fused
+    assert GradientPairs(task, retention).ways == {"fused"}
     other = [r.clone() for r in retention]
     found = project_and_merge_(task, retention, lam=0.7)
     monkeypatch.setattr("craft_optim._step.surgery._FUSED", frozenset())
