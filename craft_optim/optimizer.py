@@ -26,8 +26,8 @@ from craft_optim.schedules import Linear, Schedule, as_schedule
 
 __all__ = ["CraftOptimizer"]
 
-# Bases that a CraftOptimizer of this process has stepped or may step.
-_WRAPPED: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+# Base -> the groups that a CraftOptimizer of this process has written to. Its `load_state_dict` makes others.
+_WRITTEN: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, Any]]]" = weakref.WeakKeyDictionary()
 
 
 class CraftOptimizer(Wrapper):
@@ -47,9 +47,9 @@ class CraftOptimizer(Wrapper):
     they are merged, what that costs and what cannot be combined with it. A mapping of one is as its closure alone.
 
     Pass this object wherever the loop used the base optimizer: schedulers, scalers, checkpoints. Its own state is a
-    handful of floats named `craft_*` in every parameter group, the number of the next anchor batch among them. A base
-    that was wrapped before begins anew; state comes by `load_state_dict`, or in the groups of a base that was restored
-    before it is wrapped.
+    handful of floats named `craft_*` in every parameter group, the number of the next anchor batch among them. It comes
+    by `load_state_dict`, of this object or of a base that is wrapped afterwards. A base that another CraftOptimizer of
+    this process has had begins anew.
 
     Cost of a step that runs retention: one forward and backward of the closure, one additional copy of the gradients
     while they live (see `gradient_memory`), about 5N elements of memory traffic, one read of the device. Other steps
@@ -140,11 +140,11 @@ class CraftOptimizer(Wrapper):
         self._cap_watch = CapWatch()
         self._lost_closure = False
         self._forget_circumstances()
-        if base_optimizer in _WRAPPED:  # its floats are those of another run, which ended
-            for group in base_optimizer.param_groups:
+        written = _WRITTEN.get(base_optimizer, [])
+        if any(group is known for group in base_optimizer.param_groups for known in written):
+            for group in base_optimizer.param_groups:  # these floats are those of another run, which has ended
                 for key in [key for key in group if key.startswith("craft_")]:
                     del group[key]
-        _WRAPPED.add(base_optimizer)
         self._groups_changed()
 
     @classmethod
@@ -397,6 +397,7 @@ class CraftOptimizer(Wrapper):
             for stale in set(ours) - set(known):
                 del group[stale]
         self._write(known | present)
+        _WRITTEN[self.base_optimizer] = list(groups)
 
     def _write(self, state: Mapping[str, float]) -> None:
         for group in self.base_optimizer.param_groups:
@@ -414,7 +415,6 @@ class CraftOptimizer(Wrapper):
         self.process_group = None
         self._forget_circumstances()
         self._lost_closure = True
-        _WRAPPED.add(self.base_optimizer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CraftOptimizer":
         """A copy of the base, the state and the closures, which run the copied model; the sink is shared."""

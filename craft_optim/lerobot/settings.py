@@ -80,7 +80,7 @@ class CraftSettings(Rules):
         epsilon_schedule: None for a constant, or "linear", "cosine", "exponential".
         epsilon_start: Where a schedule starts.
         epsilon_steps: How long it takes. None: half of the training.
-        dual: How lambda is found: "pi", "ascent", "nupi" or "augmented_lagrangian", see `craft_optim.dual`.
+        dual: How lambda is found: "pi", "ascent", "nupi" or "augmented_lagrangian".
         lambda_init: lambda at the start. None, here and in the next two: the controller's default.
         lambda_lr: Gain of the integral or ascent term.
         lambda_max: Upper bound of lambda.

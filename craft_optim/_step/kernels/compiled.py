@@ -1,4 +1,4 @@
-"""One pass of C++ over gradients in main memory; see compiled.cpp.
+"""One pass of C++ over gradients in host memory; see compiled.cpp.
 
 The library is compiled when it is first needed (a fraction of a second) and kept in the user's cache folder. Without a
 compiler, or with CRAFT_OPTIM_COMPILE=0 in the environment, there is none, and torch operations do the work.
@@ -108,7 +108,7 @@ class Vectors:
     Found without a line of Python per tensor: there may be thousands of small ones.
 
     Args:
-        tensors: In main memory, of the dtypes in `KINDS`, without gaps; entries may be None.
+        tensors: In host memory, of the dtypes in `KINDS`, without gaps; entries may be None.
         given: Those that are not None, if the caller has them.
     """
 
@@ -148,7 +148,7 @@ class Vectors:
 
 
 class CompiledPairs:
-    """Pairs of contiguous gradients in main memory.
+    """Pairs of contiguous gradients in host memory.
 
     Args:
         functions: From `library`.
