@@ -49,7 +49,7 @@ METRICS: dict[str, Metric] = {
     "violation": Metric("retention_loss / epsilon", True),
     "grad_dot": Metric("<g_t, g_r>", True),
     "grad_cos": Metric("cosine between task and retention gradient", True),
-    "conflict": Metric("1 if the cosine is below conflict_threshold", True, True),
+    "conflict": Metric("1 if the cosine is below the threshold of conflicts", True, True),
     "projected": Metric("1 if the projection acted", True, True),
     "task_grad_norm": Metric("|g_t|"),
     "retention_grad_norm": Metric("|g_r|", True),

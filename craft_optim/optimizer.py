@@ -68,8 +68,7 @@ class CraftOptimizer(Wrapper):
             the DDP module that holds the parameters; needed where gradients are averaged in another way. False: none.
         on_metrics: Called with `metrics` after every retention step, for example `craft_optim.metrics.JSONLWriter`; of
             several processes, by one.
-        rules: Fields of `craft_optim.Rules`, by keyword: `rho`, `projection`, `conflict_threshold`, `merge`,
-            `retention_every`, `max_grad_norm`, `gradient_memory`.
+        rules: Fields of `craft_optim.Rules` by keyword, such as `rho`, `retention_every` and `max_grad_norm`.
 
     Attributes:
         metrics: Floats measured on the last retention step; `craft_optim.metrics.METRICS` says what each one is. Empty

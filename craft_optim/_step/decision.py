@@ -4,7 +4,7 @@ For the task gradient g_t and the retention gradients g_1 ... g_m of m >= 1 cons
 
     K_ij = <g_i, g_j>,  s_j = <g_t, g_j>,  cos_j = s_j / (|g_t| |g_j|)
     q    = argmin_{q >= 0} q' K q / 2 + c' q  over the constraints that may be projected, else 0   (`cone`)
-    c_j  = s_j where cos_j < conflict_threshold, else max(s_j, 0)
+    c_j  = s_j where cos_j < threshold, else max(s_j, 0)
     g    = a g_t + sum_j w_j g_j
 
     merge            a            w_j
@@ -158,7 +158,7 @@ def decide(products: Products, *, lams: Sequence[float], project: Sequence[bool]
         products: Finite.
         lams: The multipliers, >= 0.
         project: Of each constraint, whether what is against it may be removed.
-        rules: `conflict_threshold`, `merge` and `max_grad_norm` are used.
+        rules: Of the merge.
     """
     grams = products.grams
     conflict = [gram.cos < rules.conflict_threshold for gram in grams]

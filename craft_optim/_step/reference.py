@@ -1,12 +1,14 @@
 """The slow, readable ground truth of `surgery`: flatten everything to float64 and follow the formulas."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .gradients import Gradients
+from .rules import Rules
 
 __all__ = ["reference_gram", "reference_merge", "reference_merge_several"]
 
@@ -55,15 +57,15 @@ def reference_merge(
     *,
     lam: float,
     project: bool = True,
-    conflict_threshold: float = 0.0,
-    merge: str = "weighted",
+    **rules: Any,
 ) -> list[Tensor]:
     """The merged gradient of every parameter as a float64 tensor (complex128 for complex parameters)."""
+    kept = Rules(**rules)
     t, r = _flatten(task, parameters), _flatten(retention, parameters)
     tt, rr, tr = float(t @ t), float(r @ r), float(t @ r)
     cos = tr / (tt**0.5 * rr**0.5) if tt > 0 and rr > 0 else 0.0
-    p = tr / rr if project and tt > 0 and rr > 0 and cos < conflict_threshold else 0.0
-    return _shaped(_merged(merge, t, [r], [lam], [-p]), parameters)
+    p = tr / rr if project and tt > 0 and rr > 0 and cos < kept.conflict_threshold else 0.0
+    return _shaped(_merged(kept.merge, t, [r], [lam], [-p]), parameters)
 
 
 def reference_merge_several(
@@ -73,8 +75,7 @@ def reference_merge_several(
     *,
     lams: Sequence[float],
     project: Sequence[bool],
-    conflict_threshold: float = 0.0,
-    merge: str = "weighted",
+    **rules: Any,
 ) -> list[Tensor]:
     """The merged gradient of every parameter, in float64, under several constraints.
 
@@ -83,6 +84,7 @@ def reference_merge_several(
     """
     from scipy.optimize import nnls  # of an extra
 
+    kept = Rules(**rules)
     t = _flatten(task, parameters)
     rs = [_flatten(gradients, parameters) for gradients in retention]
     norm = float(t.norm())
@@ -91,8 +93,8 @@ def reference_merge_several(
     if may:
         columns = torch.stack([rs[j] / rs[j].norm() for j in may], dim=1)
         cosines = columns.T @ (t / norm)
-        wanted = -torch.where(cosines < conflict_threshold, cosines, cosines.clamp(min=0.0))
+        wanted = -torch.where(cosines < kept.conflict_threshold, cosines, cosines.clamp(min=0.0))
         target = torch.linalg.lstsq(columns.T, wanted[:, None], driver="gelsd").solution[:, 0]
         found = nnls(columns.numpy(), target.numpy())[0]
         q[may] = [norm * x / float(rs[j].norm()) for j, x in zip(may, found, strict=True)]
-    return _shaped(_merged(merge, t, rs, lams, q.tolist()), parameters)
+    return _shaped(_merged(kept.merge, t, rs, lams, q.tolist()), parameters)

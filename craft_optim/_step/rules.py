@@ -54,11 +54,8 @@ class Rules:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), get_args(choices))
-        if not -1.0 <= self.conflict_threshold <= 1.0:
-            raise ValueError(
-                "`conflict_threshold` is a cosine and must be in [-1, 1]. "
-                f"Found conflict_threshold={self.conflict_threshold!r}."
-            )
+        if not -1.0 <= (found := self.conflict_threshold) <= 1.0:
+            raise ValueError(f"`conflict_threshold` is a cosine and must be in [-1, 1]. Found {found!r}.")
         if not isinstance(self.retention_every, int) or self.retention_every < 1:
             raise ValueError(
                 f"`retention_every` must be an integer >= 1. Found retention_every={self.retention_every!r}."
@@ -75,10 +72,10 @@ class Rules:
 
     def check_for(self, constraints: int) -> None:
         """Raises ValueError if these rules are not for that many constraints."""
-        if constraints > 1 and self.conflict_threshold > 0.0:
+        if constraints > 1 and (found := self.conflict_threshold) > 0.0:
             raise ValueError(
                 "`conflict_threshold` must be <= 0 with several constraints: to remove what helps one of them may "
-                f"harm another. Found conflict_threshold={self.conflict_threshold!r}."
+                f"harm another. Found {found!r}."
             )
 
 
