@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, HiddenRetention
-from craft_optim.anchors.cache import tap_key
 from craft_optim.anchors.images import decode
+from craft_optim.anchors.manifest import tap_key
 from craft_optim.anchors.sampling import AnchorSampler
 from craft_optim.anchors.writing import write_cache
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .cache import MANIFEST, AnchorCache, FeatureSpec, dtype_name
+from .cache import AnchorCache
 from .capture import POOLINGS, Layer, Spans, resolve_layers
 from .features import Extractor
 from .fingerprint import fingerprint
 from .folders import clean, locked, make_folder, require_same
 from .frozen import resolve_frozen
 from .generation import Generate, greedy
+from .manifest import MANIFEST, FeatureSpec, dtype_name
 from .masks import Mask
 from .names import class_name, unwrapped
 from .passes import Forward, autocast_dtype, device_of, isolated_rng, steady

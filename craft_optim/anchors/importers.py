@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import AnchorCache, tap_key
+from .cache import AnchorCache
 from .capture import Layer
+from .manifest import tap_key
 from .masks import IGNORED
 from .shards import AnchorCacheError
 from .writing import write_cache

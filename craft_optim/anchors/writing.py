@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from . import images as image_codes
-from .cache import (
+from .cache import AnchorCache
+from .folders import LEFTOVER, PROGRESS, clean, is_locked, locked, make_folder, require_same, write_aside, write_json
+from .manifest import (
     FORMAT,
     MANIFEST,
     SCHEMA_VERSION,
-    AnchorCache,
     FeatureSpec,
     cover,
     dtype_name,
@@ -41,7 +42,6 @@ from .cache import (
     manifest_text,
     tap_key,
 )
-from .folders import LEFTOVER, PROGRESS, clean, is_locked, locked, make_folder, require_same, write_aside, write_json
 from .masks import IGNORED
 from .shards import AnchorCacheError, Shard, packed
 from .structure import Structure, flatten
