@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, HiddenRetention
 from craft_optim.anchors.images import decode
+from craft_optim.anchors.importers import write_cache
 from craft_optim.anchors.manifest import tap_key
 from craft_optim.anchors.sampling import AnchorSampler
-from craft_optim.anchors.writing import write_cache
 
 Compare = Callable[..., None]
 

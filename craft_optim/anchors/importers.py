@@ -16,23 +16,28 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import reduce
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .build_folder import building
 from .cache import AnchorCache
 from .capture import Layer
-from .manifest import tap_key
+from .folders import make_folder
+from .manifest import MANIFEST, FeatureSpec, dtype_name, tap_key
 from .masks import IGNORED
+from .processes import Team
 from .shards import AnchorCacheError
-from .writing import write_cache
+from .structure import flatten
+from .writing import Writer
 
-__all__ = ["convert"]
+__all__ = ["convert", "write_cache"]
 
 _INPUTS = ("pixel_values", "input_ids", "attention_mask")
 _KINDS = {"target_features": "features", "teacher_hidden": "states", "labels": "tokens"}  # in their loader's order
@@ -134,6 +139,63 @@ def convert(
         origin=f"{first.kind} cache {folder}" + (f" of {dataset}" if isinstance(dataset, str) else ""),
         overwrite=overwrite,
     )
+
+
+def write_cache(
+    path: str | os.PathLike[str],
+    batches: Iterable[tuple[Any, Mapping[str, Tensor]]],
+    *,
+    layers: Sequence[int | str] = (),
+    pooling: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float16,
+    model_id: str | None = None,
+    origin: str | None = None,
+    overwrite: bool = False,
+) -> AnchorCache:
+    """Writes anchors whose teacher has spoken elsewhere; see `build` for one that is here.
+
+    Args:
+        path: The cache's folder; created if need be.
+        batches: (inputs as for `build`, features by name) of each batch, first dimension the anchors: "labels" `[n, T]`
+            is the token that each position of the logits shall give, or -100; `tap_key(layer, span)` `[n, D]` are
+            pooled hidden states.
+        layers: Of the hidden states.
+        pooling: Span -> how they were pooled.
+        dtype: Of hidden states on disk.
+        model_id: A name for the teacher.
+        origin: Where the anchors come from.
+        overwrite: Replace what the folder holds.
+
+    Raises:
+        AnchorCacheError: The folder holds a cache, or cannot be written to.
+        ValueError: The batches do not fit together, or there are none.
+    """
+    path = Path(path)
+    make_folder(path)
+    if (path / MANIFEST).exists() and not overwrite:
+        raise AnchorCacheError(f"The folder {path} holds anchors already. Pass overwrite=True to replace them.")
+    stream = iter(batches)
+    first = list(islice(stream, 1))
+    tokens = "imported" if first and "labels" in first[0][1] else None
+    spec = FeatureSpec(dtype=dtype_name(dtype), layers=tuple(layers), pooling=dict(pooling or {}), tokens=tokens)
+    settings = {
+        "features": {**asdict(spec), "layers": list(layers)},
+        "images": "uint8",
+        "shard_size": 256,
+        "teacher": {"fingerprint": None, "class": None, "model_id": model_id, "origin": origin},
+    }
+    with building(path, settings, Team(None), start_over=True) as folder, Writer(folder) as writer:
+        for batch, features in chain(first, stream):
+            structure, inputs, _ = flatten(batch)
+            features = {name: x.to(dtype) if name.startswith("hidden.") else x for name, x in features.items()}
+            labels = features.pop("labels", None)
+            if labels is not None:
+                mask = labels != IGNORED
+                features = {"mask": mask, "tokens": labels[mask].int()} | features
+            writer.expect(structure, inputs)
+            writer.add(inputs, features, None, [] if labels is None else ["tokens"])
+        writer.finish()
+        return AnchorCache.open(path)
 
 
 def _bad(path: Path, problem: str, remedy: str = _REMEDY) -> AnchorCacheError:

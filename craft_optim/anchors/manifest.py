@@ -16,6 +16,7 @@ from .structure import Structure
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "PROGRESS",
     "SCHEMA_VERSION",
     "FeatureSpec",
     "Manifest",
@@ -30,6 +31,7 @@ __all__ = [
 SCHEMA_VERSION = 2
 FORMAT = "craft_optim.anchors"
 MANIFEST = "cache.json"
+PROGRESS = "build.json"  # there while the cache is being built
 
 _REBUILD = "Build the cache again with overwrite=True."
 
@@ -170,7 +172,7 @@ class Manifest:
         except FileNotFoundError:
             if not self.path.parent.is_dir():
                 raise self.error("there is no such folder", "Check the path, or build the cache.") from None
-            half_built = (self.path.parent / "build.json").exists()
+            half_built = (self.path.parent / PROGRESS).exists()
             remedy = "Run the same `build` again to finish it." if half_built else "Check the path."
             raise self.error("there is no such file in the folder", remedy) from None
         except OSError as error:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import images
 
-__all__ = ["AnchorCacheError", "Place", "Shard", "packed", "read_plain"]
+__all__ = ["AnchorCacheError", "Place", "Shard", "packed", "read_plain", "variance"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -329,6 +329,22 @@ def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> Non
 
 def _no_preadv(descriptor: int, parts: Any, offset: int) -> int:
     return 0
+
+
+def variance(shards: Iterable[Shard], key: str) -> float:
+    """The variance of a feature over anchors (and positions), averaged over its last dimension.
+
+    In float64, shard by shard: means and squared deviations of parts combine exactly (Chan et al. 1979).
+    """
+    count, mean, deviation = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for shard in shards:
+        values = shard.whole(key)
+        values = values.reshape(-1, values.shape[-1]).double()
+        n, m = len(values), values.mean(0)
+        deviation = deviation + (values - m).square().sum(0) + (m - mean).square() * (count * n / (count + n))
+        mean = mean + (m - mean) * (n / (count + n))
+        count += n
+    return float(f"{float((deviation / count).mean()):.9g}")  # the last digits depend on the number of threads
 
 
 def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:

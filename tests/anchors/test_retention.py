@@ -18,7 +18,7 @@ from craft_optim.anchors import (
     LogitRetention,
     build,
 )
-from craft_optim.anchors.writing import write_cache
+from craft_optim.anchors.importers import write_cache
 
 Batches = Callable[..., list[dict[str, Any]]]
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from craft_optim.anchors import AnchorCacheError, AnchorMismatchError, LogitRetention, TokenRetention, build
 from craft_optim.anchors.generation import greedy
-from craft_optim.anchors.writing import write_cache
+from craft_optim.anchors.importers import write_cache
 
 Batches = Callable[..., list[dict[str, Any]]]
 STOP = 7

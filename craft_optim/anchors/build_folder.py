@@ -1,0 +1,369 @@
+"""The folder that a cache is built in: what is complete survives a kill at any moment, and is taken up again.
+
+It holds `build.json` with the settings, and for every complete shard the file and a record beside it,
+`shard-00000.json`. `cache.json` comes last and makes it a cache. Every file is written aside and renamed.
+
+Several processes may build one cache, each its own shards. They watch each other through lock files, which the system
+releases when a process dies.
+"""
+
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from .fingerprint import compare_fingerprints
+from .folders import is_locked, locked, write_aside, write_json
+from .manifest import FORMAT, MANIFEST, PROGRESS, SCHEMA_VERSION, manifest_text, tap_key
+from .processes import Team
+from .shards import AnchorCacheError, Shard, variance
+from .structure import Structure
+
+__all__ = ["BuildFolder", "building", "clean", "require_same", "same_classes"]
+
+# What a build writes besides the manifest; safetensors' own temporary files among it
+_LEFTOVER = re.compile(
+    r"shard-[\d-]+\.(safetensors|json)(\.tmp)?|rank-\d+\.(done|failed)(\.tmp)?|(build|cache)\.json\.tmp|\.tmp\w{6}"
+)
+_LOCK = re.compile(r"build-(\d+)\.lock")
+_GOES_ON = "The shards that are complete stay: the same `build` goes on after them."
+
+_log = logging.getLogger("craft_optim")
+
+
+class BuildFolder:
+    """A folder in which a cache is being built, by this process and the others of its team. See `building`.
+
+    Args:
+        path: The folder.
+        settings: The arguments of the build, in the types of JSON.
+        team: The processes that build in it.
+        replicated: True if all of them see the same anchors, of which each writes every `world_size`-th shard; False if
+            each has anchors of its own, which come one process after the other.
+
+    Attributes:
+        complete: This process' shards that are on the disk already: number -> checksums of their anchors.
+        classes: Size of the logits' last dimension in them; None without logits, or without shards.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], team: Team, replicated: bool = True) -> None:
+        self.path, self.settings, self.team = path, settings, team
+        self.replicated = replicated or team.world_size == 1
+        self.complete: dict[int, list[str]] = {}
+        self.classes: int | None = None
+
+    def is_mine(self, shard: int) -> bool:
+        """True for shards that this process writes, of those that it sees the anchors of."""
+        return not self.replicated or shard % self.team.world_size == self.team.rank
+
+    def _name(self, shard: int, rank: int | None = None) -> str:
+        if self.replicated:
+            return f"shard-{shard:05d}"
+        return f"shard-{self.team.rank if rank is None else rank:03d}-{shard:05d}"
+
+    # The beginning
+
+    def prepare(self, *, start_over: bool) -> str:
+        """Makes the folder ready, once, by the first process; the others `load`. Returns a token of this build.
+
+        Raises:
+            AnchorCacheError: It is half built otherwise.
+        """
+        progress = self.path / PROGRESS
+        # Number of processes: by what complete shards can be told apart, although the cache does not depend on it
+        settings = {**self.settings, "processes": None if self.replicated else self.team.world_size}
+        half_built = not start_over and progress.exists()
+        if half_built:
+            try:
+                before = json.loads(progress.read_bytes())["settings"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise AnchorCacheError(f"{progress} is damaged: pass resume=False to start over.") from error
+            require_same(self.path, before, settings)
+        else:
+            # The manifest first: without it, what is left is no cache
+            (self.path / MANIFEST).unlink(missing_ok=True)
+            progress.unlink(missing_ok=True)
+        for file in self.path.iterdir():
+            if _LEFTOVER.fullmatch(file.name) and not (half_built and re.fullmatch(r"shard-[\d-]+\.\w+", file.name)):
+                file.unlink()
+        token = secrets.token_hex(8)
+        write_json(progress, {"settings": settings, "token": token})
+        return token
+
+    def load(self, token: str) -> None:
+        """Takes up this process' complete shards.
+
+        Raises:
+            AnchorCacheError: The folder is not the one that `prepare` made ready.
+        """
+        try:
+            here = json.loads((self.path / PROGRESS).read_bytes())["token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            here = None
+        if here != token:
+            raise AnchorCacheError(
+                f"{self.path} is not one folder on all processes: rank {self.team.rank} does not see what rank 0 wrote "
+                "there. Pass a `path` on a file system that they share."
+            )
+        record_name = re.compile(self._name(0).replace("00000", r"(\d{5,})") + r"\.json")
+        for file in sorted(self.path.iterdir()):
+            match = record_name.fullmatch(file.name)
+            if match is None or not self.is_mine(int(match[1])):
+                continue
+            record = self._record(int(match[1])) or {}
+            try:
+                self._shard(record)
+                classes, checksums = record["classes"], record["sources"]
+            except (KeyError, TypeError, AnchorCacheError):
+                continue  # the record or its file is damaged: the shard is written again
+            self.classes = same_classes(self.classes, classes)
+            self.complete[int(match[1])] = list(checksums)
+        if self.complete:
+            _log.info("%s is half built: %d shards of it are complete", self.path, len(self.complete))
+
+    # Shards
+
+    def write_shard(
+        self,
+        shard: int,
+        tensors: Mapping[str, Tensor],
+        encodings: Mapping[str, Mapping[str, str]],
+        checksums: list[str],
+        classes: int | None,
+        structure: Structure,
+    ) -> None:
+        """Writes a shard, and then the record that makes it complete.
+
+        Args:
+            shard: Its number among those of this process, or of all if they are replicated.
+            tensors: As `Shard` describes them.
+            encodings: Input name -> {"formula": ..., "dtype": ...}, for images stored as bytes.
+            checksums: One for each anchor, see `anchor_checksums`.
+            classes: Size of the logits' last dimension, or None.
+            structure: Structure of the inputs.
+
+        Raises:
+            AnchorCacheError: It cannot be written.
+        """
+        path = self.path / f"{self._name(shard)}.safetensors"
+        write_aside(path, lambda aside: safetensors.torch.save_file(dict(tensors), aside))
+        written = Shard(path, len(checksums), path.stat().st_size, encodings)
+        record = {
+            "file": path.name,
+            "anchors": written.count,
+            "bytes": written.size,
+            "sha256": written.checksum(),
+            "images": encodings,
+            "classes": classes,
+            "sources": checksums,
+            "inputs": asdict(structure),
+        }
+        write_json(path.with_suffix(".json"), record)
+
+    def _record(self, shard: int, rank: int | None = None) -> dict[str, Any] | None:
+        try:
+            record: dict[str, Any] = json.loads((self.path / f"{self._name(shard, rank)}.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return record
+
+    def _shard(self, record: Mapping[str, Any]) -> Shard:
+        return Shard(self.path / record["file"], record["anchors"], record["bytes"], record["images"])
+
+    # The end
+
+    def finish(self, shards: int) -> None:
+        """Says that this process' shards are written, and waits until the cache is finished.
+
+        The first process waits for all others and writes the manifest; the others wait for that.
+
+        Args:
+            shards: Number of shards that the anchors make which this process has seen.
+
+        Raises:
+            AnchorCacheError: Another process has failed or was interrupted.
+        """
+        if self.team.writes:
+            write_json(self.path / f"rank-{self.team.rank}.done", {"shards": shards})
+        if self.team.rank == 0 and self.team.writes:
+            self._write_manifest(self._wait_for_all(shards))
+        else:
+            self._wait_for((self.path / MANIFEST).exists, 0)
+
+    def _write_manifest(self, numbers: list[tuple[int, int]]) -> None:
+        records, about = [], []
+        for number, rank in numbers:
+            record = self._record(number, rank)
+            if record is None:
+                raise AnchorCacheError(
+                    f"{self.path / self._name(number, rank)}.json cannot be read: the file system is not shared, or "
+                    "something else writes to the folder. Run the same `build` again."
+                )
+            about.append({key: record.pop(key) for key in ("classes", "sources", "inputs")})
+            self.classes = same_classes(self.classes, about[-1]["classes"])
+            records.append(record)
+        shards = [self._shard(record) for record in records]
+        features = {**self.settings["features"], "classes": self.classes}
+        taps = [tap_key(layer, span) for layer in features["layers"] for span in features["pooling"]]
+        features["variances"] = {tap: variance(shards, f"features.{tap}") for tap in taps}
+        manifest = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "anchors": sum(shard.count for shard in shards),
+            "inputs": about[-1]["inputs"],
+            "features": features,
+            "teacher": self.settings["teacher"],
+            "built_with": {name: self.settings[name] for name in ("images", "shard_size")},
+            "first_anchors": about[0]["sources"],
+            "shards": records,
+        }
+        write_aside(self.path / MANIFEST, lambda aside: aside.write_text(manifest_text(manifest)))
+        clean(self.path)
+
+    # The others
+
+    def check_others(self) -> None:
+        """Raises AnchorCacheError if another process has reported a failure."""
+        for rank in range(self.team.world_size):
+            try:
+                reason = (self.path / f"rank-{rank}.failed").read_text()
+            except OSError:
+                continue
+            raise AnchorCacheError(
+                f"Rank {rank} could not go on building the anchors in {self.path}: {reason}. {_GOES_ON}"
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other processes that this one cannot go on, or removes a folder that holds nothing to take up."""
+        if self.team.world_size == 1:
+            if not any(self.path.glob("shard-*.json")):
+                clean(self.path)
+        elif self.team.writes:
+            reason = f"{type(error).__name__}: {error}"
+            with suppress(AnchorCacheError):  # they will find the lock open
+                write_aside(self.path / f"rank-{self.team.rank}.failed", lambda aside: aside.write_text(reason))
+
+    def _wait_for(self, done: Callable[[], bool], rank: int) -> None:
+        pause = 0.002
+        while not done():
+            if self.team.world_size > 1:
+                self.check_others()
+                if not is_locked(self.path, rank) and not done():
+                    self.check_others()  # it may have said why since the last look
+                    raise AnchorCacheError(
+                        f"Rank {rank} was interrupted while it was building the anchors in {self.path}. {_GOES_ON}"
+                    )
+            time.sleep(pause)
+            pause = min(1.0, 2 * pause)
+
+    def _wait_for_all(self, shards: int) -> list[tuple[int, int]]:
+        """(shard, rank) of all shards in order, when all processes are done."""
+        numbers = {}
+        for rank in range(self.team.world_size):
+            marker = self.path / f"rank-{rank}.done"
+            self._wait_for(marker.exists, rank)
+            numbers[rank] = json.loads(marker.read_bytes())["shards"]
+        if self.replicated:
+            if set(numbers.values()) != {shards}:
+                raise AnchorCacheError(
+                    f"The processes saw different numbers of anchors: {numbers} shards by rank. With replicated=True "
+                    "each of them must be given the same batches."
+                )
+            return [(number, 0) for number in range(shards)]
+        return [(number, rank) for rank in range(self.team.world_size) for number in range(numbers[rank])]
+
+
+@contextmanager
+def building(
+    path: Path, settings: Mapping[str, Any], team: Team, replicated: bool = True, *, start_over: bool = False
+) -> Iterator[BuildFolder]:
+    """Locks the folder and makes it ready; after an exception in the block, tells the other processes.
+
+    The first process makes it ready, then all take up their parts. If one cannot, none begins.
+
+    Args:
+        path: As for `BuildFolder`, and so are `settings`, `team` and `replicated`.
+        start_over: Throw away what is complete.
+
+    Raises:
+        AnchorCacheError: Another build is writing to the folder, it is half built otherwise, or cannot be written to.
+    """
+    folder = BuildFolder(path, settings, team, replicated)
+    token, problem = None, None
+    with ExitStack() as lock:
+        try:
+            if team.writes:
+                lock.enter_context(locked(path, team.rank))
+            if team.writes and team.rank == 0:
+                token = folder.prepare(start_over=start_over)
+        except AnchorCacheError as error:
+            problem = error
+        told = team.gather((token, None if problem is None else str(problem)))
+        if problem is not None:
+            raise problem
+        if reason := next((words for _, words in told if words), None):
+            raise AnchorCacheError(reason)
+        folder.load(next(t for t, _ in told if t))
+        try:
+            yield folder
+        except BaseException as error:
+            folder.fail(error)
+            raise
+
+
+def clean(path: Path) -> None:
+    """Removes what a build leaves behind if it is killed right after it has finished."""
+    for file in path.iterdir():
+        lock = _LOCK.fullmatch(file.name)
+        leftover = _LEFTOVER.fullmatch(file.name) and file.suffix != ".safetensors"
+        try:
+            if file.name == PROGRESS or leftover or (lock and not is_locked(path, int(lock[1]))):
+                file.unlink(missing_ok=True)
+        except OSError:  # a finished cache can be used where nothing can be written
+            return
+
+
+def same_classes(before: int | None, classes: int | None) -> int | None:
+    """The number of classes, if it is that of the batches before; None was that of no batch.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if before is not None and classes != before:
+        raise ValueError(f"All batches must have the same number of classes. Found {before} and then {classes}.")
+    return classes
+
+
+def require_same(path: Path, old: Any, new: Mapping[str, Any]) -> None:
+    """Raises AnchorCacheError unless two builds have the same settings, naming the first that differs."""
+    if old == new:
+        return
+    before, now = _flat(old), _flat(new)
+    difference = ""
+    for key, value in now.items():
+        if before.get(key) != value:
+            is_model = key == "teacher.fingerprint" and isinstance(before.get(key), str)
+            why = compare_fingerprints(before[key], value) if is_model else None
+            difference = f": {why}" if why else f": {key} is {before.get(key)!r} there and {value!r} here"
+            break
+    raise AnchorCacheError(
+        f"The folder {path} holds anchors of another build{difference}. Pass overwrite=True to replace them, "
+        f"another `path` to keep them, or AnchorCache.open({str(path)!r}) to use them."
+    )
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """Settings with the names "part" and "part.key"."""
+    flat: dict[str, Any] = {}
+    for part, value in settings.items() if isinstance(settings, dict) else ():
+        flat |= {f"{part}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {part: value}
+    return flat
