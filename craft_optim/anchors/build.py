@@ -20,7 +20,6 @@ from .cache import AnchorCache
 from .capture import POOLINGS, Layer, Spans, resolve_layers
 from .features import Extractor
 from .fingerprint import anchor_checksums, fingerprint
-from .folders import make_folder
 from .frozen import resolve_frozen
 from .generation import Generate, greedy
 from .manifest import MANIFEST, FeatureSpec, dtype_name
@@ -181,7 +180,6 @@ def build(
         "teacher": {"fingerprint": fingerprint(model), "class": class_name(model), "model_id": model_id},
     }
     folder = Path(path)
-    make_folder(folder)
     team = find_team(model, process_group)
     # Reading a DataLoader draws random numbers. A run that finds its cache finished draws none: both must train alike.
     with isolated_rng(device, None):

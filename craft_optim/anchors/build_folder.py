@@ -23,14 +23,15 @@ from torch import Tensor
 
 from .fingerprint import compare_fingerprints
 from .folders import is_locked, locked, write_aside, write_json
-from .manifest import FORMAT, MANIFEST, PROGRESS, SCHEMA_VERSION, manifest_text, tap_key
+from .images import Encoding
+from .manifest import MANIFEST, PROGRESS, dtype_name, manifest_text, tap_key
 from .processes import Team
 from .shards import AnchorCacheError, Shard, variance
 from .structure import Structure
 
-__all__ = ["BuildFolder", "building", "clean", "require_same", "same_classes"]
+__all__ = ["BuildFolder", "building", "clean", "require_same"]
 
-# What a build writes besides the manifest; safetensors' own temporary files among it
+# Files of a build besides the manifest; safetensors' own temporary files among them
 _LEFTOVER = re.compile(
     r"shard-[\d-]+\.(safetensors|json)(\.tmp)?|rank-\d+\.(done|failed)(\.tmp)?|(build|cache)\.json\.tmp|\.tmp\w{6}"
 )
@@ -51,8 +52,9 @@ class BuildFolder:
             each has anchors of its own, which come one process after the other.
 
     Attributes:
-        complete: This process' shards that are on the disk already: number -> checksums of their anchors.
-        classes: Size of the logits' last dimension in them; None without logits, or without shards.
+        complete: This process' shards that were on the disk already: number -> checksums of their anchors.
+        classes: Size of the logits' last dimension; None without logits, or as long as it is not known.
+        structure: Structure of the inputs; None as long as it is not known.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], team: Team, replicated: bool = True) -> None:
@@ -60,15 +62,23 @@ class BuildFolder:
         self.replicated = replicated or team.world_size == 1
         self.complete: dict[int, list[str]] = {}
         self.classes: int | None = None
+        self.structure: Structure | None = None
 
     def is_mine(self, shard: int) -> bool:
-        """True for shards that this process writes, of those that it sees the anchors of."""
+        """True for the shards that this process writes, of those whose anchors it sees."""
         return not self.replicated or shard % self.team.world_size == self.team.rank
 
-    def _name(self, shard: int, rank: int | None = None) -> str:
-        if self.replicated:
-            return f"shard-{shard:05d}"
-        return f"shard-{self.team.rank if rank is None else rank:03d}-{shard:05d}"
+    def _file(self, shard: int, ending: str, rank: int | None = None) -> Path:
+        own = "" if self.replicated else f"{self.team.rank if rank is None else rank:03d}-"
+        return self.path / f"shard-{own}{shard:05d}.{ending}"
+
+    def same_classes(self, classes: int | None) -> None:
+        """Raises ValueError if the logits had another number of classes so far."""
+        if self.classes is not None and classes != self.classes:
+            raise ValueError(
+                f"All batches must have the same number of classes. Found {self.classes} and then {classes}."
+            )
+        self.classes = classes
 
     # The beginning
 
@@ -79,14 +89,13 @@ class BuildFolder:
             AnchorCacheError: It is half built otherwise.
         """
         progress = self.path / PROGRESS
-        # Number of processes: by what complete shards can be told apart, although the cache does not depend on it
+        # The cache does not depend on the number of processes; which shard is which does
         settings = {**self.settings, "processes": None if self.replicated else self.team.world_size}
         half_built = not start_over and progress.exists()
         if half_built:
-            try:
-                before = json.loads(progress.read_bytes())["settings"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise AnchorCacheError(f"{progress} is damaged: pass resume=False to start over.") from error
+            before = _read_json(progress).get("settings")
+            if before is None:
+                raise AnchorCacheError(f"{progress} is damaged: pass resume=False to start over.")
             require_same(self.path, before, settings)
         else:
             # The manifest first: without it, what is left is no cache
@@ -105,76 +114,58 @@ class BuildFolder:
         Raises:
             AnchorCacheError: The folder is not the one that `prepare` made ready.
         """
-        try:
-            here = json.loads((self.path / PROGRESS).read_bytes())["token"]
-        except (OSError, ValueError, KeyError, TypeError):
-            here = None
-        if here != token:
+        if _read_json(self.path / PROGRESS).get("token") != token:
             raise AnchorCacheError(
                 f"{self.path} is not one folder on all processes: rank {self.team.rank} does not see what rank 0 wrote "
                 "there. Pass a `path` on a file system that they share."
             )
-        record_name = re.compile(self._name(0).replace("00000", r"(\d{5,})") + r"\.json")
+        record_name = re.compile(re.escape(self._file(0, "json").name).replace("00000", r"(\d{5,})"))
         for file in sorted(self.path.iterdir()):
             match = record_name.fullmatch(file.name)
             if match is None or not self.is_mine(int(match[1])):
                 continue
-            record = self._record(int(match[1])) or {}
+            record = _read_json(file)
             try:
                 self._shard(record)
-                classes, checksums = record["classes"], record["sources"]
-            except (KeyError, TypeError, AnchorCacheError):
+                classes, checksums = record["classes"], list(record["sources"])
+            except (KeyError, TypeError, AttributeError, AnchorCacheError):
                 continue  # the record or its file is damaged: the shard is written again
-            self.classes = same_classes(self.classes, classes)
-            self.complete[int(match[1])] = list(checksums)
+            self.same_classes(classes)
+            self.complete[int(match[1])] = checksums
         if self.complete:
             _log.info("%s is half built: %d shards of it are complete", self.path, len(self.complete))
 
     # Shards
 
     def write_shard(
-        self,
-        shard: int,
-        tensors: Mapping[str, Tensor],
-        encodings: Mapping[str, Mapping[str, str]],
-        checksums: list[str],
-        classes: int | None,
-        structure: Structure,
+        self, shard: int, tensors: dict[str, Tensor], encodings: Mapping[str, Encoding], checksums: list[str]
     ) -> None:
         """Writes a shard, and then the record that makes it complete.
 
         Args:
             shard: Its number among those of this process, or of all if they are replicated.
             tensors: As `Shard` describes them.
-            encodings: Input name -> {"formula": ..., "dtype": ...}, for images stored as bytes.
+            encodings: Input name -> formula and dtype, for images stored as bytes.
             checksums: One for each anchor, see `anchor_checksums`.
-            classes: Size of the logits' last dimension, or None.
-            structure: Structure of the inputs.
 
         Raises:
             AnchorCacheError: It cannot be written.
         """
-        path = self.path / f"{self._name(shard)}.safetensors"
-        write_aside(path, lambda aside: safetensors.torch.save_file(dict(tensors), aside))
-        written = Shard(path, len(checksums), path.stat().st_size, encodings)
+        path = self._file(shard, "safetensors")
+        write_aside(path, lambda aside: safetensors.torch.save_file(tensors, aside))
+        images = {name: {"formula": x, "dtype": dtype_name(dtype)} for name, (x, dtype) in encodings.items()}
+        written = Shard(path, len(checksums), path.stat().st_size, images)
         record = {
             "file": path.name,
             "anchors": written.count,
             "bytes": written.size,
             "sha256": written.checksum(),
-            "images": encodings,
-            "classes": classes,
+            "images": images,
+            "classes": self.classes,
             "sources": checksums,
-            "inputs": asdict(structure),
+            "inputs": asdict(self.structure) if self.structure else None,
         }
-        write_json(path.with_suffix(".json"), record)
-
-    def _record(self, shard: int, rank: int | None = None) -> dict[str, Any] | None:
-        try:
-            record: dict[str, Any] = json.loads((self.path / f"{self._name(shard, rank)}.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        return record
+        write_json(self._file(shard, "json"), record)
 
     def _shard(self, record: Mapping[str, Any]) -> Shard:
         return Shard(self.path / record["file"], record["anchors"], record["bytes"], record["images"])
@@ -187,7 +178,7 @@ class BuildFolder:
         The first process waits for all others and writes the manifest; the others wait for that.
 
         Args:
-            shards: Number of shards that the anchors make which this process has seen.
+            shards: Number of shards that the anchors fill which this process has seen.
 
         Raises:
             AnchorCacheError: Another process has failed or was interrupted.
@@ -200,30 +191,29 @@ class BuildFolder:
             self._wait_for((self.path / MANIFEST).exists, 0)
 
     def _write_manifest(self, numbers: list[tuple[int, int]]) -> None:
-        records, about = [], []
+        records, shared = [], []
         for number, rank in numbers:
-            record = self._record(number, rank)
-            if record is None:
+            file = self._file(number, "json", rank)
+            record = _read_json(file)
+            if not record:
                 raise AnchorCacheError(
-                    f"{self.path / self._name(number, rank)}.json cannot be read: the file system is not shared, or "
-                    "something else writes to the folder. Run the same `build` again."
+                    f"{file} cannot be read: the file system is not shared, or something else writes to the folder. "
+                    "Run the same `build` again."
                 )
-            about.append({key: record.pop(key) for key in ("classes", "sources", "inputs")})
-            self.classes = same_classes(self.classes, about[-1]["classes"])
+            shared.append([record.pop(key) for key in ("classes", "sources", "inputs")])
+            self.same_classes(shared[-1][0])
             records.append(record)
         shards = [self._shard(record) for record in records]
         features = {**self.settings["features"], "classes": self.classes}
         taps = [tap_key(layer, span) for layer in features["layers"] for span in features["pooling"]]
         features["variances"] = {tap: variance(shards, f"features.{tap}") for tap in taps}
         manifest = {
-            "format": FORMAT,
-            "schema_version": SCHEMA_VERSION,
             "anchors": sum(shard.count for shard in shards),
-            "inputs": about[-1]["inputs"],
+            "inputs": shared[-1][2],
             "features": features,
             "teacher": self.settings["teacher"],
             "built_with": {name: self.settings[name] for name in ("images", "shard_size")},
-            "first_anchors": about[0]["sources"],
+            "first_anchors": shared[0][1],
             "shards": records,
         }
         write_aside(self.path / MANIFEST, lambda aside: aside.write_text(manifest_text(manifest)))
@@ -234,20 +224,17 @@ class BuildFolder:
     def check_others(self) -> None:
         """Raises AnchorCacheError if another process has reported a failure."""
         for rank in range(self.team.world_size):
-            try:
+            with suppress(OSError):
                 reason = (self.path / f"rank-{rank}.failed").read_text()
-            except OSError:
-                continue
-            raise AnchorCacheError(
-                f"Rank {rank} could not go on building the anchors in {self.path}: {reason}. {_GOES_ON}"
-            )
+                raise AnchorCacheError(
+                    f"Rank {rank} could not go on building the anchors in {self.path}: {reason}. {_GOES_ON}"
+                )
 
     def fail(self, error: BaseException) -> None:
-        """Tells the other processes that this one cannot go on, or removes a folder that holds nothing to take up."""
-        if self.team.world_size == 1:
-            if not any(self.path.glob("shard-*.json")):
-                clean(self.path)
-        elif self.team.writes:
+        """Tells the other processes that this one cannot go on. Cleans a folder that holds nothing to take up."""
+        if self.team.world_size == 1 and not any(self.path.glob("shard-*.json")):
+            clean(self.path)
+        if self.team.world_size > 1 and self.team.writes:
             reason = f"{type(error).__name__}: {error}"
             with suppress(AnchorCacheError):  # they will find the lock open
                 write_aside(self.path / f"rank-{self.team.rank}.failed", lambda aside: aside.write_text(reason))
@@ -272,14 +259,14 @@ class BuildFolder:
             marker = self.path / f"rank-{rank}.done"
             self._wait_for(marker.exists, rank)
             numbers[rank] = json.loads(marker.read_bytes())["shards"]
-        if self.replicated:
-            if set(numbers.values()) != {shards}:
-                raise AnchorCacheError(
-                    f"The processes saw different numbers of anchors: {numbers} shards by rank. With replicated=True "
-                    "each of them must be given the same batches."
-                )
-            return [(number, 0) for number in range(shards)]
-        return [(number, rank) for rank in range(self.team.world_size) for number in range(numbers[rank])]
+        if not self.replicated:
+            return [(number, rank) for rank, count in numbers.items() for number in range(count)]
+        if set(numbers.values()) != {shards}:
+            raise AnchorCacheError(
+                f"The processes saw different numbers of anchors: {numbers} shards by rank. With replicated=True "
+                "each of them must be given the same batches."
+            )
+        return [(number, 0) for number in range(shards)]
 
 
 @contextmanager
@@ -291,7 +278,7 @@ def building(
     The first process makes it ready, then all take up their parts. If one cannot, none begins.
 
     Args:
-        path: As for `BuildFolder`, and so are `settings`, `team` and `replicated`.
+        path: As for `BuildFolder`, and so are `settings`, `team` and `replicated`; created if need be.
         start_over: Throw away what is complete.
 
     Raises:
@@ -332,29 +319,16 @@ def clean(path: Path) -> None:
             return
 
 
-def same_classes(before: int | None, classes: int | None) -> int | None:
-    """The number of classes, if it is that of the batches before; None was that of no batch.
-
-    Raises:
-        ValueError: It is another.
-    """
-    if before is not None and classes != before:
-        raise ValueError(f"All batches must have the same number of classes. Found {before} and then {classes}.")
-    return classes
-
-
 def require_same(path: Path, old: Any, new: Mapping[str, Any]) -> None:
     """Raises AnchorCacheError unless two builds have the same settings, naming the first that differs."""
     if old == new:
         return
     before, now = _flat(old), _flat(new)
     difference = ""
-    for key, value in now.items():
-        if before.get(key) != value:
-            is_model = key == "teacher.fingerprint" and isinstance(before.get(key), str)
-            why = compare_fingerprints(before[key], value) if is_model else None
-            difference = f": {why}" if why else f": {key} is {before.get(key)!r} there and {value!r} here"
-            break
+    if key := next((key for key, value in now.items() if before.get(key) != value), None):
+        is_model = key == "teacher.fingerprint" and isinstance(before.get(key), str)
+        why = compare_fingerprints(before[key], now[key]) if is_model else None
+        difference = f": {why or f'{key} is {before.get(key)!r} there and {now[key]!r} here'}"
     raise AnchorCacheError(
         f"The folder {path} holds anchors of another build{difference}. Pass overwrite=True to replace them, "
         f"another `path` to keep them, or AnchorCache.open({str(path)!r}) to use them."
@@ -362,8 +336,17 @@ def require_same(path: Path, old: Any, new: Mapping[str, Any]) -> None:
 
 
 def _flat(settings: Any) -> dict[str, Any]:
-    """Settings with the names "part" and "part.key"."""
+    """Settings by the names "part" and "part.key"."""
     flat: dict[str, Any] = {}
     for part, value in settings.items() if isinstance(settings, dict) else ():
         flat |= {f"{part}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {part: value}
     return flat
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

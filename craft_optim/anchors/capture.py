@@ -164,17 +164,12 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
         if stop and len(out) == len(wanted):
             raise _EnoughError
 
-    def before(layer: Layer) -> Callable[..., None]:
-        return lambda module, args, kwargs: keep(layer, args if args else kwargs)
-
-    def after(layer: Layer) -> Callable[..., None]:
-        return lambda module, args, output: keep(layer, output)
-
     named = modules_by_name(model) if any(isinstance(layer, str) for layer in wanted) else {}
     try:
         for layer in wanted:
             if isinstance(layer, str):
-                handles.append(named[layer].register_forward_hook(after(layer)))
+                after = named[layer].register_forward_hook
+                handles.append(after(lambda module, args, output, layer=layer: keep(layer, output)))
                 continue
             decoder = find_decoder(model)
             target = decoder.norm
@@ -182,7 +177,10 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
                 block = decoder.layers[layer]
                 norms = (getattr(block, name, None) for name in _FIRST_NORMS)
                 target = next((norm for norm in norms if isinstance(norm, nn.Module)), block)
-            handles.append(target.register_forward_pre_hook(before(layer), with_kwargs=True))
+            before = target.register_forward_pre_hook
+            handles.append(
+                before(lambda module, args, kwargs, layer=layer: keep(layer, args or kwargs), with_kwargs=True)
+            )
         yield out
     except _EnoughError as enough:
         # The frames of the forward hang on the traceback. Drop them now: a suspended checkpoint in there keeps its

@@ -14,19 +14,7 @@ from filelock import FileLock, Timeout
 
 from .shards import AnchorCacheError
 
-__all__ = ["is_locked", "locked", "make_folder", "write_aside", "write_json"]
-
-
-def make_folder(folder: Path) -> None:
-    """Creates the folder if need be.
-
-    Raises:
-        AnchorCacheError: It cannot be created.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+__all__ = ["is_locked", "locked", "write_aside", "write_json"]
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
@@ -69,7 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def locked(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Within the block no other process of this rank writes to the folder.
+    """Within the block no other process of this rank writes to the folder, which is created if need be.
 
     Raises:
         AnchorCacheError: One does, or the folder cannot be written to.
@@ -77,6 +65,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
     path = folder / f"build-{rank}.lock"
     lock = FileLock(path)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise AnchorCacheError(
@@ -84,7 +73,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
             "several processes are to build them together, all of them must be in `process_group`."
         ) from None
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(folder, error) from error
     try:
         yield
     finally:

@@ -29,7 +29,6 @@ from torch import Tensor
 from .build_folder import building
 from .cache import AnchorCache
 from .capture import Layer
-from .folders import make_folder
 from .manifest import MANIFEST, FeatureSpec, dtype_name, tap_key
 from .masks import IGNORED
 from .processes import Team
@@ -156,14 +155,11 @@ def write_cache(
 
     Args:
         path: The cache's folder; created if need be.
-        batches: (inputs as for `build`, features by name) of each batch, first dimension the anchors: "labels" `[n, T]`
-            is the token that each position of the logits shall give, or -100; `tap_key(layer, span)` `[n, D]` are
-            pooled hidden states.
-        layers: Of the hidden states.
-        pooling: Span -> how they were pooled.
-        dtype: Of hidden states on disk.
-        model_id: A name for the teacher.
-        origin: Where the anchors come from.
+        batches: (batch as for `build`, features by name), first dimension the anchors: "labels" `[n, T]` is the token
+            that each position of the logits shall give, or -100; `tap_key(layer, span)` `[n, D]` are pooled hidden
+            states, which are stored in `dtype`.
+        layers: The layers of the hidden states; `pooling` says for each span how they were pooled.
+        model_id: A name for the teacher; `origin` says where the anchors come from.
         overwrite: Replace what the folder holds.
 
     Raises:
@@ -171,7 +167,6 @@ def write_cache(
         ValueError: The batches do not fit together, or there are none.
     """
     path = Path(path)
-    make_folder(path)
     if (path / MANIFEST).exists() and not overwrite:
         raise AnchorCacheError(f"The folder {path} holds anchors already. Pass overwrite=True to replace them.")
     stream = iter(batches)

@@ -5,22 +5,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import images
-from .shards import AnchorCacheError
+from .shards import AnchorCacheError, Shard
 from .structure import Structure
 
 __all__ = [
-    "FORMAT",
     "MANIFEST",
     "PROGRESS",
-    "SCHEMA_VERSION",
     "FeatureSpec",
     "Manifest",
-    "ShardRecord",
     "cover",
     "dtype_name",
     "is_mask",
@@ -28,12 +25,11 @@ __all__ = [
     "tap_key",
 ]
 
-SCHEMA_VERSION = 2
-FORMAT = "craft_optim.anchors"
 MANIFEST = "cache.json"
 PROGRESS = "build.json"  # there while the cache is being built
 
-_REBUILD = "Build the cache again with overwrite=True."
+_FORMAT = "craft_optim.anchors"
+_SCHEMA_VERSION = 2
 
 
 def tap_key(layer: int | str, span: str) -> str:
@@ -112,33 +108,15 @@ class FeatureSpec:
         return f"{' and '.join(parts) or 'nothing'} as {self.dtype}"
 
 
-class ShardRecord(NamedTuple):
-    """One shard in the manifest.
-
-    Attributes:
-        file: Its name in the folder.
-        anchors: Their number.
-        size: In bytes.
-        checksum: sha256 of the file.
-        encodings: Input name -> {"formula": ..., "dtype": ...}, for images stored as bytes.
-    """
-
-    file: str
-    anchors: int
-    size: int
-    checksum: str
-    encodings: dict[str, dict[str, str]]
-
-
 def manifest_text(data: Mapping[str, Any]) -> str:
-    """`cache.json`, with a checksum of everything else in it."""
+    """`cache.json`: the data with format and version before it, and after it a checksum of everything else."""
+    data = {"format": _FORMAT, "schema_version": _SCHEMA_VERSION, **data}
     body = json.dumps({**data, "sha256": ""}, indent=1)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps({**data, "sha256": digest}, indent=1) + "\n"
+    return json.dumps({**data, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1) + "\n"
 
 
 class Manifest:
-    """`cache.json` of a folder, read.
+    """`cache.json` of a folder, read, and the shards that it names.
 
     Attributes:
         path: The file.
@@ -147,11 +125,10 @@ class Manifest:
         teacher: Fingerprint, class and name of the teacher; origin of an imported cache.
         settings: The arguments of the build, in the types of JSON.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
-        shards: Its files, in the order of the anchors.
-        anchors: Number of anchors in all of them, as it was written.
+        shards: At least one, in the order of the anchors.
 
     Raises:
-        AnchorCacheError: There is no such file, or a value in it is not what it must be; names it.
+        AnchorCacheError: There is no such file, a value in it is not what it must be, or a shard is not as recorded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -161,7 +138,7 @@ class Manifest:
         except (OverflowError, RecursionError) as error:
             raise self.error("its numbers are too large, or it is nested too deeply") from error
 
-    def error(self, problem: str, remedy: str = _REBUILD) -> AnchorCacheError:
+    def error(self, problem: str, remedy: str = "Build the cache again with overwrite=True.") -> AnchorCacheError:
         """The error to raise about this cache."""
         return AnchorCacheError(f"{self.path} cannot be used: {problem}. {remedy}")
 
@@ -179,12 +156,12 @@ class Manifest:
             raise self.error(f"it cannot be read ({error.strerror or error})", "Check the path.") from error
         except (ValueError, RecursionError) as error:
             raise self.error("it is not JSON") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise self.error(f"it is not a cache of anchors (its 'format' is not {FORMAT!r})", "Check the path.")
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise self.error(f"it is not a cache of anchors (its 'format' is not {_FORMAT!r})", "Check the path.")
         version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version != _SCHEMA_VERSION:
             raise self.error(
-                f"it has schema_version {version!r}, this library reads {SCHEMA_VERSION}",
+                f"it has schema_version {version!r}, this library reads {_SCHEMA_VERSION}",
                 "Build the cache again with overwrite=True, or use the version of craft-optim that wrote it.",
             )
         data.pop("sha256", None)
@@ -208,8 +185,10 @@ class Manifest:
             **self._get(data, "built_with", dict),
             "teacher": self.teacher,
         }
-        self.shards = [self._shard(record) for record in self._get(data, "shards", list)]
-        self.anchors: int = self._get(data, "anchors", int)
+        self.shards = tuple(self._shard(record) for record in self._get(data, "shards", list))
+        anchors, found = self._get(data, "anchors", int), sum(shard.count for shard in self.shards)
+        if not self.shards or anchors != found:
+            raise self.error(f"it speaks of {anchors} anchors, its shards hold {found}")
 
     def _get(self, owner: Any, key: str, *types: type, optional: bool = False) -> Any:
         value = owner.get(key) if isinstance(owner, dict) else None
@@ -226,7 +205,7 @@ class Manifest:
             raise self.error(f"its {key!r} must be strings. Found {values!r:.60}")
         return tuple(values)
 
-    def _shard(self, record: Any) -> ShardRecord:
+    def _shard(self, record: Any) -> Shard:
         name = self._get(record, "file", str)
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise self.error(f"a shard's file name must name a file in the folder. Found {name!r:.60}")
@@ -238,7 +217,7 @@ class Manifest:
         count, size = self._get(record, "anchors", int), self._get(record, "bytes", int)
         if count < 1:
             raise self.error(f"shard {name!r} must have at least one anchor. Found {count}")
-        return ShardRecord(name, count, size, self._get(record, "sha256", str), encodings)
+        return Shard(self.path.with_name(name), count, size, encodings, self._get(record, "sha256", str))
 
     def _features(self, owner: Any) -> FeatureSpec:
         layers = self._get(owner, "layers", list)

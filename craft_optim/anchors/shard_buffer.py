@@ -11,9 +11,7 @@ from torch import Tensor
 from .build_folder import BuildFolder
 from .fingerprint import anchor_checksums
 from .images import Encoding, decode, encode, encode_alike
-from .manifest import dtype_name
 from .shards import packed
-from .structure import Structure
 
 __all__ = ["ShardBuffer"]
 
@@ -21,14 +19,7 @@ _AHEAD = 4  # parts and shards that may wait for the thread
 
 
 class _Part(NamedTuple):
-    """Some anchors of one batch.
-
-    Attributes:
-        tensors: `inputs.<name>` and `features.<name>`; images as bytes already, which take a quarter of the memory.
-        lengths: Key -> positions of each anchor, for joined features.
-        encodings: Key -> formula and dtype, for images that are bytes.
-        checksums: One for each anchor.
-    """
+    """Some anchors of one batch, as pushed; images as bytes already, which take a quarter of the memory."""
 
     tensors: dict[str, Tensor]
     lengths: dict[str, Tensor]
@@ -62,9 +53,9 @@ class ShardBuffer:
         """
         self._submit(self._push, tensors, lengths, batch)
 
-    def flush(self, shard: int, classes: int | None, structure: Structure) -> None:
-        """Ends the shard: what was pushed is written under this number. See `BuildFolder.write_shard`."""
-        self._submit(self._flush, shard, classes, structure)
+    def flush(self, shard: int) -> None:
+        """Ends the shard: what was pushed is written under this number."""
+        self._submit(self._flush, shard)
 
     def drain(self) -> None:
         """Waits for the thread; what follows a failure in it is not run."""
@@ -100,15 +91,14 @@ class ShardBuffer:
                     tensors[key], encodings[key] = encoded[0], (encoded[1], x.dtype)
         self._parts.append(_Part(tensors, lengths, encodings, anchor_checksums(batch)))
 
-    def _flush(self, shard: int, classes: int | None, structure: Structure) -> None:
+    def _flush(self, shard: int) -> None:
         parts, self._parts = self._parts, []
         tensors: dict[str, Tensor] = {}
-        encodings: dict[str, dict[str, str]] = {}
+        encodings: dict[str, Encoding] = {}
         for key in parts[0].tensors:
             values, encoding = _encoded_alike(key, parts)
             if encoding is not None:
-                formula, dtype = encoding
-                encodings[key.removeprefix("inputs.")] = {"formula": formula, "dtype": dtype_name(dtype)}
+                encodings[key.removeprefix("inputs.")] = encoding
             if key in parts[0].lengths:
                 tensors[key] = torch.cat(values)
                 tensors[f"lengths.{key}"] = torch.cat([part.lengths[key] for part in parts])
@@ -116,7 +106,7 @@ class ShardBuffer:
                 tensors |= packed(key, values)
         tensors = {key: x.contiguous() for key, x in tensors.items()}
         checksums = [checksum for part in parts for checksum in part.checksums]
-        self._folder.write_shard(shard, tensors, encodings, checksums, classes, structure)
+        self._folder.write_shard(shard, tensors, encodings, checksums)
 
 
 def _encoded_alike(key: str, parts: list[_Part]) -> tuple[list[Tensor], Encoding | None]:

@@ -79,17 +79,20 @@ class Shard:
         path: The file.
         count: Number of anchors that it must hold.
         size: Its size in bytes.
-        encodings: Input name -> formula and dtype, for inputs stored as bytes.
+        encodings: Input name -> {"formula": ..., "dtype": ...}, for inputs stored as bytes.
+        sha256: Its checksum, for `verify`.
 
     Raises:
         AnchorCacheError: The file is missing, has another size, or its header is not that of such a shard.
     """
 
     def __init__(
-        self, path: Path, count: int, size: int, encodings: Mapping[str, Mapping[str, str]] | None = None
+        self, path: Path, count: int, size: int, encodings: Mapping[str, Mapping[str, str]], sha256: str = ""
     ) -> None:
-        self.path, self.count, self.size = path, count, size
-        self.encodings = {f"inputs.{name}": dict(encoding) for name, encoding in (encodings or {}).items()}
+        self.path, self.count, self.size, self.sha256 = path, count, size, sha256
+        self.encodings: dict[str, images.Encoding] = {
+            f"inputs.{name}": (x["formula"], getattr(torch, x["dtype"])) for name, x in encodings.items()
+        }
         self._file: BinaryIO | None = None
         self._indices: dict[str, _Index] = {}
         self.entries = self._header()
@@ -223,13 +226,13 @@ class Shard:
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def verify(self, checksum: str) -> None:
-        """Raises AnchorCacheError unless the file has this checksum. Reads all of it."""
+    def verify(self) -> None:
+        """Raises AnchorCacheError unless the file is what was written. Reads all of it."""
         try:
             found = self.checksum()
         except OSError as error:
             raise self._bad(f"it cannot be read ({error.strerror or error})") from error
-        if found != checksum:
+        if found != self.sha256:
             raise self._bad("its contents differ from what was written (sha256)")
 
     # Anchors
@@ -289,25 +292,9 @@ class Shard:
             out[begin:end].reshape(-1, len(value))[:] = value
         out[end:] = 0
 
-    def encoding(self, key: str) -> tuple[str, torch.dtype] | None:
-        """Formula and dtype of images stored as bytes; None for what is stored as it is."""
-        encoding = self.encodings.get(key)
-        return None if encoding is None else (encoding["formula"], getattr(torch, encoding["dtype"]))
-
     def dtype(self, key: str) -> torch.dtype:
         """The dtype that a read gives, images decoded."""
-        encoding = self.encoding(key)
-        return self.entries[key].dtype if encoding is None else encoding[1]
-
-    def row(self, key: str, row: int) -> Tensor:
-        """One anchor's tensor, without the dimension of the anchors, images decoded."""
-        entry = self.entries[key]
-        shape = entry.shape[1:] if self.index(key) is None else (self.width(key, row), *entry.shape[1:])
-        out = torch.empty(shape, dtype=entry.dtype)
-        if out.numel():
-            self.read_row(key, row, out.reshape(-1).view(torch.uint8).numpy())
-        encoding = self.encoding(key)
-        return out if encoding is None else images.decode(out, *encoding)
+        return self.encodings[key][1] if key in self.encodings else self.entries[key].dtype
 
 
 def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> None:

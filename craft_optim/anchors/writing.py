@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .build_folder import BuildFolder, same_classes
+from .build_folder import BuildFolder
 from .fingerprint import anchor_checksums
 from .manifest import cover, is_mask
 from .shard_buffer import ShardBuffer
@@ -32,11 +32,9 @@ class Writer:
         self._buffer = ShardBuffer(folder)
         self._size: int = folder.settings["shard_size"]
         self._seen = 0
-        self._structure: Structure | None = None
         self._signature: dict[str, tuple[Any, ...]] = {}
         self._features: set[str] | None = None
         self._widths: dict[str, int] = {}
-        self._classes = folder.classes
 
     def __enter__(self) -> "Writer":
         return self
@@ -53,12 +51,13 @@ class Writer:
     def expect(self, structure: Structure, inputs: Mapping[str, Tensor]) -> None:
         """Raises ValueError unless inputs look like those before, up to the number of anchors and their length."""
         signature = {name: (x.dtype, x.ndim, *x.shape[2:]) for name, x in inputs.items()}
-        if self._structure is None:
-            self._structure, self._signature = structure, signature
-        if structure != self._structure or signature != self._signature:
+        if self.folder.structure is None:
+            self.folder.structure, self._signature = structure, signature
+        before = self.folder.structure
+        if structure != before or signature != self._signature:
             raise ValueError(
                 "All batches must hold the same tensors, with the same dtypes and shapes from dimension 2 on. "
-                f"Found {self._structure.kind} {self._signature} and then {structure.kind} {signature}."
+                f"Found {before.kind} {self._signature} and then {structure.kind} {signature}."
             )
         changed = [name for name, x in inputs.items() if self._other_width(f"inputs.{name}", x) is not None]
         if changed:
@@ -134,7 +133,7 @@ class Writer:
             batch: The batch as it was given, if `inputs` were made of it by generating.
         """
         batch = inputs if batch is None else batch
-        self._classes = same_classes(self._classes, classes)
+        self.folder.same_classes(classes)
         self._same_features(features, joined)
         lengths = {f"features.{name}": features[cover(name) or ""].flatten(1).sum(1).int() for name in joined}
         tensors = {f"inputs.{name}": x.detach().cpu() for name, x in inputs.items()}
@@ -145,7 +144,7 @@ class Writer:
                 continue
             self._buffer.push(_cut(tensors, at, end, lengths), _cut(lengths, at, end), _cut(batch, at, end))
             if self._seen + end == (shard + 1) * self._size:
-                self._flush(shard)
+                self._buffer.flush(shard)
         self._seen += _count(batch)
 
     def _same_features(self, features: Mapping[str, Tensor], joined: Collection[str]) -> None:
@@ -175,13 +174,9 @@ class Writer:
             raise ValueError(f"`batches` yielded nothing: there is no anchor to write to {self.folder.path}.")
         last, anchors = divmod(self._seen, self._size)
         if anchors and self.folder.is_mine(last) and last not in self.folder.complete:
-            self._flush(last)
+            self._buffer.flush(last)
         self._buffer.drain()
         self.folder.finish(last + (anchors > 0))
-
-    def _flush(self, shard: int) -> None:
-        assert self._structure is not None
-        self._buffer.flush(shard, self._classes, self._structure)
 
 
 def _count(batch: Mapping[str, Tensor]) -> int:
