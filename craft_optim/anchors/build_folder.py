@@ -83,10 +83,9 @@ class BuildFolder:
     # The beginning
 
     def prepare(self, *, start_over: bool) -> str:
-        """Makes the folder ready, once, by the first process; the others `load`. Returns a token of this build.
+        """Makes the folder ready for all to `load`, once. Returns a token of this build.
 
-        Raises:
-            AnchorCacheError: It is half built otherwise.
+        Raises AnchorCacheError if the folder is half built otherwise.
         """
         progress = self.path / PROGRESS
         # The cache does not depend on the number of processes; which shard is which does
@@ -109,11 +108,7 @@ class BuildFolder:
         return token
 
     def load(self, token: str) -> None:
-        """Takes up this process' complete shards.
-
-        Raises:
-            AnchorCacheError: The folder is not the one that `prepare` made ready.
-        """
+        """Takes up this process' complete shards. Raises AnchorCacheError if it is not the folder with that token."""
         if _read_json(self.path / PROGRESS).get("token") != token:
             raise AnchorCacheError(
                 f"{self.path} is not one folder on all processes: rank {self.team.rank} does not see what rank 0 wrote "
@@ -140,17 +135,7 @@ class BuildFolder:
     def write_shard(
         self, shard: int, tensors: dict[str, Tensor], encodings: Mapping[str, Encoding], checksums: list[str]
     ) -> None:
-        """Writes a shard, and then the record that makes it complete.
-
-        Args:
-            shard: Its number among those of this process, or of all if they are replicated.
-            tensors: As `Shard` describes them.
-            encodings: Input name -> formula and dtype, for images stored as bytes.
-            checksums: One for each anchor, see `anchor_checksums`.
-
-        Raises:
-            AnchorCacheError: It cannot be written.
-        """
+        """Writes a shard, and then the record that makes it complete; `checksums` has one for each anchor."""
         path = self._file(shard, "safetensors")
         write_aside(path, lambda aside: safetensors.torch.save_file(tensors, aside))
         images = {name: {"formula": x, "dtype": dtype_name(dtype)} for name, (x, dtype) in encodings.items()}
@@ -173,15 +158,10 @@ class BuildFolder:
     # The end
 
     def finish(self, shards: int) -> None:
-        """Says that this process' shards are written, and waits until the cache is finished.
+        """Says that all `shards` are written, and waits until the cache is finished.
 
-        The first process waits for all others and writes the manifest; the others wait for that.
-
-        Args:
-            shards: Number of shards that the anchors fill which this process has seen.
-
-        Raises:
-            AnchorCacheError: Another process has failed or was interrupted.
+        The first process waits for all others and writes the manifest; the others wait for that. Raises
+        AnchorCacheError if one has failed or was interrupted.
         """
         if self.team.writes:
             write_json(self.path / f"rank-{self.team.rank}.done", {"shards": shards})
@@ -275,11 +255,8 @@ def building(
 ) -> Iterator[BuildFolder]:
     """Locks the folder and makes it ready; after an exception in the block, tells the other processes.
 
-    The first process makes it ready, then all take up their parts. If one cannot, none begins.
-
-    Args:
-        path: As for `BuildFolder`, and so are `settings`, `team` and `replicated`; created if need be.
-        start_over: Throw away what is complete.
+    The first process makes it ready, then all take up their parts. If one cannot, none begins. Arguments are those of
+    `BuildFolder`; `start_over` throws away what is complete.
 
     Raises:
         AnchorCacheError: Another build is writing to the folder, it is half built otherwise, or cannot be written to.

@@ -58,11 +58,11 @@ class AnchorCache:
 
     Attributes:
         path: The folder.
-        features: What it holds of the teacher.
-        structure: How its inputs are put together.
+        features: The teacher's outputs that it holds, and how they came about.
+        structure: Structure of its inputs.
         fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
         model_id: The teacher's name, as given to `build`; or None.
-        origin: Where an imported cache came from; or None.
+        origin: Source of an imported cache; or None.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
         joined: Names of the features that hold the positions of their mask only, anchor after anchor.
         shards: Its files, in the order of the anchors.
@@ -145,7 +145,7 @@ class AnchorCache:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `build` was asked for, in the types of JSON."""
+        """The arguments of the build, in the types of JSON."""
         settings: dict[str, Any] = json.loads(json.dumps(self._settings))
         return settings
 
@@ -156,7 +156,7 @@ class AnchorCache:
     def tensors(self) -> list[tuple[str, str, str]]:
         """For people: name, shape of one anchor, dtype on disk (and after reading) of every tensor."""
         first = self.shards[0]
-        rows = []
+        found = []
         for key in self._keys:
             stored, dtype = first.entries[key].dtype, first.dtype(key)
             joined = key.removeprefix("features.") in self.joined
@@ -164,8 +164,8 @@ class AnchorCache:
             tail = first.form(key)[2] if size else first.entries[key].shape[1:]
             shape = " x ".join(map(str, [*size, *tail])) or "scalar"
             names = map(dtype_name, dict.fromkeys((stored, dtype)))
-            rows.append((key, shape, " -> ".join(names)))
-        return rows
+            found.append((key, shape, " -> ".join(names)))
+        return found
 
     @property
     def frozen_features(self) -> list[str]:
@@ -229,9 +229,9 @@ class AnchorCache:
             raise IndexError(f"`indices` must be in [0, {len(self)}) and at least one. Found {wanted.tolist()!s:.80}.")
         numbers = np.searchsorted(self._starts, wanted, side="right") - 1
         files = {n: self.shards[n].opened() for n in dict.fromkeys(numbers.tolist())}
-        rows = (wanted - self._starts[numbers]).tolist()
+        within = (wanted - self._starts[numbers]).tolist()
         places: list[Place] = [
-            (self.shards[n], row, files[n].fileno()) for n, row in zip(numbers.tolist(), rows, strict=True)
+            (self.shards[n], anchor, files[n].fileno()) for n, anchor in zip(numbers.tolist(), within, strict=True)
         ]
         chosen = None if features is None else {f"features.{name}" for name in features}
         tensors: dict[str, Tensor] = {}
@@ -250,11 +250,11 @@ class AnchorCache:
         return tensors, encodings
 
     def batch(self, tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]) -> AnchorBatch:
-        """What `gather` gave, decoded where it is now and put together."""
+        """The tensors of `gather`, decoded on the device that they are on now, and put together."""
         named = {key: decode(x, *encodings[key]) if key in encodings else x for key, x in tensors.items()}
         inputs = {key.removeprefix("inputs."): x for key, x in named.items() if key.startswith("inputs.")}
-        taught = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
-        return AnchorBatch(self.structure.rebuild(inputs), taught)
+        features = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
+        return AnchorBatch(self.structure.rebuild(inputs), features)
 
     def _close_others(self, just_read: list[int]) -> None:
         # If another thread is at it, or was when this process was forked, it can wait for the next time
@@ -281,15 +281,15 @@ class AnchorCache:
 
 def _joined(key: str, places: list[Place], pin_memory: bool) -> Tensor:
     """The positions that count of several anchors, one after another."""
-    counts = [shard.stored(key, row) for shard, row, _ in places]
-    entry = places[0][0].entries[key]
-    out = torch.empty((sum(counts), *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
+    entry, ends = places[0][0].entries[key], [0]
+    for shard, anchor, _ in places:
+        first, last = shard.rows(key, anchor)
+        ends.append(ends[-1] + last - first)
+    out = torch.empty((ends[-1], *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():
-        data, at = out.reshape(-1).view(torch.uint8).numpy(), 0
-        for (shard, row, _), count in zip(places, counts, strict=True):
-            end = at + count * entry.row_bytes
-            shard.read_row(key, row, data[at:end])
-            at = end
+        data = out.reshape(-1).view(torch.uint8).numpy()
+        for (shard, anchor, _), first, last in zip(places, ends, ends[1:], strict=False):
+            shard.read_anchor(key, anchor, data[first * entry.row_bytes : last * entry.row_bytes])
     return out
 
 
@@ -308,7 +308,7 @@ def _stacked(key: str, places: list[Place], pin_memory: bool) -> tuple[Tensor, E
     first = places[0][0]
     entry, encoding = first.entries[key], first.encodings.get(key)
     rank, tail = first.form(key)[1:]
-    widths = [shard.width(key, row) for shard, row, _ in places] if rank > 1 else []
+    widths = [shard.width(key, anchor) for shard, anchor, _ in places] if rank > 1 else []
     shape = (len(places), *([max(widths)] if widths else []), *tail)
     alike = all(shard.encodings.get(key) == encoding for shard, *_ in places)
     if not alike or (encoding is not None and len(set(widths)) > 1):
@@ -321,6 +321,6 @@ def _stacked(key: str, places: list[Place], pin_memory: bool) -> tuple[Tensor, E
     out = torch.empty(shape, dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():
         data = out.reshape(len(places), -1).view(torch.uint8).numpy()
-        for i, (shard, row, _) in enumerate(places):
-            shard.read_row(key, row, data[i])
+        for i, (shard, anchor, _) in enumerate(places):
+            shard.read_anchor(key, anchor, data[i])
     return out, encoding

@@ -169,7 +169,7 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
         for layer in wanted:
             if isinstance(layer, str):
                 after = named[layer].register_forward_hook
-                handles.append(after(lambda module, args, output, layer=layer: keep(layer, output)))
+                handles.append(after(lambda _, args, output, layer=layer: keep(layer, output)))
                 continue
             decoder = find_decoder(model)
             target = decoder.norm
@@ -178,9 +178,7 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
                 norms = (getattr(block, name, None) for name in _FIRST_NORMS)
                 target = next((norm for norm in norms if isinstance(norm, nn.Module)), block)
             before = target.register_forward_pre_hook
-            handles.append(
-                before(lambda module, args, kwargs, layer=layer: keep(layer, args or kwargs), with_kwargs=True)
-            )
+            handles.append(before(lambda _, args, kwargs, layer=layer: keep(layer, args or kwargs), with_kwargs=True))
         yield out
     except _EnoughError as enough:
         # The frames of the forward hang on the traceback. Drop them now: a suspended checkpoint in there keeps its

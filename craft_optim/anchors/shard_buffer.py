@@ -47,8 +47,8 @@ class ShardBuffer:
         """Adds anchors to the shard.
 
         Args:
-            tensors: `inputs.<name>` and `features.<name>`, on the CPU. Must not change any more.
-            lengths: Key -> positions of each anchor, for those that hold the positions of a mask only.
+            tensors: `inputs.<name>` and `features.<name>`, on the CPU. They must not change any more.
+            lengths: Key of a joined feature -> number of positions of each anchor.
             batch: The anchors as they were given to `build`, by name.
         """
         self._submit(self._push, tensors, lengths, batch)

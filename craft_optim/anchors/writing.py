@@ -93,8 +93,7 @@ class Writer:
     def skips(self, batch: Mapping[str, Tensor]) -> bool:
         """True if all anchors of a batch are in complete shards, or in those of other processes: it is done with.
 
-        Raises:
-            AnchorCacheError: The complete shards are not made of them.
+        Raises AnchorCacheError if the complete shards are not made of them.
         """
         shares = list(self._shares(batch))
         if any(shard not in self.folder.complete for shard, _, _ in shares):
@@ -126,7 +125,7 @@ class Writer:
         """Takes a batch with its features.
 
         Args:
-            inputs: By name, first dimension the anchors; `expect`ed before.
+            inputs: By name, first dimension the anchors, after `expect`. Tensors must not change any more.
             features: By name, on the CPU; first dimension the anchors.
             classes: Size of the logits' last dimension, or None.
             joined: Names of features that hold, instead, the positions of their mask (see `cover`) one after another.
