@@ -26,7 +26,7 @@ from .manifest import MANIFEST, FeatureSpec, dtype_name
 from .masks import Mask
 from .names import class_name, unwrapped
 from .passes import Forward, autocast_dtype, device_of, isolated_rng, steady
-from .processes import Team, digest, find_team
+from .processes import Team, find_team
 from .progress import anchor_bar
 from .shards import AnchorCacheError
 from .structure import Structure, flatten
@@ -208,15 +208,17 @@ def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream
     finished = (folder / MANIFEST).exists()
     if not team.several:
         return finished
-    seen = team.gather((finished, digest(json.dumps(settings)), digest(stream.first()), team.rank))
+    first = stream.first()
+    batch = None if first is None else (first[0], tuple(anchor_checksums(first[1])))
+    seen = team.gather((finished, json.dumps(settings), batch))
     if len({which for which, *_ in seen}) > 1:
         raise AnchorCacheError(
             f"{folder} is not one folder on all processes: some of them see a finished cache there and others do not. "
             "Pass a `path` on a file system that they share."
         )
-    if len({words for _, words, *_ in seen}) > 1:
+    if len({words for _, words, _ in seen}) > 1:
         raise ValueError("All processes must call `build` with the same model and the same arguments.")
-    first_batches = {batch for *_, batch, _ in seen}
+    first_batches = {batch for *_, batch in seen}
     if replicated and len(first_batches) > 1:
         raise ValueError(
             "With replicated=True all processes must be given the same batches, of which each runs its share. The "
