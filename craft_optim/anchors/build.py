@@ -204,7 +204,7 @@ def build(
 
 
 def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream", replicated: bool) -> bool:
-    """Whether the folder holds a finished cache; raises unless all processes see the same."""
+    """True if the folder holds a finished cache; raises unless all processes see the same."""
     finished = (folder / MANIFEST).exists()
     if not team.several:
         return finished
@@ -262,7 +262,7 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
 
 
 def _is_plain(model: nn.Module) -> bool:
-    """Whether all weights are ordinary tensors: others may not know inference mode."""
+    """True if all weights are ordinary tensors: others may not know inference mode."""
     kinds = {type(x) for x in (*model.parameters(), *model.buffers())}
     return kinds <= {Tensor, nn.Parameter}
 

@@ -64,7 +64,7 @@ class AnchorCache:
         model_id: The teacher's name, as given to `build`; or None.
         origin: Source of an imported cache; or None.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
-        joined: Names of the features that hold the positions of their mask only, anchor after anchor.
+        joined_features: Names of the features that hold the positions of their mask only, anchor after anchor.
         shards: Its files, in the order of the anchors.
 
     Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
@@ -112,7 +112,7 @@ class AnchorCache:
         if missing := wanted - set(first.keys):
             raise manifest.error(f"shard {first.path.name} lacks {', '.join(sorted(missing))}, which it speaks of")
         names = [key.removeprefix("features.") for key in first.keys if key.startswith("features.")]
-        self.joined = frozenset(x for x in names if first.is_packed(f"features.{x}") and cover(x) in names)
+        self.joined_features = frozenset(x for x in names if first.is_packed(f"features.{x}") and cover(x) in names)
         for shard in self.shards:
             if set(shard.keys) != set(first.keys):
                 raise manifest.error(f"shards {first.path.name} and {shard.path.name} hold different tensors")
@@ -121,7 +121,7 @@ class AnchorCache:
                     raise manifest.error(f"shard {shard.path.name} has no bytes for the images {key!r} ({encoding})")
             for key in first.keys:
                 same = first.form(key) == shard.form(key)
-                if not same or (key.removeprefix("features.") in self.joined and not shard.is_packed(key)):
+                if not same or (key.removeprefix("features.") in self.joined_features and not shard.is_packed(key)):
                     raise manifest.error(
                         f"{key!r} is {first.form(key)} in {first.path.name} and {shard.form(key)} in {shard.path.name}"
                     )
@@ -159,7 +159,7 @@ class AnchorCache:
         found = []
         for key in self._keys:
             stored, dtype = first.entries[key].dtype, first.dtype(key)
-            joined = key.removeprefix("features.") in self.joined
+            joined = key.removeprefix("features.") in self.joined_features
             size = ["positions"] if joined else ["length"] if self._varies(key) else []
             tail = first.form(key)[2] if size else first.entries[key].shape[1:]
             shape = " x ".join(map(str, [*size, *tail])) or "scalar"
@@ -219,8 +219,7 @@ class AnchorCache:
         Args:
             indices: As for `read`.
             features: Names of the features to read. None: all.
-            pin_memory: Whether to read into page-locked memory, from which copies to an accelerator need not be waited
-                for.
+            pin_memory: Read into page-locked memory: copies from there to an accelerator need not be waited for.
         """
         wanted = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices), dtype=np.int64).reshape(
             -1
@@ -237,7 +236,7 @@ class AnchorCache:
         tensors: dict[str, Tensor] = {}
         encodings: dict[str, Encoding] = {}
         for key in self._keys:
-            if key.removeprefix("features.") in self.joined:
+            if key.removeprefix("features.") in self.joined_features:
                 if chosen is None or key in chosen:
                     tensors[key] = _joined(key, places, pin_memory)
             elif chosen is None or key in chosen or key.startswith("inputs."):

@@ -291,8 +291,8 @@ def pool(hidden: Tensor, mask: Tensor | None, mode: str) -> Tensor:
         return hidden.mean(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
     if mode == "masked_mean":
         assert mask is not None
-        kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)
-        total = kept.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        within = torch.where(mask.unsqueeze(-1), hidden, 0.0)
+        total = within.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
         return total / mask.sum(1, keepdim=True).clamp_min(1)
     if mask is None:
         return hidden[:, 0 if mode == "first" else -1]

@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def compare_fingerprints(cached: str, current: str) -> str | None:
-    """What differs, in words; None if nothing does."""
+    """The difference in words; None if there is none."""
     if cached == current:
         return None
     a, b = cached.split("-"), current.split("-")

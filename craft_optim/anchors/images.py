@@ -56,7 +56,7 @@ def decode(codes: Tensor, formula: str, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _table(formula: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each of the 256 bytes stands for."""
+    """The values of the 256 bytes."""
     return decode(torch.arange(256, dtype=torch.uint8), formula, dtype).to(device)
 
 

@@ -370,7 +370,7 @@ class CachedRetention(AnchorRetention):
                 outcome = self._outcome(batch)
                 if first:
                     self._compare(outcome, batch)  # of the whole: another model is refused in its own words
-                parts = single_anchors(outcome, batch, self.cache.joined, self.cache.features.batch_dim)
+                parts = single_anchors(outcome, batch, self.cache.joined_features, self.cache.features.batch_dim)
                 terms = [self._compare(*part) for part in parts]
         return {
             name: (torch.stack([x[name][0] for x in terms]).cpu().double(), torch.tensor([x[name][1] for x in terms]))

@@ -239,7 +239,7 @@ class Shard:
         return f"lengths.{key}" in self.entries
 
     def index(self, key: str) -> _Index | None:
-        """The places of the anchors of a packed tensor; None if it is not packed. Read once and kept."""
+        """The places of the anchors of a packed tensor; None if it is not packed. Read once."""
         if self.is_packed(key) and key not in self._indices:
             lengths = self.whole(f"lengths.{key}").long()
             starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
