@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from craft_optim.retention import Retention
 
 from .ahead import Ahead, to_device_ahead, wait_for
-from .cache import AnchorBatch, AnchorCache, Encoding, dtype_name, is_mask
+from .cache import AnchorBatch, AnchorCache
 from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
-from .images import decode
+from .images import Encoding, decode
+from .manifest import dtype_name, is_mask
 from .passes import Forward, Statistics, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
 from .sampling import AnchorSampler, mixed_seed
 from .single import single_anchors
@@ -378,8 +379,7 @@ class CachedRetention(AnchorRetention):
                 outcome = self._outcome(batch)
                 if first:
                     self._compare(outcome, batch)  # of the whole: another model is refused in its own words
-                joined = {key.removeprefix("features.") for key in self.cache._joined}
-                parts = single_anchors(outcome, batch, joined, self.cache.features.batch_dim)
+                parts = single_anchors(outcome, batch, self.cache.joined_features, self.cache.features.batch_dim)
                 terms = [self._compare(*part) for part in parts]
         return {
             name: (torch.stack([x[name][0] for x in terms]).cpu().double(), torch.tensor([x[name][1] for x in terms]))
