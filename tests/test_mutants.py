@@ -29,7 +29,12 @@ KILLED = "toy.py raised: return max(x, low) + {1 -> 2}"
     ("test", "explained", "status", "said"),
     [
         (TEST, f"{SURVIVOR}  # both are 2 at 1", 0, ["10 mutants, 90.0% killed", f"{SURVIVOR}  # both are 2 at 1"]),
-        (TEST, f"{KILLED}  # no", 1, [f"{SURVIVOR}  # NOT EXPLAINED", f"does not survive, take the line out: {KILLED}"]),
+        (
+            TEST,
+            f"{KILLED}  # no",
+            1,
+            [f"{SURVIVOR}  # NOT EXPLAINED", f"does not survive, take the line out: {KILLED}"],
+        ),
         (TEST.replace("1.5, 2", "1.5, 3"), "", 1, ["its tests must pass before it is changed"]),
     ],
 )

@@ -140,7 +140,10 @@ def test_scales_are_powers_of_two_that_shrink_to_one_and_grow_after_many_passes(
 
 def test_a_scale_shrinks_by_16_and_grows_to_2_to_the_64_at_most():
     assert initial_scale() == {"craft_scale": 65536.0, "craft_scale_passes": 0.0}
-    assert shrunk({"craft_scale": 65536.0, "craft_scale_passes": 7.0}) == {"craft_scale": 4096.0, "craft_scale_passes": 0.0}
+    assert shrunk({"craft_scale": 65536.0, "craft_scale_passes": 7.0}) == {
+        "craft_scale": 4096.0,
+        "craft_scale_passes": 0.0,
+    }
     for before, after in [(2.0**63, 2.0**64), (2.0**64, 2.0**64)]:
         grew = {"craft_scale": after, "craft_scale_passes": 0.0}
         assert grown({"craft_scale": before, "craft_scale_passes": 1999.0}) == grew
