@@ -137,6 +137,17 @@ def test_scales_are_powers_of_two_that_shrink_to_one_and_grow_after_many_passes(
     assert state == {"craft_scale": 2.0, "craft_scale_passes": 0.0}
 
 
+def test_a_scale_shrinks_by_16_and_grows_to_2_to_the_64_at_most():
+    assert initial_scale() == {"craft_scale": 65536.0, "craft_scale_passes": 0.0}
+    assert shrunk({"craft_scale": 65536.0, "craft_scale_passes": 7.0}) == {
+        "craft_scale": 4096.0,
+        "craft_scale_passes": 0.0,
+    }
+    for before, after in [(2.0**63, 2.0**64), (2.0**64, 2.0**64)]:
+        grew = {"craft_scale": after, "craft_scale_passes": 0.0}
+        assert grown({"craft_scale": before, "craft_scale_passes": 1999.0}) == grew
+
+
 @pytest.mark.parametrize("checkpointed", [False, True, "reentrant"])
 @pytest.mark.parametrize("half", [False, True])
 def test_float16_is_found_anywhere_in_the_graph(half, checkpointed):
@@ -157,3 +168,27 @@ def test_float16_is_found_anywhere_in_the_graph(half, checkpointed):
 def test_pure_float16_and_bfloat16():
     for dtype, found in ((torch.float16, True), (torch.bfloat16, False)):
         assert reaches_float16(network().to(dtype)(torch.ones(1, 8, dtype=dtype)).float().mean()) is found
+
+
+class Halves(torch.autograd.Function):
+    """One node with two outputs, of which one is float16."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.half(), x * 1.0
+
+    @staticmethod
+    def backward(ctx, half, single):
+        return half.float() + single
+
+
+def test_one_output_of_several_in_float16_is_enough():
+    half, single = Halves.apply(torch.ones(2, requires_grad=True))
+    assert reaches_float16(half.float().sum() + single.sum())
+
+
+def test_every_node_is_visited_once():
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(100):  # 2^100 ways through 100 nodes
+        x = x + x
+    assert not reaches_float16(x.sum())
