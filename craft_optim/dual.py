@@ -14,12 +14,12 @@ __all__ = ["AugmentedLagrangian", "Controller", "DualAscent", "MultiplicativePI"
 
 
 class Update(NamedTuple):
-    """What a controller returns.
+    """The answer of a controller.
 
     Attributes:
         multiplier: lambda for this step's merge, >= 0, never above `cap`.
         state: The state to pass at the next retention step.
-        capped: Whether `cap` held the multiplier down.
+        capped: True if `cap` held the multiplier down.
     """
 
     multiplier: float

@@ -1,4 +1,4 @@
-"""What a step reports, and where it goes.
+"""Metrics of a step, and sinks for them.
 
 `CraftOptimizer(..., on_metrics=sink)` calls `sink(metrics)` after every step that ran retention. A sink is any
 callable; those here append to a file, or pass the values on to the tracker that is in use already.
@@ -63,7 +63,7 @@ METRICS: dict[str, Metric] = {
 
 
 Sink = Callable[[Mapping[str, float]], Any]
-"""What `on_metrics` takes"""
+"""A function that `on_metrics` takes"""
 
 
 class JSONLWriter:

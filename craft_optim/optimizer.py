@@ -317,7 +317,7 @@ class CraftOptimizer(Wrapper):
         return result
 
     def _is_priming(self, step: int) -> bool:
-        """Whether a framework steps on zero gradients only to make the base create its state.
+        """True if a framework steps on zero gradients only to make the base create its state.
 
         torch.distributed.checkpoint does so, with lr = 0, whenever it saves or loads an optimizer without state.
         """
@@ -446,7 +446,7 @@ CraftOptimizer.__init__.__signature__ = _with_fields_of_rules(inspect.signature(
 
 
 def _without_gradients(parameters: Iterable[Tensor]) -> bool:
-    """Whether there is nothing to step on. Usually the first parameter tells: most steps shall cost nothing."""
+    """True if there is nothing to step on. Usually the first parameter tells: most steps shall cost nothing."""
     some = False
     for p in parameters:
         # FSDP1 may leave a process nothing but parameters without elements: it goes by the others' step.

@@ -32,7 +32,7 @@ def craft_optimizer(
     model: torch.nn.Module | None = None,
     **craft: Any,
 ) -> tuple[type[CraftOptimizer], dict[str, Any]]:
-    """What the Trainer's `optimizer_cls_and_kwargs` takes: the optimizer that `args` ask for, with retention.
+    """The optimizer that `args` ask for, with retention, as the Trainer's `optimizer_cls_and_kwargs` takes it.
 
     The base is the Trainer's own choice (`optim`, `learning_rate`, `adam_beta1`, `optim_args`, ...); so are its groups
     of parameters with and without weight decay. The Trainer builds it when it has moved, or sharded, the model.

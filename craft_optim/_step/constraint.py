@@ -75,7 +75,7 @@ class Constraint:
 
 
 Constraints = RetentionClosure | Constraint | Mapping[str, RetentionClosure | Constraint] | Sequence[Constraint]
-"""What `CraftOptimizer` takes: one without a name, or several, by name or by place."""
+"""One constraint without a name, or several by name or by place, as `CraftOptimizer` takes them."""
 
 
 def constraints_of(
@@ -85,8 +85,8 @@ def constraints_of(
 
     Args:
         given: As `CraftOptimizer` takes it. Places of a list are the names "0", "1", ...
-        epsilon: Of closures that are no `Constraint`; None for 0.05.
-        dual: Of closures that are no `Constraint`; None for "pi".
+        epsilon: For closures that are no `Constraint`; None for 0.05.
+        dual: For closures that are no `Constraint`; None for "pi".
 
     Raises:
         TypeError: One cannot be called, or a name is not a string.
@@ -154,7 +154,7 @@ class Passed(NamedTuple):
 
     Attributes:
         loss: L_ret, a tensor without a graph.
-        gradients: Those of `scale` times it, as autograd left them.
+        gradients: The gradients of `scale` times the loss, as autograd left them.
         scale: The private loss scale; 1 without float16.
     """
 
@@ -175,7 +175,7 @@ class RetentionPass:
         parameters: All of the optimizer's. Their `.grad` is in the stash: it is None after a pass, or what it gave.
         state: The constraint's own `craft_*` floats before the step.
         layout: The processes.
-        float16: Whether float16 takes part in the closure's backward; None to find out.
+        float16: True if float16 takes part in the closure's backward; None to find out.
 
     Attributes:
         name, constraint: As given.
@@ -277,7 +277,7 @@ class RetentionPass:
         return update.multiplier
 
     def may_project(self, projection: Projection, loss: float) -> bool:
-        """Whether what works against the constraint may be removed from the task gradient."""
+        """Says whether the task gradient may lose its part that works against the constraint."""
         return projection == "always" or (projection == "violated" and loss > self.epsilon)
 
     def violation(self, loss: float) -> float:

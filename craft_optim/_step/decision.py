@@ -132,14 +132,14 @@ class Weights(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What one step does.
+    """The merge of one step.
 
     Attributes:
         merges: For each constraint the coefficients of one merge after another: a g_t + w_1 g_1, that + w_2 g_2, ...
         norm: Norm of the gradient that they give.
-        clipped: Whether the cap on the norm scaled the coefficients.
-        conflict: Of each constraint, whether its cosine with the task gradient is below the threshold.
-        projected: Of each constraint, whether the projection acts on it.
+        clipped: True if the cap on the norm scaled the coefficients.
+        conflict: For each constraint, True if its cosine with the task gradient is below the threshold.
+        projected: For each constraint, True if the projection acts on it.
     """
 
     merges: list[Weights]
@@ -157,8 +157,8 @@ def decide(products: Products, *, lams: Sequence[float], project: Sequence[bool]
     Args:
         products: Finite.
         lams: The multipliers, >= 0.
-        project: Of each constraint, whether what is against it may be removed.
-        rules: Of the merge.
+        project: For each constraint, True if what is against it may be removed.
+        rules: The rules of the merge.
     """
     grams = products.grams
     conflict = [gram.cos < rules.conflict_threshold for gram in grams]

@@ -42,7 +42,7 @@ def set_aside(parameters: list[Tensor]) -> Iterator[Gradients]:
 
 
 def not_zero(gradients: Iterable[Tensor | None]) -> list[bool]:
-    """For each gradient, whether any of its elements is not zero. One read of each device."""
+    """For each gradient, True if any of its elements is not zero. One read of each device."""
     flags = [False if g is None else (g.coalesce().values() if g.is_sparse else g).count_nonzero() for g in gradients]
     counts: dict[torch.device, list[Tensor]] = {}
     for flag in flags:
@@ -53,7 +53,7 @@ def not_zero(gradients: Iterable[Tensor | None]) -> list[bool]:
 
 
 def all_zero(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether there is at least one gradient and every element of all of them is zero. Reads the device."""
+    """True if there is at least one gradient and every element of all of them is zero. Reads the device."""
     with torch.no_grad():
         return any(g is not None for g in gradients) and not any(not_zero(gradients))
 
@@ -96,7 +96,7 @@ class Stash:
     A gradient that is a view into a larger buffer (a bucket of DDP, say) cannot be freed and stays where it is.
 
     Args:
-        gradients: Of any kind; entries may be None.
+        gradients: Tensors of any kind; entries may be None.
         memory: See `Rules`.
     """
 
@@ -119,7 +119,7 @@ class Stash:
             p.grad = kept
 
     def in_their_dtype(self, merged: Sequence[Tensor | None]) -> Gradients:
-        """Of merged gradients, those that are rounded task gradients in the dtype of before."""
+        """The merged gradients, where they are rounded task gradients in the dtype of before."""
         return [
             g if g is None or not isinstance(kept, _Away) else g.to(kept.dtype)
             for g, kept in zip(merged, self._kept, strict=True)

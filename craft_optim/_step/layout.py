@@ -20,8 +20,8 @@ class Layout:
         rank: Place of this process among those that see different data.
         world_size: Their number. Smaller than `size` under tensor parallelism.
         size: Number of processes that decide together.
-        first: Whether this process speaks for all of them.
-        several: Whether there is more than this process, or a sharded tensor, to see to.
+        first: True if this process speaks for all of them.
+        several: True if there is more than this process, or a sharded tensor, to see to.
         reduce: Adds the sums of `surgery` up over the processes; None where there is nothing to add.
     """
 
@@ -43,7 +43,7 @@ class Layout:
         return tensor
 
     def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
-        """Each flag, whether it is set on any process."""
+        """For each flag, True if it is set on any process."""
         return list(flags)
 
     def elements(self, parameters: Sequence[Tensor]) -> list[int]:

@@ -173,7 +173,7 @@ def average(gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGr
 
     Args:
         gradients: Dense or sparse, of any floating or complex dtype; dense ones are overwritten.
-        parameters: Of the same shapes; plain tensors.
+        parameters: Plain tensors of the same shapes.
         group: The process group.
 
     Returns:

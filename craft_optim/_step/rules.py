@@ -28,8 +28,8 @@ class Rules:
         retention_every: Run retention on every K-th step, beginning with the first; the others are the base's alone.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. Clip task gradients
             as ever, before `step`.
-        gradient_memory: Where the task gradients wait while the retention pass runs, and until the base has stepped;
-            see the table.
+        gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see
+            the table.
 
     For N elements of float32, beyond the base optimizer's own peak:
 

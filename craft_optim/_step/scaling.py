@@ -39,5 +39,5 @@ def grown(state: Mapping[str, float]) -> dict[str, float]:
 
 
 def reaches_float16(loss: Tensor) -> bool:
-    """Whether any gradient in the loss's graph is float16. Visits every node of the graph once."""
+    """True if any gradient in the loss's graph is float16. Visits every node of the graph once."""
     return any(output.dtype == float16 for node in nodes(loss) for output in node._input_metadata)

@@ -59,17 +59,17 @@ class RetentionStep:
 
     Args:
         constraints: One without a name, or several with names.
-        rules: Of the merge.
+        rules: The rules of the merge.
         parameters: All of the optimizer's.
         state: The `craft_*` floats before the step.
         layout: The processes.
-        float16: Name -> whether float16 takes part in the closure's backward; finds out what is not there.
-        find_reached: Whether to look which tensors the retention losses reach: one more read of their gradients.
+        float16: Name -> True if float16 takes part in the closure's backward; finds out what is not there.
+        find_reached: True to look which tensors the retention losses reach: one more read of their gradients.
 
     Attributes:
         passes: One of each constraint.
         metrics: The measured values; empty if nothing was measured.
-        reached: Name -> for each parameter, whether its retention gradient, on any process, is not zero; empty if not
+        reached: Name -> for each parameter, True if its retention gradient, on any process, is not zero; empty if not
             asked for.
 
     Raises:
@@ -101,7 +101,7 @@ class RetentionStep:
 
     @property
     def ran(self) -> bool:
-        """Whether there was anything to merge."""
+        """True if there was anything to merge."""
         return self._stash is not None
 
     @property

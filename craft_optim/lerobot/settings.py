@@ -1,4 +1,4 @@
-"""What can be set of a training run with retention: a file, flags `--craft.<name>=<value>`, or both."""
+"""Settings of a training run with retention: a file, flags `--craft.<name>=<value>`, or both."""
 
 import copy
 import os
@@ -66,7 +66,7 @@ class AnchorSettings:
 
     @property
     def has_source(self) -> bool:
-        """Whether these settings say where anchors come from, besides a finished cache."""
+        """True if these settings name a source of anchors, besides a finished cache."""
         return bool(self.repo_id or self.root or (self.prompts and self.prompts.suffix == ".jsonl"))
 
 

@@ -72,7 +72,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled() -> Path:
-    """Where the library is; compiles it if it is nowhere.
+    """The library's file; compiles it if there is none.
 
     Raises:
         OSError, subprocess.SubprocessError: If there is no compiler, or it fails.
@@ -109,7 +109,7 @@ class Vectors:
 
     Args:
         tensors: In host memory, of the dtypes in `KINDS`, without gaps; entries may be None.
-        given: Those that are not None, if the caller has them.
+        given: The tensors that are not None, if the caller has them.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], given: Sequence[Tensor] | None = None) -> None:
@@ -127,7 +127,7 @@ class Vectors:
 
     @classmethod
     def of_plain(cls, tensors: Sequence[Tensor | None]) -> "Vectors | None":
-        """Those of contiguous tensors of these kinds; None if there is another among them."""
+        """The addresses of contiguous tensors of these kinds; None if there is another among them."""
         given = [x for x in tensors if x is not None]
         try:
             if not (
@@ -154,7 +154,7 @@ class CompiledPairs:
         functions: From `library`.
         of_t: Task gradients. Whoever has made these keeps the tensors.
         of_r: Retention gradients; as many elements as their partner's.
-        segments: Of each pair; None if there is one.
+        segments: Number of each pair's sums; None if there is one.
 
     Raises:
         ValueError: If partners differ in their number of elements.

@@ -43,7 +43,7 @@ class PortablePairs:
             dtype: In which blocks are summed, if theirs is not wider.
 
         Returns:
-            Those that are on the host, and for every device those that still are there.
+            The sums on the host, and for every device the sums that are still there.
         """
         here = np.zeros((3, n_segments))
         there: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -152,7 +152,7 @@ def _cut(
 
 
 def _plain(t: Tensor | None, r: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a pair stores as dense real numbers; if one is sparse, over the union of their entries."""
+    """A pair's stored elements as dense real numbers; if one is sparse, over the union of their entries."""
     if t is not None and r is not None and t.is_sparse and r.is_sparse:
         t, r = t.coalesce(), r.coalesce()
         # Adding zero times the other gives both the same index set, in the same order.
