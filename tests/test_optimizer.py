@@ -1,6 +1,7 @@
 """One step of CraftOptimizer: identities, exact solutions, what it leaves behind, what it refuses."""
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -628,6 +629,96 @@ def test_a_copy_shares_a_plain_function_which_runs_the_original():
     with pytest.raises(RuntimeError, match="reaches none"):
         twin.step()
     assert all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True)), "the original's gradients"
+
+
+@pytest.mark.parametrize("way", ["unpickled", "loaded before there is a closure"])
+def test_a_closure_that_is_set_later_goes_on_where_the_state_is(way):
+    model = network()
+    craft = CraftOptimizer(torch.optim.Adam(model.parameters()), Drift(model))
+    train(model, craft, 3)
+    copied = copy.deepcopy(model)
+    if way == "unpickled":
+        copied, later = pickle.loads(pickle.dumps((model, craft)))
+    else:
+        later = CraftOptimizer(torch.optim.Adam(copied.parameters()))
+        later.load_state_dict(copy.deepcopy(craft.state_dict()))
+    drift = Drift(copied)
+    drift.teacher = craft.retention_closure.teacher
+    later.retention_closure = drift
+    expected = train(model, craft, 3, start=3)
+    assert all(map(torch.equal, train(copied, later, 3, start=3), expected))
+    assert drawn(later) == 6
+
+
+def test_another_closure_begins_with_its_first_anchors():
+    model = network()
+    craft = CraftOptimizer(torch.optim.Adam(model.parameters()), Drift(model))
+    train(model, craft, 3)
+    craft.retention_closure = craft.retention_closure
+    assert drawn(craft) == 3
+    craft.retention_closure = Drift(model)
+    assert drawn(craft) == 0
+
+
+def test_two_optimizers_on_one_closure_have_their_own_places():
+    model = network()
+    drift = Drift(model)
+    crafts = [CraftOptimizer(torch.optim.SGD(part.parameters(), lr=0.1), drift) for part in (model[0], model[2])]
+    for step in range(4):
+        model.zero_grad()
+        task_loss(model, step).backward()
+        crafts[0].step()
+        if step % 2:
+            crafts[1].step()
+    assert [drawn(craft) for craft in crafts] == [4, 2]
+    states = [craft.state_dict() for craft in crafts]
+    for craft, state in reversed([*zip(crafts, states, strict=True)]):
+        craft.load_state_dict(state)
+    assert [drawn(craft) for craft in crafts] == [4, 2]
+    assert drift.position == 0, "calls without a number are counted apart"
+
+
+def test_a_base_that_loads_a_plain_state_begins_anew():
+    model = network()
+    base = torch.optim.Adam(model.parameters())
+    plain = base.state_dict()
+    craft = CraftOptimizer(base, Drift(model))
+    train(model, craft, 3)
+    base.load_state_dict(plain)
+    train(model, craft, 1)
+    assert craft.param_groups[0]["craft_step"] == drawn(craft) == 1
+
+
+def test_rules_are_set_as_a_whole():
+    model = network()
+    craft = CraftOptimizer(torch.optim.Adam(model.parameters()), Drift(model), retention_every=2)
+    with pytest.raises(AttributeError):
+        craft.rules.retention_every = 3
+    craft.rules = dataclasses.replace(craft.rules, retention_every=3)
+    assert craft.rules.cap == 3.0
+    with pytest.raises(TypeError, match="Found dict"):
+        craft.rules = {"retention_every": 3}
+
+
+def test_attributes_of_a_users_own_object_are_not_touched():
+    model = network()
+
+    class Robot:
+        position, unit, tolerance = 2.7, 3, "some"
+
+        def __call__(self):
+            return model(torch.ones(1, 4)).square().mean()
+
+        def parameters(self):
+            raise AssertionError("not ours to call")
+
+        shard = state_dict = loss = parameters
+
+    robot = Robot()
+    craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), robot)
+    train(model, craft, 2)
+    assert robot.position == 2.7
+    assert craft.retention_closure is robot
 
 
 def test_bind_gives_a_class_that_builds_and_wraps():
