@@ -17,7 +17,7 @@ _EXAMPLES = """\
   craft-optim report examples/out --pareto examples/out/summary.json --png=pictures/
   craft-optim report runs/ --follow                               # in the terminal, while they train
 
-A run is a file (.jsonl or .csv of craft_optim.metrics, trainer_state.json of the Hugging Face Trainer), a folder with
+A run is a file (.jsonl of craft_optim.metrics, trainer_state.json of the Hugging Face Trainer), a folder with
 such files in it, at any depth, or either of them behind NAME=. Runs of one method under several seeds are drawn
 together: by the `method` and `seed` of their rows, or by names that end in seed0, seed1, ...
 

@@ -1,6 +1,5 @@
-"""Runs out of what they have logged: rows of JSONL or CSV, or a Trainer's state, as columns over the steps."""
+"""Runs out of what they have logged: rows of JSONL, or a Trainer's state, as columns over the steps."""
 
-import csv
 import json
 import os
 import re
@@ -183,7 +182,7 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
     """The runs in one file, by the `method` and `seed` of their rows; one, if rows have none.
 
     Args:
-        path: JSONL, CSV, or a Trainer's `trainer_state.json`.
+        path: JSONL, or a Trainer's `trainer_state.json`.
         name: What to call it; None: after its folder, or itself.
 
     Raises:
@@ -224,7 +223,7 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
             runs.append(Run(full, called, seed, path, own_columns, tuple(of_this)))
     if not runs:
         raise ValueError(
-            f"{path} has no rows that can be drawn: each must be a JSON object (or a line of CSV) with `step` or "
+            f"{path} has no rows that can be drawn: each must be a JSON object with `step` or "
             "`retention_step` and numbers, as craft_optim.metrics.JSONLWriter writes them."
         )
     return runs
@@ -241,15 +240,13 @@ def _by_constraint(columns: dict[str, Column]) -> Iterator[tuple[str | None, dic
 
 
 def _rows_of(path: Path) -> tuple[Iterator[dict[str, Any]], Tail | None]:
-    if path.suffix == ".csv":
-        return _csv_rows(path), None
     if path.suffix == ".json":
         try:
             history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is no trainer_state.json of the Hugging Face Trainer ({type(error).__name__}): a run is that, "
-                "or a .jsonl or .csv of craft_optim.metrics."
+                "or a .jsonl of craft_optim.metrics."
             ) from error
         return iter(history), None
     if not path.is_file():
@@ -264,19 +261,6 @@ def _with_the_rest(tail: Tail) -> Iterator[dict[str, Any]]:
     if (row := _row(tail.rest)) is not None:
         tail.rest = b""
         yield row
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            yield {name: _number(text) for name, text in line.items() if name}
-
-
-def _number(text: str | None) -> float | str | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
 
 
 def name_of(path: Path) -> str:

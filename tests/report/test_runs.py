@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from craft_optim.metrics import METRICS, CSVWriter, JSONLWriter
+from craft_optim.metrics import METRICS, JSONLWriter
 from craft_optim.report.runs import Tail, files_of, read_file, read_runs
 
 
@@ -93,18 +93,16 @@ def test_rows_of_one_step_are_one(tmp_path, write):
     assert run.notes == ()
 
 
-def test_what_the_sinks_write(tmp_path):
-    jsonl, table = JSONLWriter(tmp_path / "a.jsonl"), CSVWriter(tmp_path / "b.csv")
+def test_what_the_writer_writes(tmp_path):
+    jsonl = JSONLWriter(tmp_path / "a.jsonl")
     for step in range(4):
         metrics = {**dict.fromkeys(METRICS, 0.5), "retention_step": 3.0 * step, "fresh": 1.0}
         jsonl.log(loss=1.0)
         jsonl(metrics)
-        table(metrics)
-    for file in ("a.jsonl", "b.csv"):
-        run = only(tmp_path / file)
-        assert run.steps.tolist() == [0, 3, 6, 9]
-        assert run["lambda"].tolist() == [0.5] * 4
-    assert only(tmp_path / "a.jsonl")["loss"].tolist() == [1.0] * 4
+    run = only(tmp_path / "a.jsonl")
+    assert run.steps.tolist() == [0, 3, 6, 9]
+    assert run["lambda"].tolist() == [0.5] * 4
+    assert run["loss"].tolist() == [1.0] * 4
 
 
 def test_a_run_of_lerobot_train(tmp_path, write):
