@@ -11,10 +11,8 @@ import numpy as np
 
 from craft_optim.markup import Markup, page, table, tag
 from craft_optim.report.colours import DARK, LIGHT, ink
-from craft_optim.report.outcomes import Scatter
 from craft_optim.report.panels import POINTS, Curve, Group, Panel, groups, panels
 from craft_optim.report.runs import Column, Run
-from craft_optim.report.scatter import scatter_svg
 from craft_optim.report.summary import BAND, Summary, judge, judge_all, summarise
 
 __all__ = ["render"]
@@ -22,28 +20,23 @@ __all__ = ["render"]
 _BADGES = {"held": "held", "inactive": "held, with room", "not held": "not held", "free": "not constrained"}
 
 
-def render(runs: Sequence[Run], scatters: Sequence[Scatter] = (), title: str = "Training report") -> str:
+def render(runs: Sequence[Run], title: str = "Training report") -> str:
     """The page.
 
     Args:
-        runs: From `read_runs`; may be none, if there are scatters.
-        scatters: From `read_outcomes`.
+        runs: From `read_runs`; at least one.
         title: On top of it.
     """
     found = groups(runs)
     drawn = panels(found)
     summaries = [[summarise(run) for run in group.runs] for group in found]
-    sections = [tag("header", tag("p", "craft-optim report", class_="kind"), tag("h1", title), _about(found))]
-    if found:
-        sections += [_verdicts(found, summaries), _charts(found, drawn)]
-    if scatters:
-        colours = {group.name: place for place, group in enumerate(found)}
-        for name in (point.method for scatter in scatters for point in scatter.points):
-            colours.setdefault(name, len(colours))
-        sections.append(_scatters(scatters, colours))
-    if found:
-        sections.append(_table(found, summaries))
-    return page(title, sections, _asset("uPlot.min.css") + _STYLE, _scripts() if drawn else ())
+    sections = [
+        tag("header", tag("p", "craft-optim report", class_="kind"), tag("h1", title), _about(runs)),
+        _verdicts(found, summaries),
+        _charts(found, drawn),
+        _table(found, summaries),
+    ]
+    return page(title, sections, _asset("uPlot.min.css") + _STYLE, _scripts())
 
 
 @cache
@@ -56,10 +49,7 @@ def _scripts() -> tuple[str, ...]:
     return f"/*\n{_asset('uPlot.LICENSE')}\n*/\n{_asset('uPlot.iife.min.js')}", _asset("charts.js")
 
 
-def _about(found: Sequence[Group]) -> Markup:
-    runs = [run for group in found for run in group.runs]
-    if not runs:
-        return Markup("")
+def _about(runs: Sequence[Run]) -> Markup:
     longest = max(int(run.steps[-1]) for run in runs)
     return tag("p", f"{_count(len(runs), 'run')}, up to step {longest:,}", class_="quiet")
 
@@ -231,26 +221,6 @@ def _short(column: Column, digits: int = 4) -> list[float]:
     return [float(f"{value:.{digits}g}") for value in column]
 
 
-def _scatters(scatters: Sequence[Scatter], colours: dict[str, int]) -> Markup:
-    figures = [
-        tag("figure", tag("h3", scatter.title or f"{scatter.y} / {scatter.x}"), scatter_svg(scatter, colours))
-        for scatter in scatters
-    ]
-    words = (
-        "Up and to the right is better. Dashed: what no point beats on both axes. Thin lines join a method's points in "
-        "the file's order; bars are the file's intervals, small dots single seeds."
-    )
-    drawn = dict.fromkeys(point.method for scatter in scatters for point in scatter.points)
-    names = [tag("span", _swatch(colours[name]), tag("span", name)) for name in drawn]
-    return tag(
-        "section",
-        tag("h2", "What was learnt, what was kept"),
-        tag("p", words, class_="quiet"),
-        tag("div", *names, class_="names"),
-        tag("div", *figures, class_="charts"),
-    )
-
-
 def _table(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) -> Markup:
     rows, notes = [], []
     for group, of in zip(found, summaries, strict=True):
@@ -300,8 +270,7 @@ article .quiet { font-size: 13px; margin: 0 0 8px; } .words { margin: 0 0 12px; 
 .facts dt { font-size: 12px; } .facts dd { font-variant-numeric: tabular-nums; font-weight: 600; }
 .legend { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: 4px 18px; padding: 10px 0;
   background: var(--page); max-height: 30vh; overflow: auto; }
-.names { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 10px; }
-.legend label, .names > span { display: inline-flex; align-items: center; gap: 6px; font-size: 14px; }
+.legend label { display: inline-flex; align-items: center; gap: 6px; font-size: 14px; }
 .legend label { cursor: pointer; }
 .legend input { margin: 0; accent-color: var(--accent); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(480px, 100%), 1fr)); gap: 16px; }
@@ -311,15 +280,8 @@ article .quiet { font-size: 13px; margin: 0 0 8px; } .words { margin: 0 0 12px; 
 .uplot .u-cursor-x { border-right: 1px dashed var(--quiet); }
 output { display: block; min-height: 18px; font-size: 12px; line-height: 18px; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
-.scatter { width: 100%; height: auto; display: block; margin-top: 6px; }
-.scatter text { fill: var(--quiet); font-size: 12px; } .scatter .label { fill: var(--ink); }
-.scatter .grid { stroke: var(--line); } .scatter .front { fill: none; stroke: var(--quiet); stroke-dasharray: 4 4; }
-.scatter circle { fill: var(--c); stroke: var(--card); stroke-width: 1.5; }
-.scatter .sweep { fill: none; stroke: var(--c); opacity: .45; }
-.scatter .seed { opacity: .5; stroke: none; } .scatter .interval { stroke: var(--c); stroke-width: 1.5; opacity: .6; }
 th { white-space: normal; vertical-align: bottom; } th, td { padding-right: 12px; }
 ul.quiet { padding-left: 18px; font-size: 13px; margin-top: 12px; }
-@media (max-width: 600px) { main { padding: 24px 14px 60px; } h1 { font-size: 24px; }
-  .scatter text { font-size: 16px; } .large b { font-size: 28px; } }
+@media (max-width: 600px) { main { padding: 24px 14px 60px; } h1 { font-size: 24px; } .large b { font-size: 28px; } }
 """
 )
