@@ -202,8 +202,8 @@ def fine_tune(
         row = {"method": method, "seed": seed, "step": step, "loss": loss.item(), "seconds": took}
         row |= getattr(optimizer, "metrics", {})
         if step % PROBE_EVERY == 0 or step == args.steps - 1:
-            row["drift"] = retention.drift(probe)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", drift=f"{row['drift']:.4f}")
+            row["drift_anchors"] = retention.drift(probe)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", drift=f"{row['drift_anchors']:.4f}")
         with metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if (step + 1) % args.save_every == 0 or step == args.steps - 1:

@@ -119,7 +119,7 @@ class Bench:
             "costs": costs,
             "drift_anchor": retention.drift(batch_size=64),
             "drift_heldout": retention.drift(self.heldout, batch_size=64),
-            "drift_highest": max(row["drift"] for row in rows if "drift" in row),
+            "drift_highest": max(row["drift_anchors"] for row in rows if "drift_anchors" in row),
             "loss": fmean(row["loss"] for row in rows[-OF_LAST:]),
         }
         path.write_text(json.dumps(found) + "\n", encoding="utf-8")

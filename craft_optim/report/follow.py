@@ -98,7 +98,7 @@ def _table(runs: Sequence[Followed], width: int) -> Table:
         def number(name: str, form: str = ".3g", last: Mapping[str, float] = last) -> str:
             return format(last[name], form) if name in last else "-"
 
-        drifts = run.past("retention_loss") or run.past("drift")
+        drifts = run.past("retention_loss") or run.past("drift_anchors")
         drift = median(drifts[-_BATCHES:]) if drifts else None
         epsilon, cost = last.get("epsilon"), run.ms_per_step
         ratio = drift / epsilon if drift is not None and epsilon else None

@@ -140,7 +140,7 @@ _CHARTS = (
         f"Dashed: epsilon; band: {_LOW:g} to {_HIGH:g} epsilon. Solid: over many anchors where that was measured, else "
         "single anchor batches, which scatter. Faint: those batches beside it. Dotted: held-out anchors.",
         (
-            _Line("drift"),
+            _Line("drift_anchors"),
             _Line("retention_loss", "anchor batches", "faint"),
             _Line("drift_heldout", "held out", "dotted"),
         ),
@@ -233,7 +233,7 @@ def panels(found: Sequence[Group], points: int = POINTS) -> list[Panel]:
 
 def _lines(chart: _Chart, group: Group) -> tuple[_Line, ...]:
     """Those of the chart; of drift, batches take the place of what was not measured over many anchors."""
-    if chart.key == "drift" and not any(np.isfinite(run["drift"]).any() for run in group.runs):
+    if chart.key == "drift" and not any(np.isfinite(run["drift_anchors"]).any() for run in group.runs):
         return _Line("retention_loss", "anchor batches"), chart.lines[-1]
     return chart.lines
 

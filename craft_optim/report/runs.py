@@ -19,8 +19,8 @@ __all__ = ["Column", "Run", "Tail", "canonical", "files_of", "name_of", "named",
 Column = NDArray[np.float64]
 """One value per step; NaN where there is none"""
 
-# Other writers' names: those of lerobot-train with retention, and of the Trainer
-_ALIASES = {"drift_anchors": "drift", "eval_craft_drift": "drift_heldout", "learning_rate": "lr"}
+_PREFIX = re.compile(r"^(eval_)?craft/")  # of our metrics in trackers' logs
+_OF_TRAINER = {"learning_rate": "lr"}
 _COUNTERS = ("skipped", "retention_step", "fresh")  # true also in rows that keep the values of an earlier step
 _OF_RETENTION = frozenset(METRICS) - {*_COUNTERS}
 _SEED = re.compile(r"[-_ ]?seed[-_= ]?(\d+)$")
@@ -111,15 +111,15 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def canonical(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row under one set of names, with its `step`; empty if it has none.
+    """The numbers of a row with its `step`; empty if it has none.
 
-    Prefixes `craft/` go; null becomes NaN; what a row kept from an earlier step (`fresh` = 0) is left out.
+    A tracker's prefix goes; null becomes NaN; what a row kept from an earlier step (`fresh` = 0) is left out.
     """
-    found = {}
-    for name, value in row.items():
-        base, slash, constraint = name.removeprefix("craft/").partition("/")
-        if value is None or isinstance(value, int | float):
-            found[f"{_ALIASES.get(base, base)}{slash}{constraint}"] = float("nan") if value is None else float(value)
+    found = {
+        _PREFIX.sub("", name): float("nan") if value is None else float(value)
+        for name, value in row.items()
+        if value is None or isinstance(value, int | float)
+    }
     if found.get("fresh") == 0.0:
         found = {name: value for name, value in found.items() if name.partition("/")[0] not in _OF_RETENTION}
     step = found.get("step", found.get("retention_step"))
@@ -248,7 +248,7 @@ def _rows_of(path: Path) -> tuple[Iterator[dict[str, Any]], Tail | None]:
                 f"{path} is no trainer_state.json of the Hugging Face Trainer ({type(error).__name__}): a run is that, "
                 "or a .jsonl of craft_optim.metrics."
             ) from error
-        return iter(history), None
+        return ({_OF_TRAINER.get(name, name): x for name, x in row.items()} for row in history), None
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     tail = Tail(path)

@@ -83,11 +83,11 @@ class Verdict:
 
 def summarise(run: Run) -> Summary:
     """The numbers of one run."""
-    loss, batch = run["retention_loss"], run.measured("retention_loss")[1]
-    measured, heldout = run.measured("drift")[1], run.measured("drift_heldout")[1]
+    batch = run.measured("retention_loss")[1]
+    measured, heldout = run.measured("drift_anchors")[1], run.measured("drift_heldout")[1]
     epsilon = run.measured("epsilon")[1]
     with np.errstate(invalid="ignore"):
-        above = loss > run["epsilon"]
+        above = run["retention_loss"] > run["epsilon"]
     drift = float(measured[-1]) if len(measured) else float(np.median(_end(batch))) if len(batch) else None
     skipped = run.measured("skipped")[1]
     took = run.measured("seconds")[1]
@@ -101,7 +101,7 @@ def summarise(run: Run) -> Summary:
         over_anchors=bool(len(measured)),
         heldout=float(heldout[-1]) if len(heldout) else None,
         epsilon=float(epsilon[-1]) if len(epsilon) else None,
-        violated=float(above[np.isfinite(loss)].mean()) if len(batch) and len(epsilon) else None,
+        violated=float(above[np.isfinite(run["retention_loss"])].mean()) if len(batch) and len(epsilon) else None,
         capped=_mean(run.measured("capped")[1]),
         stuck=int((above & (run["capped"] == 1.0)).sum()),
         conflict=_mean(run.measured("conflict")[1]),

@@ -96,7 +96,7 @@ def test_a_tiny_one(tmp_path, monkeypatch, capsys):
     assert [row["fresh"] for row in rows["craft1"]] == [1, 1, 1, 1]
     assert [row["fresh"] for row in rows["craft2"]] == [1, 0, 1, 0]
     assert second["loss"] == pytest.approx(fmean(row["loss"] for row in rows["craft2"]))
-    assert second["drift_highest"] == max(row["drift"] for row in rows["craft2"] if "drift" in row)
+    assert second["drift_highest"] == max(row["drift_anchors"] for row in rows["craft2"] if "drift_anchors" in row)
     drifts = [row["drift_anchor"] for row in (result["adamw"], first, second)]
     assert all(drift > 1e-5 for drift in drifts)
     assert len(set(drifts)) == 3

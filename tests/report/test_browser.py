@@ -52,7 +52,7 @@ def page(tmp_path_factory, rows, write):
         write(folder / "runs" / f"c{seed}.jsonl", rows(300, method="craft", seed=seed, final=1.0 + seed / 10))
     plain = rows(300, method="adamw", seed=0, epsilon=None)
     for row in plain:
-        row["drift"] = 2.0
+        row["drift_anchors"] = 2.0
     write(folder / "runs" / "a.jsonl", plain)
     file = folder / "report.html"
     file.write_text(render(read_runs([str(folder / "runs")])))

@@ -37,14 +37,14 @@ def test_nulls_and_missing_keys(tmp_path, write):
     given = [
         {"step": 0, "loss": 1.0, "violation": None},
         {"step": 1, "note": "text", "deep": {"a": 1}},
-        {"step": 2, "drift": 0.5},
+        {"step": 2, "drift_anchors": 0.5},
         {"loss": 3.0},
         {"step": None, "loss": 4.0},
     ]
     run = only(write(tmp_path / "m.jsonl", given))
     assert run.steps.tolist() == [0, 1, 2]
     assert run.measured("loss")[1].tolist() == [1.0]
-    assert run.measured("drift")[0].tolist() == [2]
+    assert run.measured("drift_anchors")[0].tolist() == [2]
     assert len(run.measured("violation")[0]) == 0
 
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_replaces_what_it_did_again(tmp_path, rows, write):
 
 
 def test_rows_of_one_step_are_one(tmp_path, write):
-    given = [{"step": 5, "loss": 1.0}, {"step": 5, "eval_craft_drift": 0.1}, {"step": 9, "loss": 0.5}]
+    given = [{"step": 5, "loss": 1.0}, {"step": 5, "eval_craft/drift_heldout": 0.1}, {"step": 9, "loss": 0.5}]
     run = only(write(tmp_path / "m.jsonl", given))
     assert run.steps.tolist() == [5, 9]
     assert run["loss"].tolist() == [1.0, 0.5]
@@ -113,7 +113,7 @@ def test_a_run_of_lerobot_train(tmp_path, write):
     (folder / "checkpoints").mkdir()
     (run,) = read_runs([str(folder)])
     assert run.name == "new_task"
-    assert run.measured("drift")[1].tolist() == [0.2]
+    assert run.measured("drift_anchors")[1].tolist() == [0.2]
     assert run.measured("drift_heldout")[1].tolist() == [0.3]
 
 
@@ -137,8 +137,8 @@ def test_several_constraints_are_seen_one_by_one(tmp_path, write):
     assert second["retention_loss"].tolist() == [0.1]
     assert second["epsilon"].tolist() == [0.2]
     assert second["loss"].tolist() == [1.0]
-    assert (second["drift"].tolist(), second["drift_heldout"].tolist()) == ([0.15], [0.7])
-    assert np.isnan(first["drift"]).all()
+    assert (second["drift_anchors"].tolist(), second["drift_heldout"].tolist()) == ([0.15], [0.7])
+    assert np.isnan(first["drift_anchors"]).all()
     stale = read_file(write(tmp_path / "n.jsonl", [row, row | {"step": 1, "fresh": 0.0}]))
     assert [run.measured("retention_loss")[0].tolist() for run in stale] == [[0], [0]]
 
