@@ -1,8 +1,8 @@
 """Six experiments on what fine-tuning destroys, by the commands of lerobot and craft-optim alone, on a CPU.
 
-    python examples/six_experiments.py                              # a quarter of an hour on two cores
-    python examples/six_experiments.py --steps 800 --rollouts 50 --seeds 3
-    python examples/six_experiments.py --out=outputs/mine           # where everything goes; run again, it goes on
+    python benchmarks/evidence/six_experiments.py                              # a quarter of an hour on two cores
+    python benchmarks/evidence/six_experiments.py --steps 800 --rollouts 50 --seeds 3
+    python benchmarks/evidence/six_experiments.py --out=outputs/mine           # its folder; run again, it goes on
 
     0. the shipped pi0_fast, which opens a drawer, learns to answer questions about pictures: knowledge to lose
     1. baseline: lerobot-train on pressing a button
@@ -22,6 +22,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import _paths
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
 from rich.console import Console
 from rich.markdown import Markdown
@@ -45,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=_whole, default=400, help="fine-tuning steps of every method (default: 400)")
     add("--rollouts", type=int, default=20, help="per task and policy, at most 50; 0 for none (default: 20)")
     add("--seeds", type=_whole, default=1, help="fine-tuning seeds, counted from 0 (default: 1)")
-    add("--out", type=Path, default=Path(__file__).parent / "out" / "six_experiments", help="where everything goes")
+    add("--out", type=Path, default=_paths.WORK / "six_experiments", help="where everything goes")
     add("--teaching-steps", type=_whole, default=700, help="of the questions before (default: 700)")
     add("--questions", type=_whole, default=240, help="to evaluate, three to a picture (default: 240)")
     add("--anchors", type=_whole, default=768, help="frames of the drawer as anchors (default: 768)")

@@ -4,7 +4,7 @@
 # NOT RUN by us in this form: it needs GPUs, the weights and datasets. `six_experiments.py` runs the same commands on a
 # small policy; epsilons, batch sizes and learning rates here are starting points, to be calibrated for your data.
 #
-#   NEW_TASK=you/new_task OLD_TASK=you/old_task QUESTIONS=questions.jsonl bash examples/six_experiments_full_scale.sh
+#   NEW_TASK=you/new_task OLD_TASK=you/old_task QUESTIONS=questions.jsonl bash benchmarks/evidence/six_experiments_full_scale.sh
 #
 # A step whose result is there is skipped. Training that was stopped goes on: add --resume=true and
 # --config_path=$OUT/<method>/checkpoints/last/pretrained_model/train_config.json to its line.

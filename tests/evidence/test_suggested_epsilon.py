@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +9,12 @@ import pytest
 pytest.importorskip("joblib")
 pytest.importorskip("sklearn")
 
+import suggested_epsilon
+from _paths import RESULTS, ROOT
+from pareto.prepared import SETTINGS
 from pareto.summary import Outcome
+from pareto_tiny import with_more_anchors
 from suggested_epsilon import EPSILONS, Row, compared, main, markdown
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(strength, seed, least, lr=1.0, setting="classes", method="craft"):
@@ -36,13 +37,30 @@ def test_a_row_is_of_one_setting_and_learning_rate():
 
 
 def test_the_page_has_the_results():
-    result = json.loads((ROOT / "benchmarks" / "results" / "suggested_epsilon.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / "suggested_epsilon.json").read_text(encoding="utf-8"))
     text = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
     table = markdown([Row(**row) for row in result["rows"]])
     assert table in text, table
     assert len(re.findall(r"^\| \w+ \| x", text, re.MULTILINE)) == len(result["rows"]) == 9
 
 
+def test_a_tiny_one(tmp_path, monkeypatch, capsys):
+    for name in list(SETTINGS):
+        monkeypatch.delitem(SETTINGS, name)
+    monkeypatch.setitem(SETTINGS, "tiny", lambda seed: with_more_anchors(seed, metric="cross_entropy"))
+    monkeypatch.setattr(suggested_epsilon, "RATES", (1.0,))
+    (row,) = main(["--jobs=1", f"--work={tmp_path / 'work'}", f"--results={tmp_path}"])
+    kept = json.loads((tmp_path / "suggested_epsilon.json").read_text(encoding="utf-8"))
+    assert [Row(**found) for found in kept["rows"]] == [row]
+    assert kept["command"] == "python benchmarks/evidence/suggested_epsilon.py --settings tiny --seeds=1"
+    assert 0.0 < row.one < row.suggested < row.hundred
+    assert row.best in EPSILONS
+    assert 0.0 < row.least <= 1.0
+    assert 0.0 < row.least_at_best <= 1.0
+    assert markdown([row]) in capsys.readouterr().out
+
+
+@pytest.mark.evidence
 def test_a_wrong_number_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--seeds=0"])

@@ -1,7 +1,7 @@
-"""Whether anything beats a penalty with a swept lambda: variants of CraftOptimizer, one change each, paired by seed.
+"""Variants of CraftOptimizer against a penalty with a swept lambda: one change each, paired by seed.
 
-    python benchmarks/beyond_the_front.py                                 # three seeds; .benchmarks/
-    python benchmarks/beyond_the_front.py --results=benchmarks/results    # what is in the repository
+    python benchmarks/evidence/beyond_the_front.py                                 # three seeds; .benchmarks/
+    python benchmarks/evidence/beyond_the_front.py --results=benchmarks/evidence/results    # what is in the repository
 
 The settings, the strengths and the measures are those of `retention_pareto.py`; `pareto/beyond.py` has the variants.
 """
@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401  (puts examples/ and benchmarks/ on the path)
 from pareto.beyond import VARIANTS, vary
 from pareto.methods import METHODS, Method
 from pareto.prepared import SETTINGS
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     rows = sorted((tried(rated, *knob) for knob in known + knobs), key=lambda row: args.settings.index(row.setting))
     result = {
-        "command": f"python benchmarks/{NAME}.py --seeds={args.seeds} --strengths={args.strengths}",
+        "command": f"python benchmarks/evidence/{NAME}.py --seeds={args.seeds} --strengths={args.strengths}",
         "versions": versions(),
         "seeds": list(range(args.seeds)),
         "strengths": args.strengths,

@@ -125,6 +125,7 @@ def test_every_experiment_leaves_its_files(out):
     assert "| hidden CRaFT (drawer) | 0.50 [0.09, 0.91] | 1.00 [0.34, 1.00] |" in (folder / "table.md").read_text()
 
 
+@pytest.mark.evidence
 def test_the_numbers_are_those_of_the_commands(out):
     folder, _ = out
     record = json.loads((folder / "summary.json").read_text())
@@ -146,6 +147,7 @@ def test_the_numbers_are_those_of_the_commands(out):
     assert logits["heldout"]["logits"][-1] == pytest.approx(record["methods"]["logits"]["drift"]["logits"], rel=1e-2)
 
 
+@pytest.mark.evidence
 def test_all_methods_begin_alike_and_have_the_normalisation_of_the_pretrained(out):
     folder, _ = out
     states = []
@@ -163,6 +165,7 @@ def test_all_methods_begin_alike_and_have_the_normalisation_of_the_pretrained(ou
     assert losses == pytest.approx([losses[0]] * 3), "the same first batch"
 
 
+@pytest.mark.evidence
 def test_anchors_have_questions_as_the_evaluation_asks_them(out):
     folder, _ = out
     tokenizer = AutoTokenizer.from_pretrained(load_policy(ASSETS / "pretrained").config.text_tokenizer_name)
@@ -177,6 +180,7 @@ def test_anchors_have_questions_as_the_evaluation_asks_them(out):
     assert asked <= set(prompts)
 
 
+@pytest.mark.evidence
 def test_a_second_call_does_nothing_and_other_settings_are_refused(out, monkeypatch):
     folder, done = out
     assert len(done) > 15
@@ -189,6 +193,7 @@ def test_a_second_call_does_nothing_and_other_settings_are_refused(out, monkeypa
         recipe.main([*TINY[1:], "--steps=5", f"--out={folder}"])
 
 
+@pytest.mark.evidence
 def test_a_failed_command_is_told_and_not_marked(tmp_path):
     steps = commands.Steps(tmp_path, {})
     fails = [sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"]
@@ -199,6 +204,7 @@ def test_a_failed_command_is_told_and_not_marked(tmp_path):
     assert (tmp_path / "logs" / "one.log").read_text() == "fine\n"
 
 
+@pytest.mark.evidence
 def test_pictures_show_what_is_asked(tmp_path):
     shown = quiz.pictures(60, 5)
     for question, choices in quiz.CHOICES.items():
@@ -218,6 +224,7 @@ def test_pictures_show_what_is_asked(tmp_path):
     assert len({asked.answer for asked in questions}) == 4
 
 
+@pytest.mark.evidence
 def test_lessons_have_the_likelihoods_of_the_evaluation(tmp_path):
     # Teaching shifts, pads and masks by itself; eval-mcq does all that in its own way
     policy = load_policy(ASSETS / "pretrained")
@@ -246,6 +253,7 @@ def test_success_is_pooled_over_seeds(tmp_path):
     assert comparison._success(tmp_path, ["a", "c"]) is None
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize(("given", "said"), [("--rollouts=51", "[0, 50]"), ("--questions=4", "multiple of 3")])
 def test_wrong_options(given, said, capsys):
     with pytest.raises(SystemExit):

@@ -1,7 +1,7 @@
-"""What epsilon means for the small pi0_fast: success and drift over a range of epsilons, several seeds.
+"""Success and drift of the small pi0_fast over a range of epsilons, several seeds.
 
-    python examples/sweep_epsilon.py                       # about half an hour on 2 cores; results in examples/results
-    python examples/sweep_epsilon.py --retention hidden --epsilons 0.02 0.05 0.1
+    python benchmarks/evidence/sweep_epsilon.py                       # half an hour on 2 cores; writes to results/
+    python benchmarks/evidence/sweep_epsilon.py --retention hidden --epsilons 0.02 0.05 0.1
 
 Every point is a run of `pi0_fast_craft.py` in a process of its own. A sweep that was stopped goes on where it was:
 points that are there already, with the same settings, are not run again.
@@ -11,17 +11,18 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import _paths
 from metaworld_pi0_fast import NEW_TASK, OLD_TASK
 from metaworld_pi0_fast.pictures import draw_sweep
 from metaworld_pi0_fast.summary import Outcome, print_sweep, summarise
 from rich.console import Console
 from tqdm.auto import tqdm
 
-HERE = Path(__file__).parent
 EPSILONS = {"logits": [0.005, 0.01, 0.02, 0.03, 0.05, 0.1], "hidden": [0.01, 0.02, 0.05, 0.1, 0.2]}
 
 
@@ -31,7 +32,7 @@ def run_point(method: str, epsilon: float, args: argparse.Namespace) -> list[Out
     wanted = {"retention": args.retention, "epsilon": epsilon, "seeds": args.seeds, "rollouts": args.rollouts}
     done = out / "point.json"
     if not (done.is_file() and json.loads(done.read_text())["settings"] == wanted):
-        command = [sys.executable, str(HERE / "pi0_fast_craft.py"), "--methods", method, "--out", str(out)]
+        command = [sys.executable, str(_paths.EXAMPLES / "pi0_fast_craft.py"), "--methods", method, "--out", str(out)]
         command += [f"--{name}={value}" for name, value in wanted.items()] + ["--workers=1"]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
@@ -41,7 +42,7 @@ def run_point(method: str, epsilon: float, args: argparse.Namespace) -> list[Out
     return [Outcome(**outcome) for outcome in json.loads(done.read_text())["outcomes"]]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the points two at a time, then writes the table, the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--retention", choices=tuple(EPSILONS), default="logits")
@@ -49,9 +50,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rollouts", type=int, default=20, help="per task and seed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each")
-    parser.add_argument("--work", type=Path, default=HERE / "out" / "sweep", help="where the runs go")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the summary goes")
-    args = parser.parse_args()
+    parser.add_argument("--work", type=Path, default=_paths.WORK / "sweep", help="where the runs go")
+    parser.add_argument("--results", type=Path, default=_paths.RESULTS, help="where the summary goes")
+    args = parser.parse_args(arguments)
     epsilons = sorted(args.epsilons or EPSILONS[args.retention])
 
     points: list[tuple[str, float]] = [("adamw", epsilons[0])] + [("craft", epsilon) for epsilon in epsilons]

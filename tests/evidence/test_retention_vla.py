@@ -11,6 +11,7 @@ from torch import nn
 
 pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
 
+from _paths import RESULTS
 from vla import command, figure, methods, runs, summary
 from vla.methods import METHODS, Method
 
@@ -29,6 +30,7 @@ class Point(nn.Module):
         return batch["slope"] @ self.x, {}
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize(("every", "gradients"), [(1, [0.25, 0.25, 0.25]), (2, [0.4, 0.1, 0.4])])
 def test_the_added_term_counts_k_fold_on_every_kth_step(every, gradients):
     policy, batch = Point(), {"slope": torch.tensor([0.1, 0.0])}
@@ -44,6 +46,7 @@ def test_the_added_term_counts_k_fold_on_every_kth_step(every, gradients):
     assert scheduler.last_epoch == 3
 
 
+@pytest.mark.evidence
 def test_the_sum_is_clipped_as_the_example_clips():
     policy = Point()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
@@ -53,6 +56,7 @@ def test_the_sum_is_clipped_as_the_example_clips():
     assert (-policy.x).tolist() == pytest.approx([0.6, 0.8], rel=1e-4)
 
 
+@pytest.mark.evidence
 def test_weight_and_k_are_those_of_the_method(monkeypatch):
     monkeypatch.setattr(methods, "penalised_step", lambda *given: given)
     method, term = Method("kl", 5, 10.0), object()
@@ -60,6 +64,7 @@ def test_weight_and_k_are_those_of_the_method(monkeypatch):
     assert methods.make_step(method, policy, term, methods.arguments(method, steps=7))[:4] == (policy, term, 10.0, 5)
 
 
+@pytest.mark.evidence
 def test_replay_takes_the_next_anchors_and_their_labels():
     frames = SimpleNamespace(train_batch=lambda rows: {"slope": torch.tensor([float(rows.sum()), 0.0])})
     policy, rows = Point(), torch.tensor([10, 20, 30, 40])
@@ -69,6 +74,7 @@ def test_replay_takes_the_next_anchors_and_their_labels():
     assert [float(loss()) for _ in range(3)] == [float(rows[sampler.indices(n)].sum()) for n in range(3)]
 
 
+@pytest.mark.evidence
 def test_every_kind_with_anchors_runs_at_both_k():
     assert len({method.name for method in METHODS}) == len(METHODS)
     for kind, strengths in (("replay", {1.0}), ("kl", {0.1, 1.0, 10.0}), ("logits", {0.03}), ("hidden", {0.005})):
@@ -77,6 +83,7 @@ def test_every_kind_with_anchors_runs_at_both_k():
         assert found == {(strength, every) for strength in strengths for every in (1, 5)} | swept
 
 
+@pytest.mark.evidence
 def test_names_of_files_say_the_strength_that_is_not_usual():
     names = {(m.kind, m.strength, m.every): m.name for m in METHODS}
     assert names["kl", 1.0, 5] == "kl-1-every-5"
@@ -84,6 +91,7 @@ def test_names_of_files_say_the_strength_that_is_not_usual():
     assert (names["plain", 0.0, 0], names["replay", 1.0, 5]) == ("plain", "replay-every-5")
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_runs_differ_in_their_method_alone(method):
     args, plain = (vars(methods.arguments(which, steps=7)) for which in (method, Method("plain")))
@@ -154,6 +162,7 @@ def test_rows_of_what_there_is(result, tmp_path):
     assert (found[0]["seeds"], float(found[1]["drift_hidden_heldout"])) == ("2", pytest.approx(0.8))
 
 
+@pytest.mark.evidence
 def test_the_picture_has_every_method_in_its_place(result, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **given: drawn.append((self, path)))
@@ -169,6 +178,7 @@ def test_the_picture_has_every_method_in_its_place(result, monkeypatch, tmp_path
     assert drift.lines[0].get_xydata() == pytest.approx(torch.tensor([[0.2, 0.0], [0.4, 0.0]]).numpy())
 
 
+@pytest.mark.evidence
 def test_bad_input_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.parse(["--rollouts=51"])
@@ -225,11 +235,11 @@ def test_a_tiny_one(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_has_the_table_of_the_kept_results():
-    kept = json.loads((command.RESULTS / "retention_vla.json").read_text(encoding="utf-8"))
+    kept = json.loads((RESULTS / "retention_vla.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(summary.rows_of(kept["runs"]))) == kept["rows"]
     text = command.PAGE.read_text(encoding="utf-8")
     expected = command.with_table(text, summary.markdown(kept), command.BEGIN, command.END)
-    assert expected == text, f"run python benchmarks/{command.NAME}.py --only-report"
+    assert expected == text, f"run python benchmarks/evidence/{command.NAME}.py --only-report"
 
 
 def test_numbers_of_the_text_are_those_of_the_table():

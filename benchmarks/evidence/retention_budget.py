@@ -1,7 +1,7 @@
-"""What retention costs and holds, over `retention_every` and the number of anchors per pass.
+"""Cost and drift of retention, over `retention_every` and the number of anchors per pass.
 
-    python examples/retention_budget.py              # two seeds; results in examples/results, and in docs/choosing.md
-    python examples/retention_budget.py --every 1 4 --anchor-batches 32 --seeds=1
+    python benchmarks/evidence/retention_budget.py              # two seeds; results/, docs/choosing.md
+    python benchmarks/evidence/retention_budget.py --every 1 4 --anchor-batches 32 --seeds=1
 
 Each point is a run of `pi0_fast_craft.py` without rollouts, drawer to button. Before it trains, its steps and those of
 plain AdamW take turns on copies of the policy: the cost. Finished runs are not run again.
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
+import _paths
 import pi0_fast_craft as craft
 import torch
 from matplotlib.figure import Figure
@@ -32,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 from six_experiments_support.commands import Steps
 
-HERE = Path(__file__).parent
 NAME = "retention-budget"
 RATE = 1e-3  # the learning rate that needs no mention
 OF_LAST = 50  # steps that the new task's loss is averaged over
@@ -270,8 +270,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=RATE, help="peak learning rate; results of another one have it in their names")
     add("--rounds", type=positive, default=6, help=f"rounds per run that measure costs, of {ROUND} steps or more")
     add("--episodes", type=positive, default=None, help="use the first N episodes of each dataset (default: all)")
-    add("--work", type=Path, default=HERE / "out" / "retention_budget", help="where the runs go")
-    add("--results", type=Path, default=HERE / "results", help="where the summary goes")
+    add("--work", type=Path, default=_paths.WORK / "retention_budget", help="where the runs go")
+    add("--results", type=Path, default=_paths.RESULTS, help="where the summary goes")
     args = parser.parse_args(arguments)
     if args.seeds * args.rounds < 2:
         parser.error("--rounds must be 2 or more with one seed: there is no spread of one value")

@@ -13,6 +13,8 @@ from pareto_tiny import with_more_anchors
 
 from craft_optim.dual import MultiplicativePI
 
+pytestmark = pytest.mark.evidence
+
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""What the number of anchors and epsilon do to drift: five short runs of craft-optim train.
+"""Drift over the number of anchors and epsilon: five short runs of craft-optim train.
 
-    python examples/how_many_anchors.py                      # prints the table of docs/choosing.md
-    python examples/how_many_anchors.py --out=outputs/anchors --steps=300
+    python benchmarks/evidence/how_many_anchors.py                      # prints the table of docs/choosing.md
+    python benchmarks/evidence/how_many_anchors.py --out=outputs/anchors --steps=300
 
 The shipped small pi0_fast learns the button; frames of the drawer are its anchors. Finished runs are not run again.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import _paths
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
 from metaworld_pi0_fast.unpacked import unpack
 from rich.console import Console
@@ -36,7 +37,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what is not there yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "how_many_anchors")
+    parser.add_argument("--out", type=Path, default=_paths.WORK / "how_many_anchors")
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args(arguments)
     out, console = args.out.resolve(), Console()

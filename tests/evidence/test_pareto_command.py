@@ -43,7 +43,7 @@ def test_retention_pareto(tmp_path, capsys, monkeypatch):
     result = retention_pareto.main(flags(tmp_path))
     kept = written(tmp_path, "retention_pareto.json")
     assert {key: kept[key] for key in result} == json.loads(json.dumps(result))
-    assert kept["command"] == "python benchmarks/retention_pareto.py --seeds=1"
+    assert kept["command"] == "python benchmarks/evidence/retention_pareto.py --seeds=1"
     assert str(tmp_path) not in json.dumps(kept)
     assert list(kept["fronts"]["tiny"]) == list(METHODS)
     assert {name: len(front["points"]) for name, front in kept["fronts"]["tiny"].items()} == {
@@ -81,6 +81,7 @@ def test_beyond_the_front(tmp_path, capsys):
     assert all(method.title.split()[0] in printed for method in VARIANTS.values())
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize("command", [retention_pareto, beyond_the_front])
 @pytest.mark.parametrize("flag", ["--seeds=0", "--jobs=0"])
 def test_numbers_that_make_no_sense(command, flag, capsys):
@@ -89,12 +90,14 @@ def test_numbers_that_make_no_sense(command, flag, capsys):
     assert "or more, found 0" in capsys.readouterr().err
 
 
+@pytest.mark.evidence
 def test_the_default_epsilon_is_in_the_sweep(capsys):
     with pytest.raises(SystemExit):
         beyond_the_front.parse(["--strengths=4"])
     assert "--strengths must be odd" in capsys.readouterr().err
 
 
+@pytest.mark.evidence
 def test_a_run_that_fails_ends_the_command(tmp_path):
     def failing(job, folder):
         raise RuntimeError(f"{job.name} failed")
@@ -105,6 +108,7 @@ def test_a_run_that_fails_ends_the_command(tmp_path):
     assert not list((folder / "runs").iterdir())
 
 
+@pytest.mark.evidence
 def test_other_sources_are_another_store(tmp_path):
     assert store(tmp_path) == store(tmp_path)
     assert store(tmp_path) != store(tmp_path, "beyond")

@@ -1,7 +1,7 @@
 """Plasticity against retention: CraftOptimizer, a fixed lambda and nine other methods on three small real settings.
 
-    python benchmarks/retention_pareto.py                                       # minutes on two cores; .benchmarks/
-    python benchmarks/retention_pareto.py --full --results=benchmarks/results   # what is in the repository
+    python benchmarks/evidence/retention_pareto.py    # minutes on two cores; writes to .benchmarks/
+    python benchmarks/evidence/retention_pareto.py --full --results=benchmarks/evidence/results    # the kept results
 
 Each setting pretrains a small network on data that ships with Python packages and fine-tunes it on other data. Methods
 with a strength are swept over as many strengths each. Then one epsilon, and one lambda, are kept while the task loss
@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import _paths  # noqa: F401  (puts examples/ and benchmarks/ on the path)
 from pareto.figure import draw
 from pareto.methods import METHODS
 from pareto.prepared import SETTINGS, prepare
@@ -57,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def command_of(args: argparse.Namespace) -> str:
     """What makes the same results, wherever they go."""
-    words = [f"python benchmarks/{NAME}.py", *["--full"] * args.full, f"--seeds={args.seeds}"]
+    words = [f"python benchmarks/evidence/{NAME}.py", *["--full"] * args.full, f"--seeds={args.seeds}"]
     return " ".join(words + (["--settings", *args.settings] if args.settings != list(SETTINGS) else []))
 
 

@@ -1,12 +1,8 @@
 """The example that compares numbers of anchors, with one run of two steps."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("lerobot")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 
 def test_a_run_and_its_table(tmp_path, monkeypatch, capsys):

@@ -1,15 +1,15 @@
 """The tables of docs/findings.md, from the results of `retention_pareto.py` and `beyond_the_front.py`.
 
-python benchmarks/findings.py   # writes the page's tables from benchmarks/results
+python benchmarks/evidence/findings.py   # writes the page's tables from benchmarks/evidence/results
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import _paths
 from markdown_table import markdown_table
 from pareto.beyond import VARIANTS
 from pareto.methods import METHODS
@@ -18,9 +18,7 @@ from performance_table import with_table
 
 __all__ = ["PAGE", "TABLES", "marks", "read_results", "updated"]
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "findings.md"
-RESULTS = Path(__file__).parent / "results"
+PAGE = _paths.ROOT / "docs" / "findings.md"
 
 Results = Mapping[str, Any]
 
@@ -28,7 +26,7 @@ Results = Mapping[str, Any]
 def read_results() -> dict[str, Any]:
     """Name of the command -> its JSON."""
     names = ("retention_pareto", "beyond_the_front")
-    return {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
+    return {name: json.loads((_paths.RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -112,7 +110,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 def marks(name: str) -> tuple[str, str]:
     """What a table stands between."""
-    return f"<!-- {name}: written by `python benchmarks/findings.py` -->\n", f"<!-- end of {name} -->"
+    return f"<!-- {name}: written by `python benchmarks/evidence/findings.py` -->\n", f"<!-- end of {name} -->"
 
 
 def updated(text: str, results: Results) -> str:

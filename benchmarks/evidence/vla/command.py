@@ -1,8 +1,8 @@
-"""What a small pi0_fast keeps of one robot task while it learns another: AdamW, replay, a KL penalty, CraftOptimizer.
+"""Ways to fine-tune a small pi0_fast on a second robot task: AdamW, replay, a KL penalty, CraftOptimizer.
 
-    python benchmarks/retention_vla.py                # three seeds: one to two hours; needs the extra `example`
-    python benchmarks/retention_vla.py --only-report  # table, picture, JSON and docs/vla_benchmark.md of what is there
-    python benchmarks/retention_vla.py --seeds=1 --steps=100 --rollouts=5 --work=.benchmarks/vla --results=.benchmarks
+    python benchmarks/evidence/retention_vla.py                 # three seeds: one to two hours
+    python benchmarks/evidence/retention_vla.py --only-report   # table, picture, JSON and docs page of the runs so far
+    python benchmarks/evidence/retention_vla.py --seeds=1 --steps=100 --rollouts=5 --work=/tmp/vla --results=/tmp/vla
 
 Drawer to button in MetaWorld, as `examples/pi0_fast_craft.py`: the same network, data, learning rate, anchors and
 epsilons. Every run is a JSON file in `--work`. Finished runs are not run again: stopped and started anew, it goes on.
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import _paths
 from metaworld_pi0_fast import NEW_TASK, OLD_TASK
 from performance_table import with_table
 from pi0_fast_craft import EPSILON
@@ -30,10 +31,8 @@ from .runs import Bench
 from .summary import markdown, print_table, rows_of, write_csv
 
 NAME = "retention_vla"
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "vla_benchmark.md"
-BEGIN = f"<!-- {NAME}: written by `python benchmarks/{NAME}.py --only-report` -->\n"
+PAGE = _paths.ROOT / "docs" / "vla_benchmark.md"
+BEGIN = f"<!-- {NAME}: written by `python benchmarks/evidence/{NAME}.py --only-report` -->\n"
 END = "<!-- end -->"
 WIDTH = 150  # columns of the printed table; without a terminal there would be 80, and the numbers cut off
 PACKAGES = ("torch", "lerobot", "transformers", "metaworld", "mujoco")
@@ -50,8 +49,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--episodes", type=positive, default=None, help="use the first N demonstrations of each task (default: all)")
     add("--methods", nargs="+", choices=[method.name for method in METHODS], default=None, help="default: all")
     add("--workers", type=positive, default=2, help="rollout processes")
-    add("--work", type=Path, default=ROOT / "examples" / "out" / NAME, help="where the runs go")
-    add("--results", type=Path, default=RESULTS, help="where the summary goes")
+    add("--work", type=Path, default=_paths.WORK / NAME, help="where the runs go")
+    add("--results", type=Path, default=_paths.RESULTS, help="where the summary goes")
     add("--only-report", action="store_true", help="run nothing: summarise what is in --work")
     args = parser.parse_args(arguments)
     if not 0 <= args.rollouts <= 50:
@@ -83,7 +82,7 @@ def result_of(work: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"`--work` has no finished run. Found {work}: run without --only-report first.")
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return {
-        "command": f"python benchmarks/{NAME}.py",
+        "command": f"python benchmarks/evidence/{NAME}.py",
         "settings": json.loads((work / "settings.json").read_text(encoding="utf-8")),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "tasks": {"old": OLD_TASK, "new": NEW_TASK},
@@ -99,7 +98,7 @@ def report(result: dict[str, Any], results: Path, console: Console) -> None:
     (results / f"{NAME}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_csv(result["rows"], results / f"{NAME}.csv")
     draw(result, results / f"{NAME}.png")
-    if results.resolve() == RESULTS:
+    if results.resolve() == _paths.RESULTS:
         PAGE.write_text(with_table(PAGE.read_text("utf-8"), markdown(result), BEGIN, END), encoding="utf-8")
     print_table(result, console)
     console.print(f"Written to [bold]{results}[/bold]")

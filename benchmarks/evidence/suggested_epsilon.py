@@ -1,7 +1,7 @@
 """What `craft_optim.calibrate` suggests, against the best epsilon of a sweep, at three learning rates.
 
-    python benchmarks/suggested_epsilon.py                                 # minutes on two cores; .benchmarks/
-    python benchmarks/suggested_epsilon.py --results=benchmarks/results    # what is in the repository
+    python benchmarks/evidence/suggested_epsilon.py                                 # minutes on two cores; .benchmarks/
+    python benchmarks/evidence/suggested_epsilon.py --results=benchmarks/evidence/results    # what is in the repository
 
 The settings are those of `retention_pareto.py`, and so is what plasticity and retention are. Calibration sees 100 plain
 steps and the anchors, no test set.
@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import _paths  # noqa: F401  (puts examples/ and benchmarks/ on the path)
 import torch
 from markdown_table import markdown_table
 from pareto.prepared import SETTINGS, base_optimizer, prepare
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows = [compared(*point, of[point], suggested[point], rated) for point in points]
     print(markdown(rows))
     args.results.mkdir(parents=True, exist_ok=True)
-    words = [f"python benchmarks/{NAME}.py", "--settings", *args.settings, f"--seeds={args.seeds}"]
+    words = [f"python benchmarks/evidence/{NAME}.py", "--settings", *args.settings, f"--seeds={args.seeds}"]
     result: dict[str, Any] = {"command": " ".join(words), "rows": [asdict(row) for row in rows]}
     (args.results / f"{NAME}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return rows

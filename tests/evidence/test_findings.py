@@ -14,7 +14,7 @@ def results():
 
 def test_the_page_has_the_numbers_of_the_runs(results):
     text = PAGE.read_text(encoding="utf-8")
-    assert updated(text, results) == text, "run python benchmarks/findings.py"
+    assert updated(text, results) == text, "run python benchmarks/evidence/findings.py"
 
 
 @pytest.mark.parametrize("name", ["retention_pareto", "beyond_the_front"])
@@ -30,10 +30,11 @@ def test_kept_results_are_those_of_their_runs(results, name):
             assert front.at_learned == pytest.approx(of[method]["at_learned"], abs=1e-3)
 
 
+@pytest.mark.evidence
 def test_all_methods_and_variants_are_there(results):
     assert set(results["retention_pareto"]["fronts"]["language"]) == set(METHODS)
     assert set(results["beyond_the_front"]["fronts"]["language"]) == {"plain", "craft", "fixed", *VARIANTS}
-    assert results["retention_pareto"]["command"].startswith("python benchmarks/retention_pareto.py --full")
+    assert results["retention_pareto"]["command"].startswith("python benchmarks/evidence/retention_pareto.py --full")
 
 
 def test_bold_is_for_more_than_two_standard_errors(results):
@@ -46,6 +47,7 @@ def test_bold_is_for_more_than_two_standard_errors(results):
     assert row.split(" | ")[1] == (f"**{text}**" if abs(value) > 2 * error else text)
 
 
+@pytest.mark.evidence
 def test_marks_are_on_the_page_once():
     text = PAGE.read_text(encoding="utf-8")
     assert all(text.count(mark) == 1 for name in TABLES for mark in marks(name))

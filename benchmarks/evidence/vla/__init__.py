@@ -6,9 +6,3 @@
 - `figure`: the picture.
 - `command`: the command line, which files there are, and the page of docs/.
 """
-
-import sys
-from pathlib import Path
-
-# The example and its parts are scripts and a package beside them, which nothing installs.
-sys.path.append(str(Path(__file__).parents[2] / "examples"))

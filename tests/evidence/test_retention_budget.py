@@ -56,6 +56,7 @@ def test_means_over_seeds_and_the_median_over_all_rounds():
     assert (row["drift_heldout"], row["drift_highest"], row["loss"]) == (1.5, pytest.approx(0.4), 3.5)
 
 
+@pytest.mark.evidence
 def test_one_round_has_no_spread(capsys):
     with pytest.raises(SystemExit):
         budget.parse(["--seeds=1", "--rounds=1"])

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _paths
 from rich.console import Console
 
 __all__ = ["Steps", "craft_optim", "lerobot_train"]
 
-_EXAMPLES = Path(__file__).parents[1]
 _TAIL = 25
 
 
@@ -83,7 +83,7 @@ class Steps:
     def _run(self, name: str, command: Sequence[str]) -> None:
         log = self._folder / "logs" / f"{name}.log"
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(_EXAMPLES), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(_paths.EXAMPLES), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # more are slower on a model this small
             "HF_HUB_OFFLINE": "1",
         }

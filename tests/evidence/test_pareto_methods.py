@@ -13,6 +13,8 @@ from pareto_tiny import tiny
 
 from craft_optim import CraftOptimizer
 
+pytestmark = pytest.mark.evidence
+
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
