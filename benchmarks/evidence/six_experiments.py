@@ -10,7 +10,7 @@
     3. token CRaFT: craft-optim train, held to the action-token logits of the drawer's frames
     4. hidden CRaFT: the same, held to hidden states: of the drawer's frames; of those and of questions
     5. craft-optim eval-mcq: what each checkpoint still knows, against the pretrained policy
-    6. comparison: rollouts on both tasks, craft-optim drift, craft-optim forgetting; one table, plots, summary.json
+    6. comparison: rollouts on both tasks, craft-optim drift, what was forgotten; one table, plots, summary.json
 
 All methods have the same seeds, batches, learning rates and normalisation. Questions in evaluation and frames behind
 the drift were never trained on and are no anchors.
@@ -19,7 +19,6 @@ the drift were never trained on and are no anchors.
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import _paths
@@ -161,9 +160,11 @@ def measure(steps: Steps, args: argparse.Namespace, runs: list[Run]) -> None:
 
 
 def roll_out(steps: Steps, args: argparse.Namespace, runs: list[Run]) -> None:
-    """Success in the simulator, and what `craft-optim forgetting` says of it."""
+    """Success in the simulator, and what `forgetting.py` says of it."""
+    from forgetting import record
     from metaworld_pi0_fast.rollouts import GL_HELP, RolloutPool, gl_backend
     from six_experiments_support.success import measure_success
+    from stages.files import read_matrix
 
     found = args.out / "measured"
     policies = {"pretrained": args.out / "pretrained"} | {run.name: run.checkpoint() for run in runs}
@@ -183,9 +184,11 @@ def roll_out(steps: Steps, args: argparse.Namespace, runs: list[Run]) -> None:
         matrix = found / f"matrix-{run.name}.json"
         if not matrix.is_file():
             matrix.write_text(json.dumps({"stages": stages}), encoding="utf-8")
-        written = found / f"forgetting-{run.name}.json"
-        said = [sys.executable, "-m", "craft_optim.cli", "forgetting", f"--matrix={matrix}", f"--json={written}"]
-        steps.command(f"6-forgetting-{run.name}", said)
+
+        def write(matrix: Path = matrix, written: Path = found / f"forgetting-{run.name}.json") -> None:
+            written.write_text(json.dumps(record(read_matrix(matrix)), indent=1) + "\n", encoding="utf-8")
+
+        steps.call(f"6-forgetting-{run.name}", write)
 
 
 def main(arguments: list[str] | None = None) -> list[str]:

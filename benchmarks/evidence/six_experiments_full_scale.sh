@@ -96,7 +96,7 @@ if [[ -n $OLD_ENV && -n $NEW_ENV ]]; then
     stage() { echo "$1=$OUT/measured/rollouts-$1-old,$OUT/measured/rollouts-$1-new"; }
     new=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["per_task"][0]["task_group"])' \
       "$OUT/measured/rollouts-$method-new/eval_info.json")
-    craft-optim forgetting --stage "$(stage pretrained)" --stage "$(stage "$method")" --trained "$method=$new" \
+    python "$(dirname "$0")/forgetting.py" --stage "$(stage pretrained)" --stage "$(stage "$method")" --trained "$method=$new" \
       --json="$OUT/measured/forgetting-$method.json" --plot="$OUT/measured/forgetting-$method.png"
   done
 fi

@@ -217,7 +217,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"{mcq['questions']} questions about pictures; chance is {mcq['chance']:.2f}. Drift on held-out frames of the",
         f"old task: logits in nats (token CRaFT allows {epsilon['logits']:g} on its anchors), hidden states in shares",
         f"of the teacher's variance (hidden CRaFT allows {epsilon['hidden']:g}). Forgotten: what",
-        "`craft-optim forgetting` says of the old task. Training: wall time, with starting and loading.",
+        "`forgetting.py` says of the old task. Training: wall time, with starting and loading.",
     ]
     return "\n".join([*lines, "", *notes, ""])
 

@@ -1,4 +1,4 @@
-"""What a policy has forgotten over the stages of its training: success on every task after every stage.
+"""Success on every task after every stage of training, and measures of what was forgotten.
 
 R[i, j] is the success rate on task j after stage i; the first row is the policy before, if it was evaluated, T is the
 last one. With s(j) the last stage that trained task j:
@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import fisher_exact
 
-from craft_optim.evaluation.statistics import Interval, fisher, wilson
+from craft_optim.evaluation.statistics import Interval, wilson
 
 __all__ = [
     "Cell",
@@ -61,7 +62,7 @@ class Cell:
 
     @classmethod
     def of(cls, successes: int, trials: int) -> "Cell":
-        """So many successes of so many trials."""
+        """A cell from counts."""
         if trials < 1 or not 0 <= successes <= trials:
             raise ValueError(
                 f"`trials` must be >= 1 and `successes` in [0, trials]. Found successes={successes}, trials={trials}."
@@ -70,7 +71,7 @@ class Cell:
 
     @property
     def successes(self) -> int:
-        """Of its trials, which must be known."""
+        """Number of successes among its trials, which must be known."""
         if self.trials is None:
             raise ValueError("The number of trials is not known.")
         return round(self.rate * self.trials)
@@ -191,18 +192,19 @@ class Change:
 
 
 def changes(matrix: SuccessMatrix) -> list[Change]:
-    """Of each task: before and after, and whether chance could explain the difference."""
+    """Each task before and after, and whether chance could explain the difference."""
     found = []
     for task, before, after in zip(matrix.tasks, matrix.cells[0], matrix.cells[-1], strict=True):
         p_value = None
         if before and after and before.trials and after.trials:
-            p_value = fisher(before.successes, before.trials, after.successes, after.trials)
+            table = [[cell.successes, cell.trials - cell.successes] for cell in (before, after) if cell.trials]
+            p_value = float(fisher_exact(table).pvalue)
         found.append(Change(task, before, after, p_value))
     return found
 
 
 def measures(matrix: SuccessMatrix, confidence: float = 0.95, seed: int = 0) -> list[Measure]:
-    """All of them."""
+    """All measures of this module."""
     functions = (average_success, backward_transfer, forgetting, forward_transfer, retention)
     return [function(matrix, confidence, seed) for function in functions]
 

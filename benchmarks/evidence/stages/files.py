@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from craft_optim.evaluation.forgetting import Cell, SuccessMatrix
+from stages.matrix import Cell, SuccessMatrix
 
 __all__ = ["matrix_of", "read_evaluation", "read_matrix"]
 
@@ -17,7 +17,7 @@ Task = tuple[str, int]
 
 
 def read_evaluation(path: str | Path) -> dict[Task, Cell]:
-    """What lerobot-eval has found: success on every task.
+    """Success on every task, as lerobot-eval has found it.
 
     Args:
         path: Its `eval_info.json`, or the output folder that holds it.
@@ -78,9 +78,7 @@ def matrix_of(
     return _matrix(rows, trained, list(names.values()))
 
 
-def read_matrix(
-    path: str | Path, trained: Mapping[str, Sequence[str]] | None = None, trials: int | None = None
-) -> SuccessMatrix:
+def read_matrix(path: str | Path, trained: Mapping[str, Sequence[str]] | None = None) -> SuccessMatrix:
     """A matrix that was written by hand or by other programs.
 
     JSON: `{"stages": [{"name": "before", "trained": [], "success": {"drawer": "50/50", "button": 0.0}}, ...]}`. CSV: a
@@ -91,7 +89,6 @@ def read_matrix(
     Args:
         path: Ends with .json or .csv.
         trained: As for `matrix_of`; replaces what the file says of these stages.
-        trials: Of rates without them.
 
     Raises:
         ValueError: The file cannot be read so, or says and is told nothing of what a stage after the first trained.
@@ -105,7 +102,7 @@ def read_matrix(
     for name, tasks, success in read:
         if name in rows:
             raise ValueError(f"{file} has the stage {name!r} twice.")
-        rows[name] = {task: _cell(value, trials, f"{file}, {name}, {task}") for task, value in success.items()}
+        rows[name] = {task: _cell(value, f"{file}, {name}, {task}") for task, value in success.items()}
         if tasks is not None:
             told[name] = tasks
     names = dict.fromkeys(task for row in rows.values() for task in row)
@@ -164,7 +161,7 @@ def _rows_of_csv(file: Path) -> Iterable[_Row]:
             yield row["stage"].strip(), names, {task: row[task].strip() for task in tasks}
 
 
-def _cell(value: Any, trials: int | None, where: str) -> Cell | None:
+def _cell(value: Any, where: str) -> Cell | None:
     if value is None or value == "":
         return None
     if isinstance(value, list):
@@ -175,7 +172,7 @@ def _cell(value: Any, trials: int | None, where: str) -> Cell | None:
             return Cell.of(int(successes), int(of))
         if isinstance(value, bool):
             raise ValueError("true and false are outcomes of single rollouts: write a list of them.")
-        return Cell(float(value), trials)
+        return Cell(float(value))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{where}: a cell must be successes/trials as 47/50, or a rate in [0, 1]. Found {value!r}: {error}"

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from craft_optim.cli import main
-from craft_optim.evaluation import forgetting as module
-from craft_optim.evaluation.forgetting import (
+pytest.importorskip("scipy", reason="pip install 'craft-optim[evaluation]'")
+
+from forgetting import main
+from stages import matrix as module
+from stages.files import matrix_of, read_evaluation, read_matrix
+from stages.matrix import (
     Cell,
     SuccessMatrix,
     average_success,
@@ -21,11 +24,9 @@ from craft_optim.evaluation.forgetting import (
     measures,
     retention,
 )
-from craft_optim.evaluation.plots import draw_matrix
-from craft_optim.evaluation.success_files import matrix_of, read_evaluation, read_matrix
+from stages.plot import draw_matrix
 
-pytest.importorskip("scipy", reason="pip install 'craft-optim[evaluation]'")
-
+EVIDENCE = Path(module.__file__).parents[1]
 TRAINED = ((), ("a",), ("b",), ("c",))
 RATES = [  # before, a, b, c; "keep" is what the policy could do before, and is never trained
     [0.1, 0.2, 0.1, 0.8],
@@ -58,6 +59,7 @@ def test_the_measures_by_hand():
         assert low < found[name].value < high
 
 
+@pytest.mark.evidence
 def test_a_task_that_is_trained_again_counts_from_its_last_training():
     trained = (("a",), ("b",), ("a", "c"), ("c",))
     assert backward_transfer(matrix(trained=trained)).each == pytest.approx({"a": 0.5 - 0.6, "b": 0.7 - 0.4})
@@ -69,12 +71,14 @@ def test_a_task_that_is_trained_again_counts_from_its_last_training():
     assert set(retention(matrix(trained=last)).each) == {"c", "keep"}
 
 
+@pytest.mark.evidence
 def test_what_the_first_stage_trained_is_kept_or_not():
     trained = (("a", "keep"), ("b",), (), ("c",))
     assert retention(matrix(trained=trained)).each == pytest.approx({"a": 5.0, "keep": 0.75})
     assert backward_transfer(matrix(trained=trained)).each == pytest.approx({"a": 0.4, "b": 0.3, "keep": -0.2})
 
 
+@pytest.mark.evidence
 def test_missing_cells_are_left_out_and_named():
     rates = [list(row) for row in RATES]
     rates[1][0] = rates[2][1] = rates[3][3] = None
@@ -105,6 +109,7 @@ def test_changes_and_their_p_values():
     assert [change.p_value for change in unknown] == [None] * 4
 
 
+@pytest.mark.evidence
 def test_intervals_cover_what_rollouts_leave_open(monkeypatch):
     monkeypatch.setattr(module, "_DRAWS", 500)
     generator = np.random.default_rng(0)
@@ -135,6 +140,7 @@ def test_an_interval_does_not_claim_certainty_and_contains_the_value():
     assert Cell.of(50, 50).interval() == pytest.approx((0.9287, 1.0), abs=1e-4)
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -150,6 +156,7 @@ def test_parts_that_do_not_fit(arguments, message):
         SuccessMatrix(*arguments)
 
 
+@pytest.mark.evidence
 def test_rates_that_cannot_be():
     for rate, trials, message in ((94.0, None, "no percentage"), (0.33, 10, "cannot come from 10"), (0.5, 0, ">= 1")):
         with pytest.raises(ValueError, match=message):
@@ -172,6 +179,7 @@ def evaluation(path, **tasks):
     return path
 
 
+@pytest.mark.evidence
 def test_what_lerobot_eval_writes(tmp_path):
     yes, no = [True] * 4, [False, False, True, False]
     evaluation(tmp_path / "0" / "eval_info.json", drawer=yes, libero__0=no, libero__3=yes)
@@ -186,6 +194,7 @@ def test_what_lerobot_eval_writes(tmp_path):
         matrix_of({"before": [found], "after": [found, found]}, {"after": []})
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -206,6 +215,7 @@ def test_files_that_are_no_evaluation(tmp_path, content, message):
 CSV = "stage,trained,drawer,button\nbefore, drawer,50/50,0\nafter,button;drawer,0.5,\n"
 
 
+@pytest.mark.evidence
 def test_matrices_of_ones_own(tmp_path):
     (tmp_path / "m.csv").write_text(CSV)
     stages = [
@@ -219,10 +229,10 @@ def test_matrices_of_ones_own(tmp_path):
         assert (read.stages, read.tasks) == (("before", "after"), ("drawer", "button"))
         assert read.trained == (("drawer",), ("button", "drawer"))
         assert read.cells == ((Cell(1.0, 50), Cell(0.0)), (Cell(0.5), None))
-        assert read_matrix(tmp_path / file, trials=20).cells[1] == (Cell.of(10, 20), None)
         assert read_matrix(tmp_path / file, {"after": []}).trained == (("drawer",), ())
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -254,7 +264,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def test_the_command(evaluated, capsys):
-    assert main(["forgetting", *evaluated, "--plot=success.png", "--json=all.json"]) == 0
+    main([*evaluated, "--plot=success.png", "--json=all.json"])
     said = capsys.readouterr().out
     assert re.search(r"drawer +1.00 \[0.84, 1.00\] \* +0.25 \[0.11, 0.47\]\n", said)
     assert re.search(r"button +0.00 \[0.00, 0.16\] +0.90 \[0.70, 0.97\] \*\n", said)
@@ -271,20 +281,32 @@ def test_the_command(evaluated, capsys):
     assert values["retention"] == pytest.approx(0.25)
     assert values["forward transfer"] is None
     assert Path("success.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["forgetting", *evaluated, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == found
 
 
+def test_the_readme_has_what_the_command_prints(tmp_path, capsys):
+    """Rollouts of the demo's table, for AdamW."""
+    text = (EVIDENCE / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^```text\n(stage,.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (printed,) = re.findall(r"^```console\n(Success after.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "adamw.csv").write_text(table)
+    main([f"--matrix={tmp_path / 'adamw.csv'}"])
+    assert printed.strip() in capsys.readouterr().out
+    kept = json.loads((EVIDENCE.parents[1] / "examples" / "results" / "summary.json").read_text(encoding="utf-8"))
+    rates = [int(won) / int(of) for won, of in re.findall(r"(\d+)/(\d+)", table)]
+    tasks = [(method, f"{task}_success") for method in ("pretrained", "adamw") for task in ("old", "new")]
+    assert rates == pytest.approx([kept[method][task] for method, task in tasks])
+
+
+@pytest.mark.evidence
 def test_a_matrix_without_trials_has_no_intervals(tmp_path, capsys):
     (tmp_path / "m.csv").write_text("stage,drawer\nbefore,1\nafter,0.5\n")
-    assert main(["forgetting", f"--matrix={tmp_path / 'm.csv'}", "--trained", "after="]) == 0
+    main([f"--matrix={tmp_path / 'm.csv'}", "--trained", "after="])
     said = capsys.readouterr().out
     assert re.search(r"drawer +1.00 +0.50\n", said)
     assert re.search(r"retention +0.50 +1\n", said)
-    assert main(["forgetting", f"--matrix={tmp_path / 'm.csv'}", "--trained", "after=", "--trials=8"]) == 0
-    assert re.search(r"retention +0.50 +\[0.\d\d, 0.\d\d\] +1\n", capsys.readouterr().out)
 
 
+@pytest.mark.evidence
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
@@ -292,28 +314,19 @@ def test_a_matrix_without_trials_has_no_intervals(tmp_path, capsys):
         (["--stage", "before"], "must be NAME=VALUE. Found 'before'"),
         (["--stage", "before=0", "--stage", "before=1"], "names 'before' twice"),
         (["--stage", "before=", "--stage", "after=1"], "needs a file"),
-        (["--stage", "before=0", "--trials=3"], "--trials goes with --matrix"),
-        (["--stage", "before=0", "--plot=none/x.png"], "there is no folder none"),
-        (["--matrix=none.csv"], "there is no file 'none.csv'"),
-        (["--stage", "before=0", "--confidence=95"], "must be a number in (0, 1)"),
+        (["--matrix=none.csv"], "none.csv"),
+        (["--stage", "before=0", "--stage", "after=1"], "which tasks stage 'after' trained"),
+        (["--stage", "before=0", "--stage", "after=1", "--trained", "later=drawer"], "no stage 'later'"),
     ],
 )
 def test_wrong_arguments(evaluated, capsys, arguments, remedy):
     with pytest.raises(SystemExit) as stopped:
-        main(["forgetting", *arguments])
-    said = capsys.readouterr().err
+        main(arguments)
     assert stopped.value.code == 2
-    assert remedy in said
-    assert said.count("\n") == 1
+    assert remedy in capsys.readouterr().err
 
 
-def test_which_tasks_a_stage_trained_must_be_said(evaluated, capsys):
-    assert main(["forgetting", *evaluated[:4]]) == 1
-    assert "which tasks stage 'after' trained" in capsys.readouterr().err
-    assert main(["forgetting", *evaluated[:4], "--trained", "later=drawer"]) == 1
-    assert "no stage 'later'" in capsys.readouterr().err
-
-
+@pytest.mark.evidence
 def test_a_map_with_empty_cells(tmp_path):
     rates = [[None, 0.2, 0.1, 0.8], *RATES[1:]]
     draw_matrix(matrix(rates), tmp_path / "map.png")
