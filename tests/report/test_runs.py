@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from craft_optim.metrics import METRICS, JSONLWriter
-from craft_optim.report.runs import Tail, files_of, read_file, read_runs
+from craft_optim.report.runs import files_of, read_file, read_runs
 
 
 def only(path, **settings):
@@ -203,18 +203,3 @@ def test_what_cannot_be_read_says_so(tmp_path, name, content, kind, said):
 def test_a_folder_without_runs(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no run"):
         read_runs([str(tmp_path)])
-
-
-def test_a_file_that_grows(tmp_path):
-    path = tmp_path / "m.jsonl"
-    tail = Tail(path)
-    assert [*tail.rows()] == []
-    path.write_text('{"a": 1}\n{"a"')
-    assert [*tail.rows()] == [{"a": 1}]
-    with path.open("a") as file:
-        file.write(': 2}\nnot json\n[1]\n\n{"a": 3}\n')
-    assert [*tail.rows()] == [{"a": 2}, {"a": 3}]
-    assert (tail.unreadable, tail.rest, tail.restarts) == (2, b"", 0)
-    path.write_text('{"b": 1}\n')
-    assert [*tail.rows()] == [{"b": 1}]
-    assert tail.restarts == 1
