@@ -52,6 +52,7 @@ def _report(args: argparse.Namespace) -> None:
         return
     from craft_optim.evaluation.plots import require_matplotlib
     from craft_optim.report import judge, read_runs, render, summarise
+    from craft_optim.report.summary import in_text
 
     out = Path(args.out or "report.html")
     if not out.absolute().parent.is_dir():
@@ -67,8 +68,7 @@ def _report(args: argparse.Namespace) -> None:
     for run in runs:
         summary = summarise(run)
         verdict = judge(summary)
-        ratio = "-" if summary.ratio is None else f"{summary.ratio:.2f}"
-        drift = "-" if summary.drift is None else f"{summary.drift:.3g}"
+        drift, ratio = in_text(summary.drift), in_text(summary.ratio, ".2f")
         rows.append([run.name, f"{summary.steps}", drift, ratio, verdict.kind])
         verdicts.append(verdict)
     print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "verdict"], rows)

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from craft_optim.report.runs import canonical, files_of, lines, name_of, named, parsed
-from craft_optim.report.summary import BAND
+from craft_optim.report.summary import BAND, in_text
 
 __all__ = ["Followed", "follow", "spark"]
 
@@ -61,12 +61,17 @@ class Followed:
         for row in (canonical(parsed(line) or {}) for line in lines(path, _BYTES)):
             if rows and row and row["step"] < rows[-1]["step"]:
                 rows.clear()
-            rows.extend([row] if row else [])
+            if row:
+                rows.append(row)
         return cls(name or name_of(path), rows)
 
     def past(self, name: str) -> list[float]:
         """The values of one name."""
         return [row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))]
+
+    def last(self, name: str) -> float | None:
+        """The last value of one name; None if there is none."""
+        return next(iter(self.past(name)[::-1]), None)
 
     @property
     def ms_per_step(self) -> float | None:
@@ -86,29 +91,24 @@ def _table(runs: Sequence[Followed], width: int) -> Table:
     for column in ("loss", "drift") if bars >= 4 else ():
         table.add_column(column, no_wrap=True, style="dim")
     for run in runs:
-        losses, capped, epsilons = run.past("loss"), run.past("capped"), run.past("epsilon")
+        losses, capped, epsilon = run.past("loss"), run.past("capped"), run.last("epsilon")
         drifts = run.past("retention_loss") or run.past("drift_anchors")
         drift = median(drifts[-_BATCHES:]) if drifts else None
-        ratio = drift / epsilons[-1] if drift is not None and epsilons and epsilons[-1] else None
+        ratio = drift / epsilon if drift is not None and epsilon else None
         table.add_row(
             Text(run.name),
-            _number(run.past("step"), ".0f"),
-            _number(losses),
-            _number([drift]),
-            Text(_number([ratio], ".2f"), style="yellow" if ratio is not None and ratio > BAND[1] else "green"),
-            _number(run.past("lambda")),
-            _number(run.past("grad_cos"), ".2f"),
-            _number([sum(capped) / len(capped)] if capped else [], ".0%"),
-            _number(run.past("skipped"), ".0f"),
-            _number([run.ms_per_step], ".0f"),
+            in_text(run.last("step"), ".0f"),
+            in_text(run.last("loss")),
+            in_text(drift),
+            Text(in_text(ratio, ".2f"), style="yellow" if ratio is not None and ratio > BAND[1] else "green"),
+            in_text(run.last("lambda")),
+            in_text(run.last("grad_cos"), ".2f"),
+            in_text(sum(capped) / len(capped) if capped else None, ".0%"),
+            in_text(run.last("skipped"), ".0f"),
+            in_text(run.ms_per_step, ".0f"),
             *(spark(values, bars) for values in (losses, drifts) if bars >= 4),
         )
     return table
-
-
-def _number(values: Sequence[float | None], form: str = ".3g") -> str:
-    """The last of some values."""
-    return "-" if not values or values[-1] is None else format(values[-1], form)
 
 
 def follow(
@@ -130,16 +130,16 @@ def follow(
         until: Asked after every look; true ends it.
     """
     console = Console() if console is None else console
-    read: dict[Path, tuple[int, Followed]] = {}
+    read: dict[Path, tuple[tuple[int, int], Followed]] = {}
 
     def look() -> bool:
         """Reads the files that have changed; whether there were any."""
         before = dict(read)
         for name, place in map(named, specs):
             for file in _files(Path(place)):
-                at = file.stat().st_mtime_ns
-                if file not in read or read[file][0] != at:
-                    read[file] = at, Followed.read(file, name)
+                now = file.stat().st_size, file.stat().st_mtime_ns
+                if file not in read or read[file][0] != now:
+                    read[file] = now, Followed.read(file, name)
         return read != before
 
     def shown() -> Table | Text:

@@ -191,7 +191,7 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
 
 
 def _by_constraint(columns: dict[str, Column]) -> Iterator[tuple[str | None, dict[str, Column]]]:
-    """Each of several constraints as if it was the only one; columns without a name there are those of the worst one."""
+    """Each of several constraints as if it was the only one, with the columns that are of no constraint."""
     names = [name.partition("/")[2] for name in columns if name.startswith("retention_loss/")]
     if not names:
         yield None, columns

@@ -1,7 +1,4 @@
-"""An anchor cache as one HTML page: pictures, prompts, states, what the teacher says, and where a model has drifted.
-
-The page loads nothing: styles are in it, pictures are data URIs, and it forbids itself everything else.
-"""
+"""An anchor cache as one HTML page: pictures, prompts, states, what the teacher says, and where a model has drifted."""
 
 import base64
 import io
@@ -18,7 +15,7 @@ from craft_optim.anchors import AnchorCache
 from craft_optim.anchors.structure import flatten
 from craft_optim.evaluation.drift import Drift
 from craft_optim.inspection import bytes_in_words, facts, lengths, tensors
-from craft_optim.markup import Markup, page, table, tag
+from craft_optim.report.markup import Markup, asset, page, table, tag
 
 __all__ = ["render"]
 
@@ -84,7 +81,7 @@ def render(
             tag("div", *cards, class_="cards"),
         ),
     ]
-    return page(f"Anchors: {cache.path.resolve().name}", sections, _STYLE)
+    return page(f"Anchors: {cache.path.resolve().name}", sections, asset("cache.css"))
 
 
 def _caption(shown: int, total: int, by_drift: bool) -> str:
@@ -321,24 +318,3 @@ def _predictions(features: Mapping[str, Tensor]) -> list[list[tuple[int, float]]
 def _count(features: Mapping[str, Tensor]) -> int:
     first = next((features[name] for name in ("logprobs", "topk_logprobs") if name in features), None)
     return 0 if first is None else first.flatten(0, -2).shape[0]
-
-
-_STYLE = """
-.cards { grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
-.drift { display: inline-flex; align-items: center; gap: 8px; font-size: 12px; color: var(--quiet);
-  font-variant-numeric: tabular-nums; }
-.drift b { width: 56px; height: 6px; border-radius: 3px; background: var(--line); }
-.drift i { display: block; height: 6px; border-radius: 3px; background: var(--bad); }
-.pictures { display: flex; flex-wrap: wrap; gap: 10px; margin-bottom: 10px; }
-img { height: 108px; max-width: 100%; border-radius: 6px; image-rendering: auto; display: inline-block;
-  background: var(--line); margin-right: 4px; }
-.inputs { grid-template-columns: 1fr; gap: 0; font-size: 13px; } .inputs dt { font-size: 12px; margin-top: 6px; }
-.numbers, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: 12px; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px; }
-.teacher ol { list-style: none; margin: 0; padding: 0; font-size: 12px; }
-.teacher li { display: flex; flex-wrap: wrap; gap: 2px 6px; align-items: baseline; padding: 1px 0; }
-.teacher small { color: var(--quiet); min-width: 1.2em; } .teacher code { white-space: pre; }
-.teacher span { padding: 0 6px; border-radius: 4px; font-variant-numeric: tabular-nums; color: var(--quiet);
-  background: linear-gradient(90deg, var(--wash) var(--p), transparent var(--p)); }
-.teacher span code { color: var(--ink); }
-"""
