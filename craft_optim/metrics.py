@@ -1,4 +1,4 @@
-"""What a step reports, and where it goes.
+"""Metrics of a step, and the sinks that they go to.
 
 `CraftOptimizer(..., on_metrics=sink)` calls `sink(metrics)` after every step that ran retention. A sink is any
 callable; those here append to a file, or pass the values on to the tracker that is in use already.
@@ -43,7 +43,7 @@ METRICS: dict[str, str] = {
 }
 
 Sink = Callable[[Mapping[str, float]], Any]
-"""What `on_metrics` takes"""
+"""A function that `on_metrics` takes"""
 
 
 class JSONLWriter:
@@ -91,7 +91,7 @@ class JSONLWriter:
 
 
 def _plain(value: Any) -> Any:
-    """In the types of JSON."""
+    """A value in the types of JSON."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -145,5 +145,5 @@ class LogTo:
 
 
 def _of_step(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without `fresh`, which is 1 wherever a sink is called."""
+    """Metrics without `fresh`, which is 1 wherever a sink is called."""
     return {name: value for name, value in metrics.items() if name != "fresh"}

@@ -50,7 +50,7 @@ def fronts(results: Results) -> str:
 
 
 def robustness(results: Results, command: str) -> str:
-    """What one strength does under other scales of the task loss and other learning rates."""
+    """Worst results and drifts of one strength under other scales of the task loss and other learning rates."""
     header = [
         "",
         "knob",
@@ -72,7 +72,7 @@ def robustness(results: Results, command: str) -> str:
 
 
 def targets(results: Results) -> str:
-    """What was to be shown, and what was found."""
+    """Targets, and whether they were met."""
     found = results["retention_pareto"]["targets"]
     rows = [[row["setting"], row["what"], row["found"], "yes" if row["met"] else "**no**"] for row in found]
     return markdown_table(["", "target", "found", "met"], rows)
@@ -109,7 +109,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def marks(name: str) -> tuple[str, str]:
-    """What a table stands between."""
+    """The comments around a table."""
     return f"<!-- {name}: written by `python benchmarks/evidence/findings.py` -->\n", f"<!-- end of {name} -->"
 
 

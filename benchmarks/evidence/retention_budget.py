@@ -58,12 +58,12 @@ class Point:
 
     @property
     def method(self) -> str:
-        """As `pi0_fast_craft` calls it."""
+        """Its name in `pi0_fast_craft`."""
         return "craft" if self.every else "adamw"
 
     @property
     def name(self) -> str:
-        """In file names."""
+        """Its name in file names."""
         return f"every-{self.every}-anchors-{self.batch}" if self.every else "adamw"
 
 

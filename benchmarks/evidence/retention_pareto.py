@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """What makes the same results, wherever they go."""
+    """The command that makes the same results, wherever they go."""
     words = [f"python benchmarks/evidence/{NAME}.py", *["--full"] * args.full, f"--seeds={args.seeds}"]
     return " ".join(words + (["--settings", *args.settings] if args.settings != list(SETTINGS) else []))
 

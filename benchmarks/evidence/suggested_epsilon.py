@@ -1,4 +1,4 @@
-"""What `craft_optim.calibrate` suggests, against the best epsilon of a sweep, at three learning rates.
+"""The epsilon that `craft_optim.calibrate` suggests, against the best of a sweep, at three learning rates.
 
     python benchmarks/evidence/suggested_epsilon.py                                 # minutes on two cores; .benchmarks/
     python benchmarks/evidence/suggested_epsilon.py --results=benchmarks/evidence/results    # what is in the repository
@@ -59,7 +59,7 @@ class Row:
 
 
 def calibrated(setting: str, seed: int, lr: float, folder: Path) -> Calibration:
-    """At the recipe's learning rate times `lr`."""
+    """Calibrates at the recipe's learning rate times `lr`."""
     prepared = prepare(setting, seed, folder)
     model, recipe = prepared.model(), prepared.setting.finetune
     optimizer, _ = base_optimizer(model, recipe, lr)

@@ -84,7 +84,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _shown(spec: str) -> str:
-    """What a RUN is called on top of the page."""
+    """The name of a RUN in the heading of the page."""
     name, place = named(spec)
     return name or Path(place).resolve().name
 

@@ -1,4 +1,4 @@
-"""Where a choice begins among the tokens, and how likely a model finds them: what all scorers have in common."""
+"""The tokens of a choice, and how likely a model finds them: the common part of all scorers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

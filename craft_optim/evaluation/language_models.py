@@ -111,7 +111,7 @@ class _TransformersScorer(ABC):
             raise ValueError(f"The question has {length} tokens, of which the model takes {limit}.")
 
     def _adds_specials(self, head: str) -> bool:
-        """Whether the tokenizer shall add its BOS: chat templates write it themselves."""
+        """True if the tokenizer shall add its BOS: chat templates write it themselves."""
         bos = self._tokenizer.bos_token
         return not (bos and head.startswith(bos))
 

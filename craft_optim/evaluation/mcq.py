@@ -63,7 +63,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a question.
+    """The scores of one question.
 
     Attributes:
         question: The question.
@@ -84,7 +84,7 @@ class Result:
         return right - max(by_place)
 
     def is_right(self, score: Score) -> bool:
-        """Whether the right choice is above all others."""
+        """True if the right choice is above all others."""
         margin = self.margin(score)
         return margin is not None and margin > 0.0
 
@@ -134,7 +134,7 @@ def _result(question: Question, scorer: Scorer) -> Result:
 
 @dataclass(frozen=True)
 class Measure:
-    """What one kind of score says about a model. Intervals are those of 95 %.
+    """Accuracy and margin of a model by one kind of score. Intervals are those of 95 %.
 
     Attributes:
         right: Questions answered rightly.
@@ -157,7 +157,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model knows.
+    """Accuracy and margin of a model.
 
     Attributes:
         questions: How many there are.
@@ -174,7 +174,7 @@ class Summary:
     sum: Measure
 
     def by(self, score: Score) -> Measure:
-        """What this kind of score says."""
+        """The measure by this kind of score."""
         return self.sum if score == "sum" else self.normalized
 
 
@@ -243,7 +243,7 @@ class Comparison:
 
 
 def compare(first: Sequence[Result], second: Sequence[Result], score: Score = "normalized") -> Comparison:
-    """What the second model has lost and won against the first.
+    """Counts the questions that the second model has lost and won against the first, and tests the difference.
 
     Args:
         first: From `evaluate`: before fine-tuning, say.

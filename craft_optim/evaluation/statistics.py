@@ -1,4 +1,4 @@
-"""Intervals and paired tests for what is counted and measured on a sample. Needs scipy, the extra `evaluation`."""
+"""Intervals and paired tests for counts and means of a sample. Needs scipy, the extra `evaluation`."""
 
 import math
 from collections.abc import Sequence

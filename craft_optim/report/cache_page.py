@@ -148,7 +148,7 @@ def _views_of(name: str, x: Tensor) -> Tensor | None:
 
 
 def _range(pictures: Sequence[Tensor], are_bytes: bool) -> tuple[float, float]:
-    """What black and white are: one of the usual ranges, else where nearly all values lie (normalised pictures)."""
+    """The values of black and white: one of the usual ranges, else that of nearly all values (normalised pictures)."""
     if are_bytes:
         return 0.0, 255.0
     values = torch.cat([x.reshape(-1)[:: max(1, x.numel() // 4096)] for x in pictures])
@@ -184,7 +184,7 @@ class _Views:
         }
 
     def pictures(self, place: int) -> list[Markup]:
-        """Of the anchor at this place in `indices`."""
+        """The pictures of the anchor at this place in `indices`."""
         figures = []
         for name, views in self._small[place].items():
             black, white = self._ranges[name]
@@ -241,7 +241,7 @@ def _are_ids(name: str, x: Tensor) -> bool:
 
 
 def _trimmed(ids: list[int]) -> list[int]:
-    """Without the runs of one id at both ends, which are padding or the places of image tokens."""
+    """Ids less the runs of one id at both ends, which are padding or the places of image tokens."""
     for _ in range(2):
         ids = ids[::-1]
         run = next((i for i, x in enumerate(ids) if x != ids[0]), len(ids))

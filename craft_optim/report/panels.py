@@ -111,7 +111,7 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Chart:
-    """What a panel is made of.
+    """The making of a panel.
 
     Attributes:
         smooth: The share of a run over which values are averaged before they are thinned; 0: not at all.
@@ -232,7 +232,7 @@ def panels(found: Sequence[Group], points: int = POINTS) -> list[Panel]:
 
 
 def _lines(chart: _Chart, group: Group) -> tuple[_Line, ...]:
-    """Those of the chart; of drift, batches take the place of what was not measured over many anchors."""
+    """The lines of a chart; batches take the place of drift that was not measured over many anchors."""
     if chart.key == "drift" and not any(np.isfinite(run["drift_anchors"]).any() for run in group.runs):
         return _Line("retention_loss", "anchor batches"), chart.lines[-1]
     return chart.lines
@@ -258,7 +258,7 @@ def _curve(place: int, group: Group, line: _Line, chart: _Chart, points: int) ->
 
 
 def _edges(steps: Sequence[Column], points: int) -> Column:
-    """Where bins begin: at every step that there is, or evenly spread if those are too many."""
+    """The beginnings of bins: every step that there is, or evenly spread ones if those are too many."""
     each = np.unique(np.concatenate(steps))
     return each if len(each) <= points else np.linspace(each[0], each[-1], points + 1)[:-1]
 
@@ -309,7 +309,7 @@ def _limits(found: Sequence[Group], points: int) -> tuple[Limit, ...]:
 
 
 def _log_range(curves: Sequence[Curve], limits: Sequence[Limit]) -> tuple[float, float]:
-    """What a logarithmic axis shows: drift begins at rounding errors around 0, which would take most of it."""
+    """The ends of a logarithmic axis: drift begins at rounding errors around 0, which would take most of it."""
     values = np.concatenate([c.y for c in curves if c.style != "faint"] or [c.y for c in curves])
     values = values[values > 0.0]
     if not len(values):

@@ -273,5 +273,5 @@ VARIANTS = {
 
 
 def vary(job: Job, folder: Path) -> Record:
-    """As `fine_tune`, of a variant."""
+    """Fine-tunes by a variant; see `fine_tune`."""
     return fine_tune(job, folder, VARIANTS)

@@ -1,4 +1,4 @@
-"""What is computed from scores: plasticity, retention, and how much of their plane a method dominates. Pure."""
+"""Measures of scores: plasticity, retention, and how much of their plane a method dominates. Pure."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def plasticity(after: float, *, before: float, plain: float) -> float:
 
 
 def retention(after: float, *, before: float, plain: float, chance: float) -> float:
-    """What is left of the old ability, of that which plain fine-tuning loses, clipped to [0, 1].
+    """The share of what plain fine-tuning loses of the old ability that is left, clipped to [0, 1].
 
         R = 1 - (before - after) / (before - max(plain, chance))
 

@@ -26,7 +26,7 @@ Merge = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Run:
-    """What a method has to work with.
+    """The state that a method works with.
 
     Attributes:
         model: In training; pretrained when the method starts.
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the model."""
+        """The parameters of the model."""
         return list(self.model.parameters())
 
     def anchor_rows(self) -> Iterator[Tensor]:

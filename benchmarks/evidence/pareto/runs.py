@@ -45,7 +45,7 @@ def store(work: Path, *more: str) -> Path:
 def run_all(
     jobs: Iterable[Job], folder: Path, processes: int, function: Callable[[Job, Path], Record], about: str
 ) -> list[Record]:
-    """What the jobs give, in their order; jobs that occur twice are run once.
+    """Runs jobs that are not done yet, and returns their records in order; jobs that occur twice are run once.
 
     Args:
         jobs: What to run.
@@ -87,7 +87,7 @@ def _run(job: Job, folder: Path, function: Callable[[Job, Path], Record]) -> Non
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on."""
+    """Versions of the packages that results depend on."""
     found = {module.__name__: module.__version__ for module in (craft_optim, numpy, sklearn, torch)}
     return {"python": platform.python_version()} | found
 

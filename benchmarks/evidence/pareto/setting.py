@@ -1,4 +1,4 @@
-"""What is learned first, what is learned next, and how both are scored."""
+"""A setting: data to pretrain on, data to fine-tune on, and how both are scored."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Examples:
         return len(self.inputs)
 
     def batches(self, size: int, seed: int) -> Iterator["Examples"]:
-        """As `orders`, the examples themselves."""
+        """The examples in the order of `orders`."""
         return (self[rows] for rows in orders(len(self), size, seed))
 
 

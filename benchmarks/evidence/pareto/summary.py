@@ -1,4 +1,4 @@
-"""From runs to what is said about them: fronts, robustness, targets. Pure; everything is computed from the records."""
+"""Fronts, robustness and targets, computed from the records of runs. Pure."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def point(self) -> Point:
-        """Where it is in the figure."""
+        """Its place in the figure."""
         return self.plasticity, self.retention
 
     @property
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def nominal(self) -> bool:
-        """Whether neither task loss nor learning rate was scaled."""
+        """True if neither task loss nor learning rate was scaled."""
         return (self.scale, self.lr) == (1.0, 1.0)
 
 
@@ -78,13 +78,13 @@ def outcomes(records: Iterable[Record]) -> list[Outcome]:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for one value, of which nothing is known."""
+    """The standard error of a mean; 0 for one value, of which nothing is known."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Front:
-    """What a method reaches in a setting, over all of its strengths.
+    """The front of a method in a setting, over all of its strengths.
 
     Attributes:
         method: Its name.
@@ -102,7 +102,7 @@ class Front:
 
 
 def fronts(rated: Sequence[Outcome], setting: str) -> dict[str, Front]:
-    """Of all methods, in the order they occur in."""
+    """The fronts of all methods, in the order they occur in."""
     rows = [row for row in rated if row.setting == setting and row.nominal]
     return {method: _front([row for row in rows if row.method == method]) for method in dict.fromkeys(_methods(rows))}
 
@@ -132,7 +132,7 @@ def _grouped(rows: Sequence[Outcome], key: Callable[[Outcome], float]) -> dict[f
 
 
 def best_strength(rated: Sequence[Outcome], setting: str, method: str) -> float:
-    """Of the sweep, with the largest mean over seeds of min(plasticity, retention): what sweeping one's knob gives."""
+    """The strength of the sweep with the largest mean over seeds of min(plasticity, retention)."""
     rows = [row for row in rated if (row.setting, row.method) == (setting, method) and row.nominal]
     strengths = _grouped(rows, lambda row: row.strength)
     return max(strengths, key=lambda strength: fmean(row.least for row in strengths[strength]))
@@ -218,7 +218,7 @@ class Target:
 def targets(
     setting: str, front_of: dict[str, Front], ours: Tried, untuned: Tried, margin: float = 0.03, ahead: float = 0.05
 ) -> list[Target]:
-    """What the benchmark is to show in each setting.
+    """Targets of the benchmark in a setting, and what was found.
 
     Args:
         setting: Its name.

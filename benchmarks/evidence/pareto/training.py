@@ -17,7 +17,7 @@ Record = dict[str, str | float]
 
 @dataclass(frozen=True)
 class Job:
-    """What a run's outcome depends on.
+    """The choices that a run's outcome depends on.
 
     Attributes:
         setting: Of `SETTINGS`.
@@ -37,7 +37,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """In file names."""
+        """Its name in file names."""
         return "-".join(
             [self.setting, self.method, *(f"{x:g}" for x in (self.strength, self.seed, self.scale, self.lr))]
         )

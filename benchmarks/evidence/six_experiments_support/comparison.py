@@ -1,4 +1,4 @@
-"""What the commands have found, gathered from their files: one record, one table."""
+"""Results of the commands, gathered from their files: one record, one table."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As steps and files are called."""
+        """Its name in steps and files."""
         return f"{self.method.step}-{self.method.name}-seed{self.seed}"
 
     @property
     def folder(self) -> Path:
-        """What lerobot-train calls its output."""
+        """The output folder of lerobot-train."""
         return self.parent / self.name
 
     def checkpoint(self) -> Path:
@@ -72,7 +72,7 @@ class Run:
         return self.folder / "checkpoints" / "last" / "pretrained_model"
 
     def checkpoints(self) -> list[Path]:
-        """Those at numbered steps, in their order, the last one under its other name."""
+        """Checkpoints at numbered steps, in their order, the last one under its other name."""
         numbered = sorted(path for path in (self.folder / "checkpoints").glob("[0-9]*") if path.is_dir())
         return [*(path / "pretrained_model" for path in numbered[:-1]), self.checkpoint()]
 
@@ -138,7 +138,7 @@ def _success(measured: Path, names: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _mcq(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of all seeds together."""
+    """Success of all seeds together."""
     total = sum(summary["questions"] for summary in summaries)
     right = round(sum(summary["normalized"]["accuracy"] * summary["questions"] for summary in summaries))
     chance = fmean(summary["chance"] for summary in summaries)

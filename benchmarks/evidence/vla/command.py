@@ -72,7 +72,7 @@ def run_all(args: argparse.Namespace, console: Console) -> None:
 
 
 def result_of(work: Path) -> dict[str, Any]:
-    """What has been found in a folder so far.
+    """The results in a folder so far.
 
     Raises:
         FileNotFoundError: No run has been finished there.

@@ -1,4 +1,4 @@
-"""What is compared: a name for each method, and one training step of it. Baselines are written out plainly here."""
+"""Methods that are compared: a name for each, and one training step of it. Baselines are written out plainly here."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ class Method:
 
     @property
     def name(self) -> str:
-        """In file names; the example's own epsilon has none."""
+        """Its name in file names; the example's own epsilon has none."""
         usual = craft.EPSILON.get(self.kind, 1.0)
         strength = [f"{self.strength:g}"] if self.kind == "kl" or (self.every and self.strength != usual) else []
         return "-".join([self.kind, *strength, *([f"every-{self.every}"] if self.every else [])])
 
     @property
     def label(self) -> str:
-        """For people, without `every`."""
+        """Its name for people, without `every`."""
         return LABELS[self.kind].format(strength=self.strength)
 
     @property
     def is_craft(self) -> bool:
-        """Whether it is CraftOptimizer; `strength` is epsilon then."""
+        """True for CraftOptimizer; `strength` is epsilon then."""
         return self.kind in craft.EPSILON
 
 
@@ -68,7 +68,7 @@ METHODS = (
     *(Method("logits", 1, epsilon) for epsilon in (0.05, 0.1)),  # at K = 5 drift ends above all of these
     *(Method("hidden", every, craft.EPSILON["hidden"]) for every in (1, 5)),
 )
-"""In the order of the tables; a seed's runs are made in it, too."""
+"""All methods, in the order of the tables; a seed's runs are made in it, too."""
 
 
 def arguments(method: Method, steps: int) -> argparse.Namespace:

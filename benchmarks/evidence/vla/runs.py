@@ -1,4 +1,4 @@
-"""One run of the benchmark: what its steps cost, its training, and what the policy can do and has kept afterwards."""
+"""One run of the benchmark: the cost of its steps, its training, and what the policy can do and has kept afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Bench"]
 
 PLAIN = Method("plain")
 KINDS = tuple(craft.EPSILON)
-"""What drift is measured in: "logits" and "hidden"."""
+"""Kinds of drift: "logits" and "hidden"."""
 
 
 class Bench:
@@ -101,7 +101,7 @@ class Bench:
         return self.new.frames.train_batch(rows)
 
     def _term(self, method: Method, policy: Any, seed: int, args: argparse.Namespace) -> Any:
-        """What the method reads anchors with: the same ones, whatever it is."""
+        """The closure that the method reads anchors with: the same ones, whatever it is."""
         if method.kind == "plain":
             return None
         if method.kind != "replay":

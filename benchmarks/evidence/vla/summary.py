@@ -1,4 +1,4 @@
-"""What the runs found: a row per method, over its seeds, as a table to print, as Markdown and as CSV."""
+"""Results of the runs: a row per method, over its seeds, as a table to print, as Markdown and as CSV."""
 
 from __future__ import annotations
 
