@@ -85,12 +85,12 @@ def predicted_actions(
 
     Args:
         policy: With `predict_action_chunk`, on its device.
-        cache: Of preprocessed frames.
+        cache: Cache of preprocessed frames.
         indices: Places of the anchors; at least one. None: all.
         batch_size: Anchors per call.
-        seed: Of what the policy draws.
+        seed: Seed of the policy's noise.
         progress: Show a bar. None: only on a terminal.
-        title: What the bar calls the policy.
+        title: Name of the policy beside the bar.
 
     Returns:
         `[anchors, steps, dimensions]`, float32, on the CPU.

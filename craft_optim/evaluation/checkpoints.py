@@ -64,7 +64,7 @@ def record(
         checkpoints: All measured on the same anchors.
         places: The anchors' places in the cache.
         epsilon: Kind, or "actions", -> threshold.
-        worst: How many of the worst anchors to name.
+        worst: Number of the worst anchors to name.
     """
 
     def numbers(value: float | None, each: Sequence[float], kind: str) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class ChoiceScore(NamedTuple):
     """How likely a model finds a choice.
 
     Attributes:
-        log_likelihood: Of its tokens after the question, their sum, in nats; <= 0.
-        tokens: How many they are; >= 1.
+        log_likelihood: Sum over its tokens after the question, in nats; <= 0.
+        tokens: Number of these tokens; >= 1.
     """
 
     log_likelihood: float
@@ -67,7 +67,7 @@ class Result:
 
     Attributes:
         question: The question.
-        scores: Of its choices; none if it could not be scored.
+        scores: Scores of its choices; none if it could not be scored.
         failure: Why it could not; None if it could.
     """
 
@@ -94,7 +94,7 @@ def evaluate(questions: Iterable[Question], scorer: Scorer) -> list[Result]:
 
     Args:
         questions: Any iterable: a progress bar around a list is one.
-        scorer: Of one model. Its ValueErrors (a missing picture, a question too long, ...) and scores that are not
+        scorer: Scorer of a model. Its ValueErrors (a missing picture, a question too long, ...) and scores that are not
             finite are failures of the question; other errors are raised.
 
     Returns:
@@ -160,8 +160,8 @@ class Summary:
     """Accuracy and margin of a model.
 
     Attributes:
-        questions: How many there are.
-        failed: How many of them could not be scored.
+        questions: Number of questions.
+        failed: Number of those that could not be scored.
         chance: The accuracy that guessing would have.
         normalized: By the mean over a choice's tokens.
         sum: By their sum.

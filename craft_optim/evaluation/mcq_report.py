@@ -75,9 +75,9 @@ def as_json(
     """All of it, as `json.dumps` takes it.
 
     Args:
-        names: Of the models.
-        results: Of each model, on the same questions.
-        summaries: Of each model.
+        names: Names of the models.
+        results: Results of each model, on the same questions.
+        summaries: Summary of each model.
         change: The second against the first; None for one model.
         score: Which scores decide.
 

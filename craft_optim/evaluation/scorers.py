@@ -18,8 +18,8 @@ def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, 
     Args:
         path: Folder or hub id: a pi0_fast of lerobot; a causal language model, or a vision-language model, of
             transformers; or adapters of PEFT for one of these.
-        device: Where the model goes.
-        template: As the scorers take it, `LanguageModelScorer`, `VisionLanguageScorer` and
+        device: Device of the model.
+        template: Template of the scorers, `LanguageModelScorer`, `VisionLanguageScorer` and
             `craft_optim.lerobot.answers.PI0FastScorer`. None: the scorer's own.
         batch_size: At most so many choices in one forward.
 

@@ -19,8 +19,8 @@ class Template:
     """A template in parts.
 
     Attributes:
-        before: What stands before the question.
-        after: What stands between it and the choice.
+        before: Text before the question.
+        after: Text between it and the choice.
     """
 
     before: str

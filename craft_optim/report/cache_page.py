@@ -41,7 +41,7 @@ def render(
     Args:
         cache: The cache.
         indices: Anchors to show; those with the largest drift come first, if one was measured.
-        verified: Whether the checksums have been compared.
+        verified: True if the checksums have been compared.
         measured: From `evaluation.drift.drifts`, on the same anchors.
         verdict: From `evaluation.drift.verdict`.
         decode: Token ids -> text. None: ids are shown as numbers.

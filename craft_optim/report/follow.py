@@ -123,8 +123,7 @@ def follow(
     On a terminal the table changes in place; elsewhere each change prints one.
 
     Args:
-        specs: As of `read_runs`; they need not be there yet. Files of other kinds than JSONL do not grow, and are not
-            shown.
+        specs: Specs of `read_runs`; they need not be there yet. Other files than JSONL do not grow, and are not shown.
         every: Seconds between two looks.
         console: The terminal; None: standard output.
         until: Asked after every look; true ends it.

@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         name: Unique in a report.
-        method: What it shares with its repetitions under other seeds.
+        method: Name that it shares with its repetitions under other seeds.
         seed: None if neither rows nor name say it.
         file: The file that it was read from.
         columns: Name -> values; "step" increases, "seconds" is the time of a step. Values that a row kept from an

@@ -29,7 +29,7 @@ class Summary:
         retention_steps: Steps that ran retention.
         loss: Task loss, mean over the end.
         drift: At the end, as measured over many anchors; else the median of the last anchor batches.
-        over_anchors: Whether `drift` is the former.
+        over_anchors: True if `drift` is the former.
         heldout: Drift on held-out anchors, where last measured.
         epsilon: At the end.
         violated: Share of the retention steps with L_ret > epsilon.
@@ -39,7 +39,7 @@ class Summary:
         projected: Mean share of blocks in which the projection acted.
         skipped: Retention passes that were not finite.
         cosine: Median of the cosine of both gradients.
-        falling: Whether drift still came down at the end.
+        falling: True if drift still came down at the end.
         ms_per_step: Median.
     """
 
