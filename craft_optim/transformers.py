@@ -20,14 +20,15 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from craft_optim.optimizer import CraftOptimizer, RetentionClosure
+from craft_optim._step.constraint import Constraints
+from craft_optim.optimizer import CraftOptimizer
 
 __all__ = ["CraftCallback", "craft_optimizer"]
 
 
 def craft_optimizer(
     args: TrainingArguments,
-    retention: RetentionClosure | Callable[[], torch.Tensor] | None,
+    retention: Constraints | None,
     model: torch.nn.Module | None = None,
     **craft: Any,
 ) -> tuple[type[CraftOptimizer], dict[str, Any]]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from craft_optim._kernels.pairs import Pair
-from craft_optim.decision import Weights
+from ..decision import Weights
+from .pairs import Pair
 
 __all__ = ["PortablePairs"]
 
@@ -34,9 +34,6 @@ class PortablePairs:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
-
-    def __bool__(self) -> bool:
-        return bool(self._pairs)
 
     def sums(self, n_segments: int, dtype: torch.dtype) -> tuple[NDArray[np.float64], dict[torch.device, Tensor]]:
         """<g_t, g_t>, <g_r, g_r> and <g_t, g_r> per segment, float64 `[3, n_segments]`.
