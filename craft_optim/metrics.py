@@ -1,20 +1,19 @@
-"""Metrics of a step, and sinks for them.
+"""Metrics of a step, and the sinks that they go to.
 
 `CraftOptimizer(..., on_metrics=sink)` calls `sink(metrics)` after every step that ran retention. A sink is any
 callable; those here append to a file, or pass the values on to the tracker that is in use already.
 
     log = JSONLWriter("runs/first/metrics.jsonl")
-    optimizer = CraftOptimizer(base, retention, on_metrics=Tee(log, LogTo(run.log)))
+    optimizer = CraftOptimizer(base, retention, on_metrics=log)
     for batch in loader:
         loss = model(**batch).loss
         loss.backward()
         log.log(loss=loss)
         optimizer.step()
 
-`craft-optim report runs/first` draws what a `JSONLWriter` or a `CSVWriter` has written.
+`craft-optim report runs/first` draws what a `JSONLWriter` has written.
 """
 
-import csv
 import json
 import math
 import time
@@ -22,9 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from craft_optim._warn import warn
-
-__all__ = ["METRICS", "CSVWriter", "JSONLWriter", "LogTo", "Metric", "Sink", "Tee", "TensorBoardWriter"]
+__all__ = ["METRICS", "JSONLWriter", "LogTo", "Metric", "Sink", "TensorBoardWriter"]
 
 
 class Metric(NamedTuple):
@@ -111,50 +108,9 @@ class JSONLWriter:
 
 
 def _plain(value: Any) -> Any:
-    """In the types of JSON."""
+    """A value in the types of JSON."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class CSVWriter:
-    """Appends each step's metrics as one row.
-
-    The header is written when the file is new, with what the first row has. A name that comes later, or that the header
-    of an older file does not know, is left out, and a warning says so once.
-
-    Args:
-        path: The file; its folder must exist.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        header: list[str] = []
-        if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                header = next(csv.reader(file), [])
-        self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
-        self._names = header
-        self._warned = False
-
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        new = not self._names
-        if new:
-            self._names = list(dict.fromkeys([*METRICS, *metrics]))
-        writer = csv.DictWriter(self._file, fieldnames=self._names, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        if (unknown := sorted(set(metrics) - set(self._names))) and not self._warned:
-            self._warned = True
-            warn(
-                f"{self._file.name} has no column for {', '.join(unknown)}, which is left out. Write to a new file, or "
-                "use JSONLWriter, whose rows may differ."
-            )
-        writer.writerow(metrics)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 class TensorBoardWriter:
@@ -206,27 +162,5 @@ class LogTo:
 
 
 def _of_step(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without `fresh`, which is 1 wherever a sink is called."""
+    """Metrics without `fresh`, which is 1 wherever a sink is called."""
     return {name: value for name, value in metrics.items() if name != "fresh"}
-
-
-class Tee:
-    """Passes each step's metrics to several sinks, in their order.
-
-    Args:
-        sinks: Callables.
-    """
-
-    def __init__(self, *sinks: Sink) -> None:
-        self.sinks = sinks
-
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        for sink in self.sinks:
-            sink(metrics)
-
-    def close(self) -> None:
-        """Closes those that can be closed."""
-        for sink in self.sinks:
-            close = getattr(sink, "close", None)
-            if close is not None:
-                close()

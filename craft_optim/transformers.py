@@ -70,7 +70,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
 
     Beside `loss` there are then `craft/retention_loss`, `craft/lambda` and the other `craft_optim.metrics.METRICS`: in
     the console, in `trainer.state.log_history`, and in everything in `report_to`. They belong to the last step that ran
-    retention; `loss` is a mean since the last log. Evaluations get `eval_craft_drift`, also as a
+    retention; `loss` is a mean since the last log. Evaluations get `eval_craft/drift_heldout`, also as a
     `metric_for_best_model`.
 
     Args:
@@ -107,7 +107,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
         if "loss" in logs:
             added = {f"craft/{name}": value for name, value in _craft_within(optimizer).metrics.items()}
         elif self.drift is not None and any(name.startswith("eval_") for name in logs):
-            added = {"eval_craft_drift": float(self.drift())}
+            added = {"eval_craft/drift_heldout": float(self.drift())}
         logs.update(added)
         if state.log_history:  # of which the Trainer has made a copy
             state.log_history[-1].update(added)

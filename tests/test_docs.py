@@ -106,7 +106,7 @@ def metrics_table():
 
 
 def budget_table(name):
-    result = json.loads(read(ROOT / "examples" / "results" / f"{name}.json"))
+    result = json.loads(read(ROOT / "benchmarks" / "evidence" / "results" / f"{name}.json"))
     header = ("retention every", "anchors per pass", "cost of a step", "highest drift on the way")
     rows = []
     for row in [result["adamw"], *result["points"]]:
@@ -296,7 +296,7 @@ def test_a_message_that_is_not_there_is_found_out():
 
 
 def test_numbers_of_the_sweep():
-    swept = json.loads(read(ROOT / "examples" / "results" / "sweep-logits.json"))
+    swept = json.loads(read(ROOT / "benchmarks" / "evidence" / "results" / "sweep-logits.json"))
     rows = re.findall(r"^\| ([\d.]+|plain AdamW) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
                       read(CHOOSING), re.MULTILINE)  # fmt: skip
     found = {name: tuple(map(float, numbers)) for name, *numbers in rows}

@@ -15,7 +15,7 @@ from torch import nn
 
 from craft_optim import CraftOptimizer, Retention, Rules, schedules
 from craft_optim.dual import DualAscent, make_controller
-from craft_optim.metrics import METRICS, CSVWriter, JSONLWriter
+from craft_optim.metrics import METRICS, JSONLWriter
 
 
 def network():
@@ -354,17 +354,6 @@ def test_metrics_are_the_documented_floats(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [row["retention_step"] for row in rows] == [0, 1, 2]
     assert rows[-1]["lambda"] == craft.metrics["lambda"] == craft.param_groups[0]["craft_lambda"]
-
-
-def test_csv_has_one_header_also_after_a_resume(tmp_path):
-    path = tmp_path / "m.csv"
-    for step in range(2):
-        writer = CSVWriter(path)
-        writer(dict.fromkeys(METRICS, float(step)))
-        writer.close()
-    lines = path.read_text().splitlines()
-    assert lines[0] == ",".join(METRICS)
-    assert len(lines) == 3
 
 
 def test_jsonl_stays_json_when_a_value_is_not_finite(tmp_path):

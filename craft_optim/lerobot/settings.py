@@ -1,7 +1,6 @@
 """Settings of a training run with retention: a file, flags `--craft.<name>=<value>`, or both."""
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -19,7 +18,6 @@ from craft_optim.schedules import Cosine, Exponential, Linear, Schedule
 __all__ = ["PREFIX", "AnchorSettings", "CraftSettings", "SettingsError", "own_flags", "read_settings", "without_flags"]
 
 PREFIX = "--craft."
-_FILE = "CRAFT_CONFIG"
 _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
 _STATISTICS = ("dataset", "pretrained")
 
@@ -208,8 +206,8 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
     """The settings of a run: flags first, then the file, then what a checkpoint holds, then the defaults.
 
     Args:
-        arguments: Flags as `own_flags` returns them, `--config=FILE` among them; without it the environment's
-            CRAFT_CONFIG names the file. YAML or JSON, with the names of `CraftSettings`, at its top or under "craft".
+        arguments: Flags as `own_flags` returns them, `--config=FILE` among them: YAML or JSON, with the names of
+            `CraftSettings`, at its top or under "craft".
         saved: `CraftSettings.to_dict` of the run that goes on.
 
     Raises:
@@ -217,7 +215,7 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
     """
     merged = copy.deepcopy(dict(saved or {}))
     named = [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
-    file = named[-1] if named else os.environ.get(_FILE)
+    file = named[-1] if named else None
     if file:
         _merge(merged, _read_file(Path(file)))
     for flag in arguments:
@@ -270,7 +268,7 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise SettingsError(f"There is no file {str(path)!r}: {PREFIX}config or the environment's {_FILE} names it.")
+        raise SettingsError(f"There is no file {str(path)!r}: {PREFIX}config names it.")
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except yaml.YAMLError as error:

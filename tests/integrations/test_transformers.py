@@ -218,13 +218,13 @@ def test_evaluations_measure_the_drift_on_other_anchors(cache: AnchorCache, tmp_
     job = Job(
         tmp_path, cache, callbacks=(CraftCallback(drift=lambda: online.drift()),), max_steps=6, eval_strategy="steps",
         eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="eval_craft_drift", greater_is_better=False,
+        metric_for_best_model="eval_craft/drift_heldout", greater_is_better=False,
     )  # fmt: skip
     online = OnlineRetention(job.model, rows(12, 5), 4, teacher=model())
     before = job.trainer.evaluate()
-    assert before["eval_craft_drift"] == 0.0
+    assert before["eval_craft/drift_heldout"] == 0.0
     job.train()
-    measured = [row["eval_craft_drift"] for row in job.trainer.state.log_history if "eval_loss" in row]
+    measured = [row["eval_craft/drift_heldout"] for row in job.trainer.state.log_history if "eval_loss" in row]
     assert len(measured) == 3
     assert all(drift > 1e-4 for drift in measured)
     assert job.trainer.state.best_metric == min(measured)
