@@ -9,6 +9,7 @@ import ast
 import re
 import shlex
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,7 +240,8 @@ def test_targets_exist(page, words):
 
 
 @pytest.mark.parametrize(("page", "words"), each_command(lambda words: words[:2] == ["pip", "install"]))
-def test_extras_exist(page, words):
-    known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+def test_extras_and_groups_exist(page, words):
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     for extras in re.findall(r"\[([\w,]+)\]", " ".join(words)):
-        assert set(extras.split(",")) <= set(known), extras
+        assert set(extras.split(",")) <= set(known["project"]["optional-dependencies"]), extras
+    assert {group for option, group in pairwise(words) if option == "--group"} <= set(known["dependency-groups"])

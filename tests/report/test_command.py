@@ -4,11 +4,12 @@ import json
 import sys
 
 import pytest
-from PIL import Image
 
 from craft_optim.cli import main
 from craft_optim.report import read_outcomes, read_runs
 from craft_optim.report.pictures import draw
+
+Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
 
 OUTCOMES = {"points": [{"method": "craft", "x": 0.9, "y": 0.8, "x_interval": [0.8, 1.0]}]}
 
