@@ -10,6 +10,7 @@ from hypothesis import settings
 _INTEGRATIONS = {
     "lerobot": "craft_optim/lerobot/*",
     "rich": "craft_optim/report/follow.py",
+    "scipy": "craft_optim/evaluation/statistics.py",
     "transformers": "craft_optim/transformers.py",
     "triton": "craft_optim/*kernels/fused.py",
 }
