@@ -170,7 +170,7 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
             raise _EnoughError
 
     def before(layer: Layer) -> Callable[..., None]:
-        return lambda module, args, kwargs: keep(layer, args if args else kwargs)
+        return lambda module, args, kwargs: keep(layer, args or kwargs)
 
     def after(layer: Layer) -> Callable[..., None]:
         return lambda module, args, output: keep(layer, output)

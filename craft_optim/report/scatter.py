@@ -123,6 +123,5 @@ def _line(x1: str, y1: str, x2: str, y2: str, kind: str) -> Markup:
 def _stairs(scatter: Scatter, at_x: object, at_y: object) -> str:
     front = scatter.front
     moves = [f"M{at_x(front[0].x)} {at_y(front[0].y)}"]  # type: ignore[operator]
-    for point in front[1:]:
-        moves.append(f"V{at_y(point.y)}H{at_x(point.x)}")  # type: ignore[operator]
+    moves += [f"V{at_y(point.y)}H{at_x(point.x)}" for point in front[1:]]  # type: ignore[operator]
     return "".join(moves)
