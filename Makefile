@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test core lowest newest lint ruff types docs dist bench pareto sweep budget vla experiments assets clean
+.PHONY: help setup demo test core lowest newest lint ruff types docs dist mutants bench pareto sweep budget vla experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -88,6 +88,10 @@ types: $(FOR_TESTS)
 docs: $(FOR_TESTS)  ## the documentation, as pages in docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+# Weekly, and after changes of these modules or their tests; MODULES=craft_optim/dual.py checks this one.
+mutants: $(FOR_TESTS)  ## do the tests notice every small change of the pure modules? (minutes; MODULES=... : some of them)
+	$(BIN)/python tools/mutants.py $(MODULES)
 
 # On a GPU where there is one; DEVICE=cpu measures the CPU there, too. The numbers go into benchmarks/results and
 # docs/performance.md; of GROUP=anchors, memory, passes, scaling, step or surgery only this part.

@@ -1,4 +1,4 @@
-"""What a step reports, and where it goes.
+"""Metrics of a step, and sinks for them.
 
 `CraftOptimizer(..., on_metrics=sink)` calls `sink(metrics)` after every step that ran retention. A sink is any
 callable; those here append to a file, or pass the values on to the tracker that is in use already.
@@ -20,33 +20,50 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from craft_optim._warn import warn
 
-__all__ = ["METRICS", "CSVWriter", "JSONLWriter", "LogTo", "Sink", "Tee", "TensorBoardWriter"]
+__all__ = ["METRICS", "CSVWriter", "JSONLWriter", "LogTo", "Metric", "Sink", "Tee", "TensorBoardWriter"]
 
-METRICS: dict[str, str] = {
-    "retention_loss": "L_ret on this step's anchor batch",
-    "epsilon": "the allowed drift at this step",
-    "lambda": "the multiplier used in the merge",
-    "violation": "retention_loss / epsilon",
-    "grad_dot": "<g_t, g_r>",
-    "grad_cos": "cosine between task and retention gradient",
-    "conflict": "share of blocks (1 block unless granularity says otherwise) with cosine < conflict_threshold",
-    "projected": "share of blocks in which the projection acted",
-    "task_grad_norm": "|g_t|",
-    "retention_grad_norm": "|g_r|",
-    "merged_grad_norm": "norm of what the base optimizer stepped on",
-    "capped": "1 if rho |g_t| / |g_r| held lambda down",
-    "clipped": "1 if max_grad_norm scaled the merged gradient",
-    "skipped": "retention passes so far that were not finite and left the task step alone",
-    "retention_step": "the step (from 0) on which the values were measured",
-    "fresh": "1 if they belong to the last step, 0 if they were kept from an earlier one",
+
+class Metric(NamedTuple):
+    """One of the values that a step reports.
+
+    Attributes:
+        meaning: In words.
+        per_constraint: Whether each of several constraints has its own, called "lambda/name". The value without a name
+            is then that of the constraint with the largest violation.
+        largest: Whether the value without a name is the largest of them instead.
+    """
+
+    meaning: str
+    per_constraint: bool = False
+    largest: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "retention_loss": Metric("L_ret on this step's anchor batch", True),
+    "epsilon": Metric("the allowed drift at this step", True),
+    "lambda": Metric("the multiplier used in the merge", True),
+    "violation": Metric("retention_loss / epsilon", True),
+    "grad_dot": Metric("<g_t, g_r>", True),
+    "grad_cos": Metric("cosine between task and retention gradient", True),
+    "conflict": Metric("1 if the cosine is below the threshold of conflicts", True, True),
+    "projected": Metric("1 if the projection acted", True, True),
+    "task_grad_norm": Metric("|g_t|"),
+    "retention_grad_norm": Metric("|g_r|", True),
+    "merged_grad_norm": Metric("norm of what the base optimizer stepped on"),
+    "capped": Metric("1 if rho |g_t| / |g_r| held lambda down", True, True),
+    "clipped": Metric("1 if max_grad_norm scaled the merged gradient"),
+    "skipped": Metric("retention passes so far that were not finite and left the task step alone"),
+    "retention_step": Metric("the step (from 0) on which the values were measured"),
+    "fresh": Metric("1 if they belong to the last step, 0 if they were kept from an earlier one"),
 }
 
+
 Sink = Callable[[Mapping[str, float]], Any]
-"""What `on_metrics` takes"""
+"""A function that `on_metrics` takes"""
 
 
 class JSONLWriter:

@@ -20,18 +20,19 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from craft_optim.optimizer import CraftOptimizer, RetentionClosure
+from craft_optim._step.constraint import Constraints
+from craft_optim.optimizer import CraftOptimizer
 
 __all__ = ["CraftCallback", "craft_optimizer"]
 
 
 def craft_optimizer(
     args: TrainingArguments,
-    retention: RetentionClosure | Callable[[], torch.Tensor] | None,
+    retention: Constraints | None,
     model: torch.nn.Module | None = None,
     **craft: Any,
 ) -> tuple[type[CraftOptimizer], dict[str, Any]]:
-    """What the Trainer's `optimizer_cls_and_kwargs` takes: the optimizer that `args` ask for, with retention.
+    """The optimizer that `args` ask for, with retention, as the Trainer's `optimizer_cls_and_kwargs` takes it.
 
     The base is the Trainer's own choice (`optim`, `learning_rate`, `adam_beta1`, `optim_args`, ...); so are its groups
     of parameters with and without weight decay. The Trainer builds it when it has moved, or sharded, the model.

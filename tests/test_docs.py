@@ -63,11 +63,14 @@ def classes(module):
 
 def settings():
     """(name, default, what it is) of each setting, from the source."""
-    found = classes(tree("lerobot", "settings.py"))
-    of_optimizer = described(ast.get_docstring(classes(tree("optimizer.py"))["CraftOptimizer"]), "Args")
+    found = classes(tree("lerobot", "settings.py")) | classes(tree("_step", "rules.py"))
 
     def fields(kind, place):
         texts = described(ast.get_docstring(found[kind]), "Attributes")
+        for base in found[kind].bases:
+            yield from (
+                (name, default, texts.get(name, text)) for name, default, text in fields(ast.unparse(base), place)
+            )
         for node in found[kind].body:
             if not isinstance(node, ast.AnnAssign):
                 continue
@@ -77,7 +80,7 @@ def settings():
             else:
                 default = ast.unparse(node.value) if node.value else ""
                 default = {"field(default_factory=dict)": "{}", "10000.0": "1e4"}.get(default, default)
-                yield f"{place}{name}", default.strip("'"), texts.get(name) or of_optimizer[name]
+                yield f"{place}{name}", default.strip("'"), texts.get(name)
 
     return list(fields("CraftSettings", ""))
 
@@ -93,11 +96,12 @@ def settings_table():
 
 
 def metrics_table():
+    meanings = {name: metric.meaning for name, metric in METRICS.items()}
     of_run = {
         "drift_anchors": "drift on the anchors, where it is measured",
         "drift_heldout": "drift on held-out ones, where it is measured",
     }
-    rows = [(f"`{name}`", text.replace("|", "\\|")) for name, text in (METRICS | of_run).items()]
+    rows = [(f"`{name}`", text.replace("|", "\\|")) for name, text in (meanings | of_run).items()]
     return table(("name", "what it is"), rows)
 
 

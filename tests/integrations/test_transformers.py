@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer
 from craft_optim.anchors import AnchorCache, LogitRetention, OnlineRetention, build
+from craft_optim.dual import DualAscent
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -21,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E4
 from craft_optim.transformers import CraftCallback, craft_optimizer  # noqa: E402
 
 # The constraint is never active: what the base steps on is the task gradient, to the bit.
-INACTIVE = {"epsilon": 1e6, "dual": "ascent", "lambda_init": 0.0, "projection": "never"}
+INACTIVE = {"epsilon": 1e6, "dual": DualAscent(0.0), "projection": "never"}
 
 
 def model(dropout: float = 0.1) -> nn.Module:

@@ -14,7 +14,7 @@ class Pair(NamedTuple):
     """Gradients of one parameter, not both None, on one device.
 
     Attributes:
-        number: Where it is in the lists.
+        number: Its place in the lists.
         segment: Number of the sums it counts towards.
         task: Task gradient; None for zero.
         retention: Retention gradient; None for zero.
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
     @property
     def given(self) -> list[Tensor]:
-        """Those of both that are not None."""
+        """The gradients of both that are not None."""
         return [g for g in (self.task, self.retention) if g is not None]
 
     @property
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
         return self.given[0].device
 
     def in_same_order(self) -> bool:
-        """Whether the memory of both holds the same elements in the same order, without gaps.
+        """True if the memory of both holds the same elements in the same order, without gaps.
 
         Gradients have their parameter's strides: those of a transposed or channels-last one may be dense, too.
         """
@@ -52,11 +52,11 @@ def cut(length: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArra
     """Pieces of at most `size` elements, one vector's after another's.
 
     Args:
-        length: Of each vector.
-        size: Of a piece.
+        length: Number of elements of each vector.
+        size: Number of elements of a piece.
 
     Returns:
-        Of each piece the number of its vector, and the first of its elements.
+        The number of each piece's vector, and the first of its elements.
     """
     pieces = -(-length // size)
     owner = np.repeat(np.arange(len(length)), pieces)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, float16
 
+from .gradients import nodes
+
 __all__ = ["grown", "initial_scale", "reaches_float16", "shrunk"]
 
 # S begins where torch's GradScaler does; it shrinks faster, since a repeated pass costs more than a skipped step.
@@ -37,14 +39,5 @@ def grown(state: Mapping[str, float]) -> dict[str, float]:
 
 
 def reaches_float16(loss: Tensor) -> bool:
-    """Whether any gradient in the loss's graph is float16. Visits every node of the graph once."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if any(output.dtype == float16 for output in node._input_metadata):
-            return True
-        waiting += [following for following, _ in node.next_functions]
-    return False
+    """True if any gradient in the loss's graph is float16. Visits every node of the graph once."""
+    return any(output.dtype == float16 for node in nodes(loss) for output in node._input_metadata)

@@ -1,4 +1,4 @@
-"""One pass of C++ over gradients in main memory; see compiled.cpp.
+"""One pass of C++ over gradients in host memory; see compiled.cpp.
 
 The library is compiled when it is first needed (a fraction of a second) and kept in the user's cache folder. Without a
 compiler, or with CRAFT_OPTIM_COMPILE=0 in the environment, there is none, and torch operations do the work.
@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from craft_optim._kernels.pairs import cut
-from craft_optim.decision import Weights
+from ..decision import Weights
+from .pairs import cut
 
 __all__ = ["KINDS", "PLAIN", "CompiledPairs", "Vectors", "library"]
 
@@ -72,7 +72,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled() -> Path:
-    """Where the library is; compiles it if it is nowhere.
+    """The library's file; compiles it if there is none.
 
     Raises:
         OSError, subprocess.SubprocessError: If there is no compiler, or it fails.
@@ -108,8 +108,8 @@ class Vectors:
     Found without a line of Python per tensor: there may be thousands of small ones.
 
     Args:
-        tensors: In main memory, of the dtypes in `KINDS`, without gaps; entries may be None.
-        given: Those that are not None, if the caller has them.
+        tensors: In host memory, of the dtypes in `KINDS`, without gaps; entries may be None.
+        given: The tensors that are not None, if the caller has them.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], given: Sequence[Tensor] | None = None) -> None:
@@ -127,7 +127,7 @@ class Vectors:
 
     @classmethod
     def of_plain(cls, tensors: Sequence[Tensor | None]) -> "Vectors | None":
-        """Those of contiguous tensors of these kinds; None if there is another among them."""
+        """The addresses of contiguous tensors of these kinds; None if there is another among them."""
         given = [x for x in tensors if x is not None]
         try:
             if not (
@@ -148,13 +148,13 @@ class Vectors:
 
 
 class CompiledPairs:
-    """Pairs of contiguous gradients in main memory.
+    """Pairs of contiguous gradients in host memory.
 
     Args:
         functions: From `library`.
         of_t: Task gradients. Whoever has made these keeps the tensors.
         of_r: Retention gradients; as many elements as their partner's.
-        segments: Of each pair; None if there is one.
+        segments: Number of each pair's sums; None if there is one.
 
     Raises:
         ValueError: If partners differ in their number of elements.
@@ -167,7 +167,10 @@ class CompiledPairs:
         length = np.maximum(of_t.length, of_r.length)
         if ((of_t.length != length) & (of_t.address != 0) | (of_r.length != length) & (of_r.address != 0)).any():
             raise ValueError("`task` and `retention` must have the same shapes.")
-        owner, start = cut(length, _PIECE)
+        owner: NDArray[np.int64] = np.arange(len(length))
+        start: NDArray[np.int64] = np.zeros(len(length), np.int64)
+        if not ((length > 0) & (length <= _PIECE)).all():
+            owner, start = cut(length, _PIECE)
         self._length = np.minimum(length[owner] - start, _PIECE)
         self._t, self._r = of_t.at(owner, start), of_r.at(owner, start)
         self._kinds = of_t.kind[owner], of_r.kind[owner]

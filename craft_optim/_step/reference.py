@@ -1,12 +1,14 @@
-"""The slow, readable ground truth of `craft_optim.surgery`: flatten everything to float64 and follow the formulas."""
+"""The slow, readable ground truth of `surgery`: flatten everything to float64 and follow the formulas."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from craft_optim.gradients import Gradients
+from .gradients import Gradients
+from .rules import Rules
 
 __all__ = ["reference_gram", "reference_merge", "reference_merge_several"]
 
@@ -28,6 +30,26 @@ def reference_gram(task: Gradients, retention: Gradients, parameters: list[Tenso
     return float((t * t).sum()), float((r * r).sum()), float((t * r).sum())
 
 
+def _shaped(vector: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """The inverse of `_flatten`: a float64 tensor for each parameter, complex128 for a complex one."""
+    widths = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+    return [
+        torch.view_as_complex(x.reshape(*p.shape, 2).contiguous()) if p.is_complex() else x.reshape(p.shape)
+        for p, x in zip(parameters, torch.split(vector, widths), strict=True)
+    ]
+
+
+def _merged(merge: str, t: Tensor, rs: list[Tensor], lams: Sequence[float], q: Sequence[float]) -> Tensor:
+    """a g_t + sum_j w_j g_j, where q_j g_j is what the projection adds."""
+    m = len(rs)
+    if merge == "equal":
+        t, w = t / (m + 1), [(1.0 + x) / (m + 1) for x in q]
+    else:
+        most = {"weighted": float("inf"), "task_priority": 1.0}[merge]
+        w = [min(lam, most) + x for lam, x in zip(lams, q, strict=True)]
+    return t + sum((x * r for x, r in zip(w, rs, strict=True)), torch.zeros_like(t))
+
+
 def reference_merge(
     task: Gradients,
     retention: Gradients,
@@ -35,31 +57,15 @@ def reference_merge(
     *,
     lam: float,
     project: bool = True,
-    conflict_threshold: float = 0.0,
-    merge: str = "weighted",
-    blocks: list[list[int]] | None = None,
+    **rules: Any,
 ) -> list[Tensor]:
     """The merged gradient of every parameter as a float64 tensor (complex128 for complex parameters)."""
-    out: list[Tensor] = [torch.empty(0)] * len(parameters)
-    for block in blocks if blocks is not None else [list(range(len(parameters)))]:
-        params = [parameters[i] for i in block]
-        t = _flatten([task[i] for i in block], params)
-        r = _flatten([retention[i] for i in block], params)
-        tt, rr, tr = float(t @ t), float(r @ r), float(t @ r)
-        cos = tr / (tt**0.5 * rr**0.5) if tt > 0 and rr > 0 else 0.0
-        p = tr / rr if project and tt > 0 and rr > 0 and cos < conflict_threshold else 0.0
-        g = {
-            "weighted": t + (lam - p) * r,
-            "equal": 0.5 * t + 0.5 * (r - p * r),
-            "task_priority": t + (min(lam, 1.0) - p) * r,
-        }[merge]
-        widths = [param.numel() * (2 if param.is_complex() else 1) for param in params]
-        for i, param, piece in zip(block, params, torch.split(g, widths), strict=True):
-            if param.is_complex():
-                out[i] = torch.view_as_complex(piece.reshape(*param.shape, 2).contiguous())
-            else:
-                out[i] = piece.reshape(param.shape)
-    return out
+    kept = Rules(**rules)
+    t, r = _flatten(task, parameters), _flatten(retention, parameters)
+    tt, rr, tr = float(t @ t), float(r @ r), float(t @ r)
+    cos = tr / (tt**0.5 * rr**0.5) if tt > 0 and rr > 0 else 0.0
+    p = tr / rr if project and tt > 0 and rr > 0 and cos < kept.conflict_threshold else 0.0
+    return _shaped(_merged(kept.merge, t, [r], [lam], [-p]), parameters)
 
 
 def reference_merge_several(
@@ -69,16 +75,16 @@ def reference_merge_several(
     *,
     lams: Sequence[float],
     project: Sequence[bool],
-    conflict_threshold: float = 0.0,
-    merge: str = "weighted",
+    **rules: Any,
 ) -> list[Tensor]:
-    """The merged gradient of every parameter, in float64, under several constraints; for real parameters.
+    """The merged gradient of every parameter, in float64, under several constraints.
 
     The projection is left to SciPy: min |g_t + sum_j q_j g_j| over q >= 0 with a target that is shifted so that
     conflicts above the threshold do not count.
     """
     from scipy.optimize import nnls  # of an extra
 
+    kept = Rules(**rules)
     t = _flatten(task, parameters)
     rs = [_flatten(gradients, parameters) for gradients in retention]
     norm = float(t.norm())
@@ -87,17 +93,8 @@ def reference_merge_several(
     if may:
         columns = torch.stack([rs[j] / rs[j].norm() for j in may], dim=1)
         cosines = columns.T @ (t / norm)
-        wanted = -torch.where(cosines < conflict_threshold, cosines, cosines.clamp(min=0.0))
+        wanted = -torch.where(cosines < kept.conflict_threshold, cosines, cosines.clamp(min=0.0))
         target = torch.linalg.lstsq(columns.T, wanted[:, None], driver="gelsd").solution[:, 0]
         found = nnls(columns.numpy(), target.numpy())[0]
         q[may] = [norm * x / float(rs[j].norm()) for j, x in zip(may, found, strict=True)]
-    m = len(rs)
-    a, w = {
-        "weighted": (1.0, [lam + x for lam, x in zip(lams, q, strict=True)]),
-        "equal": (1.0 / (m + 1), [(1.0 + x) / (m + 1) for x in q]),
-        "task_priority": (1.0, [min(lam, 1.0) + x for lam, x in zip(lams, q, strict=True)]),
-    }[merge]
-    g = a * t + sum((x * r for x, r in zip(w, rs, strict=True)), torch.zeros_like(t))
-    return [
-        x.reshape(p.shape) for p, x in zip(parameters, torch.split(g, [p.numel() for p in parameters]), strict=True)
-    ]
+    return _shaped(_merged(kept.merge, t, rs, lams, q.tolist()), parameters)

@@ -16,8 +16,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from craft_optim._kernels.pairs import Pair, cut
-from craft_optim.decision import Weights
+from ..decision import Weights
+from .pairs import Pair, cut
 
 __all__ = ["DTYPES", "FusedPairs"]
 

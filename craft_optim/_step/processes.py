@@ -1,4 +1,4 @@
-"""Several processes, one decision: what of a gradient is here, whom it is averaged with, whose sums are added up.
+"""Processes: the layout of several, which average their gradients, add up their sums and decide alike.
 
 For processes i with the local parts t_i, r_i of the task and retention gradients and the drift L_i of their anchors:
 
@@ -12,8 +12,6 @@ sharded or replicated. One all-reduce forms all sums; its result, and so every d
 | plain, on N processes (DDP) | averaged here | 1/N |
 | DTensors (FSDP2, HSDP, TP) | reduced by FSDP2's own hooks | 1 / (replicas within the mesh x processes outside of it) |
 | FSDP1's | reduced by FSDP1's own hooks | size of the shard group / N |
-
-Imported when it is needed: torch's distributed packages take longer to import than all of this one.
 """
 
 import gc
@@ -33,42 +31,42 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from craft_optim.gradients import Gradients
+from .gradients import Gradients
+from .layout import ONE_PROCESS, Layout
 
-__all__ = ["Layout", "average", "find_layout"]
+__all__ = ["Processes", "average", "find_layout"]
 
 # Bytes that are copied into one buffer and averaged by one collective.
 _BUCKET = 1 << 25
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How an optimizer's parameters are spread over processes.
+class Processes(Layout):
+    """Several processes, or one with DTensors.
 
     Attributes:
         everyone: Groups; a sum over one after another is the sum over all processes that decide together.
         averaged_over: ProcessGroup over which gradients that nobody else reduces are averaged; None if there are none.
-        rank: This process' place among those that see different data.
-        world_size: Their number. Smaller than the number of all under tensor parallelism.
+        rank: See `Layout`.
+        world_size: See `Layout`.
         ddp: DDP modules, whose own reduction is off during a retention pass.
         fsdp1: id of a parameter that FSDP1 sharded -> number of processes it is sharded over.
     """
 
-    everyone: tuple[ProcessGroup, ...]
-    averaged_over: ProcessGroup | None
-    rank: int
-    world_size: int
+    everyone: tuple[ProcessGroup, ...] = ()
+    averaged_over: ProcessGroup | None = None
+    rank: int = 0
+    world_size: int = 1
     ddp: tuple[DistributedDataParallel, ...] = ()
     fsdp1: dict[int, int] = field(default_factory=dict)
+    several = True
 
     @property
     def size(self) -> int:
-        """Number of processes that decide together."""
         return math.prod(group.size() for group in self.everyone)
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all of them."""
         return all(group.rank() == 0 for group in self.everyone)
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -78,15 +76,20 @@ class Layout:
         return tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all processes."""
         return self.total(tensor.clone()) / self.size
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on any process."""
-        return bool(self.total(torch.tensor(float(flag), device=device)))
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        found: list[float] = self.total(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()
+        return [x > 0.0 for x in found]
+
+    def elements(self, parameters: Sequence[Tensor]) -> list[int]:
+        sizes = [p.numel() for p in parameters]
+        if not self.fsdp1:  # its parameters, unlike DTensors, know only their shard
+            return sizes
+        here = torch.tensor(sizes, dtype=torch.float64) * torch.tensor(self.shares(parameters), dtype=torch.float64)
+        return [round(x) for x in self.total(here.to(parameters[0].device)).tolist()]
 
     def shares(self, parameters: Sequence[Tensor]) -> list[float]:
-        """Weight of this process' sum over each parameter's elements."""
         return [self._share(p) for p in parameters]
 
     def _share(self, p: Tensor) -> float:
@@ -98,14 +101,14 @@ class Layout:
 
     @contextmanager
     def own_reduction(self) -> Iterator[None]:
-        """Within the block DDP does not reduce: its buckets would be those of the task gradients, or await them all."""
+        # DDP's buckets would be those of the task gradients, or await them all
         with ExitStack() as stack:
             for module in self.ddp:
                 stack.enter_context(module.no_sync())
             yield
 
     def averaged(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """Averages, in place, the gradients that no hook has reduced. See `average`."""
+        """See `average`."""
         if self.averaged_over is None:
             return gradients
         wanted = set(dist.get_process_group_ranks(self.averaged_over))
@@ -123,7 +126,6 @@ class Layout:
         return result
 
     def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """What of the gradients is on this process: plain tensors, sharded as the parameters are."""
         return [
             _local(g.redistribute(p.device_mesh, p.placements))
             if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements
@@ -132,7 +134,6 @@ class Layout:
         ]
 
     def wrapped(self, local: Gradients, parameters: Sequence[Tensor], *whole: Gradients) -> Gradients:
-        """The inverse of `local`: gradients of the parameters' own kind, those of `whole` where they are the same."""
         # To make a DTensor costs as much as ten of its local operations.
         known = {id(_local(g)): g for gradients in whole for g in gradients if g is not None}
         return [
@@ -140,8 +141,8 @@ class Layout:
             for g, p in zip(local, parameters, strict=True)
         ]
 
-    def reduce(self, sums: Tensor) -> Tensor:
-        """For `GradientPairs.inner_products`: the products of all processes added up, the scalars averaged."""
+    def reduce(self, sums: Tensor) -> Tensor:  # type: ignore[override]  # an attribute there, since one has none
+        """For `GradientSets.inner_products`: the products of all processes added up, the scalars averaged."""
         sums[3] /= self.size
         return self.total(sums)
 
@@ -172,7 +173,7 @@ def average(gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGr
 
     Args:
         gradients: Dense or sparse, of any floating or complex dtype; dense ones are overwritten.
-        parameters: Of the same shapes; plain tensors.
+        parameters: Plain tensors of the same shapes.
         group: The process group.
 
     Returns:
@@ -226,8 +227,8 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Literal[False] | None) -> Layout | None:
-    """How the parameters are spread over processes; None for a process that decides alone, on plain tensors.
+def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Literal[False] | None) -> Layout:
+    """How the parameters are spread over processes; `ONE_PROCESS` for one that decides alone, on plain tensors.
 
     torch.distributed must be initialised.
 
@@ -242,7 +243,7 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
     several = dist.get_world_size() > 1
     meshes = [p.device_mesh for p in parameters if isinstance(p, DTensor)]
     if not (several or meshes):
-        return None
+        return ONE_PROCESS
     modules = _parallel_modules(parameters)
     ddp = tuple(m for m in modules if isinstance(m, DistributedDataParallel))
     fsdp1 = [m for m in modules if isinstance(m, FullyShardedDataParallel)]
@@ -282,8 +283,8 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
 
     everyone = _everyone(meshes, group, fsdp1_groups)
     if not everyone:
-        return None
-    return Layout(everyone, group, rank, world_size, ddp, sharded)
+        return ONE_PROCESS
+    return Processes(everyone, group, rank, world_size, ddp, sharded)
 
 
 def _everyone(

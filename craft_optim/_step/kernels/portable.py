@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from craft_optim._kernels.pairs import Pair
-from craft_optim.decision import Weights
+from ..decision import Weights
+from .pairs import Pair
 
 __all__ = ["PortablePairs"]
 
@@ -35,9 +35,6 @@ class PortablePairs:
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
 
-    def __bool__(self) -> bool:
-        return bool(self._pairs)
-
     def sums(self, n_segments: int, dtype: torch.dtype) -> tuple[NDArray[np.float64], dict[torch.device, Tensor]]:
         """<g_t, g_t>, <g_r, g_r> and <g_t, g_r> per segment, float64 `[3, n_segments]`.
 
@@ -46,7 +43,7 @@ class PortablePairs:
             dtype: In which blocks are summed, if theirs is not wider.
 
         Returns:
-            Those that are on the host, and for every device those that still are there.
+            The sums on the host, and for every device the sums that are still there.
         """
         here = np.zeros((3, n_segments))
         there: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -155,7 +152,7 @@ def _cut(
 
 
 def _plain(t: Tensor | None, r: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a pair stores as dense real numbers; if one is sparse, over the union of their entries."""
+    """A pair's stored elements as dense real numbers; if one is sparse, over the union of their entries."""
     if t is not None and r is not None and t.is_sparse and r.is_sparse:
         t, r = t.coalesce(), r.coalesce()
         # Adding zero times the other gives both the same index set, in the same order.
