@@ -10,8 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Their doctests need what they are made for.
-_INTEGRATIONS = {"lerobot": "craft_optim/lerobot/*", "transformers": "craft_optim/transformers.py"}
+# Doctests of modules that import what they are made for.
+_INTEGRATIONS = {
+    "lerobot": "craft_optim/lerobot/*",
+    "rich": "craft_optim/report/follow.py",
+    "scipy": "craft_optim/evaluation/statistics.py",
+    "transformers": "craft_optim/transformers.py",
+    "triton": "craft_optim/*kernels/fused.py",
+}
 collect_ignore_glob = [files for library, files in _INTEGRATIONS.items() if not find_spec(library)]
 
 # The same examples on every run, and no limits of wall time.

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from craft_optim import CraftOptimizer
+from craft_optim.dual import DualAscent
 
-pytest.importorskip("expecttest", reason="torch's test data imports it: pip install 'craft-optim[dev]'")
+pytest.importorskip("expecttest", reason="torch's test data imports it: pip install --group dev")
 from torch.testing._internal.common_optimizers import optim_db
 
 
@@ -79,7 +80,7 @@ def with_a_closure(base, model):
             return model(torch.tensor([0, 1])).square().sum()
         return sum(p.square().sum() for p in model.parameters())
 
-    return CraftOptimizer(base, drift, dual="ascent", lambda_init=0.0, lambda_lr=0.0, projection="never", rho=math.inf)
+    return CraftOptimizer(base, drift, dual=DualAscent(0.0, 0.0), projection="never", rho=math.inf)
 
 
 def test_the_data_is_of_all_that_torch_has():

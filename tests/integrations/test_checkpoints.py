@@ -39,7 +39,7 @@ def _base_load(run, folder):
     run.model.load_state_dict(saved["model"])
     base = run.optimizer.base_optimizer
     base.load_state_dict(saved["optimizer"])
-    run.optimizer = CraftOptimizer(base, run.retention, epsilon=run.optimizer.epsilon)
+    run.optimizer = CraftOptimizer(base, run.retention, epsilon=run.optimizer.constraints[None].epsilon)
     run.scheduler.optimizer = run.optimizer
 
 
@@ -70,6 +70,7 @@ def _dcp(in_the_background=False, **options):
         if in_the_background:
             return dcp.async_save(_parts(run, options), checkpoint_id=folder / "dcp").result
         dcp.save(_parts(run, options), checkpoint_id=folder / "dcp")
+        return None
 
     def load(run, folder):
         parts = _parts(run, options)
