@@ -74,7 +74,7 @@ def logits(model: nn.Module, path: Path, *, head: bool, tower: bool) -> Callable
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         if head:
-            patch.setattr(forwards, "head_packs", lambda *args, **kwargs: False)
+            patch.setattr(forwards, "head_agrees", lambda *args, **kwargs: False)
         return one_pass(LogitRetention(model, cache, 16))
 
 

@@ -450,7 +450,7 @@ def _unit(closure: Any) -> tuple[str, bool]:
             "l1": "shares of the teacher's deviation",
             "cosine": "cosine distance",
         }
-        return words[closure.loss], False
+        return words[closure.distance], False
     return "the closure's own unit", False
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from craft_optim import anchors
 from craft_optim.evaluation.drift import drifts, verdict
 from craft_optim.inspection import bytes_in_words, facts, lengths, spread
-from craft_optim.inspection_page import render
+from craft_optim.report.cache_page import render
 
 Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
 

@@ -6,20 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from craft_optim import CraftOptimizer
-from craft_optim.scaling import grown, initial_scale, reaches_float16, shrunk
+from craft_optim import CraftOptimizer, Retention
+from craft_optim._step.scaling import grown, initial_scale, reaches_float16, shrunk
 
 
-class Drift:
+class Drift(Retention):
     """`factor` times the mean squared output, its forward and backward in float16 if wanted."""
 
     def __init__(self, model, factor, half=True):
-        self.model, self.factor, self.half, self.position, self.calls = model, factor, half, 0, 0
+        self.model, self.factor, self.half, self.calls = model, factor, half, 0
 
-    def __call__(self):
+    def loss(self, number):
         self.calls += 1
-        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(self.position))
-        self.position += 1
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(number))
         with torch.autocast("cpu", dtype=torch.float16, enabled=self.half):
             y = self.model(x)
         return self.factor * y.float().square().mean()
@@ -75,7 +74,7 @@ def test_small_gradients_survive_float16():
 def test_an_overflow_repeats_the_pass_on_the_same_anchors_with_a_smaller_scale():
     kept, craft, drift = retention_gradients(5.0, scale=2.0**24)
     assert drift.calls > 1
-    assert drift.position == craft.param_groups[0]["craft_anchor_position"] == 1
+    assert craft.param_groups[0]["craft_anchor_position"] == 1
     assert 1.0 <= craft.param_groups[0]["craft_scale"] < 2.0**24
     assert craft.metrics["skipped"] == 0.0
     assert relative_error(kept, gradients_of_a_plain_backward(5.0, half=False)) < 0.005
@@ -90,7 +89,7 @@ def test_what_no_scale_helps_is_skipped_and_leaves_the_scale():
         craft.step()
     assert drift.calls == 5, "2^16, 2^12, 2^8, 2^4, 1"
     assert craft.param_groups[0]["craft_scale"] == initial_scale()["craft_scale"]
-    assert drift.position == 1
+    assert craft.param_groups[0]["craft_anchor_position"] == 1
 
 
 class Poison(nn.Module):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cache import FeatureSpec, tap_key
 from .capture import Layer, Spans, default_spans, pool, positions
 from .forwards import AnchorForward, Outcome
 from .generation import Generate
+from .manifest import FeatureSpec, tap_key
 from .masks import IGNORED, Mask, valid_positions
 from .passes import Forward, autocast_to, isolated_rng, to_device
 from .sampling import mixed_seed

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
-from .cache import AnchorBatch, AnchorCache, tap_key
+from .cache import AnchorBatch, AnchorCache
 from .capture import Layer, Spans, pool, positions, resolve_layers
 from .forwards import Outcome
+from .manifest import tap_key
 from .masks import rows, select, within
 from .passes import Forward, to_device
 from .retention import AnchorMismatchError, CachedRetention
@@ -73,7 +74,7 @@ class HiddenRetention(CachedRetention):
     ) -> None:
         if loss not in _DISTANCES:
             raise ValueError(f"`loss` must be one of {_DISTANCES}. Found {loss!r}.")
-        self.loss, self.spans = loss, spans
+        self.distance, self.spans = loss, spans
         # An imported cache may count layers from the end
         self._cached = dict(zip(resolve_layers(model, cache.features.layers), cache.features.layers, strict=True))
         self.layers = tuple(self._cached) if layers is None else resolve_layers(model, layers)
@@ -130,7 +131,7 @@ class HiddenRetention(CachedRetention):
 
     def _default_tolerance(self) -> float:
         squared = super()._default_tolerance()
-        return squared**0.5 if self.loss == "l1" else squared
+        return squared**0.5 if self.distance == "l1" else squared
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         weighted = [self.weights[name] * value for name, value in terms.items()]
@@ -198,9 +199,9 @@ class HiddenRetention(CachedRetention):
             return student.float().sum(), 0
         teacher = teacher.to(student.device, non_blocking=True)
         with torch.autocast(student.device.type, enabled=False):
-            if self.loss == "cosine":
+            if self.distance == "cosine":
                 distance = losses.feature_cosine(student, teacher)
             else:
-                function = losses.feature_mse if self.loss == "mse" else losses.feature_l1
+                function = losses.feature_mse if self.distance == "mse" else losses.feature_l1
                 distance = function(student, teacher, variance=self.cache.features.variances[key])
         return distance, student.numel() // student.shape[-1]

@@ -8,7 +8,7 @@ Made once (`retention = LogitRetention(model, cache)`), then
 `CraftOptimizer` calls it; so may any other loop.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -16,12 +16,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from craft_optim.retention import Retention
+
 from .ahead import Ahead, to_device_ahead, wait_for
-from .cache import AnchorBatch, AnchorCache, Encoding, dtype_name, is_mask
+from .cache import AnchorBatch, AnchorCache
 from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
-from .images import decode
+from .images import Encoding, decode
+from .manifest import dtype_name, is_mask
 from .passes import Forward, Statistics, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
 from .sampling import AnchorSampler, mixed_seed
 from .single import single_anchors
@@ -56,7 +59,7 @@ class Anchors(Protocol):
         ...
 
 
-class AnchorRetention(ABC):
+class AnchorRetention(Retention):
     """What all retention closures share; see `LogitRetention`, `HiddenRetention` and `OnlineRetention`.
 
     Attributes:
@@ -89,7 +92,7 @@ class AnchorRetention(ABC):
             )
         self.model, self.batch_size = model, batch_size
         self.forward, self.seed, self.strict = forward, seed, strict
-        self.autocast, self.tolerance = autocast, tolerance
+        self.autocast, self._tolerance_given = autocast, tolerance
         self._anchors = anchors
         self._device = None if device is None else torch.device(device)
         self._placed = rank is not None
@@ -140,8 +143,15 @@ class AnchorRetention(ABC):
         self._mean = mean
 
     # A compiled training step must not trace into reading files and setting hooks
+    def loss(self, number: int) -> Tensor:
+        kept, self._position = self._position, number
+        try:
+            return self._loss()
+        finally:
+            self._position = kept
+
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
-    def __call__(self) -> Tensor:
+    def _loss(self) -> Tensor:
         """The loss on the next batch of anchors: a float32 scalar with a graph. Advances `position` if it succeeds.
 
         The first call (`position` 0) checks that the model agrees with its teacher, unless `strict` is False. The loss
@@ -161,9 +171,9 @@ class AnchorRetention(ABC):
             with self._pass(seed) as remember:
                 values = self._weighted(self._terms(batch))
                 loss = remember(self._combine(values))
-        if self._position == 0:
+        if self._position == 0 and not getattr(self, "_agreed", False):
             self._check_first({name: value.detach() for name, value in values.items()}, batch)
-        self._position += 1
+            self._agreed = True
         return loss
 
     def _seed(self, position: int) -> int:
@@ -261,7 +271,7 @@ class AnchorRetention(ABC):
             return
         measured = self._combine(values)
         drift = float(measured if self._mean is None else self._mean(measured))
-        tolerance = self._default_tolerance() if self.tolerance is None else self.tolerance
+        tolerance = self._default_tolerance() if self._tolerance_given is None else self._tolerance_given
         if abs(drift) <= tolerance:
             return
         if self._statistics is not None and self._statistics.moved():
@@ -369,8 +379,7 @@ class CachedRetention(AnchorRetention):
                 outcome = self._outcome(batch)
                 if first:
                     self._compare(outcome, batch)  # of the whole: another model is refused in its own words
-                joined = {key.removeprefix("features.") for key in self.cache._joined}
-                parts = single_anchors(outcome, batch, joined, self.cache.features.batch_dim)
+                parts = single_anchors(outcome, batch, self.cache.joined_features, self.cache.features.batch_dim)
                 terms = [self._compare(*part) for part in parts]
         return {
             name: (torch.stack([x[name][0] for x in terms]).cpu().double(), torch.tensor([x[name][1] for x in terms]))

@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .cache import AnchorBatch, cover
+from .cache import AnchorBatch
 from .forwards import Outcome
+from .manifest import cover
 from .structure import flatten, map_tensors
 
 __all__ = ["single_anchors"]

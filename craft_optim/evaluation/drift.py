@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache
-from craft_optim.anchors.cache import tap_key
 from craft_optim.anchors.combined import SharedPass
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
+from craft_optim.anchors.manifest import tap_key
 from craft_optim.anchors.passes import Forward
 from craft_optim.anchors.progress import anchor_bar
 from craft_optim.anchors.retention import CachedRetention
