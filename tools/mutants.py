@@ -40,8 +40,9 @@ import pytest
 MODULES = {
     "craft_optim/dual.py": ["tests/test_dual.py"],
     "craft_optim/schedules.py": ["tests/test_schedules.py"],
-    "craft_optim/scaling.py": ["tests/test_scaling.py"],
-    "craft_optim/cone.py": ["tests/constraints/test_cone.py"],
+    "craft_optim/_step/scaling.py": ["tests/test_scaling.py"],
+    "craft_optim/_step/cone.py": ["tests/constraints/test_cone.py"],
+    "craft_optim/_step/decision.py": ["tests/constraints/test_decision.py"],
 }
 EXPLAINED = Path(__file__).with_suffix(".txt")
 LEAST = 0.9
