@@ -5,7 +5,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from craft_optim.constraints import (
 from craft_optim.decision import Granularity, Merge
 from craft_optim.dual import Controller, DualAscent
 from craft_optim.gradients import all_zero, gradients_of
+from craft_optim.retention import Retention, RetentionClosure
 from craft_optim.retention_step import SHARED_STATE, Projection, RetentionStep, Rules
 from craft_optim.scaling import initial_scale
 from craft_optim.schedules import Linear, Schedule, as_schedule
@@ -45,20 +46,6 @@ _LEAST_PATIENCE = 20  # with a large `retention_every`, where a hundred may be m
 # at the teacher's own weights, or of a LoRA matrix whose partner is still zero.
 _REACH_AT = 10
 _LITTLE_REACH = 0.1
-
-
-class RetentionClosure(Protocol):
-    """What `CraftOptimizer` calls: no arguments, returns the retention loss as a scalar tensor with a graph.
-
-    A plain function will do. Optional attributes are used where they exist:
-
-    - `position` (int, readable and writable: anchor batches drawn so far) makes a resumed run see the same anchors.
-    - `parameters()`: their gradients are protected from the retention backward even if other optimizers own them.
-    - `shard(rank, world_size, mean)` is called before the first pass of several processes, so that each draws anchors
-      of its own; `mean(tensor)` averages a small tensor over the processes.
-    """
-
-    def __call__(self) -> Tensor: ...
 
 
 class CraftOptimizer(torch.optim.Optimizer):
@@ -223,7 +210,6 @@ class CraftOptimizer(torch.optim.Optimizer):
         self.base_optimizer = base_optimizer
         self._make_hooks()
         self._complete_groups()
-        self._restore_positions()
 
     @classmethod
     def published(
@@ -436,9 +422,8 @@ class CraftOptimizer(torch.optim.Optimizer):
 
                 self._layout = find_layout(parameters, self.process_group)
             for closure in self._closures.values():
-                shard = getattr(closure, "shard", None)
-                if shard is not None and self._layout is not None:
-                    shard(self._layout.rank, self._layout.world_size, self._layout.mean)
+                if isinstance(closure, Retention) and self._layout is not None:
+                    closure.shard(self._layout.rank, self._layout.world_size, self._layout.mean)
         return self._layout
 
     def _finish(self, step: int, retention: RetentionStep | None) -> None:
@@ -506,11 +491,11 @@ class CraftOptimizer(torch.optim.Optimizer):
     def _initial_state(self) -> dict[str, float]:
         state = dict.fromkeys(SHARED_STATE, 0.0)
         named = next((x for x in (self.controller, self.epsilon) if isinstance(x, dict)), [None])
-        for name, closure in (self._closures or dict.fromkeys(named)).items():
+        for name in self._closures or named:
             of_dual = of(self.controller, name).initial_state()
             own = {
                 "craft_lambda": 0.0,
-                "craft_anchor_position": float(getattr(closure, "position", 0)),
+                "craft_anchor_position": 0.0,
                 **initial_scale(),
                 **(StreamingStep.initial_state() if self.gradient_memory == "streaming" else {}),
                 **{f"craft_dual_{key}": float(value) for key, value in of_dual.items()},
@@ -532,12 +517,6 @@ class CraftOptimizer(torch.optim.Optimizer):
             for stale in set(ours) - set(known):
                 del group[stale]
         self._write(known | present)
-
-    def _restore_positions(self) -> None:
-        """Puts the anchors of every closure where the state says."""
-        for name, closure in self._closures.items():
-            if hasattr(closure, "position"):
-                closure.position = int(self.base_optimizer.param_groups[0][keyed("craft_anchor_position", name)])
 
     def _craft_state(self) -> dict[str, float]:
         group = self.base_optimizer.param_groups[0]
@@ -598,7 +577,6 @@ class CraftOptimizer(torch.optim.Optimizer):
         """Adds a group to the base; it takes part in retention from the next step."""
         self.base_optimizer.add_param_group(param_group)
         self._complete_groups()
-        self._restore_positions()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, with the floats `craft_*` in every param group."""
@@ -620,7 +598,6 @@ class CraftOptimizer(torch.optim.Optimizer):
                 state_dict = replaced
         self.base_optimizer.load_state_dict(state_dict)
         self._complete_groups()
-        self._restore_positions()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -1,6 +1,6 @@
 """One constraint in one optimizer step: the pass of its closure, apart from all else, and its multiplier."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +11,7 @@ from craft_optim import scaling
 from craft_optim.constraints import Constraint
 from craft_optim.dual import Update
 from craft_optim.gradients import Gradients, gradients_of, put, set_aside
+from craft_optim.retention import as_retention
 
 if TYPE_CHECKING:
     from craft_optim.distributed import Layout
@@ -62,22 +63,15 @@ class RetentionPass:
         self.state = state
         self.float16 = float16
         self.update: Update | None = None
-        self._closure, self._parameters, self._layout = constraint.closure, parameters, layout
-        self._start = getattr(constraint.closure, "position", None)
-
-    def rewind(self) -> None:
-        """Puts the anchors where they were before the step."""
-        if self._start is not None:
-            self._closure.position = self._start  # type: ignore[attr-defined]
+        self._closure, self._parameters, self._layout = as_retention(constraint.closure), parameters, layout
+        self._number = int(state["craft_anchor_position"])  # a line search evaluates more than once, all on these
 
     def note_position(self) -> None:
-        """Keeps, in the state, where the anchors are."""
-        if self._start is not None:
-            self.state["craft_anchor_position"] = float(self._closure.position)  # type: ignore[attr-defined]
+        """Keeps, in the state, the number of the next pass."""
+        self.state["craft_anchor_position"] = float(self._number + 1)
 
     def gradients(self) -> Passed:
         """Runs the closure and its backward on the anchors of this step."""
-        self.rewind()  # a line search evaluates more than once: always on the same anchors
         with self.isolated():
             loss, scale = self.scaled_loss()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -91,8 +85,7 @@ class RetentionPass:
     def isolated(self) -> Iterator[None]:
         """Within the block, no pass reaches a `.grad` or a reduction that is not its own."""
         own = {id(p) for p in self._parameters}
-        reachable: Iterable[Tensor] = getattr(self._closure, "parameters", tuple)()
-        others = [p for p in reachable if id(p) not in own]
+        others = [p for p in self._closure.parameters() if id(p) not in own]
         own_reduction = nullcontext() if self._layout is None else self._layout.own_reduction()
         put(self._parameters, [None] * len(self._parameters))  # they are in the stash
         with set_aside(others), own_reduction, torch.enable_grad():
@@ -100,7 +93,7 @@ class RetentionPass:
 
     def scaled_loss(self) -> tuple[Tensor, float]:
         """L_ret times the private scale, and the scale."""
-        loss = self._closure()
+        loss = self._closure.loss(self._number)
         _check_loss(loss, self.constraint.name)
         if self.float16 is None:
             self.float16 = scaling.reaches_float16(loss)

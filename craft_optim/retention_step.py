@@ -147,13 +147,9 @@ class RetentionStep:
 
     @contextmanager
     def undone_after_errors(self) -> Iterator[None]:
-        """Leaves the task gradients in `.grad`; after an exception also the anchors where they were."""
+        """Leaves the task gradients in `.grad`."""
         try:
             yield
-        except BaseException:
-            for run in self._passes:
-                run.rewind()
-            raise
         finally:
             if self._stash is not None:
                 self._stash.give_back(self._parameters)

@@ -63,7 +63,6 @@ class StreamingStep(RetentionStep):
         (run,) = self._passes
         task = gradients_of(self._parameters)
         self._stash = Stash(task, "streaming")
-        run.rewind()
         last = Gram(*(run.state[key] for key in _LAST))
         with record_function("CraftOptimizer.retention"), run.isolated():
             loss, scale = run.scaled_loss()

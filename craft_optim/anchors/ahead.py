@@ -15,13 +15,14 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Values of a function of the position, computed before they are asked for.
+    """Values of a function of a number, computed before they are asked for.
 
-    Each of `workers` threads has one of the next positions in work or done. After a jump what was read ahead is thrown
-    away. An exception is raised when its position is asked for, and a position that failed is tried anew.
+    Each of `workers` threads has one of the next numbers in work or done. After a jump, and with two who ask for
+    different numbers, what was read ahead is thrown away; the value is always that of the number. An exception is
+    raised when its number is asked for, and a number that failed is tried anew.
 
     Args:
-        function: position -> value; called from other threads.
+        function: number -> value; called from other threads.
         workers: Number of threads; 0 computes when asked.
     """
 

@@ -27,15 +27,19 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import images
+from .reading import Reading, reading_of
 from .shards import AnchorCacheError, Place, Shard, read_plain
 from .structure import Inputs, Structure
+
+if TYPE_CHECKING:
+    from .cached import CachedRetention
 
 __all__ = [
     "FORMAT",
@@ -243,6 +247,7 @@ class AnchorCache:
     Attributes:
         path: The folder.
         features: What it holds of the teacher.
+        reading: How the teacher was read; of its functions those that `build` or `open` was given.
         structure: How its inputs are put together.
         fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
         model_id: The teacher's name, as given to `build`; or None.
@@ -251,16 +256,17 @@ class AnchorCache:
 
     Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
     and memory does not grow with the size of the cache. Threads may read at the same time; an opened cache can be
-    pickled and read from other processes.
+    pickled and read from other processes, which leaves the functions of its reading behind.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], reading: Reading | None = None) -> None:
         self.path = Path(path)
         m = _Manifest(self.path / MANIFEST)
         try:
             self._load(m, m.load())
         except (OverflowError, RecursionError) as error:
             raise m.error("its numbers are too large, or it is nested too deeply") from error
+        self.reading = reading_of(self, reading)
 
     def _load(self, m: _Manifest, data: dict[str, Any]) -> None:
         self.features = m.features(m.get(data, "features", dict))
@@ -303,16 +309,62 @@ class AnchorCache:
         self._keys = self._check_keys(m)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "AnchorCache":
+    def open(cls, path: str | os.PathLike[str], reading: Reading | None = None) -> "AnchorCache":
         """Opens a finished cache and checks it.
 
         Checked are the manifest, against its checksum, the schema, the counts, every shard's size and header and that
         all shards hold the same tensors. Contents are not: `verify` does that, at the price of reading everything.
 
+        Args:
+            path: The folder.
+            reading: The one that it was built with. Only functions are needed, `forward` above all: the rest is in the
+                manifest.
+
         Raises:
             AnchorCacheError: The folder holds no finished cache, or one whose parts do not fit together.
+            AnchorMismatchError: It was built with another reading.
         """
-        return cls(path)
+        return cls(path, reading)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of retention that it serves: "logits", "hidden", "tokens"."""
+        f = self.features
+        held = {"logits": f.logits, "hidden": f.layers or None, "tokens": f.tokens}
+        return tuple(kind for kind, what in held.items() if what is not None)
+
+    def retention(
+        self, model: nn.Module, kind: str | None = None, batch_size: int = 16, **settings: Any
+    ) -> "CachedRetention":
+        """The retention closure that fits: `LogitRetention`, `HiddenRetention` or `TokenRetention`.
+
+        Args:
+            model: The model in training.
+            kind: One of `kinds`. None: the only one.
+            batch_size: Anchors per pass (and process).
+            **settings: Further arguments of its class.
+
+        Raises:
+            ValueError: There is no such kind, or there are several; and as its class.
+        """
+        from .cached import CachedRetention
+        from .hidden_retention import HiddenRetention
+        from .logit_retention import LogitRetention
+        from .token_retention import TokenRetention
+
+        classes: dict[str, type[CachedRetention]] = {
+            "logits": LogitRetention,
+            "hidden": HiddenRetention,
+            "tokens": TokenRetention,
+        }
+        if kind is None and len(self.kinds) == 1:
+            (kind,) = self.kinds
+        if kind not in self.kinds:
+            raise ValueError(
+                f"`kind` must be one of {', '.join(map(repr, self.kinds))}, which {self.path} holds and whose units "
+                f"differ. Found kind={kind!r}."
+            )
+        return classes[kind](model, self, batch_size, **settings)
 
     def _check_keys(self, m: _Manifest) -> list[str]:
         f = self.features
@@ -389,6 +441,11 @@ class AnchorCache:
         """Names of the outputs of modules that do not train."""
         prefix = "features.frozen."
         return [key.removeprefix("features.") for key in self._keys if key.startswith(prefix)]
+
+    @property
+    def joined_features(self) -> set[str]:
+        """Names of the features that are those of their mask's positions only, anchor after anchor."""
+        return {key.removeprefix("features.") for key in self._joined}
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -494,7 +551,12 @@ class AnchorCache:
             self._lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_open": {}}
+        # Functions may be such as cannot be pickled
+        own = {"_open": {}, "reading": reading_of(self)}
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorCache":
+        return self  # it does not change
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

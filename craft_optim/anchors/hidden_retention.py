@@ -1,21 +1,27 @@
 """Retention of a model's hidden states: their distance from the cached ones."""
 
 from collections.abc import Iterable, Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from . import losses
 from .cache import AnchorBatch, AnchorCache, tap_key
+from .cached import CachedRetention, CachedSettings
 from .capture import Layer, Spans, pool, positions, resolve_layers
 from .forwards import Outcome
 from .masks import rows, select, within
-from .passes import Forward, to_device
-from .retention import AnchorMismatchError, CachedRetention
+from .passes import to_device
+from .reading import AnchorMismatchError
 
 __all__ = ["HiddenRetention"]
 
-_DISTANCES = ("mse", "cosine", "l1")
+_UNITS = {
+    "mse": "shares of the teacher's variance",
+    "cosine": "cosine distance",
+    "l1": "shares of the teacher's deviation",
+}
 
 
 class HiddenRetention(CachedRetention):
@@ -30,21 +36,14 @@ class HiddenRetention(CachedRetention):
     Args:
         model: The model in training, on its device, in either mode.
         cache: Built with `layers` from the same model.
-        batch_size: Anchors per call (and rank).
+        batch_size: Anchors per pass (and process).
         loss: "mse" and "l1" in units of the teacher's variance and standard deviation, or "cosine".
         layers: Some of the cached layers. None: all of them.
         weights: Layer, or (layer, span), -> weight >= 0; 1 for those not named.
-        forward: As in `build`.
-        spans: As in `build`, instead of the cached masks of the spans.
-        seed: Of the order of the anchors and of what the forward draws.
-        strict: Check at the first call that the model reproduces the cache.
-        autocast: Dtype of autocast in the pass, as in `build`. None: as the caller has it.
-        workers: Threads that read the next batches ahead; see `LogitRetention`.
-        device: Where inputs go. None: where the model's first parameter is.
-        tolerance: Largest drift that the first call accepts. None: by precision, as for `LogitRetention`; its square
-            root for "l1".
-        rank: Place of this process among those that share the anchors; see `LogitRetention`.
-        world_size: Their number.
+        spans: As `Reading` takes them, instead of the cached masks of the spans: to compare at some of their positions
+            only.
+        **settings: `reading`, `seed`, `strict`, `workers`, `device`, `tolerance`; see `CachedRetention` and
+            `AnchorRetention`. The tolerance by precision is its square root for "l1".
 
     Raises:
         ValueError: The cache has no such layers, their features do not vary over the anchors, a weight is out of range,
@@ -60,42 +59,20 @@ class HiddenRetention(CachedRetention):
         loss: str = "mse",
         layers: Iterable[Layer] | None = None,
         weights: Mapping[Layer | tuple[Layer, str], float] | None = None,
-        forward: Forward | None = None,
         spans: Spans | None = None,
-        seed: int = 0,
-        strict: bool = True,
-        autocast: torch.dtype | None = None,
-        workers: int = 1,
-        device: torch.device | str | None = None,
-        tolerance: float | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
+        **settings: Unpack[CachedSettings],
     ) -> None:
-        if loss not in _DISTANCES:
-            raise ValueError(f"`loss` must be one of {_DISTANCES}. Found {loss!r}.")
-        self.loss, self.spans = loss, spans
+        if loss not in _UNITS:
+            raise ValueError(f"`loss` must be one of {tuple(_UNITS)}. Found {loss!r}.")
+        self._loss, self.unit, self.spans = loss, _UNITS[loss], spans
         # An imported cache may count layers from the end
         self._cached = dict(zip(resolve_layers(model, cache.features.layers), cache.features.layers, strict=True))
         self.layers = tuple(self._cached) if layers is None else resolve_layers(model, layers)
         self.pooling = dict(cache.features.pooling)
-        self._check_kind(cache)
+        super().__init__(model, cache, batch_size, **settings)
         if not self.layers:
             raise ValueError("`layers` must name at least one layer. Found none.")
         self.weights = self._weights(dict(weights or {}))
-        super().__init__(
-            model,
-            cache,
-            batch_size,
-            forward=forward,
-            seed=seed,
-            strict=strict,
-            autocast=autocast,
-            workers=workers,
-            device=device,
-            tolerance=tolerance,
-            rank=rank,
-            world_size=world_size,
-        )
         flat = [key for key in self.weights if not cache.features.variances.get(key, 0.0) > 0.0]
         if flat and loss != "cosine":
             raise ValueError(
@@ -128,9 +105,9 @@ class HiddenRetention(CachedRetention):
                 "`layers=`."
             )
 
-    def _default_tolerance(self) -> float:
-        squared = super()._default_tolerance()
-        return squared**0.5 if self.loss == "l1" else squared
+    def _tolerance_by_precision(self) -> float:
+        squared = super()._tolerance_by_precision()
+        return squared**0.5 if self._loss == "l1" else squared
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         weighted = [self.weights[name] * value for name, value in terms.items()]
@@ -198,9 +175,9 @@ class HiddenRetention(CachedRetention):
             return student.float().sum(), 0
         teacher = teacher.to(student.device, non_blocking=True)
         with torch.autocast(student.device.type, enabled=False):
-            if self.loss == "cosine":
+            if self._loss == "cosine":
                 distance = losses.feature_cosine(student, teacher)
             else:
-                function = losses.feature_mse if self.loss == "mse" else losses.feature_l1
+                function = losses.feature_mse if self._loss == "mse" else losses.feature_l1
                 distance = function(student, teacher, variance=self.cache.features.variances[key])
         return distance, student.numel() // student.shape[-1]

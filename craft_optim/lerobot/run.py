@@ -33,7 +33,6 @@ from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anch
 from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings
 from craft_optim.metrics import METRICS, JSONLWriter
 from craft_optim.optimizer import CraftOptimizer
-from craft_optim.sampled_drift import drift_on
 
 __all__ = ["FOLDER", "STATE_FILE", "CraftRun"]
 
@@ -191,11 +190,9 @@ class CraftRun:
             model,
             found.cache,
             batch_size=min(settings.batch_size or cfg.batch_size, len(found.cache) // accelerator.num_processes),
-            autocast=autocast,
             strict=not cfg.resume,
             **loss,
         )
-        self.retention.position = int(optimizer.param_groups[0]["craft_anchor_position"])
         optimizer.retention_closure = self.retention
         if cfg.resume:
             # lerobot restores it earlier; making the data loader draws from it
@@ -234,7 +231,7 @@ class CraftRun:
         assert self.retention is not None
         caches = {"drift_anchors": self._anchors.cache, "drift_heldout": self._anchors.heldout}
         return {
-            name: drift_on(self.retention, cache, self.settings.drift_anchors)
+            name: self.retention.drift(cache, self.settings.drift_anchors)
             for name, cache in caches.items()
             if cache is not None
         }

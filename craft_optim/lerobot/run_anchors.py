@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from craft_optim.anchors import AnchorCache
-from craft_optim.inspection import spread
+from craft_optim.anchors.sampling import spread
 from craft_optim.lerobot._shared import policy_of
 from craft_optim.lerobot.adapters import Adapter, adapter_for, adapter_of
 from craft_optim.lerobot.datasets import anchor_batches, spread_frames
@@ -139,7 +139,8 @@ def build_anchors(
             workers=settings.workers,
         )
         dtype = getattr(torch, settings.dtype)
-        return adapter.build(model, batches, path, model_id=pretrained, dtype=dtype, autocast=autocast, **more)
+        reading = replace(adapter.reading, autocast=autocast)
+        return adapter.build(model, batches, path, reading=reading, model_id=pretrained, dtype=dtype, **more)
 
     heldout = None
     if held is not None:
@@ -177,4 +178,7 @@ def open_anchors(model: nn.Module, folder: Path, fingerprint: str | None = None)
 
 
 def _reaching_all(adapter: Adapter, model: nn.Module) -> Adapter:
-    return replace(adapter, forward=within_wrapper(adapter.forward)) if is_sharded(model) else adapter
+    if not is_sharded(model):
+        return adapter
+    assert adapter.reading.forward is not None
+    return replace(adapter, reading=replace(adapter.reading, forward=within_wrapper(adapter.reading.forward)))
