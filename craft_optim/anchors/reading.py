@@ -135,17 +135,15 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
                 f"The anchors in {cache.path} were built with {name}={there!r}. Found {name}={here!r}: pass the "
                 "`Reading` that they were built with, or build them again with this one."
             )
-    autocast = None if features.autocast is None else getattr(torch, features.autocast, None)
-    if features.autocast is not None and not isinstance(autocast, torch.dtype):
-        raise AnchorCacheError(f"{cache.path} cannot be used: its 'autocast' must be a dtype. Found {autocast!r:.60}.")
-    return replace(
-        given,
-        mask=features.mask if given.mask is None and features.mask in cache.structure.names else given.mask,
-        pooling=features.pooling or given.pooling,
-        batch_dim=features.batch_dim,
-        frozen=features.frozen,
-        autocast=autocast,
-    )
+    own: dict[str, Any] = {name: getattr(features, name) for name in ("batch_dim", "frozen", "autocast")}
+    own["pooling"] = features.pooling or given.pooling
+    own["mask"] = features.mask if given.mask is None and features.mask in cache.structure.names else given.mask
+    if features.autocast is not None:
+        own["autocast"] = getattr(torch, features.autocast, features.autocast)
+    try:
+        return replace(given, **own)
+    except (TypeError, ValueError) as error:
+        raise AnchorCacheError(f"{cache.path} cannot be used: its manifest has an impossible reading. {error}") from error
 
 
 def require_functions(cache: "AnchorCache", reading: Reading, *names: str) -> None:
