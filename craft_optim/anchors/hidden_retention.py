@@ -64,7 +64,7 @@ class HiddenRetention(CachedRetention):
     ) -> None:
         if loss not in _UNITS:
             raise ValueError(f"`loss` must be one of {tuple(_UNITS)}. Found {loss!r}.")
-        self._loss, self.unit, self.spans = loss, _UNITS[loss], spans
+        self.distance, self.unit, self.spans = loss, _UNITS[loss], spans
         # An imported cache may count layers from the end
         self._cached = dict(zip(resolve_layers(model, cache.features.layers), cache.features.layers, strict=True))
         self.layers = tuple(self._cached) if layers is None else resolve_layers(model, layers)
@@ -107,7 +107,7 @@ class HiddenRetention(CachedRetention):
 
     def _tolerance_by_precision(self) -> float:
         squared = super()._tolerance_by_precision()
-        return squared**0.5 if self._loss == "l1" else squared
+        return squared**0.5 if self.distance == "l1" else squared
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         weighted = [self.weights[name] * value for name, value in terms.items()]
@@ -175,9 +175,9 @@ class HiddenRetention(CachedRetention):
             return student.float().sum(), 0
         teacher = teacher.to(student.device, non_blocking=True)
         with torch.autocast(student.device.type, enabled=False):
-            if self._loss == "cosine":
+            if self.distance == "cosine":
                 distance = losses.feature_cosine(student, teacher)
             else:
-                function = losses.feature_mse if self._loss == "mse" else losses.feature_l1
+                function = losses.feature_mse if self.distance == "mse" else losses.feature_l1
                 distance = function(student, teacher, variance=self.cache.features.variances[key])
         return distance, student.numel() // student.shape[-1]
