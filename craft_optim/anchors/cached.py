@@ -1,7 +1,7 @@
 """Retention whose teacher is a cache: its batches, read ahead while the task step runs, and one forward on each."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Unpack, cast
 
 import torch
@@ -38,14 +38,14 @@ class DriftOfEach(NamedTuple):
     """Drift on some anchors, and that of each of them.
 
     Attributes:
-        value: What `drift` returns on them: the mean over their valid positions.
+        value: What `drift` returns on them.
         each: Of each alone, float64 `[anchors]`.
-        parts: Term -> the same two of this term; of hidden states there is one for each layer and span.
+        parts: The same of what it is put together of: layers and spans, or members.
     """
 
     value: float
     each: Tensor
-    parts: dict[str, tuple[float, Tensor]]
+    parts: dict[str, "DriftOfEach"]
 
 
 class CachedRetention(AnchorRetention):
@@ -58,15 +58,18 @@ class CachedRetention(AnchorRetention):
         model: The model in training, on its device, in either mode.
         cache: Built from the same model.
         batch_size: Anchors per pass (and process).
+        reading: The one that the cache was built with. None: as the cache has it.
         workers: Threads that read ahead; 0 reads when called.
         **settings: See `AnchorRetention`.
 
     Raises:
-        AnchorMismatchError: `reading`, or the cache's own, is not the one that the cache was built with.
+        AnchorMismatchError: The cache was built with another reading, or with a `forward` that is not there.
         ValueError: The cache does not hold what is compared, or fewer anchors than a batch.
     """
 
     layers: tuple[Layer, ...] = ()
+    _features: Iterable[str]  # names of those that are compared
+    _output: bool = True  # whether the model's is needed, not only hidden states
 
     def __init__(
         self,
@@ -84,40 +87,27 @@ class CachedRetention(AnchorRetention):
         reading = cache.reading if reading is None else reading_of(cache, reading)
         require_functions(cache, reading, "forward")
         super().__init__(model, cache, batch_size, reading=reading, **settings)
+        self.cache, self.workers = cache, workers
         self._ahead = Ahead(self._prepare, workers)
         self._run: AnchorForward | None = None
         self._destination = torch.device("cpu")
 
-    @property
-    def cache(self) -> AnchorCache:
-        """Its anchors."""
-        return cast(AnchorCache, self._anchors)
-
-    @property
-    def workers(self) -> int:
-        """Threads that read ahead."""
-        return self._ahead.workers
-
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
         """See `AnchorRetention.shard`."""
         super().shard(rank, world_size, mean)
-        self._ahead = Ahead(self._prepare, self._ahead.workers)  # what was read ahead is another process' now
+        self._ahead = Ahead(self._prepare, self.workers)  # what was read ahead is another process' now
 
     def examples(self, count: int) -> list[Any]:
         """Inputs of at most `count` anchors, evenly apart, each a batch of one."""
         return [self.cache.read([place], features=False).inputs for place in spread(len(self.cache), count)]
 
     def drift_of_each(
-        self,
-        indices: Sequence[int] | None = None,
-        *,
-        batch_size: int | None = None,
-        on_batch: Callable[[int], object] | None = None,
+        self, indices: Sequence[int], batch_size: int | None = None, on_batch: Callable[[int], object] | None = None
     ) -> DriftOfEach:
-        """Drift on these anchors, and that of each, without gradients.
+        """Drift on these anchors of the cache, and that of each, without gradients.
 
         Args:
-            indices: Of the cache. None: all.
+            indices: At least one.
             batch_size: Anchors per forward. None: the closure's.
             on_batch: Called after each forward with its number of anchors.
 
@@ -125,38 +115,31 @@ class CachedRetention(AnchorRetention):
             AnchorMismatchError: The model's outputs have other shapes than the teacher's.
             ValueError: An anchor has no valid position; the message names it.
         """
-        return self._drift_of(self._of_each(indices, batch_size, on_batch))
-
-    def _drift_of(self, terms: _OfEach) -> DriftOfEach:
-        each = {name: values for name, (values, _) in terms.items()}
-        means = {name: (values * counts).sum() / counts.sum() for name, (values, counts) in terms.items()}
-        parts = {name: (float(means[name]), each[name]) for name in terms}
-        return DriftOfEach(float(self._combine(means)), self._combine(each), parts)
-
-    def _of_each(
-        self, indices: Sequence[int] | None, batch_size: int | None, on_batch: Callable[[int], object] | None
-    ) -> _OfEach:
-        places = range(len(self.cache)) if indices is None else indices
-        size = self.batch_size if batch_size is None else batch_size
-        found = []
-        for number, start in enumerate(range(0, len(places), size)):
-            batch = places[start : start + size]
-            found.append(self._of_batch(batch, mixed_seed(self.seed, number)))
+        size, found = self.batch_size if batch_size is None else batch_size, []
+        for number, start in enumerate(range(0, len(indices), size)):
+            batch = indices[start : start + size]
+            found.append(self._of_each(batch, mixed_seed(self.seed, number)))
             if on_batch is not None:
                 on_batch(len(batch))
         terms = {
             name: (torch.cat([x[name][0] for x in found]), torch.cat([x[name][1] for x in found])) for name in found[0]
         }
         for name, (_, counts) in terms.items():
-            if empty := [place for place, count in zip(places, counts.tolist(), strict=True) if not count]:
+            if empty := [place for place, count in zip(indices, counts.tolist(), strict=True) if not count]:
                 raise ValueError(
                     f"No position of the anchors {str(empty[:5])[1:-1]} in {self.cache.path} is valid ({name}): "
                     "nothing of them can be compared. Leave such anchors out."
                 )
-        return terms
+        return self._put_together(terms)
+
+    def _put_together(self, terms: _OfEach) -> DriftOfEach:
+        each = {name: x for name, (x, _) in terms.items()}
+        means = {name: (x * counts).sum() / counts.sum() for name, (x, counts) in terms.items()}
+        parts = {name: DriftOfEach(float(means[name]), each[name], {}) for name in terms}
+        return DriftOfEach(float(self._combine(means)), self._combine(each), parts)
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
-    def _of_batch(self, indices: Sequence[int], seed: int) -> _OfEach:
+    def _of_each(self, indices: Sequence[int], seed: int) -> _OfEach:
         """Of each anchor alone, by one forward: values, float64, and counts, int64; (0, 0) for a mean over none."""
         first = self._run is None
         with torch.no_grad():
@@ -179,11 +162,10 @@ class CachedRetention(AnchorRetention):
         return self._on_device(self.cache, self._sampler.indices(number), self._destination)
 
     def _on_device(self, cache: AnchorCache, indices: Sequence[int] | Tensor, device: torch.device) -> _Prepared:
-        wanted = [*self._features(), *cache.frozen_features]
+        wanted = [*self._features, *cache.frozen_features]
         tensors, encodings = cache.gather(indices, wanted, pin_memory=device.type == "cuda")
         if device.type == "cpu":  # decoded ahead, too; elsewhere bytes travel, and are decoded there
-            decoded = {key: decode(tensors[key], *encodings[key]) for key in encodings}
-            return cache, tensors | decoded, {}, None
+            return cache, tensors | {key: decode(tensors[key], *encodings[key]) for key in encodings}, {}, None
         # Masks select positions on the host: an accelerator need not be waited for
         moving = {key: x for key, x in tensors.items() if not is_mask(key.removeprefix("features."))}
         there, event = to_device_ahead(moving, device)
@@ -207,24 +189,14 @@ class CachedRetention(AnchorRetention):
         return self._compare(self._outcome(batch), batch)
 
     def _outcome(self, batch: AnchorBatch) -> Outcome:
+        reading = self.reading
         if self._run is None:  # `layers` are known by now
-            self._run = AnchorForward(
-                self._model, self._reading.forward, self.layers, self._compares_output(), self._reading.frozen
-            )
+            self._run = AnchorForward(self.model, reading.forward, self.layers, self._output, reading.frozen)
         inputs = to_device(batch.inputs, self.device)
-        size = flatten(inputs)[2]
         try:
-            return self._run(inputs, size, batch.features.get("mask"), batch.features)
+            return self._run(inputs, flatten(inputs)[2], batch.features.get("mask"), batch.features)
         except FrozenMismatchError as error:
             raise AnchorMismatchError(f"{error} The cache is {self.cache.path}.") from error
-
-    @abstractmethod
-    def _features(self) -> list[str]:
-        """Names of the features that are compared."""
-
-    @abstractmethod
-    def _compares_output(self) -> bool:
-        """Whether the model's output is needed, not only hidden states."""
 
     @abstractmethod
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
@@ -244,19 +216,18 @@ class CachedRetention(AnchorRetention):
 
     def _cause(self, batch: AnchorBatch) -> str:
         built_by = self.cache.fingerprint
-        if built_by is not None and (why := compare_fingerprints(built_by, fingerprint(self._model))):
+        if built_by is not None and (why := compare_fingerprints(built_by, fingerprint(self.model))):
             return f"Cause: {why}. Load the weights that the cache was built with, or build it with these."
-        with torch.no_grad():
-            values = []
-            for number in (0, 1):
-                with self._pass(mixed_seed(self.seed, number)):
-                    values.append({name: float(value) for name, (value, _) in self._terms(batch).items()})
+        values = []
+        for number in (0, 1):
+            with self._pass(mixed_seed(self.seed, number)):
+                values.append({name: float(value) for name, (value, _) in self._terms(batch).items()})
         if values[0] != values[1]:
             return (
                 "Cause: the weights are the same, but the model's outputs are random: dropout or noise that is "
                 "active in train mode, in a place that is not recognised as such. Turn it off in `forward=`."
             )
-        built, running = self.cache.features.autocast, autocast_dtype(self.device, self._reading.autocast)
+        built, running = self.cache.features.autocast, autocast_dtype(self.device, self.reading.autocast)
         now = None if running is None else dtype_name(running)
         if built != now:
             return (

@@ -1,6 +1,6 @@
 """Several retention closures as one: a weighted sum of their losses."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def _shared_by(member: Retention) -> Any:
         return id(member)
     reading, sampler = member.reading, member._sampler
     return (
-        id(member.model), id(member.cache), sampler.batch_size, sampler.seed, sampler.rank, sampler.world_size,
+        id(member.model), id(member.cache), member.batch_size, member.seed, sampler.rank, sampler.world_size,
         reading.forward, reading.autocast, member.device, member.workers,
     )  # fmt: skip
 
@@ -119,16 +119,18 @@ class SharedPass(CachedRetention):
     """
 
     def __init__(self, members: Mapping[str, CachedRetention], weights: Mapping[str, float]) -> None:
-        first = next(iter(members.values()))
-        self._members = dict(members)
-        self._weights = {name: weights[name] for name in members}
-        self.layers = tuple(dict.fromkeys(layer for member in members.values() for layer in member.layers))
+        first, own = next(iter(members.values())), members.values()
+        self._members, self._weights = dict(members), {name: weights[name] for name in members}
+        self.layers = tuple(dict.fromkeys(layer for member in own for layer in member.layers))
+        self._features = [name for member in own for name in member._features]
+        self._output = any(member._output for member in own)
         super().__init__(
             first.model,
             first.cache,
             first.batch_size,
             reading=first.reading,
             workers=first.workers,
+            seed=first.seed,
             strict=False,  # the members check
             device=first._device,
         )
@@ -140,22 +142,11 @@ class SharedPass(CachedRetention):
         for member in self._members.values():
             member.shard(rank, world_size, mean)
 
-    def drifts_of_each(
-        self,
-        indices: Sequence[int] | None = None,
-        *,
-        batch_size: int | None = None,
-        on_batch: Callable[[int], object] | None = None,
-    ) -> dict[str, DriftOfEach]:
-        """Of each member what its own `drift_of_each` returns, by one forward for all of them."""
-        terms = self._of_each(indices, batch_size, on_batch)
-        return {name: member._drift_of(self._of(name, terms)) for name, member in self._members.items()}
-
-    def _features(self) -> list[str]:
-        return [name for member in self._members.values() for name in member._features()]
-
-    def _compares_output(self) -> bool:
-        return any(member._compares_output() for member in self._members.values())
+    def _put_together(self, terms: Mapping[str, Any]) -> DriftOfEach:
+        parts = {name: member._put_together(self._of(name, terms)) for name, member in self._members.items()}
+        weighted = [(self._weights[name], part) for name, part in parts.items()]
+        each = torch.stack([weight * part.each for weight, part in weighted]).sum(0)
+        return DriftOfEach(sum(weight * part.value for weight, part in weighted), each, parts)
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         return {

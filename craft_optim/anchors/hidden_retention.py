@@ -17,11 +17,8 @@ from .reading import AnchorMismatchError
 
 __all__ = ["HiddenRetention"]
 
-_UNITS = {
-    "mse": "shares of the teacher's variance",
-    "cosine": "cosine distance",
-    "l1": "shares of the teacher's deviation",
-}
+_SHARES = "shares of the teacher's"
+_UNITS = {"mse": f"{_SHARES} variance", "cosine": "cosine distance", "l1": f"{_SHARES} deviation"}
 
 
 class HiddenRetention(CachedRetention):
@@ -34,21 +31,19 @@ class HiddenRetention(CachedRetention):
     the layers after it are free to move.
 
     Args:
-        model: The model in training, on its device, in either mode.
-        cache: Built with `layers` from the same model.
-        batch_size: Anchors per pass (and process).
+        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold layers. With "l1" the tolerance
+            by precision is its square root.
         loss: "mse" and "l1" in units of the teacher's variance and standard deviation, or "cosine".
         layers: Some of the cached layers. None: all of them.
         weights: Layer, or (layer, span), -> weight >= 0; 1 for those not named.
-        spans: As `Reading` takes them, instead of the cached masks of the spans: to compare at some of their positions
-            only.
-        **settings: `reading`, `seed`, `strict`, `workers`, `device`, `tolerance`; see `CachedRetention` and
-            `AnchorRetention`. The tolerance by precision is its square root for "l1".
+        spans: As `Reading` takes them, to compare at some of the cached positions of the spans only.
 
     Raises:
         ValueError: The cache has no such layers, their features do not vary over the anchors, a weight is out of range,
             or there are fewer anchors than a batch.
     """
+
+    _output = False
 
     def __init__(
         self,
@@ -73,6 +68,7 @@ class HiddenRetention(CachedRetention):
         if not self.layers:
             raise ValueError("`layers` must name at least one layer. Found none.")
         self.weights = self._weights(dict(weights or {}))
+        self._features = [*self.weights, *(f"span.{span}" for span in self.pooling)]
         flat = [key for key in self.weights if not cache.features.variances.get(key, 0.0) > 0.0]
         if flat and loss != "cosine":
             raise ValueError(
@@ -105,19 +101,13 @@ class HiddenRetention(CachedRetention):
                 "`layers=`."
             )
 
-    def _tolerance_by_precision(self) -> float:
-        squared = super()._tolerance_by_precision()
+    def _by_precision(self) -> float:
+        squared = super()._by_precision()
         return squared**0.5 if self.distance == "l1" else squared
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         weighted = [self.weights[name] * value for name, value in terms.items()]
         return torch.stack(weighted).sum(0) / sum(self.weights[name] for name in terms)
-
-    def _features(self) -> list[str]:
-        return [*self.weights, *(f"span.{span}" for span in self.pooling)]
-
-    def _compares_output(self) -> bool:
-        return False
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         cached = {k.removeprefix("span."): x for k, x in batch.features.items() if k.startswith("span.")}

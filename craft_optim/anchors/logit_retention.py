@@ -31,13 +31,8 @@ def kl_term(student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int
     with torch.autocast(student.device.type, enabled=False):
         if "logprobs" in teacher:
             return losses.kl_divergence(student, teacher["logprobs"]), len(student)
-        value = losses.topk_kl_divergence(
-            student,
-            teacher["topk_logprobs"],
-            teacher["topk_indices"],
-            teacher_rest_logprob=teacher.get("rest_logprob"),
-        )
-    return value, len(student)
+        top, indices, rest = teacher["topk_logprobs"], teacher["topk_indices"], teacher.get("rest_logprob")
+        return losses.topk_kl_divergence(student, top, indices, teacher_rest_logprob=rest), len(student)
 
 
 class LogitRetention(CachedRetention):
@@ -54,18 +49,15 @@ class LogitRetention(CachedRetention):
         retention().backward()
 
     Args:
-        model: The model in training, on its device, in either mode.
-        cache: Built with logits from the same model.
-        batch_size: Anchors per pass (and process).
+        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold logits.
         mask: As `Reading` takes it, to compare at some of the cached positions only.
-        **settings: `reading`, `seed`, `strict`, `workers`, `device`, `tolerance`; see `CachedRetention` and
-            `AnchorRetention`.
 
     Raises:
         ValueError: The cache has no logits, or fewer anchors than a batch.
     """
 
     unit = "nats per position (KL)"
+    _features = (*LOGITS, "mask")
 
     def __init__(
         self,
@@ -85,12 +77,6 @@ class LogitRetention(CachedRetention):
                 f"LogitRetention needs a cache with logits. {cache.path} has {cache.describe()}: use "
                 "HiddenRetention, or build it with logits=True or top_k."
             )
-
-    def _features(self) -> list[str]:
-        return [*LOGITS, "mask"]
-
-    def _compares_output(self) -> bool:
-        return True
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         student = outcome.logits

@@ -30,8 +30,8 @@ class OnlineRetention(AnchorRetention):
 
         L_ret = mean over valid positions i of  sum_v p_iv (log p_iv - log q_iv)
 
-    p is the teacher's distribution, q the model's now. With adapters (PEFT) the teacher is the same model with its
-    adapters switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are the same, to the bit.
+    p is the teacher's distribution, q the model's now. With adapters (PEFT) the teacher is the model with its adapters
+    switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are the same, to the bit.
 
     Example:
         model = peft.get_peft_model(base, peft.LoraConfig(...))
@@ -39,7 +39,8 @@ class OnlineRetention(AnchorRetention):
         retention().backward()
 
     Cost: a forward of the teacher without gradients, on top of the model's forward and backward; memory for the
-    teacher's logits of one batch. `LogitRetention` pays for the teacher once, and with disk.
+    teacher's logits of one batch. `LogitRetention` pays for the teacher once, and with disk. A deep copy shares the
+    anchors, and a teacher that is a module.
 
     Args:
         model: The model in training, on its device, in either mode.
@@ -54,11 +55,7 @@ class OnlineRetention(AnchorRetention):
         reading: Its `forward`, also called with the teacher, if that is a module; its `mask`, by default
             `attention_mask` (of an encoder-decoder model `decoder_attention_mask`, else its labels that are not -100)
             where its shape fits, else all; its `autocast`. None: a cache's own.
-        **settings: `seed`, also of what `anchors` and `collate` draw, and the same for teacher and model; `strict`,
-            `device`, `tolerance`; see `AnchorRetention`.
-
-    A deep copy shares a teacher that is a module; one that is a function must be a method of the model, or a
-    `Snapshot`: nothing else can be told to be about another model.
+        **settings: See `AnchorRetention`. `seed` is also of what `anchors` and `collate` draw.
 
     Raises:
         TypeError: `anchors` are not a sequence of examples, or `teacher` is none of the three.
@@ -101,10 +98,12 @@ class OnlineRetention(AnchorRetention):
 
     def _source(self, anchors: Examples) -> Anchors:
         if isinstance(anchors, AnchorCache):
-            return _InputsOf(anchors)
+            return anchors
         return _Collated(anchors, default_collate if self.collate is None else self.collate)
 
     def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
+        if isinstance(anchors, AnchorCache):
+            return anchors.read(indices, features=False)
         with isolated_rng(self.device, seed), _isolated_host_rng(seed):
             return anchors.read(indices)
 
@@ -115,14 +114,14 @@ class OnlineRetention(AnchorRetention):
             self._refuse_shared(teacher)
             other = teacher
         else:
-            switched = adapters_off(self._model) if teacher is None else teacher()
+            switched = adapters_off(self.model) if teacher is None else teacher()
         with torch.no_grad(), switched, self._pass(seed, other):
             return batch._replace(features={"logprobs": self._logits(batch.inputs, other)})
 
     def _logits(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
         """Of the model, or of a teacher that is a module of its own."""
-        model, device = (self._model, self.device) if other is None else (other, device_of(other))
-        output = call(model, to_device(inputs, device), self._reading.forward)
+        model, device = (self.model, self.device) if other is None else (other, device_of(other))
+        output = call(model, to_device(inputs, device), self.reading.forward)
         logits = logits_of(output)
         if logits is None:
             raise ValueError(f"The model must give logits. Found {type(output).__name__}: pass `forward=`.")
@@ -135,7 +134,7 @@ class OnlineRetention(AnchorRetention):
                 f"The model gives logits of shape {tuple(logits.shape)}, its teacher {tuple(teacher.shape)}. If one of "
                 "them has positions of its own, such as a learned prompt's, leave these out in `forward=`."
             )
-        mask = self._reading.mask
+        mask = self.reading.mask
         valid = self._default_mask(batch.inputs) if mask is None else valid_positions(batch.inputs, mask)
         if mask is None and valid is not None and valid.shape != logits.shape[:-1]:
             valid = None
@@ -144,7 +143,7 @@ class OnlineRetention(AnchorRetention):
     def _default_mask(self, inputs: Inputs) -> Tensor | None:
         if not isinstance(inputs, dict):
             return None
-        if not is_encoder_decoder(self._model):
+        if not is_encoder_decoder(self.model):
             mask = inputs.get("attention_mask")
             return None if mask is None else mask.bool()
         # `attention_mask` is the encoder's there
@@ -154,7 +153,7 @@ class OnlineRetention(AnchorRetention):
         return None if labels is None else labels != IGNORED
 
     def _refuse_shared(self, teacher: nn.Module) -> None:
-        trainable = {id(p): name for name, p in self._model.named_parameters() if p.requires_grad}
+        trainable = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
         if shared := [trainable[id(p)] for p in teacher.parameters() if id(p) in trainable]:
             raise ValueError(
                 f"`teacher` shares {len(shared)} trainable parameters with the model, such as {shared[0]}: it would "
@@ -165,9 +164,6 @@ class OnlineRetention(AnchorRetention):
     def _precisions(self) -> list[torch.dtype]:
         others = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else ()
         return [*super()._precisions(), *(p.dtype for p in others if p.is_floating_point())]
-
-    def _teacher_in_words(self) -> str:
-        return "its teacher"
 
     def _cause(self, batch: AnchorBatch) -> str:
         if self.teacher is None:
@@ -180,19 +176,6 @@ class OnlineRetention(AnchorRetention):
             "Likely: the teacher has other weights or another precision than the model before its first step, or "
             "outputs are random in a place that is not recognised as dropout."
         )
-
-
-class _InputsOf:
-    """The anchors of a cache without what a teacher said about them."""
-
-    def __init__(self, cache: AnchorCache) -> None:
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def read(self, indices: Sequence[int] | Tensor) -> AnchorBatch:
-        return self.cache.read(indices, features=False)
 
 
 class _Collated:

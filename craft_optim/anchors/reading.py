@@ -143,7 +143,9 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
     try:
         return replace(given, **own)
     except (TypeError, ValueError) as error:
-        raise AnchorCacheError(f"{cache.path} cannot be used: its manifest has an impossible reading. {error}") from error
+        raise AnchorCacheError(
+            f"{cache.path} cannot be used: its manifest has an impossible reading. {error}"
+        ) from error
 
 
 def require_functions(cache: "AnchorCache", reading: Reading, *names: str) -> None:

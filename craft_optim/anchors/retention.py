@@ -1,16 +1,9 @@
-"""Retention closures on anchors: how far the model has drifted from its own snapshot, on the next of them.
-
-Made once (`retention = LogitRetention(model, cache)`), then
-
-    loss = retention.loss(7)    # on the batch of anchors number 7, with a graph: what `CraftOptimizer` calls
-    loss = retention()          # the same on the next batch, in a loop of your own
-    retention.drift()           # on all of them, without
-"""
+"""Retention on anchors: how far a model has drifted from its teacher, on the batch of anchors of a pass or on all."""
 
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -29,6 +22,7 @@ __all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "Settings"]
 # to storage alone: float32 1e-7, float16 1e-6, bfloat16 6e-5. The margin is for accelerators, which compute in other
 # orders.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+_FIXED = frozenset(("model", "reading", "batch_size", "seed", "cache", "workers", "layers", "pooling", "distance"))
 
 _NOTHING_VALID = (
     "No position of these anchors is valid: `mask` (or `spans`) selects none of them. Leave such anchors out."
@@ -58,29 +52,21 @@ class AnchorRetention(Retention):
     """Retention on anchors; see `LogitRetention`, `HiddenRetention`, `TokenRetention` and `OnlineRetention`.
 
     Which anchors pass `number` takes, and what its forward draws, depend on `number`, `seed` and `shard` alone. On
-    another number of processes a batch has another number of anchors, so that a run resumed there sees other anchors,
-    all of them valid. A deep copy of a closure together with its model is a closure on the copied model, with the same
-    anchors.
+    another number of processes a batch has another number of anchors: a run resumed there sees other ones, all of them
+    valid. A deep copy of a closure with its model runs the copied model on the same anchors.
 
-    A child compares. It must have `_terms`, may have `_taught`, `_read`, `_source`, `_combine`, and for the first check
-    `_precisions`, `_teacher_in_words` and `_cause`:
-
-        _source(anchors)        what `drift` was given -> anchors with numbers, or batches
-        _read(anchors, indices) -> a batch
-        _taught(batch)          -> the batch with what the teacher says, if `_read` has not brought it along
-        _terms(batch)           -> name -> (mean over the batch, positions in that mean): one forward of the model
-        _combine(terms)         name -> mean, -> L_ret
-
-    A child of `CachedRetention` has `_features`, `_compares_output`, `_compare` and `_check_kind` instead; the forward
-    is there.
+    A child compares. `_terms(batch)`, the forward and its comparison, it must have; unless it is a `CachedRetention`,
+    which has `_compare` and `_check_kind` instead, and the class attributes `_features` and `_output`. The rest has
+    defaults: `_source` takes what `drift` is given, `_read` makes batches, `_taught` adds what the teacher says,
+    `_combine` makes one number of the terms, `_precisions`, `_teacher_in_words` and `_cause` serve the check of pass 0.
 
     Args:
         model: The model in training, on its device, in either mode.
         anchors: Its anchors.
         batch_size: Anchors per pass (and process).
-        reading: How the model is run. None: as the cache's teacher was; without a cache, by its own call.
+        reading: How the model is run. None: by its own call; on a cache, as its teacher was.
         seed: Of the order of the anchors and of what the forward draws.
-        strict: Check in pass 0 that the model agrees with its teacher, until it has once.
+        strict: Check in pass 0, until it agrees once, that the model is its teacher.
         device: Where inputs go. None: where the model's first parameter is.
         tolerance: Largest |L_ret| that this check accepts. None: by precision; 1e-4 for float32, 1e-3 for float16, 5e-3
             for bfloat16, whichever of storage and computation is coarsest.
@@ -103,68 +89,45 @@ class AnchorRetention(Retention):
     ) -> None:
         if tolerance is not None and not tolerance >= 0.0:
             raise ValueError(f"`tolerance` must be >= 0. Found tolerance={tolerance!r}.")
-        self._model, self._reading = model, Reading() if reading is None else reading
-        self._anchors = anchors
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.reading = Reading() if reading is None else reading
+        self._anchors, self._tolerance = anchors, tolerance
         self._sampler = AnchorSampler(len(anchors), batch_size, seed)
         self._device = None if device is None else torch.device(device)
-        self._tolerance = tolerance
         self._mean: Callable[[Tensor], Tensor] | None = None
-        self._unchecked = strict
-        self._statistics = Statistics(model) if strict else None
+        self._unchecked, self._statistics = strict, Statistics(model) if strict else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(f"`{name}` of a closure is fixed. Make another closure with it.")
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorRetention":
-        memo |= {id(x): x for x in (self._anchors, self._mean)}
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
+        memo |= {id(x): x for x in (self._anchors, self._mean)}  # neither copied nor moved
+        twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
     @property
-    def model(self) -> nn.Module:
-        """The model in training."""
-        return self._model
-
-    @property
-    def reading(self) -> Reading:
-        """How the model is run."""
-        return self._reading
-
-    @property
-    def batch_size(self) -> int:
-        """Anchors per pass (and process)."""
-        return self._sampler.batch_size
-
-    @property
-    def seed(self) -> int:
-        """Of the order of the anchors and of what the forward draws."""
-        return self._sampler.seed
-
-    @property
     def device(self) -> torch.device:
         """Where inputs go. Asked anew at every pass: frameworks move a model after its optimizer is made."""
-        return device_of(self._model) if self._device is None else self._device
+        return device_of(self.model) if self._device is None else self._device
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
         """Largest |L_ret| of an unchanged model that is rounding: as given, or by the precisions now."""
-        return self._tolerance_by_precision() if self._tolerance is None else self._tolerance
+        return self._by_precision() if self._tolerance is None else self._tolerance
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that the backward may reach, whoever owns them."""
-        return list(self._model.parameters())
+        return list(self.model.parameters())
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
         """Makes this process one of several that share the anchors; `CraftOptimizer` calls it where there are several.
 
         Each draws `batch_size` anchors of its own. With `mean`, losses are weighted by their numbers of valid
         positions, n_r / mean(n), so that the mean over processes of loss and gradient is what one process with the
-        whole batch would have.
-
-        Args:
-            rank: Place of this process among them.
-            world_size: Their number.
-            mean: Averages a small tensor over all processes and returns it, on each the same. Every process must make
-                the same calls: one per pass, and one more at the check of pass 0.
+        whole batch would have; `mean` is called once per pass, and once more at the check of pass 0.
 
         Raises:
             ValueError: There are fewer anchors than all processes' batches take together, or `rank` is out of range.
@@ -175,13 +138,13 @@ class AnchorRetention(Retention):
     # A compiled training step must not trace into reading files and setting hooks
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
     def loss(self, number: int) -> Tensor:
-        """L_ret on the batch of anchors `number`: a float32 scalar with a graph.
+        """L_ret on the anchors of pass `number`: a float32 scalar with a graph.
 
         It needs a backward of its own: until that is done, activation checkpointing would repeat other passes without
         dropout.
 
         Raises:
-            AnchorMismatchError: The model's outputs have other shapes than the teacher's; or, in pass 0, other values.
+            AnchorMismatchError: The model's outputs have other shapes than the teacher's; in pass 0 also other values.
             ValueError: No position of the batch is valid; with the `mean` of `shard`, the loss is NaN if that is so on
                 every process.
         """
@@ -200,18 +163,18 @@ class AnchorRetention(Retention):
     def drift(self, anchors: Any = None, count: int | None = None, *, batch_size: int | None = None) -> float:
         """L_ret over all anchors, without gradients; over held-out ones, if they are given.
 
-        Means are over all their valid positions (or anchors), whatever the batches. Advances nothing. Of several
+        The mean is over all their valid positions (or anchors), whatever the batches. Advances nothing. Of several
         processes each measures the whole.
 
         Args:
-            anchors: Others of the same kind: a cache, or batches as `AnchorCache.read` gives them; for
-                `OnlineRetention` as its own. None: its own.
+            anchors: Others of the same kind: a cache, or batches as `AnchorCache.read` gives them; of `OnlineRetention`
+                examples. None: its own.
             count: On at most so many, evenly apart and the same at every call. None: on all.
             batch_size: Anchors per forward. None: the closure's.
 
         Raises:
-            ValueError: The anchors are of another kind, there are none, or no position is valid; or a number is out of
-                range.
+            ValueError: The anchors are of another kind, there are none, or none of their positions is valid; or a
+                number is out of range.
         """
         totals: dict[str, Tensor] = {}
         weights: dict[str, int] = {}
@@ -233,26 +196,22 @@ class AnchorRetention(Retention):
         return [self._read(self._anchors, [place], 0).inputs for place in spread(len(self._anchors), count)]
 
     def _seed(self, number: int) -> int:
-        return mixed_seed(self.seed, number, *([self._sampler.rank] if self._sampler.world_size > 1 else []))
+        return mixed_seed(self.seed, number, *([self._sampler.rank] if self.shared else []))
 
     def _batch(self, number: int) -> AnchorBatch:
-        """The anchors of a pass."""
         return self._read(self._anchors, self._sampler.indices(number), self._seed(number))
 
-    def _batches(
-        self, anchors: Any, count: int | None = None, batch_size: int | None = None
-    ) -> Iterator[tuple[AnchorBatch, int]]:
+    def _batches(self, anchors: Any, count: int | None, size: int | None) -> Iterator[tuple[AnchorBatch, int]]:
         """Batches in order, each with its seed; the same on every process."""
         source = self._anchors if anchors is None else self._source(anchors)
-        size = self.batch_size if batch_size is None else batch_size
+        size = self.batch_size if size is None else size
         for name, value in (("batch_size", size), ("count", count)):
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be >= 1. Found {name}={value}.")
         if isinstance(source, Iterable):
             if count is not None:
                 raise ValueError("`count` goes with a cache. Found batches: leave it out, and pass fewer of them.")
-            for number, batch in enumerate(source):
-                yield batch, mixed_seed(self.seed, number)
+            yield from ((batch, mixed_seed(self.seed, number)) for number, batch in enumerate(source))
             return
         places = range(len(source)) if count is None else spread(len(source), count)
         for number, start in enumerate(range(0, len(places), size)):
@@ -277,19 +236,18 @@ class AnchorRetention(Retention):
         """Everything around a forward on anchors; yields what makes the loss remember it for its backward."""
         device = self.device if model is None else device_of(model)
         with (
-            steady(self._model if model is None else model) as remember,
+            steady(self.model if model is None else model) as remember,
             isolated_rng(device, seed),
-            autocast_to(device, self._reading.autocast),
+            autocast_to(device, self.reading.autocast),
         ):
             yield remember
             if not torch.is_grad_enabled() and torch.is_autocast_enabled(device.type):
                 # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
                 torch.clear_autocast_cache()
 
-    def _source(self, anchors: Any) -> Anchors | Iterable[AnchorBatch]:
-        """What `drift` was given, checked."""
-        source: Anchors | Iterable[AnchorBatch] = anchors
-        return source
+    def _source(self, anchors: Any) -> Any:
+        """`Anchors`, or an iterable of batches."""
+        return anchors
 
     def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
         return anchors.read(indices)
@@ -309,11 +267,11 @@ class AnchorRetention(Retention):
 
     def _precisions(self) -> list[torch.dtype]:
         """Those that the model computes in."""
-        dtypes = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
-        running = autocast_dtype(self.device, self._reading.autocast)
+        dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        running = autocast_dtype(self.device, self.reading.autocast)
         return dtypes if running is None else [*dtypes, running]
 
-    def _tolerance_by_precision(self) -> float:
+    def _by_precision(self) -> float:
         return max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in self._precisions())
 
     def _check_once(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
@@ -323,32 +281,27 @@ class AnchorRetention(Retention):
             self._unchecked, self._statistics = False, None
 
     def _check(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
-        tolerance, drift = self.tolerance, self._over_all(self._combine(values))
-        if abs(drift) <= tolerance:
-            return
-        if self._statistics is not None and self._statistics.moved():
-            # The task's forward, which came first, has moved them: what has to agree is the model before it
-            with torch.no_grad(), self._statistics.back():
+        tolerance, drift, statistics = self.tolerance, self._over_all(self._combine(values)), self._statistics
+        moved = not abs(drift) <= tolerance and statistics is not None and statistics.moved()
+        # The task's forward, which came first, may have moved them: what has to agree is the model before it
+        with torch.no_grad(), statistics.back() if moved and statistics is not None else nullcontext():
+            if moved:
                 with self._pass(self._seed(0)):
                     terms = self._terms(batch)
                 drift = self._over_all(self._combine({name: value for name, (value, _) in terms.items()}))
-                if abs(drift) <= tolerance:
-                    return
-                cause = self._cause(batch)
-        else:
-            cause = self._cause(batch)
-        raise AnchorMismatchError(
-            f"The model does not reproduce {self._teacher_in_words()} before the first step: its drift is {drift:.3g} "
-            f"where at most {tolerance:.3g} is rounding. {cause} A run that continues from a fine-tuned checkpoint "
-            "loads its optimizer's state, or passes strict=False."
-        )
+            if not abs(drift) <= tolerance:
+                raise AnchorMismatchError(
+                    f"The model does not reproduce {self._teacher_in_words()} before the first step: its drift is "
+                    f"{drift:.3g} where at most {tolerance:.3g} is rounding. {self._cause(batch)} A run that continues "
+                    "from a fine-tuned checkpoint loads its optimizer's state, or passes strict=False."
+                )
 
     def _over_all(self, value: Tensor) -> float:
         return float(value if self._mean is None else self._mean(value))
 
-    @abstractmethod
-    def _teacher_in_words(self) -> str: ...
+    def _teacher_in_words(self) -> str:
+        return "its teacher"
 
-    @abstractmethod
     def _cause(self, batch: AnchorBatch) -> str:
         """Why pass 0 has a drift, as far as it can be told, and what to do."""
+        return ""

@@ -31,16 +31,15 @@ class TokenRetention(CachedRetention):
     disk, and the teacher's own words as inputs.
 
     Args:
-        model: The model in training, on its device, in either mode.
-        cache: Built with `tokens` from the same model, or converted.
-        batch_size: Anchors per pass (and process).
-        **settings: `reading`, `seed`, `strict`, `workers`, `device`, `tolerance`; see `CachedRetention` and
-            `AnchorRetention`. The tolerance by precision is its square root: rounding enters linearly here. Without
-            log p the check wants 9 of 10 tokens to be the likeliest ones.
+        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold tokens. The tolerance by
+            precision is its square root: rounding enters linearly here. Without log p the check of pass 0 wants 9 of 10
+            tokens to be the likeliest ones.
 
     Raises:
         ValueError: The cache has no tokens, or fewer anchors than a batch.
     """
+
+    _features = ("mask", "tokens", "token_logprobs")
 
     @property
     def unit(self) -> str:  # type: ignore[override]
@@ -55,14 +54,8 @@ class TokenRetention(CachedRetention):
                 "`tokens=`, or use LogitRetention or HiddenRetention."
             )
 
-    def _features(self) -> list[str]:
-        return ["mask", "tokens", "token_logprobs"]
-
-    def _compares_output(self) -> bool:
-        return True
-
-    def _tolerance_by_precision(self) -> float:
-        return math.sqrt(super()._tolerance_by_precision())
+    def _by_precision(self) -> float:
+        return math.sqrt(super()._by_precision())
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         student, tokens = self._student(outcome, batch), batch.features["tokens"]

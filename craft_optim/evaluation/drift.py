@@ -116,9 +116,8 @@ def drifts(
     own = {"hidden": {"loss": "mse" if varies else "cosine"}}
     members = {kind: cache.retention(model, kind, 1, **settings, **own.get(kind, {})) for kind in cache.kinds}
     with anchor_bar(progress, title) as (bar, _):
-        measured = SharedPass(members, dict.fromkeys(members, 1.0)).drifts_of_each(
-            places, batch_size=batch_size, on_batch=lambda size: bar(size, len(places))
-        )
+        shared = SharedPass(members, dict.fromkeys(members, 1.0))
+        measured = shared.drift_of_each(places, batch_size, lambda size: bar(size, len(places))).parts
     known = any(name == "features.token_logprobs" for name, *_ in cache.tensors())
     return [
         Drift(
@@ -135,10 +134,10 @@ def drifts(
 
 def _layers(cache: AnchorCache, measured: DriftOfEach) -> tuple[LayerDrift, ...]:
     return tuple(
-        LayerDrift(layer, span, pooling, value, each.tolist())
+        LayerDrift(layer, span, pooling, part.value, part.each.tolist())
         for layer in cache.features.layers
         for span, pooling in cache.features.pooling.items()
-        for value, each in [measured.parts[tap_key(layer, span)]]
+        for part in [measured.parts[tap_key(layer, span)]]
     )
 
 
