@@ -67,7 +67,6 @@ def build(
 
     The model runs as in every later retention pass: as it is, except that dropout and normalisation modules are in eval
     mode. Its flags, and the random number generators of the CPU and of the model's device, are afterwards as before.
-    The first forward runs without gradients, the others in inference mode.
 
     A finished cache of the same model and settings is returned as it is, without running anything; a half-built one is
     taken up where it stopped, provided that `batches` yields the same anchors in the same order, and ends up the same
@@ -159,16 +158,13 @@ def build(
         )
         if _agreed(team, folder, settings, stream, replicated) and not overwrite:
             return _finished(folder, settings, stream, reading)
-        extractor = Extractor(model, device, spec, dtype, reading, inference=_is_plain(model) and not team.sharded)
+        extractor = Extractor(model, device, spec, dtype, reading)
         with ExitStack() as lock:
             writer = Writer(folder, settings, team.rank, team.world_size, replicated, writes=team.writes)
             _begin(team, writer, lock, start_over=overwrite or not resume)
             with writer:
-                try:
-                    with steady(model):
-                        _run(extractor, stream, writer, team)
-                finally:
-                    _make_normal(model)
+                with steady(model):
+                    _run(extractor, stream, writer, team)
                 cache = writer.finish()
                 cache.reading = reading_of(cache, reading)
                 return cache
@@ -247,34 +243,6 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer, team: Team) ->
     # Others may wait for this process' parts of the layers: it runs forwards as long as they do
     while team.sharded and last is not None and team.anyone(False):
         extractor(*last)
-
-
-def _is_plain(model: nn.Module) -> bool:
-    """Whether all weights are ordinary tensors: others may not know inference mode."""
-    kinds = {type(x) for x in (*model.parameters(), *model.buffers())}
-    return kinds <= {Tensor, nn.Parameter}
-
-
-def _make_normal(model: nn.Module) -> None:
-    """Replaces tensors that the model made and kept in inference mode: a backward could not use them."""
-    for module in model.modules():
-        for owner in (vars(module), module._buffers):
-            for name, value in list(owner.items()):
-                if name not in ("_parameters", "_buffers", "_modules") and (mended := _normal(value)) is not value:
-                    owner[name] = mended
-
-
-def _normal(value: Any, depth: int = 0) -> Any:
-    """The value without tensors of inference mode in it; itself if there are none."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if depth == 3 or type(value) not in (list, tuple, dict):
-        return value
-    parts = list(value.values()) if isinstance(value, dict) else value
-    mended = [_normal(x, depth + 1) for x in parts]
-    if all(new is old for new, old in zip(mended, parts, strict=True)):
-        return value
-    return dict(zip(value, mended, strict=True)) if isinstance(value, dict) else type(value)(mended)
 
 
 def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream", reading: Reading) -> AnchorCache:

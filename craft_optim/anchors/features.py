@@ -39,23 +39,15 @@ class Taught(NamedTuple):
 class Extractor:
     """Runs the teacher as `reading` says and keeps what `spec` asks for.
 
-    The first batch runs without gradients, the others in inference mode: what a model makes at its first forward and
-    keeps, such as tables of positions, would be unusable in training if it were made in inference mode.
+    Not in inference mode: it saves 1 % of a small Llama's forward, and what a model makes in it and keeps, such as
+    tables of positions, cannot be used in training.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        spec: FeatureSpec,
-        dtype: torch.dtype,
-        reading: Reading,
-        *,
-        inference: bool,
+        self, model: nn.Module, device: torch.device, spec: FeatureSpec, dtype: torch.dtype, reading: Reading
     ) -> None:
         self.model, self.device, self.spec, self.dtype, self.reading = model, device, spec, dtype, reading
         self.generate = reading.generate
-        self._inference, self._warm = inference, False
         self._wants_output = spec.logits is not None or self.generate is not None
         self._run = AnchorForward(model, reading.forward, spec.layers, self._wants_output, spec.frozen)
 
@@ -65,10 +57,7 @@ class Extractor:
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
         classes = None
-        with (
-            torch.inference_mode() if self._inference and self._warm else torch.no_grad(),
-            isolated_rng(self.device, mixed_seed(0, first)),
-        ):
+        with torch.no_grad(), isolated_rng(self.device, mixed_seed(0, first)):
             with autocast_to(self.device, self.reading.autocast):
                 if self.generate is not None:
                     inputs, labels = self.generate(self.model, inputs)
@@ -86,7 +75,6 @@ class Extractor:
             for name, x in outcome.frozen.items():
                 features[name] = self._round(x, f"output {name!r}") if x.is_floating_point() else x
             features = {key: x.cpu() for key, x in features.items()}
-        self._warm = True
         return Taught(inputs, features, frozenset(joined), classes)
 
     def _round(self, values: Tensor, what: str) -> Tensor:
