@@ -130,7 +130,7 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
         there = getattr(features, name)
         if name == "pooling" and not features.layers:
             continue
-        if here != there and not (there is None and cache.origin is not None):  # imported caches do not know
+        if here != there and not (there is None and cache.fingerprint is None):  # imported caches do not know
             raise AnchorMismatchError(
                 f"The anchors in {cache.path} were built with {name}={there!r}. Found {name}={here!r}: pass the "
                 "`Reading` that they were built with, or build them again with this one."
