@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench pareto sweep budget vla experiments assets clean
+.PHONY: help setup demo test evidence lint docs mutants bench pareto sweep budget vla experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -37,6 +37,9 @@ demo: $(FOR_EXAMPLE)  ## fine-tune the small pi0_fast with AdamW and with CRaFT;
 test: $(FOR_TESTS) lint  ## linters, types, documentation, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+evidence: $(FOR_TESTS)  ## the tests of benchmarks/evidence that `make test` leaves out
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m evidence tests/evidence
+
 lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,6 +49,10 @@ docs: $(FOR_TESTS)  ## the documentation, as pages in docs/_build/html; a warnin
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+# Weekly, and after changes of these modules or their tests; MODULES=craft_optim/dual.py checks this one.
+mutants: $(FOR_TESTS)  ## do the tests notice every small change of the pure modules? (minutes; MODULES=... : some of them)
+	$(BIN)/python tools/mutants.py $(MODULES)
+
 # On a GPU where there is one; DEVICE=cpu measures the CPU there, too. The numbers go into benchmarks/results and
 # docs/performance.md; of GROUP=anchors, memory, passes, scaling, step or surgery only this part.
 bench: $(FOR_TESTS)  ## what optimizer and anchors cost, as multiples of alternatives (ten minutes; GROUP=surgery: a part)
@@ -54,22 +61,22 @@ bench: $(FOR_TESTS)  ## what optimizer and anchors cost, as multiples of alterna
 		--benchmark-enable --benchmark-columns=median --benchmark-json=.benchmarks/run.json -q
 	$(BIN)/python benchmarks/performance_table.py .benchmarks/run.json
 
-pareto: $(FOR_TESTS)  ## plasticity against retention of 11 methods on small real data (minutes; FULL=1: what is in benchmarks/results)
-	$(BIN)/python benchmarks/retention_pareto.py $(if $(FULL),--full --results=benchmarks/results)
-	$(if $(FULL),$(BIN)/python benchmarks/beyond_the_front.py --results=benchmarks/results)
-	$(if $(FULL),$(BIN)/python benchmarks/findings.py)
+pareto: $(FOR_TESTS)  ## plasticity against retention of 11 methods on small real data (minutes; FULL=1: what is in benchmarks/evidence)
+	$(BIN)/python benchmarks/evidence/retention_pareto.py $(if $(FULL),--full --results=benchmarks/evidence/results)
+	$(if $(FULL),$(BIN)/python benchmarks/evidence/beyond_the_front.py --results=benchmarks/evidence/results)
+	$(if $(FULL),$(BIN)/python benchmarks/evidence/findings.py)
 
 sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
-	$(BIN)/python examples/sweep_epsilon.py
+	$(BIN)/python benchmarks/evidence/sweep_epsilon.py
 
 budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
-	$(BIN)/python examples/retention_budget.py
+	$(BIN)/python benchmarks/evidence/retention_budget.py
 
 vla: $(FOR_EXAMPLE)  ## 15 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
-	$(BIN)/python benchmarks/retention_vla.py
+	$(BIN)/python benchmarks/evidence/retention_vla.py
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)
-	$(BIN)/python examples/six_experiments.py
+	$(BIN)/python benchmarks/evidence/six_experiments.py
 
 assets: $(FOR_EXAMPLE)  ## record the demonstrations and pretrain the small policy again
 	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all

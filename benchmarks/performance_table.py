@@ -94,7 +94,6 @@ LINES = (
          unit=" us"),
     Line(MEMORY, "default", "memory, default", promise=1.0),
     Line(MEMORY, '`gradient_memory="bfloat16"`', "memory, bfloat16"),
-    Line(MEMORY, '`gradient_memory="streaming"`, of eight equal tensors', "memory, streaming"),
     Line(MEMORY, '`gradient_memory="host"`', "memory, host", ("cuda",)),
     Line(MEMORY, "peer: the published loop", "memory, published loop"),
     Line(SCALING, "surgery over its traffic, 100 tensors, 1 M elements", "surgery, 1 M elements in 100 tensors"),

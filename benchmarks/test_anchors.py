@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, HiddenRetention
-from craft_optim.anchors.cache import tap_key
 from craft_optim.anchors.images import decode
+from craft_optim.anchors.importers import write_cache
+from craft_optim.anchors.manifest import FeatureSpec, tap_key
 from craft_optim.anchors.sampling import AnchorSampler
-from craft_optim.anchors.writing import write_cache
 
 Compare = Callable[..., None]
 
@@ -117,7 +117,7 @@ def pictures(path: Path, count: int, side: int, width: int) -> AnchorCache:
             states = {tap_key(layer, "all"): torch.randn(size, width, generator=generator) for layer in ("a", "b")}
             yield {"pixels": pixels}, states
 
-    return write_cache(path, batches(), layers=("a", "b"), pooling={"all": "masked_mean"})
+    return write_cache(path, batches(), FeatureSpec(layers=("a", "b"), pooling={"all": "masked_mean"}))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ Note = Callable[..., None]
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "bfloat16": {"gradient_memory": "bfloat16"},
-    "streaming": {"gradient_memory": "streaming"},
     "host": {"gradient_memory": "host"},
 }
 

@@ -5,15 +5,21 @@ against.
 """
 
 from craft_optim import anchors, dual, functional, metrics, schedules
+from craft_optim._step.constraint import Constraint
+from craft_optim._step.rules import Rules
 from craft_optim.calibration import Calibration, calibrate
 from craft_optim.heldout import HeldOutDrift
-from craft_optim.optimizer import CraftOptimizer, RetentionClosure
+from craft_optim.optimizer import CraftOptimizer
+from craft_optim.retention import Retention, RetentionClosure
 
 __all__ = [
     "Calibration",
+    "Constraint",
     "CraftOptimizer",
     "HeldOutDrift",
+    "Retention",
     "RetentionClosure",
+    "Rules",
     "anchors",
     "calibrate",
     "dual",

@@ -9,7 +9,7 @@ _NOT_THE_USER = ("craft_optim", "torch")
 
 
 class CraftWarning(UserWarning):
-    """What this package warns of."""
+    """The warnings of this package."""
 
 
 def warn(message: str) -> None:

@@ -8,18 +8,18 @@ that any checkpoint format can hold it.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 __all__ = ["AugmentedLagrangian", "Controller", "DualAscent", "MultiplicativePI", "NuPI", "Update", "make_controller"]
 
 
 class Update(NamedTuple):
-    """What a controller returns.
+    """The answer of a controller.
 
     Attributes:
         multiplier: lambda for this step's merge, >= 0, never above `cap`.
         state: The state to pass at the next retention step.
-        capped: Whether `cap` held the multiplier down.
+        capped: True if `cap` held the multiplier down.
     """
 
     multiplier: float
@@ -118,8 +118,8 @@ class DualAscent:
     """
 
     initial: float = 1.0
-    learning_rate: float = 0.01
-    maximum: float = 10.0
+    learning_rate: float = 0.1
+    maximum: float = 1e4
 
     def __post_init__(self) -> None:
         _check("DualAscent", "initial", self.initial, 0.0)
@@ -224,15 +224,24 @@ class AugmentedLagrangian:
         return Update(min(wanted, cap), {"multiplier": mu}, capped)
 
 
+_CONTROLLERS: dict[str, tuple[type[Any], str]] = {
+    "pi": (MultiplicativePI, "ki"),
+    "ascent": (DualAscent, "learning_rate"),
+    "nupi": (NuPI, "ki"),
+    "augmented_lagrangian": (AugmentedLagrangian, "learning_rate"),
+}
+
+
 def make_controller(
-    dual: str | Controller, *, initial: float = 1.0, learning_rate: float = 0.1, maximum: float = 1e4
+    dual: str | Controller, *, initial: float | None = None, gain: float | None = None, maximum: float | None = None
 ) -> Controller:
     """A controller by its name, or the given object as it is.
 
     Args:
-        dual: "pi", "ascent", "nupi", "augmented_lagrangian", or an object with the interface of `Controller`.
-        initial: lambda at the start.
-        learning_rate: The gain of the integral or ascent term.
+        dual: "pi", "ascent", "nupi", "augmented_lagrangian", or an object with the interface of `Controller`, which
+            has the other three already.
+        initial: lambda at the start. None, here and below: the default of the class.
+        gain: Gain of the integral or ascent term.
         maximum: Upper bound of lambda.
 
     Raises:
@@ -243,14 +252,11 @@ def make_controller(
         if callable(dual) and hasattr(dual, "initial_state"):
             return dual
         raise TypeError(f"`dual` must be a name or a controller object. Found {type(dual).__name__}.")
-    if dual == "pi":
-        return MultiplicativePI(initial, learning_rate, maximum=maximum)
-    if dual == "ascent":
-        return DualAscent(initial, learning_rate, maximum)
-    if dual == "nupi":
-        return NuPI(initial, learning_rate, maximum=maximum)
-    if dual == "augmented_lagrangian":
-        return AugmentedLagrangian(initial, learning_rate, maximum=maximum)
-    raise ValueError(
-        f"`dual` must be one of 'pi', 'ascent', 'nupi', 'augmented_lagrangian', or a controller. Found dual={dual!r}."
-    )
+    if dual not in _CONTROLLERS:
+        raise ValueError(
+            f"`dual` must be one of {', '.join(map(repr, _CONTROLLERS))}, or a controller. Found dual={dual!r}."
+        )
+    kind, name_of_gain = _CONTROLLERS[dual]
+    given = {"initial": initial, name_of_gain: gain, "maximum": maximum}
+    controller: Controller = kind(**{name: value for name, value in given.items() if value is not None})
+    return controller

@@ -10,16 +10,17 @@ Example:
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from craft_optim.decision import Gram, weights
+from craft_optim._step.decision import Gram, Products, decide
+from craft_optim._step.gradients import Gradients
+from craft_optim._step.rules import Rules
+from craft_optim._step.surgery import GradientSets
 from craft_optim.dual import Controller, Update
-from craft_optim.gradients import Gradients
 from craft_optim.schedules import epsilon_at
-from craft_optim.several import decide_several
-from craft_optim.surgery import GradientPairs, GradientSets
 
 __all__ = ["Gram", "epsilon_at", "gram", "project_and_merge_", "project_and_merge_several_", "update_multiplier"]
 
@@ -35,7 +36,7 @@ def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
     Raises:
         ValueError: If the lists differ in length, or a pair in its number of elements.
     """
-    return GradientPairs(task_grads, retention_grads).inner_products()[0].gram()
+    return GradientSets(task_grads, [retention_grads]).inner_products()[0].grams[0]
 
 
 def project_and_merge_(
@@ -44,36 +45,28 @@ def project_and_merge_(
     *,
     lam: float,
     project: bool = True,
-    conflict_threshold: float = 0.0,
-    merge: str = "weighted",
+    **rules: Any,
 ) -> Gram:
     """Writes the merged gradient a g_t + w g_r into `retention_grads` and returns what it measured.
 
-    See `craft_optim.decision` for the formula. Entries of the list are replaced where nothing could be written into:
-    a missing retention gradient becomes the task gradient (times a). With lam = 0, project and threshold 0 this is
-    A-GEM (Chaudhry et al. 2019, arXiv:1812.00420).
+    See docs/method.md for the formula. Entries of the list are replaced where nothing could be written into: a missing
+    retention gradient becomes the task gradient (times a). With lam = 0, project and threshold 0 this is A-GEM
+    (Chaudhry et al. 2019, arXiv:1812.00420).
 
     Args:
         task_grads: Task gradients; not changed.
         retention_grads: Retention gradients, of the same length and shapes; overwritten.
         lam: The multiplier, >= 0.
         project: Whether to remove the conflicting component.
-        conflict_threshold: A cosine below this is a conflict; in [-1, 1].
-        merge: "weighted", "equal" or "task_priority".
+        rules: Fields of `craft_optim.Rules` that say how to merge, such as `merge`.
 
     Raises:
-        ValueError: If lam is negative, a name is unknown, the lists differ in length or a pair in its number of
+        ValueError: If lam is negative, a rule cannot be, the lists differ in length or a pair in its number of
             elements, or a gradient is not finite; the gradients are then unchanged.
     """
     if not lam >= 0.0:
         raise ValueError(f"`lam` must be >= 0. Found lam={lam!r}.")
-    pairs = GradientPairs(task_grads, retention_grads)
-    measured = pairs.inner_products()[0].gram()
-    if not measured.finite:
-        raise ValueError(f"The gradients hold NaN or inf: {measured}. Skip this step.")
-    chosen = weights(measured, lam=lam, project=project, conflict_threshold=conflict_threshold, merge=merge)
-    retention_grads[:] = pairs.merge_([chosen])
-    return measured
+    return _merge_(task_grads, [retention_grads], [lam], [project], Rules(**rules)).grams[0]
 
 
 def project_and_merge_several_(
@@ -82,21 +75,19 @@ def project_and_merge_several_(
     *,
     lams: Sequence[float],
     project: Sequence[bool] | None = None,
-    conflict_threshold: float = 0.0,
-    merge: str = "weighted",
+    **rules: Any,
 ) -> NDArray[np.float64]:
     """Writes the merged gradient a g_t + sum_j w_j g_j into the last of `retention_grads`; uses up the others.
 
-    See `craft_optim.several` for the formula and `craft_optim.surgery` for the cost. With lams of 0 this is GEM
-    (Lopez-Paz & Ranzato 2017, arXiv:1706.08840).
+    See docs/constraints.md for the formula and the cost. With lams of 0 this is GEM (Lopez-Paz & Ranzato 2017,
+    arXiv:1706.08840).
 
     Args:
         task_grads: Task gradients; not changed.
-        retention_grads: Of each constraint its gradients, as for `project_and_merge_`.
+        retention_grads: The gradients of each constraint, as for `project_and_merge_`.
         lams: The multipliers, >= 0.
-        project: Of each constraint, whether to remove what is against it; None for all.
-        conflict_threshold: A cosine below this is a conflict; in [-1, 0].
-        merge: "weighted", "equal" or "task_priority".
+        project: For each constraint, whether to remove what is against it; None for all.
+        rules: As for `project_and_merge_`.
 
     Returns:
         The inner products of all gradients, `[m + 1, m + 1]`; the task's are the first.
@@ -120,15 +111,20 @@ def project_and_merge_several_(
         )
     if not all(lam >= 0.0 for lam in lams):
         raise ValueError(f"`lams` must be >= 0. Found lams={lams!r}.")
-    if not -1.0 <= conflict_threshold <= 0.0:
-        raise ValueError(f"`conflict_threshold` must be in [-1, 0]. Found {conflict_threshold!r}.")
-    sets = GradientSets(task_grads, retention_grads)
+    return _merge_(task_grads, retention_grads, lams, project, Rules(**rules)).matrix
+
+
+def _merge_(
+    task: Gradients, retention: Sequence[Gradients], lams: Sequence[float], project: Sequence[bool], rules: Rules
+) -> Products:
+    """Writes the merged gradient into the last of `retention`."""
+    rules.check_for(len(retention))
+    sets = GradientSets(task, retention)
     products, _ = sets.inner_products()
     if not products.finite:
-        raise ValueError(f"The gradients hold NaN or inf: {products.total().tolist()}. Skip this step.")
-    decisions = decide_several(products, lams=lams, project=project, conflict_threshold=conflict_threshold, merge=merge)
-    retention_grads[-1][:] = sets.merge_([decision.coefficients for decision in decisions])
-    return products.total()
+        raise ValueError(f"The gradients hold NaN or inf: inner products {products.matrix.tolist()}. Skip this step.")
+    retention[-1][:] = sets.merge_(decide(products, lams=lams, project=project, rules=rules).merges)
+    return products
 
 
 def update_multiplier(

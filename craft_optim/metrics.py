@@ -1,52 +1,66 @@
-"""What a step reports, and where it goes.
+"""Metrics of a step, and the sinks that they go to.
 
 `CraftOptimizer(..., on_metrics=sink)` calls `sink(metrics)` after every step that ran retention. A sink is any
 callable; those here append to a file, or pass the values on to the tracker that is in use already.
 
     log = JSONLWriter("runs/first/metrics.jsonl")
-    optimizer = CraftOptimizer(base, retention, on_metrics=Tee(log, LogTo(run.log)))
+    optimizer = CraftOptimizer(base, retention, on_metrics=log)
     for batch in loader:
         loss = model(**batch).loss
         loss.backward()
         log.log(loss=loss)
         optimizer.step()
 
-`craft-optim report runs/first` draws what a `JSONLWriter` or a `CSVWriter` has written.
+`craft-optim report runs/first` draws what a `JSONLWriter` has written.
 """
 
-import csv
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from craft_optim._warn import warn
+__all__ = ["METRICS", "JSONLWriter", "LogTo", "Metric", "Sink", "TensorBoardWriter"]
 
-__all__ = ["METRICS", "CSVWriter", "JSONLWriter", "LogTo", "Sink", "Tee", "TensorBoardWriter"]
 
-METRICS: dict[str, str] = {
-    "retention_loss": "L_ret on this step's anchor batch",
-    "epsilon": "the allowed drift at this step",
-    "lambda": "the multiplier used in the merge",
-    "violation": "retention_loss / epsilon",
-    "grad_dot": "<g_t, g_r>",
-    "grad_cos": "cosine between task and retention gradient",
-    "conflict": "share of blocks (1 block unless granularity says otherwise) with cosine < conflict_threshold",
-    "projected": "share of blocks in which the projection acted",
-    "task_grad_norm": "|g_t|",
-    "retention_grad_norm": "|g_r|",
-    "merged_grad_norm": "norm of what the base optimizer stepped on",
-    "capped": "1 if rho |g_t| / |g_r| held lambda down",
-    "clipped": "1 if max_grad_norm scaled the merged gradient",
-    "skipped": "retention passes so far that were not finite and left the task step alone",
-    "retention_step": "the step (from 0) on which the values were measured",
-    "fresh": "1 if they belong to the last step, 0 if they were kept from an earlier one",
+class Metric(NamedTuple):
+    """One of the values that a step reports.
+
+    Attributes:
+        meaning: In words.
+        per_constraint: Whether each of several constraints has its own, called "lambda/name". The value without a name
+            is then that of the constraint with the largest violation.
+        largest: Whether the value without a name is the largest of them instead.
+    """
+
+    meaning: str
+    per_constraint: bool = False
+    largest: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "retention_loss": Metric("L_ret on this step's anchor batch", True),
+    "epsilon": Metric("the allowed drift at this step", True),
+    "lambda": Metric("the multiplier used in the merge", True),
+    "violation": Metric("retention_loss / epsilon", True),
+    "grad_dot": Metric("<g_t, g_r>", True),
+    "grad_cos": Metric("cosine between task and retention gradient", True),
+    "conflict": Metric("1 if the cosine is below the threshold of conflicts", True, True),
+    "projected": Metric("1 if the projection acted", True, True),
+    "task_grad_norm": Metric("|g_t|"),
+    "retention_grad_norm": Metric("|g_r|", True),
+    "merged_grad_norm": Metric("norm of what the base optimizer stepped on"),
+    "capped": Metric("1 if rho |g_t| / |g_r| held lambda down", True, True),
+    "clipped": Metric("1 if max_grad_norm scaled the merged gradient"),
+    "skipped": Metric("retention passes so far that were not finite and left the task step alone"),
+    "retention_step": Metric("the step (from 0) on which the values were measured"),
+    "fresh": Metric("1 if they belong to the last step, 0 if they were kept from an earlier one"),
 }
 
+
 Sink = Callable[[Mapping[str, float]], Any]
-"""What `on_metrics` takes"""
+"""A function that `on_metrics` takes"""
 
 
 class JSONLWriter:
@@ -94,50 +108,9 @@ class JSONLWriter:
 
 
 def _plain(value: Any) -> Any:
-    """In the types of JSON."""
+    """A value in the types of JSON."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class CSVWriter:
-    """Appends each step's metrics as one row.
-
-    The header is written when the file is new, with what the first row has. A name that comes later, or that the header
-    of an older file does not know, is left out, and a warning says so once.
-
-    Args:
-        path: The file; its folder must exist.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        header: list[str] = []
-        if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                header = next(csv.reader(file), [])
-        self._file: IO[str] = path.open("a", encoding="utf-8", newline="")
-        self._names = header
-        self._warned = False
-
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        new = not self._names
-        if new:
-            self._names = list(dict.fromkeys([*METRICS, *metrics]))
-        writer = csv.DictWriter(self._file, fieldnames=self._names, extrasaction="ignore")
-        if new:
-            writer.writeheader()
-        if (unknown := sorted(set(metrics) - set(self._names))) and not self._warned:
-            self._warned = True
-            warn(
-                f"{self._file.name} has no column for {', '.join(unknown)}, which is left out. Write to a new file, or "
-                "use JSONLWriter, whose rows may differ."
-            )
-        writer.writerow(metrics)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 class TensorBoardWriter:
@@ -189,27 +162,5 @@ class LogTo:
 
 
 def _of_step(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without `fresh`, which is 1 wherever a sink is called."""
+    """Metrics without `fresh`, which is 1 wherever a sink is called."""
     return {name: value for name, value in metrics.items() if name != "fresh"}
-
-
-class Tee:
-    """Passes each step's metrics to several sinks, in their order.
-
-    Args:
-        sinks: Callables.
-    """
-
-    def __init__(self, *sinks: Sink) -> None:
-        self.sinks = sinks
-
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        for sink in self.sinks:
-            sink(metrics)
-
-    def close(self) -> None:
-        """Closes those that can be closed."""
-        for sink in self.sinks:
-            close = getattr(sink, "close", None)
-            if close is not None:
-                close()

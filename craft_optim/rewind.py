@@ -20,7 +20,7 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 
 
 class Rewind:
-    """What a `rewound` block knows of itself.
+    """State of a `rewound` block.
 
     Attributes:
         stepped: Torch optimizers that have stepped in the block, in the order of their first step.
@@ -64,7 +64,7 @@ def rewound(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[Rewind]:
     Python, NumPy, the CPU and the accelerators. Tensors keep their place in memory. Gradients are None when the block
     begins.
 
-    What data loaders have handed out, files and plain attributes of modules are not brought back.
+    Batches that data loaders have handed out, files and plain attributes of modules are not brought back.
 
     Args:
         model: Not sharded over processes.
@@ -141,7 +141,7 @@ def _keep_model(model: nn.Module, values: _Values, stack: ExitStack) -> None:
 
 
 def _form(tree: Any, values: _Values) -> Callable[[], Any]:
-    """What makes the tree what it is now, in the same containers, and returns it; its tensors are kept in `values`."""
+    """A function that makes the tree what it is now, in the same containers; its tensors are kept in `values`."""
     if isinstance(tree, Tensor):
         values.keep(tree)
         return lambda: tree

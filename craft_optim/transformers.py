@@ -20,18 +20,19 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from craft_optim.optimizer import CraftOptimizer, RetentionClosure
+from craft_optim._step.constraint import Constraints
+from craft_optim.optimizer import CraftOptimizer
 
 __all__ = ["CraftCallback", "craft_optimizer"]
 
 
 def craft_optimizer(
     args: TrainingArguments,
-    retention: RetentionClosure | Callable[[], torch.Tensor] | None,
+    retention: Constraints | None,
     model: torch.nn.Module | None = None,
     **craft: Any,
 ) -> tuple[type[CraftOptimizer], dict[str, Any]]:
-    """What the Trainer's `optimizer_cls_and_kwargs` takes: the optimizer that `args` ask for, with retention.
+    """The optimizer that `args` ask for, with retention, as the Trainer's `optimizer_cls_and_kwargs` takes it.
 
     The base is the Trainer's own choice (`optim`, `learning_rate`, `adam_beta1`, `optim_args`, ...); so are its groups
     of parameters with and without weight decay. The Trainer builds it when it has moved, or sharded, the model.
@@ -69,7 +70,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
 
     Beside `loss` there are then `craft/retention_loss`, `craft/lambda` and the other `craft_optim.metrics.METRICS`: in
     the console, in `trainer.state.log_history`, and in everything in `report_to`. They belong to the last step that ran
-    retention; `loss` is a mean since the last log. Evaluations get `eval_craft_drift`, also as a
+    retention; `loss` is a mean since the last log. Evaluations get `eval_craft/drift_heldout`, also as a
     `metric_for_best_model`.
 
     Args:
@@ -106,7 +107,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
         if "loss" in logs:
             added = {f"craft/{name}": value for name, value in _craft_within(optimizer).metrics.items()}
         elif self.drift is not None and any(name.startswith("eval_") for name in logs):
-            added = {"eval_craft_drift": float(self.drift())}
+            added = {"eval_craft/drift_heldout": float(self.drift())}
         logs.update(added)
         if state.log_history:  # of which the Trainer has made a copy
             state.log_history[-1].update(added)

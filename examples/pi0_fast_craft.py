@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from craft_optim import CraftOptimizer, anchors
 from craft_optim.lerobot.pi0_fast import action_logits, action_mask, anchor_inputs, prefix_spans, run_prefix
-from craft_optim.report import read_outcomes, read_runs, render
+from craft_optim.report import read_runs, render
 
 METHODS = ("pretrained", "adamw", "craft")
 # logits (nats): from `make sweep`, a drift that this run can reach and that keeps the old task.
@@ -191,8 +191,8 @@ def fine_tune(
         row = {"method": method, "seed": seed, "step": step, "loss": loss.item(), "seconds": took}
         row |= getattr(optimizer, "metrics", {})
         if step % PROBE_EVERY == 0 or step == args.steps - 1:
-            row["drift"] = retention.drift(probe)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", drift=f"{row['drift']:.4f}")
+            row["drift_anchors"] = retention.drift(probe)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", drift=f"{row['drift_anchors']:.4f}")
         with metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if (step + 1) % args.save_every == 0 or step == args.steps - 1:
@@ -295,14 +295,15 @@ def _run(
     print_table(summary, old.name, new.name, console)
     if rows:
         draw_curves(args.out / "metrics.jsonl", args.epsilon, args.out / "curves.png")
-        outcomes_drawn = [] if pool is None else read_outcomes(args.out / "summary.json")
-        page = render(read_runs([f"{args.out / 'runs'}"]), outcomes_drawn, f"Keep {old.name}, learn {new.name}")
+        page = render(read_runs([f"{args.out / 'runs'}"]), f"Keep {old.name}, learn {new.name}")
         (args.out / "report.html").write_text(page, encoding="utf-8")
     if pool is not None:
         draw_success(summary, old.name, new.name, args.out / "success.png")
     if films:
         draw_films(films, args.out / "rollout.gif")
-    console.print(f"Pictures, metrics, summary and checkpoints are in [bold]{args.out}[/bold]; report.html has it all")
+    console.print(
+        f"Pictures, metrics, summary and checkpoints are in [bold]{args.out}[/bold]; report.html judges the runs"
+    )
     return summary
 
 

@@ -63,11 +63,14 @@ def classes(module):
 
 def settings():
     """(name, default, what it is) of each setting, from the source."""
-    found = classes(tree("lerobot", "settings.py"))
-    of_optimizer = described(ast.get_docstring(classes(tree("optimizer.py"))["CraftOptimizer"]), "Args")
+    found = classes(tree("lerobot", "settings.py")) | classes(tree("_step", "rules.py"))
 
     def fields(kind, place):
         texts = described(ast.get_docstring(found[kind]), "Attributes")
+        for base in found[kind].bases:
+            yield from (
+                (name, default, texts.get(name, text)) for name, default, text in fields(ast.unparse(base), place)
+            )
         for node in found[kind].body:
             if not isinstance(node, ast.AnnAssign):
                 continue
@@ -77,7 +80,7 @@ def settings():
             else:
                 default = ast.unparse(node.value) if node.value else ""
                 default = {"field(default_factory=dict)": "{}", "10000.0": "1e4"}.get(default, default)
-                yield f"{place}{name}", default.strip("'"), texts.get(name) or of_optimizer[name]
+                yield f"{place}{name}", default.strip("'"), texts.get(name)
 
     return list(fields("CraftSettings", ""))
 
@@ -93,16 +96,17 @@ def settings_table():
 
 
 def metrics_table():
+    meanings = {name: metric.meaning for name, metric in METRICS.items()}
     of_run = {
         "drift_anchors": "drift on the anchors, where it is measured",
         "drift_heldout": "drift on held-out ones, where it is measured",
     }
-    rows = [(f"`{name}`", text.replace("|", "\\|")) for name, text in (METRICS | of_run).items()]
+    rows = [(f"`{name}`", text.replace("|", "\\|")) for name, text in (meanings | of_run).items()]
     return table(("name", "what it is"), rows)
 
 
 def budget_table(name):
-    result = json.loads(read(ROOT / "examples" / "results" / f"{name}.json"))
+    result = json.loads(read(ROOT / "benchmarks" / "evidence" / "results" / f"{name}.json"))
     header = ("retention every", "anchors per pass", "cost of a step", "highest drift on the way")
     rows = []
     for row in [result["adamw"], *result["points"]]:
@@ -292,7 +296,7 @@ def test_a_message_that_is_not_there_is_found_out():
 
 
 def test_numbers_of_the_sweep():
-    swept = json.loads(read(ROOT / "examples" / "results" / "sweep-logits.json"))
+    swept = json.loads(read(ROOT / "benchmarks" / "evidence" / "results" / "sweep-logits.json"))
     rows = re.findall(r"^\| ([\d.]+|plain AdamW) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
                       read(CHOOSING), re.MULTILINE)  # fmt: skip
     found = {name: tuple(map(float, numbers)) for name, *numbers in rows}

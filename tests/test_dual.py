@@ -5,6 +5,7 @@ import pytest
 from craft_optim.dual import AugmentedLagrangian, DualAscent, MultiplicativePI, NuPI, make_controller
 
 NAMES = ["pi", "ascent", "nupi", "augmented_lagrangian"]
+CONTROLLERS = [MultiplicativePI, DualAscent, NuPI, AugmentedLagrangian]
 
 
 def run(controller, losses, epsilon, cap=math.inf):
@@ -57,6 +58,24 @@ def test_no_windup_while_capped(name):
     assert run(controller, [0.001] * 5, 0.05, cap=1e-3)[-1].state[memory] < 1.0
 
 
+@pytest.mark.parametrize("name", ["pi", "nupi", "augmented_lagrangian"])
+def test_a_small_violation_winds_nothing_up_while_capped(name):
+    (update,) = run(make_controller(name), [0.06], 0.05, cap=0.5)
+    remembered, *_ = update.state.values()
+    assert update.capped
+    assert remembered == 1.0
+
+
+@pytest.mark.parametrize("make", CONTROLLERS)
+def test_a_cap_counts_where_it_holds_the_multiplier_down(make):
+    controller = make(initial=2.0)
+    free = controller(controller.initial_state(), loss=0.5, epsilon=0.5)  # on the constraint: nothing moves
+    assert (free.multiplier, free.capped) == (2.0, False)
+    for cap, held in [(2.0, False), (1.5, True)]:
+        (update,) = run(controller, [0.5], 0.5, cap=cap)
+        assert update == (cap, free.state, held)
+
+
 def test_ascent_is_the_published_rule():
     ascent = DualAscent(1.0, 0.01, 10.0)
     first, second, third = run(ascent, [3.0, 0.2, 0.2], 1.0)
@@ -72,6 +91,15 @@ def test_nupi_seeds_its_average_with_the_first_violation():
     first, second = run(nupi, [0.55, 0.05], 0.05)
     assert first.multiplier == pytest.approx(1.5)  # an average that starts at 0 would give 1.05
     assert second.multiplier == pytest.approx(1.0 + 0.9 * 0.5)
+
+
+def test_nupi_by_hand():
+    nupi = NuPI(initial=1.0, ki=0.5, kp=2.0, nu=0.75)
+    updates = run(nupi, [1.5, 3.0, 0.0], 1.0)  # violations 0.5, 2, -1; their averages 0.5, 0.875, 0.40625
+    assert [u.multiplier for u in updates] == [1.25 + 1.0, 2.25 + 1.75, 1.75 + 0.8125]
+    assert updates[-1].state == {"integral": 1.75, "average": 0.40625, "seeded": 1.0}
+    (update,) = run(NuPI(ki=0.0, kp=5.0), [0.0], 1.0)
+    assert update.multiplier == 0.0, "1 - 5 is held at 0"
 
 
 def test_nupi_with_nu_zero_is_a_pi_controller():
@@ -90,6 +118,22 @@ def test_augmented_lagrangian_is_the_gradient_of_its_penalty():
     assert run(al, [0.0], 1.0)[0].multiplier == 0.0
 
 
+@pytest.mark.parametrize(
+    ("controller", "state"),
+    [
+        (MultiplicativePI(0.5), {"integral": 0.5}),
+        (MultiplicativePI(0.5, minimum=0.75), {"integral": 0.75}),
+        (DualAscent(0.5), {"multiplier": 0.5}),
+        (NuPI(0.5), {"integral": 0.5, "average": 0.0, "seeded": 0.0}),
+        (AugmentedLagrangian(0.5), {"multiplier": 0.5}),
+        *[(make(initial=5.0, maximum=3.0), None) for make in CONTROLLERS],
+    ],
+)
+def test_a_run_starts_at_the_initial_multiplier(controller, state):
+    found = controller.initial_state()
+    assert found == state if state else 3.0 in found.values()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_controllers_are_pure_and_their_state_is_finite_floats(name):
     controller = make_controller(name)
@@ -106,8 +150,9 @@ def test_controllers_are_pure_and_their_state_is_finite_floats(name):
 def test_unknown_names_and_objects():
     with pytest.raises(ValueError, match="Found dual='pid'"):
         make_controller("pid")
-    with pytest.raises(TypeError, match="int"):
-        make_controller(3)
+    for neither in (3, lambda state, **measured: None, type("NoCall", (), {"initial_state": dict})()):
+        with pytest.raises(TypeError, match=f"Found {type(neither).__name__}"):
+            make_controller(neither)
     own = NuPI()
     assert make_controller(own) is own
 
@@ -127,3 +172,47 @@ def test_unknown_names_and_objects():
 def test_bad_settings_name_themselves(build, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         build()
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "least"),
+    [
+        (MultiplicativePI, "initial", "> 0"),
+        (MultiplicativePI, "ki", ">= 0"),
+        (MultiplicativePI, "kp", ">= 0"),
+        (MultiplicativePI, "minimum", "> 0"),
+        (MultiplicativePI, "maximum", ">= 0.001"),
+        (DualAscent, "initial", ">= 0"),
+        (DualAscent, "learning_rate", ">= 0"),
+        (DualAscent, "maximum", ">= 0"),
+        (NuPI, "initial", ">= 0"),
+        (NuPI, "ki", ">= 0"),
+        (NuPI, "kp", ">= 0"),
+        (NuPI, "maximum", ">= 0"),
+        (AugmentedLagrangian, "initial", ">= 0"),
+        (AugmentedLagrangian, "learning_rate", ">= 0"),
+        (AugmentedLagrangian, "penalty", "> 0"),
+        (AugmentedLagrangian, "maximum", ">= 0"),
+    ],
+)
+def test_settings_have_a_least_value(make, name, least):
+    sign, bound = least.split()
+    for bad in (-1.0, math.nan, math.inf, *([float(bound)] if sign == ">" else [])):
+        message = f"^{make.__name__}: `{name}` must be finite and {least}\\. Found {name}={bad!r}\\.$"
+        with pytest.raises(ValueError, match=message):
+            make(**{name: bad})
+    for fine in (float(bound) + 1e-6, *([float(bound)] if sign == ">=" else [])):
+        assert getattr(make(**{name: fine}), name) == fine
+
+
+def test_defaults():
+    assert MultiplicativePI() == MultiplicativePI(initial=1.0, ki=0.1, kp=1.0, maximum=1e4, minimum=1e-3)
+    assert DualAscent() == DualAscent(initial=1.0, learning_rate=0.01, maximum=10.0)
+    assert NuPI() == NuPI(initial=1.0, ki=0.1, kp=1.0, nu=0.0, maximum=1e4)
+    assert AugmentedLagrangian() == AugmentedLagrangian(initial=1.0, learning_rate=0.1, penalty=1.0, maximum=1e4)
+    assert [make_controller(name) for name in NAMES] == [
+        MultiplicativePI(),
+        DualAscent(1.0, 0.1, 1e4),
+        NuPI(),
+        AugmentedLagrangian(),
+    ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from craft_optim import CraftOptimizer
+from craft_optim.dual import DualAscent
 
 pytest.importorskip("expecttest", reason="torch's test data imports it: pip install 'craft-optim[dev]'")
 from torch.testing._internal.common_optimizers import optim_db
@@ -89,9 +90,7 @@ def test_a_retention_gradient_with_no_weight_changes_nothing(info, kwargs):
                 return model(torch.tensor([0, 1])).square().sum()
             return sum(p.square().sum() for p in model.parameters())
 
-        return CraftOptimizer(
-            base, drift, dual="ascent", lambda_init=0.0, lambda_lr=0.0, projection="never", rho=math.inf
-        )
+        return CraftOptimizer(base, drift, dual=DualAscent(0.0, 0.0), projection="never", rho=math.inf)
 
     expected, _, _ = run(info, kwargs, lambda base, model: base)
     found, _, craft = run(info, kwargs, wrap)

@@ -15,7 +15,7 @@ from craft_optim.anchors import Reading
 from craft_optim.anchors.sampling import spread
 from craft_optim.evaluation.drift import drifts, verdict
 from craft_optim.inspection import bytes_in_words, facts, lengths
-from craft_optim.inspection_page import render
+from craft_optim.report.cache_page import render
 
 Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
 

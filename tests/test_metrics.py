@@ -1,4 +1,4 @@
-"""Where metrics go: files, trackers, several at once."""
+"""Sinks of metrics: files and trackers."""
 
 import json
 import math
@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from craft_optim import CraftOptimizer
-from craft_optim._warn import CraftWarning
-from craft_optim.metrics import METRICS, CSVWriter, JSONLWriter, LogTo, Tee, TensorBoardWriter
+from craft_optim.metrics import METRICS, JSONLWriter, LogTo, TensorBoardWriter
 
 
 def trained(sink, steps=6, every=2, before=lambda step, loss: None):
@@ -77,23 +76,6 @@ def test_the_graph_is_not_kept():
     assert writer._waiting["loss"].grad_fn is None
 
 
-def test_a_table_keeps_the_columns_that_it_began_with(tmp_path):
-    path = tmp_path / "m.csv"
-    first = dict.fromkeys(METRICS, 1.0) | {"drift_heldout": 0.5}
-    writer = CSVWriter(path)
-    writer(first)
-    writer(dict.fromkeys(METRICS, 2.0))
-    writer.close()
-    again = CSVWriter(path)
-    with pytest.warns(CraftWarning, match=r"no column for mine, yours, which is left out"):
-        again(first | {"yours": 1.0, "mine": 2.0})
-    again(first | {"mine": 2.0})  # a second warning would be an error here
-    again.close()
-    header, *rows = [line.split(",") for line in path.read_text().splitlines()]
-    assert header == [*METRICS, "drift_heldout"]
-    assert [row[-1] for row in rows] == ["0.5", "", "0.5", "0.5"]
-
-
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -101,7 +83,8 @@ def test_tensorboard(tmp_path):
 
     seen = []
     with SummaryWriter(str(tmp_path)) as writer:
-        trained(Tee(TensorBoardWriter(writer), seen.append))
+        board = TensorBoardWriter(writer)
+        trained(lambda metrics: (board(metrics), seen.append(metrics)))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {f"craft/{name}" for name in METRICS} - {"craft/fresh"}
     for name in ("retention_loss", "lambda", "grad_cos"):
@@ -151,14 +134,3 @@ def test_trackio(tmp_path):
         found = database.execute("select step, metrics from metrics order by step").fetchall()
     assert [step for step, _ in found] == [0, 5]
     assert json.loads(found[1][1])["craft/retention_loss"] == 0.25
-
-
-def test_tee_calls_all_and_closes_what_can_be_closed(tmp_path):
-    first, second, third = JSONLWriter(tmp_path / "a.jsonl"), JSONLWriter(tmp_path / "b.jsonl"), []
-    both = Tee(first, third.append, second)
-    trained(both)
-    both.close()
-    a, b = lines(tmp_path / "a.jsonl"), lines(tmp_path / "b.jsonl")
-    assert [row["lambda"] for row in a] == [row["lambda"] for row in b] == [row["lambda"] for row in third]
-    with pytest.raises(ValueError, match="closed"):
-        first(third[0])

@@ -74,7 +74,7 @@ def test_the_demos_table_is_that_of_the_run(text):
 
 
 def test_the_six_experiments_table_is_that_of_the_run():
-    table = (ROOT / "examples" / "results" / "six_experiments" / "table.md").read_text(encoding="utf-8")
+    table = (ROOT / "benchmarks" / "evidence" / "results" / "six_experiments" / "table.md").read_text(encoding="utf-8")
     assert table.split("\n\n")[0] in EXPERIMENTS
 
 
@@ -90,7 +90,7 @@ def test_the_costs_are_those_of_the_benchmark():
 
 
 def test_what_held_is_that_of_the_benchmark():
-    kept = results("benchmarks", "results", "retention_pareto.json")
+    kept = results("benchmarks", "evidence", "results", "retention_pareto.json")
     rows = [row for row in kept["robustness"] if (row["method"], row["strength"]) in (("craft", 0.05), ("fixed", 1.0))]
     assert len(rows) == 6
     ratios = [drift / 0.05 for row in rows if row["method"] == "craft" for drift in row["drifts"]]

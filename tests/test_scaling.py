@@ -6,20 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from craft_optim import CraftOptimizer
-from craft_optim.scaling import grown, initial_scale, reaches_float16, shrunk
+from craft_optim import CraftOptimizer, Retention
+from craft_optim._step.scaling import grown, initial_scale, reaches_float16, shrunk
 
 
-class Drift:
+class Drift(Retention):
     """`factor` times the mean squared output, its forward and backward in float16 if wanted."""
 
     def __init__(self, model, factor, half=True):
-        self.model, self.factor, self.half, self.position, self.calls = model, factor, half, 0, 0
+        self.model, self.factor, self.half, self.calls = model, factor, half, 0
 
-    def __call__(self):
+    def loss(self, number):
         self.calls += 1
-        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(self.position))
-        self.position += 1
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(number))
         with torch.autocast("cpu", dtype=torch.float16, enabled=self.half):
             y = self.model(x)
         return self.factor * y.float().square().mean()
@@ -75,7 +74,7 @@ def test_small_gradients_survive_float16():
 def test_an_overflow_repeats_the_pass_on_the_same_anchors_with_a_smaller_scale():
     kept, craft, drift = retention_gradients(5.0, scale=2.0**24)
     assert drift.calls > 1
-    assert drift.position == craft.param_groups[0]["craft_anchor_position"] == 1
+    assert craft.param_groups[0]["craft_anchor_position"] == 1
     assert 1.0 <= craft.param_groups[0]["craft_scale"] < 2.0**24
     assert craft.metrics["skipped"] == 0.0
     assert relative_error(kept, gradients_of_a_plain_backward(5.0, half=False)) < 0.005
@@ -90,7 +89,7 @@ def test_what_no_scale_helps_is_skipped_and_leaves_the_scale():
         craft.step()
     assert drift.calls == 5, "2^16, 2^12, 2^8, 2^4, 1"
     assert craft.param_groups[0]["craft_scale"] == initial_scale()["craft_scale"]
-    assert drift.position == 1
+    assert craft.param_groups[0]["craft_anchor_position"] == 1
 
 
 class Poison(nn.Module):
@@ -138,6 +137,17 @@ def test_scales_are_powers_of_two_that_shrink_to_one_and_grow_after_many_passes(
     assert state == {"craft_scale": 2.0, "craft_scale_passes": 0.0}
 
 
+def test_a_scale_shrinks_by_16_and_grows_to_2_to_the_64_at_most():
+    assert initial_scale() == {"craft_scale": 65536.0, "craft_scale_passes": 0.0}
+    assert shrunk({"craft_scale": 65536.0, "craft_scale_passes": 7.0}) == {
+        "craft_scale": 4096.0,
+        "craft_scale_passes": 0.0,
+    }
+    for before, after in [(2.0**63, 2.0**64), (2.0**64, 2.0**64)]:
+        grew = {"craft_scale": after, "craft_scale_passes": 0.0}
+        assert grown({"craft_scale": before, "craft_scale_passes": 1999.0}) == grew
+
+
 @pytest.mark.parametrize("checkpointed", [False, True, "reentrant"])
 @pytest.mark.parametrize("half", [False, True])
 def test_float16_is_found_anywhere_in_the_graph(half, checkpointed):
@@ -158,3 +168,27 @@ def test_float16_is_found_anywhere_in_the_graph(half, checkpointed):
 def test_pure_float16_and_bfloat16():
     for dtype, found in ((torch.float16, True), (torch.bfloat16, False)):
         assert reaches_float16(network().to(dtype)(torch.ones(1, 8, dtype=dtype)).float().mean()) is found
+
+
+class Halves(torch.autograd.Function):
+    """One node with two outputs, of which one is float16."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.half(), x * 1.0
+
+    @staticmethod
+    def backward(ctx, half, single):
+        return half.float() + single
+
+
+def test_one_output_of_several_in_float16_is_enough():
+    half, single = Halves.apply(torch.ones(2, requires_grad=True))
+    assert reaches_float16(half.float().sum() + single.sum())
+
+
+def test_every_node_is_visited_once():
+    x = torch.ones(1, requires_grad=True)
+    for _ in range(100):  # 2^100 ways through 100 nodes
+        x = x + x
+    assert not reaches_float16(x.sum())

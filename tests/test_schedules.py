@@ -64,10 +64,17 @@ def test_an_exponential_needs_positive_ends(ends):
         Exponential(*ends, 10)
 
 
+def test_no_drift_at_all_may_be_asked_for():
+    assert as_schedule(0.0)(7) == Linear(1.0, 0.0, 10)(10) == Cosine(0.0, 1.0, 10)(0) == 0.0
+    with pytest.raises(ValueError, match=r"finite number >= 0\."):
+        Linear(-0.1, 0.1, 10)
+
+
 @pytest.mark.parametrize("ramp", RAMPS)
 def test_a_ramp_needs_steps(ramp):
     with pytest.raises(ValueError, match="steps=0"):
         ramp(1.0, 0.1, 0)
+    assert [ramp(1.0, 0.1, 1)(step) for step in (0, 1)] == pytest.approx([1.0, 0.1], rel=1e-15)
 
 
 @pytest.mark.parametrize("bad", ["0.05", None, True])

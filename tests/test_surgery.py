@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from craft_optim import decision
-from craft_optim._kernels import compiled, portable
-from craft_optim._reference import reference_gram, reference_merge
+from craft_optim import Rules
+from craft_optim._step.decision import decide
+from craft_optim._step.kernels import compiled, portable
+from craft_optim._step.reference import reference_gram, reference_merge
+from craft_optim._step.surgery import GradientSets
 from craft_optim.functional import gram, project_and_merge_
-from craft_optim.surgery import GradientPairs
 
 
 @pytest.fixture(params=["compiled", "portable"], autouse=True)
@@ -109,46 +110,13 @@ def test_every_mode_matches_the_reference(merge, project, correlation, lam, miss
     assert_matches(retention, expected, dtype)
 
 
-@pytest.mark.parametrize("granularity", ["global", "group", "tensor"])
-@pytest.mark.parametrize("missing", [False, True])
-def test_granularities_match_the_reference(granularity, missing):
-    groups = [2, 4, 1]
-    parameters = [torch.zeros(s) for s in SHAPES]
-    task, retention = make(torch.float32)
-    # Some blocks conflict and some do not.
-    retention = [r if i % 2 else r + 3 * t for i, (t, r) in enumerate(zip(task, retention, strict=True))]
-    if missing:
-        task, retention = with_missing(task, retention)
-    labels = decision.labels_of(granularity, groups)
-    assert len(labels) == len(SHAPES)
-    blocks = [[i for i, of in enumerate(labels) if of == label] for label in range(max(labels) + 1)]
-    copies = [None if r is None else r.clone() for r in retention]
-    expected = reference_merge(task, copies, parameters, lam=0.3, blocks=blocks)
-    pairs = GradientPairs(task, retention, labels)
-    products, _ = pairs.inner_products()
-    decided = decision.decide(products, lam=0.3, project=True, conflict_threshold=0.0, merge="weighted")
-    merged = pairs.merge_(decided.coefficients)
-    assert_matches(merged, expected, torch.float32)
-    exact = math.sqrt(sum((g.double() ** 2).sum().item() for g in merged if g is not None))
-    assert decided.norm == pytest.approx(exact, rel=1e-5)
-    if granularity == "tensor" and not missing:
-        assert 0.0 < decided.conflict < 1.0
-
-
 @pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
 def test_the_cap_on_the_merged_norm_needs_no_look_at_it(max_norm):
     task, retention = make(torch.float32)
-    pairs = GradientPairs(task, retention)
-    products, _ = pairs.inner_products()
-    decided = decision.decide(
-        products,
-        lam=2.0,
-        project=True,
-        conflict_threshold=0.0,
-        merge="weighted",
-        max_norm=max_norm,
-    )
-    merged = pairs.merge_(decided.coefficients)
+    sets = GradientSets(task, [retention])
+    products, _ = sets.inner_products()
+    decided = decide(products, lams=[2.0], project=[True], rules=Rules(max_grad_norm=max_norm))
+    merged = sets.merge_(decided.merges)
     norm = torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in merged])).item()
     assert norm == pytest.approx(decided.norm, rel=1e-5)
     assert norm <= max_norm * (1 + 1e-5)
@@ -169,10 +137,9 @@ def test_lambda_zero_is_a_gem():
 
 def test_without_conflict_and_lambda_the_task_gradient_passes_untouched():
     task, retention = make(torch.float32, correlation=0.5)
-    pairs = GradientPairs(task, retention)
-    products, _ = pairs.inner_products()
-    decided = decision.decide(products, lam=0.0, project=True, conflict_threshold=0.0, merge="weighted")
-    merged = pairs.merge_(decided.coefficients)
+    sets = GradientSets(task, [retention])
+    products, _ = sets.inner_products()
+    merged = sets.merge_(decide(products, lams=[0.0], project=[True], rules=Rules()).merges)
     assert all(m is t for m, t in zip(merged, task, strict=True))
 
 
@@ -285,13 +252,13 @@ def test_mixed_dtypes_in_one_list():
 )
 def test_the_merged_norm_in_closed_form_is_the_norm(sizes, seed, lam, merge):
     task, retention = make(torch.float64, seed=seed, shapes=[(n,) for n in sizes])
-    pairs = GradientPairs(task, retention)
-    products, _ = pairs.inner_products()
-    decided = decision.decide(products, lam=lam, project=True, conflict_threshold=0.0, merge=merge)
-    merged = pairs.merge_(decided.coefficients)
+    sets = GradientSets(task, [retention])
+    products, _ = sets.inner_products()
+    decided = decide(products, lams=[lam], project=[True], rules=Rules(merge=merge))
+    merged = sets.merge_(decided.merges)
     square = torch.cat(list(merged)).square().sum().item()
     # The terms of the closed form may cancel: its error is relative to them, not to their sum.
-    gram, (a, w, _) = products.gram(), decided.coefficients[0]
+    (gram,), ((a, w),) = products.grams, decided.merges
     assert decided.norm**2 == pytest.approx(square, abs=1e-12 * (a * a * gram.tt + w * w * gram.rr))
 
 
@@ -307,11 +274,6 @@ def test_bad_arguments_of_the_functional_form(argument, value):
         project_and_merge_([torch.ones(1)], [torch.ones(1)], **arguments)
 
 
-def test_unknown_granularity():
-    with pytest.raises(ValueError, match="layer"):
-        decision.labels_of("layer", [1])
-
-
 @pytest.mark.parametrize("reduce", [None, lambda sums: 0.5 * sums], ids=["one process", "several"])
 def test_a_device_that_is_read_once_gives_the_same(monkeypatch, reduce):
     """The path of accelerators, taken by a CPU."""
@@ -320,10 +282,9 @@ def test_a_device_that_is_read_once_gives_the_same(monkeypatch, reduce):
     retention = [torch.randn(5, generator=generator), torch.randn(100_000, generator=generator), None, None]
     scalars = torch.tensor(0.25), torch.tensor(4.0)
     monkeypatch.setenv("CRAFT_OPTIM_COMPILE", "0")
-    expected, values = GradientPairs(task, retention).inner_products(*scalars, reduce=reduce)
+    expected, values = GradientSets(task, [retention]).inner_products(*scalars, reduce=reduce)
     assert values == ([0.25, 4.0] if reduce is None else [0.125, 2.0])
     monkeypatch.setattr(portable, "_READ_AT_ONCE", frozenset())
-    products, read = GradientPairs(task, retention).inner_products(*scalars, reduce=reduce)
+    products, read = GradientSets(task, [retention]).inner_products(*scalars, reduce=reduce)
     assert read == values
-    for column, reference in zip(products, expected, strict=True):
-        np.testing.assert_allclose(column, reference, rtol=1e-12)
+    np.testing.assert_allclose(products.matrix, expected.matrix, rtol=1e-12)

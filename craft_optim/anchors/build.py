@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -16,20 +15,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .cache import MANIFEST, AnchorCache, FeatureSpec, dtype_name
+from .build_folder import building, clean, require_same
+from .cache import AnchorCache
 from .capture import Layer, resolve_layers
 from .features import Extractor
-from .fingerprint import fingerprint
-from .folders import clean, locked, make_folder, require_same
+from .fingerprint import anchor_checksums, fingerprint
 from .frozen import resolve_frozen
+from .manifest import MANIFEST, FeatureSpec, dtype_name
 from .names import class_name, unwrapped
 from .passes import autocast_dtype, device_of, isolated_rng, steady
-from .processes import Team, digest, find_team
+from .processes import Team, find_team
 from .progress import anchor_bar
 from .reading import Reading, reading_of
 from .shards import AnchorCacheError
 from .structure import Structure, flatten
-from .writing import Writer, begins_with
+from .writing import Writer
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -149,7 +149,6 @@ def build(
         "teacher": {"fingerprint": fingerprint(model), "class": class_name(model), "model_id": model_id},
     }
     folder = Path(path)
-    make_folder(folder)
     team = find_team(model, process_group)
     # Reading a DataLoader draws random numbers. A run that finds its cache finished draws none: both must train alike.
     with isolated_rng(device, None):
@@ -159,31 +158,30 @@ def build(
         if _agreed(team, folder, settings, stream, replicated) and not overwrite:
             return _finished(folder, settings, stream, reading)
         extractor = Extractor(model, device, spec, dtype, reading)
-        with ExitStack() as lock:
-            writer = Writer(folder, settings, team.rank, team.world_size, replicated, writes=team.writes)
-            _begin(team, writer, lock, start_over=overwrite or not resume)
-            with writer:
-                with steady(model):
-                    _run(extractor, stream, writer, team)
-                cache = writer.finish()
-                cache.reading = reading_of(cache, reading)
-                return cache
+        start_over = overwrite or not resume
+        with building(folder, settings, team, replicated, start_over=start_over) as target, Writer(target) as writer:
+            with steady(model):
+                _run(extractor, stream, writer)
+            writer.finish()
+            return AnchorCache.open(folder, reading)
 
 
 def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream", replicated: bool) -> bool:
-    """Whether the folder holds a finished cache; raises unless all processes see the same."""
+    """True if the folder holds a finished cache; raises unless all processes see the same."""
     finished = (folder / MANIFEST).exists()
     if not team.several:
         return finished
-    seen = team.gather((finished, digest(json.dumps(settings)), digest(stream.first()), team.rank))
+    first = stream.first()
+    batch = None if first is None else (first[0], tuple(anchor_checksums(first[1])))
+    seen = team.gather((finished, json.dumps(settings), batch))
     if len({which for which, *_ in seen}) > 1:
         raise AnchorCacheError(
             f"{folder} is not one folder on all processes: some of them see a finished cache there and others do not. "
             "Pass a `path` on a file system that they share."
         )
-    if len({words for _, words, *_ in seen}) > 1:
+    if len({words for _, words, _ in seen}) > 1:
         raise ValueError("All processes must call `build` with the same model and the same arguments.")
-    first_batches = {batch for *_, batch, _ in seen}
+    first_batches = {batch for *_, batch in seen}
     if replicated and len(first_batches) > 1:
         raise ValueError(
             "With replicated=True all processes must be given the same batches, of which each runs its share. The "
@@ -198,48 +196,29 @@ def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream
     return finished
 
 
-def _begin(team: Team, writer: Writer, lock: ExitStack, *, start_over: bool) -> None:
-    """Locks the folder; the first process makes it ready, then all take up their parts. If one cannot, none begins."""
-    token, problem = None, None
-    try:
-        if team.writes:
-            lock.enter_context(locked(writer.folder, team.rank))
-        if team.writes and team.rank == 0:
-            token = writer.prepare(start_over=start_over)
-    except AnchorCacheError as error:
-        problem = error
-    told = team.gather((token, None if problem is None else str(problem)))
-    if problem is not None:
-        raise problem
-    if reason := next((words for _, words in told if words), None):
-        raise AnchorCacheError(reason)
-    writer.load(next(t for t, _ in told if t))
-
-
-def _run(extractor: Extractor, stream: "_Stream", writer: Writer, team: Team) -> None:
+def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
     """Every batch that this process has to see to."""
-    forwards, last = 0, None
-    for (structure, source, size), count in stream:
+    folder, team, forwards, last = writer.folder, writer.folder.team, 0, None
+    for (structure, batch, size), count in stream:
         if extractor.generate is None:
-            writer.expect(structure, source)
-        source = {name: x.detach() for name, x in source.items()}
-        last = structure.rebuild(source), size, count
-        if not writer.wants(size):
-            writer.skip(source, size)
+            writer.expect(structure, batch)
+        batch = {name: x.detach() for name, x in batch.items()}
+        last = structure.rebuild(batch), size, count
+        if writer.skips(batch):
             continue
         if team.sharded:
             team.anyone(True)
         taught = extractor(*last)
-        named = source
+        inputs = batch
         if extractor.generate is not None:
-            structure, named, _ = flatten(taught.inputs)
-            writer.expect(structure, named)
-        writer.add(named, taught.features, taught.classes, taught.joined, source)
+            structure, inputs, _ = flatten(taught.inputs)
+            writer.expect(structure, inputs)
+        writer.add(inputs, taught.features, taught.classes, taught.joined, batch)
         forwards += 1
         if forwards == 1:
-            stream.warn_if_too_large(writer.folder, named, taught.features, size)
+            stream.warn_if_too_large(folder.path, inputs, taught.features, size)
         if team.world_size > 1:
-            writer.check_others()
+            folder.check_others()
     # Others may wait for this process' parts of the layers: it runs forwards as long as they do
     while team.sharded and last is not None and team.anyone(False):
         extractor(*last)
@@ -252,8 +231,8 @@ def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream", reading
     cache.reading = reading_of(cache, reading)
     first = stream.first()
     if first is not None:
-        _, named, size = first
-        if not begins_with(cache, named, size):
+        stored, given = list(cache.first_anchors), anchor_checksums(first[1])
+        if stored[: len(given)] != given[: len(stored)]:
             _log.warning(
                 "The cache in %s is used as it is, but its first anchors are not the first batch passed to "
                 "`build`. Pass overwrite=True if the anchors have changed; ignore this if they are shuffled.",

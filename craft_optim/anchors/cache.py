@@ -1,4 +1,4 @@
-"""The anchors on disk: `cache.json` and safetensors shards. Open, check, read.
+"""Anchors on disk, opened, checked and read: `cache.json` and safetensors shards.
 
     anchors/
       cache.json                    schema_version, counts, shards with sizes and checksums, features, teacher
@@ -20,12 +20,10 @@ Where there is a mask, logits and tokens are those of its positions only, anchor
 unpooled hidden states of a span. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,35 +31,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import images
+from .images import Encoding, decode
+from .manifest import Manifest, cover, dtype_name, tap_key
 from .reading import Reading, reading_of
-from .shards import AnchorCacheError, Place, Shard, read_plain
-from .structure import Inputs, Structure
+from .shards import AnchorCacheError, Place, read_plain
+from .structure import Inputs
 
 if TYPE_CHECKING:
     from .cached import CachedRetention
 
-__all__ = [
-    "FORMAT",
-    "MANIFEST",
-    "SCHEMA_VERSION",
-    "AnchorBatch",
-    "AnchorCache",
-    "AnchorCacheError",
-    "Encoding",
-    "FeatureSpec",
-    "cover",
-    "dtype_name",
-    "is_mask",
-    "manifest_text",
-    "tap_key",
-]
-
-SCHEMA_VERSION = 2
-FORMAT = "craft_optim.anchors"
-MANIFEST = "cache.json"
-
-Encoding = tuple[str, torch.dtype]
+__all__ = ["AnchorBatch", "AnchorCache", "AnchorCacheError"]
 
 _MAX_OPEN = 256  # shards open at a time: each holds a file descriptor, of which a process often has 1024
 
@@ -78,181 +57,20 @@ class AnchorBatch(NamedTuple):
     features: dict[str, Tensor]
 
 
-def tap_key(layer: int | str, span: str) -> str:
-    """The feature name of one hidden-state tap. Module names get a prefix: a module may be called "3"."""
-    return f"hidden.{layer if isinstance(layer, int) else 'module:' + layer}.{span}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of torch.float16 is "float16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def is_mask(name: str) -> bool:
-    """Whether a feature says which positions count."""
-    return name == "mask" or name.startswith("span.")
-
-
-def cover(name: str) -> str | None:
-    """The mask that says which positions of a feature count, if there is one; None for masks and the like."""
-    if name.startswith("hidden."):
-        return f"span.{name.rsplit('.', 1)[1]}"
-    return None if is_mask(name) or name.startswith("frozen.") else "mask"
-
-
-@dataclass(frozen=True)
-class FeatureSpec:
-    """What a cache holds of its teacher.
-
-    Attributes:
-        logits: "full", "top_k", or None.
-        top_k: k, or None.
-        classes: Size of the logits' last dimension, or None.
-        dtype: Storage dtype of log-probabilities and hidden states, e.g. "float16".
-        layers: Hidden-state taps: layer numbers >= 0 and module names.
-        pooling: Span -> pooling mode, the same for every tap.
-        variances: Tap key -> variance of that feature over the anchors (and positions), averaged over its last
-            dimension.
-        mask: Where the logits' mask came from: an input's name, a function's name, or None.
-        spans: The function that told the spans apart, or None for the default.
-        forward: The function that replaced the model's call, or None.
-        autocast: The autocast dtype the teacher ran under, or None.
-        tokens: How the teacher generated tokens, or None if it did not.
-        frozen: Modules whose outputs are kept.
-        batch_dim: Where the anchors are in the hidden states: dimension 0 or 1.
-    """
-
-    logits: str | None = None
-    top_k: int | None = None
-    classes: int | None = None
-    dtype: str = "float16"
-    layers: tuple[int | str, ...] = ()
-    pooling: dict[str, str] = field(default_factory=dict)
-    variances: dict[str, float] = field(default_factory=dict)
-    mask: str | None = None
-    spans: str | None = None
-    forward: str | None = None
-    autocast: str | None = None
-    tokens: str | None = None
-    frozen: tuple[str, ...] = ()
-    batch_dim: int = 0
-
-    def describe(self) -> str:
-        """One line for people."""
-        parts = []
-        if self.logits == "full":
-            parts.append(f"full logits of {self.classes} classes")
-        if self.logits == "top_k":
-            parts.append(f"the top {self.top_k} of {self.classes} logits")
-        if self.tokens:
-            parts.append(f"tokens ({self.tokens})")
-        if self.layers:
-            pools = ", ".join(f"{span}: {mode}" for span, mode in self.pooling.items())
-            parts.append(f"hidden states of layers {', '.join(map(str, self.layers))} ({pools})")
-        if self.frozen:
-            parts.append(f"outputs of {', '.join(self.frozen)}")
-        return f"{' and '.join(parts) or 'nothing'} as {self.dtype}"
-
-
-def manifest_text(data: Mapping[str, Any]) -> str:
-    """`cache.json`, with a checksum of everything else in it."""
-    body = json.dumps({**data, "sha256": ""}, indent=1)
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    return json.dumps({**data, "sha256": digest}, indent=1) + "\n"
-
-
-class _Manifest:
-    """`cache.json`, read with a check of every value's type."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def error(self, problem: str, remedy: str = "Build the cache again with overwrite=True.") -> AnchorCacheError:
-        return AnchorCacheError(f"{self.path} cannot be used: {problem}. {remedy}")
-
-    def load(self) -> dict[str, Any]:
-        try:
-            text = self.path.read_bytes()
-            data = json.loads(text)
-        except FileNotFoundError:
-            if not self.path.parent.is_dir():
-                raise self.error("there is no such folder", "Check the path, or build the cache.") from None
-            remedy = "Run the same `build` again to finish it." if self._unfinished() else "Check the path."
-            raise self.error("there is no such file in the folder", remedy) from None
-        except OSError as error:
-            raise self.error(f"it cannot be read ({error.strerror or error})", "Check the path.") from error
-        except (ValueError, RecursionError) as error:
-            raise self.error("it is not JSON") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise self.error(f"it is not a cache of anchors (its 'format' is not {FORMAT!r})", "Check the path.")
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise self.error(
-                f"it has schema_version {version!r}, this library reads {SCHEMA_VERSION}",
-                "Build the cache again with overwrite=True, or use the version of craft-optim that wrote it.",
-            )
-        data.pop("sha256", None)
-        if manifest_text(data).encode() != text:
-            raise self.error("it was changed after it was written (sha256)")
-        return data
-
-    def _unfinished(self) -> bool:
-        return (self.path.parent / "build.json").exists()
-
-    def get(self, owner: Any, key: str, *types: type, optional: bool = False) -> Any:
-        value = owner.get(key) if isinstance(owner, dict) else None
-        if optional and value is None:
-            return None
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            names = " or ".join(t.__name__ for t in types)
-            raise self.error(f"its {key!r} must be {names}. Found {value!r:.60}")
-        return value
-
-    def strings(self, owner: Any, key: str) -> tuple[str, ...]:
-        values = self.get(owner, key, list)
-        if not all(isinstance(v, str) for v in values):
-            raise self.error(f"its {key!r} must be strings. Found {values!r:.60}")
-        return tuple(values)
-
-    def features(self, owner: Any) -> FeatureSpec:
-        layers = self.get(owner, "layers", list)
-        if not all(isinstance(x, str | int) and not isinstance(x, bool) for x in layers):
-            raise self.error(f"its 'layers' must be numbers or names. Found {layers!r:.60}")
-        words = {
-            key: self.get(owner, key, str, optional=True)
-            for key in ("logits", "mask", "spans", "forward", "autocast", "tokens")
-        }
-        if words["logits"] not in (None, "full", "top_k"):
-            raise self.error(f"its 'logits' must be 'full', 'top_k' or null. Found {words['logits']!r:.60}")
-        variances = self.get(owner, "variances", dict)
-        spec = FeatureSpec(
-            top_k=self.get(owner, "top_k", int, optional=True),
-            classes=self.get(owner, "classes", int, optional=True),
-            dtype=self.get(owner, "dtype", str),
-            layers=tuple(layers),
-            pooling={str(k): str(v) for k, v in self.get(owner, "pooling", dict).items()},
-            variances={k: float(self.get(variances, k, float, int)) for k in variances},
-            frozen=self.strings(owner, "frozen"),
-            batch_dim=self.get(owner, "batch_dim", int),
-            **words,
-        )
-        if spec.dtype not in ("float16", "bfloat16", "float32"):
-            raise self.error(f"its 'dtype' must be float16, bfloat16 or float32. Found {spec.dtype!r:.60}")
-        return spec
-
-
 class AnchorCache:
     """Anchors and what the teacher said about them. Made by `build` or `AnchorCache.open`.
 
     Attributes:
         path: The folder.
-        features: What it holds of the teacher.
+        features: The teacher's outputs that it holds, and how they came about.
         reading: How the teacher was read; of its functions those that `build` or `open` was given.
-        structure: How its inputs are put together.
+        structure: Structure of its inputs.
         fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
         model_id: The teacher's name, as given to `build`; or None.
-        origin: Where an imported cache came from; or None.
+        origin: Source of an imported cache; or None.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
+        joined_features: Names of the features that hold the positions of their mask only, anchor after anchor.
+        shards: Its files, in the order of the anchors.
 
     Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
     and memory does not grow with the size of the cache. Threads may read at the same time; an opened cache can be
@@ -261,52 +79,18 @@ class AnchorCache:
 
     def __init__(self, path: str | os.PathLike[str], reading: Reading | None = None) -> None:
         self.path = Path(path)
-        m = _Manifest(self.path / MANIFEST)
-        try:
-            self._load(m, m.load())
-        except (OverflowError, RecursionError) as error:
-            raise m.error("its numbers are too large, or it is nested too deeply") from error
-        self.reading = reading_of(self, reading)
-
-    def _load(self, m: _Manifest, data: dict[str, Any]) -> None:
-        self.features = m.features(m.get(data, "features", dict))
-        inputs = m.get(data, "inputs", dict)
-        self.structure = Structure(m.get(inputs, "kind", str), m.strings(inputs, "names"), m.strings(inputs, "skipped"))
-        if self.structure.kind not in ("tensor", "tuple", "mapping") or not self.structure.names:
-            raise m.error(f"its 'kind' of inputs is unknown: {self.structure.kind!r:.60} {self.structure.names!r:.60}")
-        teacher = m.get(data, "teacher", dict)
-        self.fingerprint: str | None = m.get(teacher, "fingerprint", str, optional=True)
-        self.model_id: str | None = m.get(teacher, "model_id", str, optional=True)
-        self.origin: str | None = m.get(teacher, "origin", str, optional=True)
-        self.first_anchors = m.strings(data, "first_anchors")
-        self._settings = {
-            "features": {**asdict(self.features), "classes": None, "variances": {}},
-            **m.get(data, "built_with", dict),
-            "teacher": teacher,
-        }
-        self._shards: list[Shard] = []
-        self._checksums: list[str] = []
-        for record in m.get(data, "shards", list):
-            name = m.get(record, "file", str)
-            if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-                raise m.error(f"a shard's file name must name a file in the folder. Found {name!r:.60}")
-            encodings = m.get(record, "images", dict)
-            for key in encodings:
-                formula, dtype = m.get(encodings[key], "formula", str), m.get(encodings[key], "dtype", str)
-                if formula not in images.FORMULAS or not isinstance(getattr(torch, dtype, None), torch.dtype):
-                    raise m.error(f"the images {key!r} have an unknown encoding {formula!r:.40} as {dtype!r:.40}")
-            count, size = m.get(record, "anchors", int), m.get(record, "bytes", int)
-            if count < 1:
-                raise m.error(f"shard {name!r} must have at least one anchor. Found {count}")
-            self._checksums.append(m.get(record, "sha256", str))
-            self._shards.append(Shard(self.path / name, count, size, encodings))
+        manifest = Manifest(self.path)
+        self.features, self.structure = manifest.features, manifest.structure
+        self.fingerprint: str | None = manifest.teacher.get("fingerprint")
+        self.model_id: str | None = manifest.teacher.get("model_id")
+        self.origin: str | None = manifest.teacher.get("origin")
+        self.first_anchors, self._settings = manifest.first_anchors, manifest.settings
+        self.shards = manifest.shards
+        self._starts = np.cumsum([0, *(shard.count for shard in self.shards)])
         self._open: dict[int, None] = {}
         self._lock = threading.Lock()
-        self._starts = np.cumsum([0, *(shard.count for shard in self._shards)])
-        total = m.get(data, "anchors", int)
-        if not self._shards or total != int(self._starts[-1]):
-            raise m.error(f"it speaks of {total} anchors, its shards hold {int(self._starts[-1])}")
-        self._keys = self._check_keys(m)
+        self._keys = self._check_keys(manifest)
+        self.reading = reading_of(self, reading)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], reading: Reading | None = None) -> "AnchorCache":
@@ -347,16 +131,10 @@ class AnchorCache:
         Raises:
             ValueError: There is no such kind, or there are several; and as its class.
         """
-        from .cached import CachedRetention
         from .hidden_retention import HiddenRetention
         from .logit_retention import LogitRetention
         from .token_retention import TokenRetention
 
-        classes: dict[str, type[CachedRetention]] = {
-            "logits": LogitRetention,
-            "hidden": HiddenRetention,
-            "tokens": TokenRetention,
-        }
         if kind is None and len(self.kinds) == 1:
             (kind,) = self.kinds
         if kind not in self.kinds:
@@ -364,9 +142,11 @@ class AnchorCache:
                 f"`kind` must be one of {', '.join(map(repr, self.kinds))}, which {self.path} holds and whose units "
                 f"differ. Found kind={kind!r}."
             )
-        return classes[kind](model, self, batch_size, **settings)
+        classes: dict[str, Any] = {"logits": LogitRetention, "hidden": HiddenRetention, "tokens": TokenRetention}
+        retention: CachedRetention = classes[kind](model, self, batch_size, **settings)
+        return retention
 
-    def _check_keys(self, m: _Manifest) -> list[str]:
+    def _check_keys(self, manifest: Manifest) -> list[str]:
         f = self.features
         wanted = {f"inputs.{name}" for name in self.structure.names}
         if f.logits == "full":
@@ -376,23 +156,21 @@ class AnchorCache:
         if f.tokens is not None:
             wanted |= {"features.tokens", "features.mask"}
         wanted |= {f"features.{tap_key(layer, span)}" for layer in f.layers for span in f.pooling}
-        first = self._shards[0]
+        first = self.shards[0]
         if missing := wanted - set(first.keys):
-            raise m.error(f"shard {first.path.name} lacks {', '.join(sorted(missing))}, which it speaks of")
+            raise manifest.error(f"shard {first.path.name} lacks {', '.join(sorted(missing))}, which it speaks of")
         names = [key.removeprefix("features.") for key in first.keys if key.startswith("features.")]
-        self._joined = {
-            f"features.{name}" for name in names if first.is_packed(f"features.{name}") and cover(name) in names
-        }
-        for shard in self._shards:
+        self.joined_features = frozenset(x for x in names if first.is_packed(f"features.{x}") and cover(x) in names)
+        for shard in self.shards:
             if set(shard.keys) != set(first.keys):
-                raise m.error(f"shards {first.path.name} and {shard.path.name} hold different tensors")
+                raise manifest.error(f"shards {first.path.name} and {shard.path.name} hold different tensors")
             for key, encoding in shard.encodings.items():
                 if key not in shard.entries or shard.entries[key].dtype != torch.uint8:
-                    raise m.error(f"shard {shard.path.name} has no bytes for the images {key!r} ({encoding})")
+                    raise manifest.error(f"shard {shard.path.name} has no bytes for the images {key!r} ({encoding})")
             for key in first.keys:
                 same = first.form(key) == shard.form(key)
-                if not same or (key in self._joined and not shard.is_packed(key)):
-                    raise m.error(
+                if not same or (key.removeprefix("features.") in self.joined_features and not shard.is_packed(key)):
+                    raise manifest.error(
                         f"{key!r} is {first.form(key)} in {first.path.name} and {shard.form(key)} in {shard.path.name}"
                     )
         self._same = {  # the usual case, which is read fastest
@@ -401,8 +179,8 @@ class AnchorCache:
             if all(
                 not shard.is_packed(key)
                 and shard.entries[key].shape[1:] == first.entries[key].shape[1:]
-                and shard.encoding(key) == first.encoding(key)
-                for shard in self._shards
+                and shard.encodings.get(key) == first.encodings.get(key)
+                for shard in self.shards
             )
         }
         return first.keys
@@ -415,7 +193,7 @@ class AnchorCache:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `build` was asked for, in the types of JSON."""
+        """The arguments of the build, in the types of JSON."""
         settings: dict[str, Any] = json.loads(json.dumps(self._settings))
         return settings
 
@@ -425,16 +203,17 @@ class AnchorCache:
 
     def tensors(self) -> list[tuple[str, str, str]]:
         """For people: name, shape of one anchor, dtype on disk (and after reading) of every tensor."""
-        first = self._shards[0]
-        rows = []
+        first = self.shards[0]
+        found = []
         for key in self._keys:
             stored, dtype = first.entries[key].dtype, first.dtype(key)
-            size = ["positions"] if key in self._joined else ["length"] if self._varies(key) else []
+            joined = key.removeprefix("features.") in self.joined_features
+            size = ["positions"] if joined else ["length"] if self._varies(key) else []
             tail = first.form(key)[2] if size else first.entries[key].shape[1:]
             shape = " x ".join(map(str, [*size, *tail])) or "scalar"
             names = map(dtype_name, dict.fromkeys((stored, dtype)))
-            rows.append((key, shape, " -> ".join(names)))
-        return rows
+            found.append((key, shape, " -> ".join(names)))
+        return found
 
     @property
     def frozen_features(self) -> list[str]:
@@ -443,23 +222,13 @@ class AnchorCache:
         return [key.removeprefix("features.") for key in self._keys if key.startswith(prefix)]
 
     @property
-    def joined_features(self) -> set[str]:
-        """Names of the features that are those of their mask's positions only, anchor after anchor."""
-        return {key.removeprefix("features.") for key in self._joined}
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """Its files, in the order of the anchors."""
-        return tuple(self._shards)
-
-    @property
     def nbytes(self) -> int:
         """Size of all shards on disk, in bytes."""
-        return sum(shard.size for shard in self._shards)
+        return sum(shard.size for shard in self.shards)
 
     def _varies(self, key: str) -> bool:
-        entries = self._shards[0].entries[key]
-        return any(s.is_packed(key) or s.entries[key].shape[1:2] != entries.shape[1:2] for s in self._shards)
+        entries = self.shards[0].entries[key]
+        return any(s.is_packed(key) or s.entries[key].shape[1:2] != entries.shape[1:2] for s in self.shards)
 
     def verify(self) -> None:
         """Compares every shard with its checksum. Reads all of them: seconds per gigabyte.
@@ -467,8 +236,8 @@ class AnchorCache:
         Raises:
             AnchorCacheError: A shard is not the one that was written; names it.
         """
-        for shard, checksum in zip(self._shards, self._checksums, strict=True):
-            shard.verify(checksum)
+        for shard in self.shards:
+            shard.verify()
 
     def read(self, indices: Sequence[int] | Tensor | Iterable[int], *, features: bool = True) -> AnchorBatch:
         """The given anchors, in that order, as new CPU tensors.
@@ -498,8 +267,7 @@ class AnchorCache:
         Args:
             indices: As for `read`.
             features: Names of the features to read. None: all.
-            pin_memory: Whether to read into page-locked memory, from which copies to an accelerator need not be waited
-                for.
+            pin_memory: Read into page-locked memory: copies from there to an accelerator need not be waited for.
         """
         wanted = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices), dtype=np.int64).reshape(
             -1
@@ -507,16 +275,16 @@ class AnchorCache:
         if wanted.size == 0 or wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"`indices` must be in [0, {len(self)}) and at least one. Found {wanted.tolist()!s:.80}.")
         numbers = np.searchsorted(self._starts, wanted, side="right") - 1
-        files = {n: self._shards[n].opened() for n in dict.fromkeys(numbers.tolist())}
-        rows = (wanted - self._starts[numbers]).tolist()
+        files = {n: self.shards[n].opened() for n in dict.fromkeys(numbers.tolist())}
+        within = (wanted - self._starts[numbers]).tolist()
         places: list[Place] = [
-            (self._shards[n], row, files[n].fileno()) for n, row in zip(numbers.tolist(), rows, strict=True)
+            (self.shards[n], anchor, files[n].fileno()) for n, anchor in zip(numbers.tolist(), within, strict=True)
         ]
         chosen = None if features is None else {f"features.{name}" for name in features}
         tensors: dict[str, Tensor] = {}
         encodings: dict[str, Encoding] = {}
         for key in self._keys:
-            if key in self._joined:
+            if key.removeprefix("features.") in self.joined_features:
                 if chosen is None or key in chosen:
                     tensors[key] = _joined(key, places, pin_memory)
             elif chosen is None or key in chosen or key.startswith("inputs."):
@@ -524,16 +292,16 @@ class AnchorCache:
                 if encoding is not None:
                     encodings[key] = encoding
         for n, file in files.items():
-            self._shards[n].check_unchanged(file)
+            self.shards[n].check_unchanged(file)
         self._close_others(list(files))
         return tensors, encodings
 
     def batch(self, tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]) -> AnchorBatch:
-        """What `gather` gave, decoded where it is now and put together."""
-        named = {key: images.decode(x, *encodings[key]) if key in encodings else x for key, x in tensors.items()}
+        """The tensors of `gather`, decoded on the device that they are on now, and put together."""
+        named = {key: decode(x, *encodings[key]) if key in encodings else x for key, x in tensors.items()}
         inputs = {key.removeprefix("inputs."): x for key, x in named.items() if key.startswith("inputs.")}
-        taught = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
-        return AnchorBatch(self.structure.rebuild(inputs), taught)
+        features = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
+        return AnchorBatch(self.structure.rebuild(inputs), features)
 
     def _close_others(self, just_read: list[int]) -> None:
         # If another thread is at it, or was when this process was forked, it can wait for the next time
@@ -546,13 +314,12 @@ class AnchorCache:
             while len(self._open) > _MAX_OPEN:
                 oldest = next(iter(self._open))
                 del self._open[oldest]
-                self._shards[oldest].close()
+                self.shards[oldest].close()
         finally:
             self._lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Functions may be such as cannot be pickled
-        own = {"_open": {}, "reading": reading_of(self)}
+        own = {"_open": {}, "reading": reading_of(self)}  # functions may be such as cannot be pickled
         return {name: value for name, value in self.__dict__.items() if name != "_lock"} | own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorCache":
@@ -565,15 +332,15 @@ class AnchorCache:
 
 def _joined(key: str, places: list[Place], pin_memory: bool) -> Tensor:
     """The positions that count of several anchors, one after another."""
-    counts = [shard.stored(key, row) for shard, row, _ in places]
-    entry = places[0][0].entries[key]
-    out = torch.empty((sum(counts), *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
+    entry, ends = places[0][0].entries[key], [0]
+    for shard, anchor, _ in places:
+        first, last = shard.rows(key, anchor)
+        ends.append(ends[-1] + last - first)
+    out = torch.empty((ends[-1], *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():
-        data, at = out.reshape(-1).view(torch.uint8).numpy(), 0
-        for (shard, row, _), count in zip(places, counts, strict=True):
-            end = at + count * entry.row_bytes
-            shard.read_row(key, row, data[at:end])
-            at = end
+        data = out.reshape(-1).view(torch.uint8).numpy()
+        for (shard, anchor, _), first, last in zip(places, ends, ends[1:], strict=False):
+            shard.read_anchor(key, anchor, data[first * entry.row_bytes : last * entry.row_bytes])
     return out
 
 
@@ -584,26 +351,27 @@ def _alike(key: str, places: list[Place], pin_memory: bool) -> tuple[Tensor, Enc
     out = torch.empty((len(places), *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():
         read_plain(key, places, out.reshape(-1).view(torch.uint8).numpy(), entry.row_bytes)
-    return out, first.encoding(key)
+    return out, first.encodings.get(key)
 
 
 def _stacked(key: str, places: list[Place], pin_memory: bool) -> tuple[Tensor, Encoding | None]:
     """One tensor's anchors, padded to the longest; images as bytes, if all of them are decoded alike."""
     first = places[0][0]
-    entry, encoding = first.entries[key], first.encoding(key)
+    entry, encoding = first.entries[key], first.encodings.get(key)
     rank, tail = first.form(key)[1:]
-    widths = [shard.width(key, row) for shard, row, _ in places] if rank > 1 else []
+    widths = [shard.width(key, anchor) for shard, anchor, _ in places] if rank > 1 else []
     shape = (len(places), *([max(widths)] if widths else []), *tail)
-    if any(shard.encoding(key) != encoding for shard, *_ in places) or (encoding is not None and len(set(widths)) > 1):
+    alike = all(shard.encodings.get(key) == encoding for shard, *_ in places)
+    if not alike or (encoding is not None and len(set(widths)) > 1):
         # Decoded anchor by anchor: padding is zero, not what the byte 0 stands for
         out = torch.zeros(shape, dtype=first.dtype(key), pin_memory=pin_memory)
-        for i, (shard, row, _) in enumerate(places):
-            values = shard.row(key, row)
-            out[i, : len(values)] = values
+        for i, place in enumerate(places):
+            one, encoding = _stacked(key, [place], False)
+            out[i, : one.shape[1]] = one[0] if encoding is None else decode(one[0], *encoding)
         return out, None
     out = torch.empty(shape, dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():
         data = out.reshape(len(places), -1).view(torch.uint8).numpy()
-        for i, (shard, row, _) in enumerate(places):
-            shard.read_row(key, row, data[i])
+        for i, (shard, anchor, _) in enumerate(places):
+            shard.read_anchor(key, anchor, data[i])
     return out, encoding

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .ahead import Ahead, to_device_ahead, wait_for
-from .cache import AnchorBatch, AnchorCache, Encoding, dtype_name, is_mask
+from .cache import AnchorBatch, AnchorCache
 from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
-from .images import decode
+from .images import Encoding, decode
+from .manifest import dtype_name, is_mask
 from .passes import autocast_dtype, to_device
 from .reading import AnchorMismatchError, Reading, reading_of, require_functions
 from .retention import AnchorRetention, Anchors, Settings
@@ -173,7 +174,7 @@ class CachedRetention(AnchorRetention):
 
     def _batch(self, number: int) -> AnchorBatch:
         self._destination = self.device  # the other thread must not walk the model, which FSDP1 changes as it runs
-        return _arrived(self._ahead.get(number))
+        return _arrived(self._ahead.get(number) if self.workers else self._prepare(number))
 
     def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
         return _arrived(self._on_device(cast(AnchorCache, anchors), indices, self.device))
@@ -243,5 +244,6 @@ class CachedRetention(AnchorRetention):
 
 def _arrived(prepared: _Prepared) -> AnchorBatch:
     cache, tensors, encodings, event = prepared
-    wait_for(tensors, event)
+    if event is not None:
+        wait_for(tensors, event)
     return cache.batch(tensors, encodings)

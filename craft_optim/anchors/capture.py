@@ -1,9 +1,9 @@
-"""What is compared out of an unmodified model, and no more than that: hidden states, and logits where they count.
+"""Hidden states of an unmodified model, tapped during its forward, and pooled over spans of positions.
 
 A tap is either a number or a module's name. Number k is the residual stream that enters decoder layer k, k = 0..L; L,
 also written -1, is the residual before the final norm. It is read where the layer's first norm receives it, because
 some models call a layer's parts and never the layer. A name is that module's output. A forward that stops when it has
-them all runs neither later layers nor the vocabulary head; where logits are wanted, the head runs at valid positions.
+them all runs neither later layers nor the vocabulary head.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,22 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .masks import rows, select
 from .names import class_names, modules_by_name, plain_name
-from .passes import Forward, call, eager, logits_of, saving_hooks
+from .passes import Forward, call, eager
 from .structure import Inputs
 
 __all__ = [
     "POOLINGS",
     "Decoder",
     "Layer",
-    "Packed",
     "Spans",
     "default_spans",
     "find_decoder",
-    "head_at",
-    "head_packs",
-    "output_head",
     "pool",
     "resolve_layers",
     "run",
@@ -169,17 +164,12 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
         if stop and len(out) == len(wanted):
             raise _EnoughError
 
-    def before(layer: Layer) -> Callable[..., None]:
-        return lambda module, args, kwargs: keep(layer, args if args else kwargs)
-
-    def after(layer: Layer) -> Callable[..., None]:
-        return lambda module, args, output: keep(layer, output)
-
     named = modules_by_name(model) if any(isinstance(layer, str) for layer in wanted) else {}
     try:
         for layer in wanted:
             if isinstance(layer, str):
-                handles.append(named[layer].register_forward_hook(after(layer)))
+                after = named[layer].register_forward_hook
+                handles.append(after(lambda _, args, output, layer=layer: keep(layer, output)))
                 continue
             decoder = find_decoder(model)
             target = decoder.norm
@@ -187,7 +177,8 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
                 block = decoder.layers[layer]
                 norms = (getattr(block, name, None) for name in _FIRST_NORMS)
                 target = next((norm for norm in norms if isinstance(norm, nn.Module)), block)
-            handles.append(target.register_forward_pre_hook(before(layer), with_kwargs=True))
+            before = target.register_forward_pre_hook
+            handles.append(before(lambda _, args, kwargs, layer=layer: keep(layer, args or kwargs), with_kwargs=True))
         yield out
     except _EnoughError as enough:
         # The frames of the forward hang on the traceback. Drop them now: a suspended checkpoint in there keeps its
@@ -246,101 +237,6 @@ def run(
     return (result if output else None), hidden
 
 
-class Packed:
-    """What became of the logits in a forward under `head_at`.
-
-    Attributes:
-        used: Whether they are packed: `[1, P, V]`, those of the P valid positions in row-major order.
-        calls: How often the head has run. More than once, and the output is of no use: run again without.
-    """
-
-    def __init__(self) -> None:
-        self.used = False
-        self.calls = 0
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The one module that the model, or a model within it, calls its output embeddings; None of none or several."""
-    getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
-    heads = {id(head): head for get in getters if callable(get) and isinstance(head := get(), nn.Module)}
-    return next(iter(heads.values())) if len(heads) == 1 else None
-
-
-@contextmanager
-def head_at(model: nn.Module, valid: Tensor, head: nn.Module | None = None) -> Iterator[Packed]:
-    """Within the block, a forward runs the vocabulary head at the valid positions only, if it can.
-
-    The head, `get_output_embeddings()` as in Hugging Face, is given the hidden states `[1, P, D]` of the P positions
-    instead of `[B, T, D]`: time and memory of the head and of the logits shrink by P / (B T). What the model does to
-    logits position by position (softcapping, a cast) it does to `[1, P, V]`; what it does along positions would be
-    wrong, and labels of `[B, T]` do not fit: `head_packs` finds out. A compiled model runs as it is written.
-
-    Nothing happens, and `used` stays False, where there is no such head or more than one, every position or none is
-    valid, or what the head is given is not a plain tensor `[B, T, D]` (sequence and tensor parallelism), or is given
-    within an activation checkpoint, whose second run would be another.
-
-    Args:
-        model: Unmodified, and not modified; in any wrapper.
-        valid: `[B, T]`, true where logits are compared. On the CPU: the host does not wait for an accelerator.
-        head: The head, if it is known: to look for it is a walk over the modules.
-    """
-    packed = Packed()
-    head, places = head or output_head(model), valid.flatten().nonzero().flatten()
-    if head is None or valid.ndim != 2 or not 0 < len(places) < valid.numel():
-        yield packed
-        return
-    outside = torch.is_grad_enabled(), saving_hooks()
-
-    def pack(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        packed.calls += 1
-        packed.used = False
-        name, hidden = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
-        if packed.calls > 1 or type(hidden) is not Tensor or hidden.ndim != 3 or hidden.shape[:2] != valid.shape:
-            return None
-        if (torch.is_grad_enabled(), saving_hooks()) != outside:
-            return None
-        packed.used = True
-        valid_ones = select(hidden.flatten(0, 1), places).unsqueeze(0)
-        return ((valid_ones, *args[1:]), kwargs) if args else (args, kwargs | {name: valid_ones})
-
-    handle = head.register_forward_pre_hook(pack, with_kwargs=True)
-    try:
-        with eager():
-            yield packed
-    finally:
-        handle.remove()
-
-
-def head_packs(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forward | None = None) -> bool:
-    """Whether the model's logits under `head_at` are its logits at the valid positions.
-
-    Runs two forwards without gradients, one of them with every logit: ask once, in the conditions of the passes.
-
-    Args:
-        model: As for `head_at`.
-        inputs: A batch, on the model's device.
-        valid: `[B, T]`, true where logits are compared.
-        forward: As for `run`.
-    """
-    if output_head(model) is None:
-        return False
-    with torch.no_grad():
-        whole = logits_of(run(model, inputs, forward=forward)[0])
-        try:
-            with head_at(model, valid) as packed:
-                found = logits_of(call(model, inputs, forward))
-        except Exception:  # whatever a model does with logits of another shape, such as a loss over labels
-            return False
-    if not packed.used or whole is None or found is None or whole.shape[:-1] != valid.shape:
-        return False
-    expected = rows(whole, valid)
-    if found.shape != (1, *expected.shape):
-        return False
-    rounding = torch.finfo(torch.bfloat16).eps
-    scale = float(torch.where(expected.isfinite(), expected, 0.0).abs().max())
-    return torch.allclose(found[0], expected, rtol=rounding, atol=rounding * scale, equal_nan=True)
-
-
 def default_spans(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Spans of a batch in the manner of Hugging Face.
 
@@ -395,8 +291,8 @@ def pool(hidden: Tensor, mask: Tensor | None, mode: str) -> Tensor:
         return hidden.mean(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
     if mode == "masked_mean":
         assert mask is not None
-        kept = torch.where(mask.unsqueeze(-1), hidden, 0.0)
-        total = kept.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        within = torch.where(mask.unsqueeze(-1), hidden, 0.0)
+        total = within.sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
         return total / mask.sum(1, keepdim=True).clamp_min(1)
     if mask is None:
         return hidden[:, 0 if mode == "first" else -1]

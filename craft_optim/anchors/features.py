@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cache import FeatureSpec, tap_key
 from .capture import Layer, default_spans, pool, positions
 from .forwards import AnchorForward, Outcome
+from .manifest import FeatureSpec, tap_key
 from .masks import IGNORED, valid_positions
 from .passes import autocast_to, isolated_rng, to_device
 from .reading import Reading

@@ -1,13 +1,15 @@
-"""A short name for a model's weights, to tell whether a cache belongs to them."""
+"""Short names for a model's weights and for anchors, to tell whether a cache belongs to them."""
 
 import hashlib
+import zlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .names import plain_name
 
-__all__ = ["compare_fingerprints", "fingerprint"]
+__all__ = ["anchor_checksums", "compare_fingerprints", "fingerprint"]
 
 _SAMPLES = 64  # values per tensor: one optimizer step changes practically all of them
 
@@ -47,7 +49,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def compare_fingerprints(cached: str, current: str) -> str | None:
-    """What differs, in words; None if nothing does."""
+    """The difference in words; None if there is none."""
     if cached == current:
         return None
     a, b = cached.split("-"), current.split("-")
@@ -58,3 +60,18 @@ def compare_fingerprints(cached: str, current: str) -> str | None:
     if a[2] != b[2]:
         return "the weights have another dtype than those the cache was built with"
     return "the model has other weights than the one the cache was built with"
+
+
+def anchor_checksums(batch: Mapping[str, Tensor]) -> list[str]:
+    """8 hexadecimal digits for each anchor, of its bytes, dtypes and shapes.
+
+    Args:
+        batch: Tensors by name, first dimension the anchors.
+    """
+    sums = [0] * len(next(iter(batch.values())))
+    for _, x in sorted(batch.items()):
+        values = x.detach().cpu().contiguous()
+        shape = str((x.dtype, *x.shape[1:])).encode()
+        data = values.reshape(len(values), -1).view(torch.uint8).numpy() if values.numel() else [b""] * len(values)
+        sums = [zlib.crc32(anchor, zlib.crc32(shape, total)) for anchor, total in zip(data, sums, strict=True)]
+    return [f"{total:08x}" for total in sums]

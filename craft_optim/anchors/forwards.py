@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capture import Layer, head_at, head_packs, output_head, run
+from .capture import Layer, run
 from .frozen import Layout, layouts_of, leaves, recorded, replayed
 from .masks import rows
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
 from .structure import Inputs, map_tensors
+from .valid_head import head_agrees, head_at, output_head
 
 __all__ = ["AnchorForward", "FrozenMismatchError", "Outcome", "outcome_of"]
 
@@ -44,14 +45,14 @@ def outcome_of(output: Any, logits: Tensor | None, hidden: dict[Layer, Tensor], 
         return Outcome(output, None, (), hidden, {})
     shape = tuple(logits.shape[:-1])
     fits = valid is not None and tuple(valid.shape) == shape
-    return Outcome(output, rows(logits, valid if fits else None), shape, hidden, {})
+    return Outcome(output, rows(logits, valid) if fits else logits.flatten(0, -2), shape, hidden, {})
 
 
 class AnchorForward:
     """Runs a model on batches of anchors.
 
     The first call finds out, with two forwards of one anchor, whether the vocabulary head can be run at the valid
-    positions only (`capture.head_at`), and what frozen modules return. Both hold for the calls after it.
+    positions only (`valid_head.head_at`), and what frozen modules return. Both hold for the calls after it.
 
     Args:
         model: In a state that the caller sees to (`passes.steady`).
@@ -109,12 +110,12 @@ class AnchorForward:
         return outcome._replace(frozen=found)
 
     def _run(self, inputs: Inputs, valid: Tensor | None, packs: bool) -> Outcome:
-        with head_at(self._model, valid, self._head) if packs and valid is not None else nullcontext() as packed:
+        with head_at(self._model, valid, self._head) if packs and valid is not None else nullcontext() as head:
             output, hidden = run(self._model, inputs, forward=self._forward, layers=self._layers, output=self._output)
         logits = logits_of(output) if self._output else None
         gather = getattr(logits, "full_tensor", None)  # of tensor parallelism
         logits = logits if gather is None else gather()
-        if logits is not None and packed is not None and packed.used and valid is not None:
+        if logits is not None and head is not None and head.used and valid is not None:
             return Outcome(output, logits[0], tuple(valid.shape), hidden, {})
         return outcome_of(output, logits, hidden, valid)
 
@@ -125,7 +126,7 @@ class AnchorForward:
             probe = torch.ones((1, *valid.shape[1:]), dtype=torch.bool)
             probe.flatten()[-1] = False
             with isolated_rng(device_of(self._model), None):  # what the pass draws is not to depend on this
-                self._packs = not is_compiled(self._model) and head_packs(
+                self._packs = not is_compiled(self._model) and head_agrees(
                     self._model, map_tensors(lambda x: x[:1], inputs), probe, forward=self._forward
                 )
             self._head = output_head(self._model) if self._packs else None

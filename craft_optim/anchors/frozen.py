@@ -42,7 +42,7 @@ _CONSTANTS = (type(None), bool, int, float, str)
 
 
 class Layout(NamedTuple):
-    """How the output of one call is put together.
+    """The form of the output of one call.
 
     Attributes:
         tree: Tuples, dicts and output classes, in torch's terms.
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether the module's output may move in training, so that it must be run.
+    """True if the module's output may move in training, so that it must be run.
 
     It does if a parameter requires gradients, or if a normalisation keeps running statistics: the task's forwards move
     these although nothing requires gradients. Buffers that a module of another kind changes by itself are not seen.
@@ -116,7 +116,7 @@ def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[
 
     Args:
         model: Unmodified; each module's own forward is back at the end, whatever happens.
-        names: Of modules that are called, and not within one another.
+        names: Modules that are called, and not within one another.
 
     Raises:
         ValueError: See `resolve_frozen`; or, in the forward, an input of a module requires gradients.
@@ -152,7 +152,7 @@ def leaves(calls: Calls, size: int) -> dict[str, Tensor]:
     """The tensors of the recorded outputs, each `[size, ...]`: `frozen.<module>.<call>.<leaf>` -> tensor.
 
     Args:
-        calls: Of one forward under `recorded`.
+        calls: Outputs of one forward under `recorded`.
         size: Number of anchors in it.
 
     Raises:
@@ -182,7 +182,7 @@ def leaves(calls: Calls, size: int) -> dict[str, Tensor]:
 
 
 def layouts_of(calls: Calls) -> dict[str, list[Layout]]:
-    """What `replayed` needs besides the tensors: plain name -> one layout per call."""
+    """The layouts that `replayed` needs besides the tensors: plain name -> one for each call."""
     layouts: dict[str, list[Layout]] = {}
     for name, outputs in calls.items():
         layouts[name] = []
@@ -200,14 +200,14 @@ def _key(name: str, number: int, place: int) -> str:
 def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[str, list[Layout]]) -> Iterator[None]:
     """Within the block, modules return what is stored instead of running; those that train now run all the same.
 
-    What they return are copies, on the device of the module's input and in the dtype that it had. A call within a
+    They return copies, on the device of the module's input and in the dtype that it had. A call within a
     non-reentrant activation checkpoint runs all the same: its second run, in the backward, must be like the first.
 
     Args:
         model: Unmodified; each module's own forward is back at the end, whatever happens.
         stored: The `leaves` of the anchors in the forward, in any floating dtype, on any device. Other keys are
             ignored.
-        layouts: Of a forward with the same calls. A module that it ended before is not replayed.
+        layouts: From a forward with the same calls. A module that it ended before is not replayed.
 
     Raises:
         ValueError: The stored tensors are not those of the layouts; or, in the forward, a module is called more often

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
-from .cache import AnchorBatch, AnchorCache, tap_key
+from .cache import AnchorBatch, AnchorCache
 from .cached import CachedRetention, CachedSettings
 from .capture import Layer, Spans, pool, positions, resolve_layers
 from .forwards import Outcome
+from .manifest import tap_key
 from .masks import rows, select, within
 from .passes import to_device
 from .reading import AnchorMismatchError

@@ -10,7 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["FORMULAS", "decode", "encode", "encode_alike"]
+__all__ = ["FORMULAS", "Encoding", "decode", "encode", "encode_alike"]
+
+Encoding = tuple[str, torch.dtype]  # formula, and dtype of the images
 
 # name: (bytes as float32 -> values, in place; rough inverse). Mathematically equal formulas round differently, and only
 # one of them matches a given pipeline, so each has its own entry.
@@ -54,7 +56,7 @@ def decode(codes: Tensor, formula: str, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _table(formula: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each of the 256 bytes stands for."""
+    """The values of the 256 bytes."""
     return decode(torch.arange(256, dtype=torch.uint8), formula, dtype).to(device)
 
 

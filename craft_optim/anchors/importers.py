@@ -16,22 +16,27 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import reduce
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cache import AnchorCache, tap_key
+from .build_folder import building
+from .cache import AnchorCache
 from .capture import Layer
+from .manifest import MANIFEST, FeatureSpec, dtype_name, tap_key
 from .masks import IGNORED
+from .processes import Team
 from .shards import AnchorCacheError
-from .writing import write_cache
+from .structure import flatten
+from .writing import Writer
 
-__all__ = ["convert"]
+__all__ = ["convert", "write_cache"]
 
 _INPUTS = ("pixel_values", "input_ids", "attention_mask")
 _KINDS = {"target_features": "features", "teacher_hidden": "states", "labels": "tokens"}  # in their loader's order
@@ -41,7 +46,7 @@ _POOLINGS = {
     "last_token": {"all": "last"},
     "cls_token": {"all": "first"},
 }
-_ROWS = 64  # anchors per batch: the files are mapped, so that no more than these are in memory
+_SOME = 64  # anchors per batch: the files are mapped, so that no more than these are in memory
 _REMEDY = "Write it again with the code that made it, or copy it again from where it is whole."
 
 _log = logging.getLogger("craft_optim")
@@ -50,7 +55,7 @@ _Batches = Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
 class _Contents(NamedTuple):
-    """What a file holds; the first four are the same for all files of a cache."""
+    """The contents of a file; the first four are the same for all files of a cache."""
 
     kind: str
     names: tuple[str, ...]
@@ -126,13 +131,65 @@ def convert(
     return write_cache(
         new_path,
         (batch for path in files for batch in _read(path, metadata, layers)[1]),
-        layers=first.layers,
-        pooling=first.pooling,
-        dtype=reduce(torch.promote_types, (contents.dtype for contents in found)),
+        FeatureSpec(
+            dtype=dtype_name(reduce(torch.promote_types, (contents.dtype for contents in found))),
+            layers=first.layers,
+            pooling=first.pooling,
+        ),
         model_id=teacher if isinstance(teacher, str) else None,
         origin=f"{first.kind} cache {folder}" + (f" of {dataset}" if isinstance(dataset, str) else ""),
         overwrite=overwrite,
     )
+
+
+def write_cache(
+    path: str | os.PathLike[str],
+    batches: Iterable[tuple[Any, Mapping[str, Tensor]]],
+    spec: FeatureSpec,
+    *,
+    model_id: str | None = None,
+    origin: str | None = None,
+    overwrite: bool = False,
+) -> AnchorCache:
+    """Writes anchors whose teacher has spoken elsewhere; see `build` for one that is here.
+
+    Args:
+        path: The cache's folder; created if need be.
+        batches: (batch as for `build`, features by name), first dimension the anchors: "labels" `[n, T]` is the token
+            that each position of the logits shall give, or -100; `tap_key(layer, span)` `[n, D]` are pooled states.
+        spec: Layers, pooling and dtype on disk of the hidden states.
+        model_id: A name for the teacher; `origin` names the source of the anchors.
+        overwrite: Replace what the folder holds.
+
+    Raises:
+        AnchorCacheError: The folder holds a cache, or cannot be written to.
+        ValueError: The batches do not fit together, or there are none.
+    """
+    path, stream = Path(path), iter(batches)
+    if (path / MANIFEST).exists() and not overwrite:
+        raise AnchorCacheError(f"The folder {path} holds anchors already. Pass overwrite=True to replace them.")
+    first = list(islice(stream, 1))
+    if first and "labels" in first[0][1]:
+        spec = replace(spec, tokens="imported")
+    settings = {
+        "features": asdict(spec),
+        "images": "uint8",
+        "shard_size": 256,
+        "teacher": {"fingerprint": None, "class": None, "model_id": model_id, "origin": origin},
+    }
+    with building(path, settings, Team(None), start_over=True) as folder, Writer(folder) as writer:
+        for batch, given in chain(first, stream):
+            structure, inputs, _ = flatten(batch)
+            features = {x: v.to(getattr(torch, spec.dtype)) if x.startswith("hidden.") else v for x, v in given.items()}
+            joined = ["tokens"] if "labels" in features else []
+            if joined:
+                labels = features.pop("labels")
+                mask = labels != IGNORED
+                features = {"mask": mask, "tokens": labels[mask].int(), **features}
+            writer.expect(structure, inputs)
+            writer.add(inputs, features, None, joined)
+        writer.finish()
+        return AnchorCache.open(path)
 
 
 def _bad(path: Path, problem: str, remedy: str = _REMEDY) -> AnchorCacheError:
@@ -186,7 +243,7 @@ def _load(path: Path) -> Any:
 
 
 def _read(path: Path, metadata: Mapping[str, Any], layers: Sequence[Layer] | None) -> tuple[_Contents, _Batches]:
-    """What a file holds, and its anchors; all checks are done before the first of them is asked for."""
+    """The contents of a file, and its anchors; all checks are done before the first of them is asked for."""
     data = _load(path)
     if isinstance(data, dict) and isinstance(data.get("records"), list):
         return _read_records(path, data, layers)
@@ -202,62 +259,62 @@ def _read_columns(
 ) -> tuple[_Contents, _Batches]:
     """One tensor per name, its first dimension the anchors."""
     inputs = {name: _tensor(path, data, name, 2) for name in _INPUTS}
-    taught = _tensor(path, data, target, {"tokens": 2, "states": 4, "features": 2}[_KINDS[target]])
-    counts = {name: len(x) for name, x in (inputs | {target: taught}).items()}
+    feature = _tensor(path, data, target, {"tokens": 2, "states": 4, "features": 2}[_KINDS[target]])
+    counts = {name: len(x) for name, x in (inputs | {target: feature}).items()}
     if min(counts.values()) < 1 or len(set(counts.values())) > 1:
         raise _bad(path, f"its tensors must have the same number of anchors, and at least one. Found {counts}")
-    _check_finite(path, taught)
+    _check_finite(path, feature)
     attended = inputs["attention_mask"] != 0
     pooling: dict[str, str] = {}
     own: tuple[Layer, ...] = ()
     if target == "labels":
-        if not taught.shape == inputs["input_ids"].shape == attended.shape:
-            raise _bad(path, f"its 'labels' {tuple(taught.shape)} do not fit its 'input_ids' and 'attention_mask'")
+        if not feature.shape == inputs["input_ids"].shape == attended.shape:
+            raise _bad(path, f"its 'labels' {tuple(feature.shape)} do not fit its 'input_ids' and 'attention_mask'")
         own = _own_layers(path, [], layers)
-        features = {"labels": _next_tokens(taught, attended)}
+        features = {"labels": _next_tokens(feature, attended)}
     elif target == "teacher_hidden":
         pooling = {"image": "masked_mean", "text": "last"}
-        if taught.shape[2] != len(pooling):
-            raise _bad(path, f"its 'teacher_hidden' must be [anchors, layers, 2, D]. Found {tuple(taught.shape)}")
-        count = taught.shape[1]
+        if feature.shape[2] != len(pooling):
+            raise _bad(path, f"its 'teacher_hidden' must be [anchors, layers, 2, D]. Found {tuple(feature.shape)}")
+        count = feature.shape[1]
         stored = _state_layers(path, data.get("meta"), metadata, count) if layers is None else [0] * count
         own = _own_layers(path, stored, layers)
         features = {
-            tap_key(layer, span): taught[:, i, j] for i, layer in enumerate(own) for j, span in enumerate(pooling)
+            tap_key(layer, span): feature[:, i, j] for i, layer in enumerate(own) for j, span in enumerate(pooling)
         }
     else:
         own, pooling = _one_layer(path, data.get("meta"), layers)
         span = next(iter(pooling))
-        features = {tap_key(own[0], span): taught}
+        features = {tap_key(own[0], span): feature}
         if span == "all":
             features["span.all"] = attended
-    dtype = torch.float16 if target == "labels" else taught.dtype
+    dtype = torch.float16 if target == "labels" else feature.dtype
     left_out = tuple(sorted({str(key) for key in data} - {*_INPUTS, target, "meta"}))
     batches = (
-        ({k: x[i : i + _ROWS] for k, x in inputs.items()}, {k: x[i : i + _ROWS] for k, x in features.items()})
-        for i in range(0, len(taught), _ROWS)
+        ({k: x[i : i + _SOME] for k, x in inputs.items()}, {k: x[i : i + _SOME] for k, x in features.items()})
+        for i in range(0, len(feature), _SOME)
     )
-    return _Contents(_KINDS[target], _INPUTS, own, pooling, len(taught), dtype, left_out=left_out), batches
+    return _Contents(_KINDS[target], _INPUTS, own, pooling, len(feature), dtype, left_out=left_out), batches
 
 
 def _read_records(path: Path, data: dict[Any, Any], layers: Sequence[Layer] | None) -> tuple[_Contents, _Batches]:
     """One dict per anchor."""
-    rows = [_row(path, i, record) for i, record in enumerate(data["records"])]
-    if not rows or any(set(row) != set(rows[0]) for row in rows):
+    anchors = [_anchor(path, i, record) for i, record in enumerate(data["records"])]
+    if not anchors or any(set(x) != set(anchors[0]) for x in anchors):
         raise _bad(path, "its 'records' must hold the same tensors, and there must be at least one of them")
-    for row in rows:
-        _check_finite(path, row["target_features"])
+    for anchor in anchors:
+        _check_finite(path, anchor["target_features"])
     own, pooling = _one_layer(path, data.get("meta"), layers)
-    names = tuple(name for name in rows[0] if name not in ("target_features", "image_token_mask"))
-    dtype = reduce(torch.promote_types, (row["target_features"].dtype for row in rows))
+    names = tuple(name for name in anchors[0] if name not in ("target_features", "image_token_mask"))
+    dtype = reduce(torch.promote_types, (anchor["target_features"].dtype for anchor in anchors))
     first = data["records"][0]
     teacher = first["meta"].get("teacher") if isinstance(first.get("meta"), dict) else None
     left_out = tuple(sorted({str(key) for key in first["model_inputs"]} - {*_INPUTS, "image_token_mask"}))
-    contents = _Contents("records", names, own, pooling, len(rows), dtype, teacher, left_out)
-    return contents, _stacked(rows, own[0], next(iter(pooling)))
+    contents = _Contents("records", names, own, pooling, len(anchors), dtype, teacher, left_out)
+    return contents, _stacked(anchors, own[0], next(iter(pooling)))
 
 
-def _row(path: Path, number: int, record: Any) -> dict[str, Tensor]:
+def _anchor(path: Path, number: int, record: Any) -> dict[str, Tensor]:
     """The tensors of one anchor by name, without the dimension of the anchors."""
     inputs = record.get("model_inputs") if isinstance(record, dict) else None
     if not isinstance(inputs, dict):
@@ -265,21 +322,21 @@ def _row(path: Path, number: int, record: Any) -> dict[str, Tensor]:
     pixels = inputs.get("pixel_values")
     parts = {f"pixel_values.{key}": x for key, x in pixels.items()} if isinstance(pixels, dict) else {}
     names = [*(parts or ["pixel_values"]), "input_ids", "attention_mask"]
-    row = {name: _tensor(path, {**inputs, **parts}, name, 1, f"record {number}") for name in names}
-    row["target_features"] = _tensor(path, record, "target_features", 1, f"record {number}")
+    anchor = {name: _tensor(path, {**inputs, **parts}, name, 1, f"record {number}") for name in names}
+    anchor["target_features"] = _tensor(path, record, "target_features", 1, f"record {number}")
     if "image_token_mask" in inputs:
-        row["image_token_mask"] = _tensor(path, inputs, "image_token_mask", 1, f"record {number}")
-        if len(row["image_token_mask"]) < len(row["attention_mask"]):
+        anchor["image_token_mask"] = _tensor(path, inputs, "image_token_mask", 1, f"record {number}")
+        if len(anchor["image_token_mask"]) < len(anchor["attention_mask"]):
             raise _bad(path, f"the 'image_token_mask' of its record {number} is shorter than its 'attention_mask'")
-    return row
+    return anchor
 
 
-def _stacked(rows: list[dict[str, Tensor]], layer: Layer, span: str) -> _Batches:
+def _stacked(anchors: list[dict[str, Tensor]], layer: Layer, span: str) -> _Batches:
     """Batches of neighbours of one length: the prompts were padded to the longest of a few."""
-    for _, group in groupby(rows, key=lambda row: [x.shape for x in row.values()]):
+    for _, group in groupby(anchors, key=lambda anchor: [x.shape for x in anchor.values()]):
         alike = list(group)
-        for i in range(0, len(alike), _ROWS):
-            inputs = {name: torch.stack([row[name] for row in alike[i : i + _ROWS]]) for name in alike[0]}
+        for i in range(0, len(alike), _SOME):
+            inputs = {name: torch.stack([anchor[name] for anchor in alike[i : i + _SOME]]) for name in alike[0]}
             features = {tap_key(layer, span): inputs.pop("target_features")}
             image = inputs.pop("image_token_mask", None)
             if image is not None and span == "image":
@@ -302,11 +359,11 @@ def _tensor(path: Path, owner: Mapping[Any, Any], name: str, ndim: int, place: s
     return value
 
 
-def _check_finite(path: Path, taught: Tensor) -> None:
-    if not bool(taught.isfinite().all()):
+def _check_finite(path: Path, feature: Tensor) -> None:
+    if not bool(feature.isfinite().all()):
         raise _bad(
             path,
-            f"the teacher's outputs in it are not all finite, perhaps beyond the range of {taught.dtype}",
+            f"the teacher's outputs in it are not all finite, perhaps beyond the range of {feature.dtype}",
             "Leave such anchors out, or write it again with dtype bfloat16 or float32.",
         )
 

@@ -1,4 +1,4 @@
-"""Which positions of the logits count, and those positions alone."""
+"""Positions of the logits that count, and the logits there."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +57,7 @@ def select(x: Tensor, places: Tensor) -> Tensor:
 
 
 def within(wanted: Tensor, valid: Tensor) -> Tensor:
-    """Which of the positions of `valid`, counted one after another, are the wanted ones.
+    """The wanted positions as numbers among those of `valid`, counted one after another.
 
     Raises:
         ValueError: The shapes differ, or a wanted position is not among them.

@@ -33,7 +33,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def class_names(model: nn.Module) -> set[str]:
-    """Of all classes of the model's modules, and of their bases: to ask for one by name costs no import."""
+    """Names of the classes of all modules, and of their bases: to ask for one by name costs no import."""
     return {base.__name__ for kind in {type(module) for module in model.modules()} for base in kind.__mro__}
 
 

@@ -1,4 +1,4 @@
-"""How a model is run on anchors, by the teacher's pass and by every retention pass alike.
+"""Passes over anchors, by the teacher and by every retention loss alike: the model as it is, without noise.
 
 Drift must be the distance between two functions, not noise: dropout is off and normalisation statistics stand still.
 And the training around it must not notice: flags, random numbers and autocast are afterwards what they were.
@@ -48,7 +48,7 @@ _NAMES = ("Dropout", "DropPath", "StochasticDepth", "BatchNorm", "SpectralNorm")
 
 
 def is_noisy(module: nn.Module) -> bool:
-    """Whether the module's own forward depends on `training`: dropout, normalisation statistics, functional dropout."""
+    """True if the module's own forward depends on `training`: dropout, normalisation statistics, functional dropout."""
     if _is_noisy_kind(type(module)):  # type: ignore[arg-type]  # nn.Module hides that types are hashable
         return True
     own = vars(module)
@@ -65,7 +65,7 @@ def is_noisy(module: nn.Module) -> bool:
 
 
 def checkpoints_activations(module: nn.Module) -> bool:
-    """Whether the module itself repeats its forward in the backward, by the flags that libraries set."""
+    """True if the module itself repeats its forward in the backward, by the flags that libraries set."""
     return any("checkpoint" in name and value is True for name, value in vars(module).items())
 
 
@@ -87,7 +87,7 @@ class Statistics:
         ]
 
     def moved(self) -> bool:
-        """Whether they are others now."""
+        """True if they are others now."""
         return any(not torch.equal(getattr(module, name).to(x.device), x) for module, name, x in self._then)
 
     @contextmanager
@@ -104,9 +104,9 @@ class Statistics:
 
 
 class _Conditions:
-    """What is different during a pass: noisy modules in eval mode and, if `eager`, nothing compiled.
+    """The state of a model during a pass: noisy modules in eval mode and, if `eager`, nothing compiled.
 
-    On, and back. Back also when it is forgotten.
+    Set, and set back; set back also when it is forgotten.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -135,7 +135,7 @@ class _Conditions:
 
 
 class _EagerBackward:
-    """What is compiled runs as written while any backward that asked for it goes on: two losses may share one."""
+    """Compiled code runs as written while any backward that asked for it goes on: two losses may share one."""
 
     def __init__(self) -> None:
         self._asked: set[int] = set()
@@ -221,7 +221,7 @@ def eager() -> Iterator[None]:
 
 
 def saving_hooks() -> Any:
-    """What keeps the tensors that autograd saves now: something else within a non-reentrant activation checkpoint.
+    """The hooks that keep what autograd saves now; others within a non-reentrant activation checkpoint.
 
     Always None in torch 2.6, which does not tell.
     """
@@ -268,7 +268,7 @@ def autocast_to(device: torch.device, wanted: torch.dtype | None) -> AbstractCon
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives; the CPU for a model without any."""
+    """The device of the model's first parameter or buffer; the CPU for a model without any."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -295,7 +295,7 @@ def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has the model, or a module in it."""
+    """True if torch.compile has the model, or a module in it."""
     return any(
         type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
@@ -303,12 +303,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether transformers says so."""
+    """True if transformers says so."""
     return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
 
 
 def _labels_are_targets(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """Whether `labels` would do no more than make a model of transformers compute its loss."""
+    """True if `labels` would do no more than make a model of transformers compute its loss."""
     if getattr(unwrapped(model), "config", None) is None:
         return False
     derived = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs

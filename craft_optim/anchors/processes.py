@@ -1,19 +1,17 @@
-"""Which of several processes build a cache together, and what they must agree on before they begin."""
+"""The processes that build a cache together, and what they tell each other."""
 
-import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from .names import class_names
 
-__all__ = ["Team", "digest", "find_team"]
+__all__ = ["Team", "find_team"]
 
 _PATIENCE = 20.0  # seconds before a process says what it is waiting for
 _log = logging.getLogger("craft_optim")
@@ -25,8 +23,8 @@ class Team:
     Attributes:
         rank: Place of this process among those that see different batches.
         world_size: Their number.
-        writes: Whether this one writes. Of processes that hold parts of the same layers (tensor parallelism), one does.
-        sharded: Whether a forward needs all processes, as under FSDP: each has to run as many.
+        writes: True if this one writes. Of processes that hold parts of the same layers (tensor parallelism), one does.
+        sharded: True if a forward needs all processes, as under FSDP: each has to run as many.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class Team:
 
     @property
     def several(self) -> bool:
-        """Whether there is anybody to agree with."""
+        """True if there is anybody to agree with."""
         return self._group is not None
 
     def gather(self, value: Any) -> list[Any]:
@@ -50,7 +48,7 @@ class Team:
         return values
 
     def anyone(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. Each of them has to ask as often as the others."""
+        """True if the flag is set on any process. Each of them has to ask as often as the others."""
         return any(self.gather(flag))
 
 
@@ -84,30 +82,13 @@ def find_team(model: nn.Module, process_group: dist.ProcessGroup | Literal[False
     group: Any = process_group or dist.group.WORLD
     if group.size() == 1:
         return Team(None)
-    from craft_optim.distributed import find_layout
+    from craft_optim._step.processes import find_layout
 
     spread = [p for p in model.parameters() if hasattr(p, "device_mesh")]
     fsdp1 = "FullyShardedDataParallel" in class_names(model)
     if not spread and not fsdp1:
         return Team(group, group.rank(), group.size())
     layout = find_layout(list(model.parameters()) if fsdp1 else spread, None)
-    rank, world_size = (layout.rank, layout.world_size) if layout is not None else (0, 1)
-    ranks = Team(group).gather(rank)
-    return Team(group, rank, world_size, writes=ranks.index(rank) == group.rank(), sharded=True)
-
-
-def digest(*parts: Any) -> str:
-    """A short name for settings and tensors, to compare them between processes."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Mapping):
-            part = sorted(part.items())
-        if isinstance(part, Tensor):
-            total.update(repr((part.dtype, tuple(part.shape))).encode())
-            x = part.detach().cpu().contiguous()
-            total.update(x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
-        elif isinstance(part, Sequence) and not isinstance(part, str):
-            total.update(digest(*part).encode())
-        else:
-            total.update(repr(part).encode())
-    return total.hexdigest()[:16]
+    ranks = Team(group).gather(layout.rank)
+    writes = ranks.index(layout.rank) == group.rank()
+    return Team(group, layout.rank, layout.world_size, writes=writes, sharded=True)

@@ -9,11 +9,11 @@ __all__ = ["anchor_bar"]
 
 @contextmanager
 def anchor_bar(progress: bool | None, title: str) -> Iterator[tuple[Callable[[int, int | None], Any], bool]]:
-    """What to call after each batch with its size and the total, and whether to log lines instead of drawing.
+    """A function to call after each batch with its size and the total, and True if lines are to be logged instead.
 
     Args:
-        progress: Whether to show it. None: only on a terminal.
-        title: What the anchors are those of.
+        progress: True shows it, False does not. None: only on a terminal.
+        title: Name of their source, such as the teacher.
     """
     if progress is not False:
         try:

@@ -1,4 +1,4 @@
-"""One safetensors file of a cache: its tensors' places, and single anchors out of it.
+"""A safetensors file of a cache: its tensors' places, and single anchors out of it.
 
 A tensor `<key>` is stored in one of two ways:
 
@@ -16,7 +16,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import images
 
-__all__ = ["AnchorCacheError", "Place", "Shard", "packed", "read_plain"]
+__all__ = ["AnchorCacheError", "Place", "Shard", "packed", "read_plain", "variance"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -47,7 +47,7 @@ class AnchorCacheError(ValueError):
 
 
 class _Entry(NamedTuple):
-    """One tensor in a shard: its place in the file. A row is an anchor or, if packed, a position."""
+    """One tensor in a shard: its place in the file. A row of it is an anchor or, if it is packed, a position."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -56,20 +56,17 @@ class _Entry(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """Where the anchors of a packed tensor are.
+    """The places of the anchors of a packed tensor.
 
     Attributes:
         starts: First position of each anchor, and the end of the last: int64 `[n + 1]`.
-        widths: Length of each anchor, int64 `[n]`; None: that between its starts.
-        fills: Value of the positions that were left out, `[n]`.
+        widths: Length of each anchor with the positions that were left out, int64 `[n]`.
+        fills: Value of those positions, `[n]`; None if none were left out.
     """
 
     starts: np.ndarray[Any, np.dtype[np.int64]]
-    widths: np.ndarray[Any, np.dtype[np.int64]] | None
+    widths: np.ndarray[Any, np.dtype[np.int64]]
     fills: Tensor | None
-
-    def width(self, row: int) -> int:
-        return int(self.starts[row + 1] - self.starts[row]) if self.widths is None else int(self.widths[row])
 
 
 class Shard:
@@ -79,17 +76,20 @@ class Shard:
         path: The file.
         count: Number of anchors that it must hold.
         size: Its size in bytes.
-        encodings: Input name -> formula and dtype, for inputs stored as bytes.
+        encodings: Input name -> {"formula": ..., "dtype": ...}, for inputs stored as bytes.
+        sha256: Its checksum, for `verify`.
 
     Raises:
         AnchorCacheError: The file is missing, has another size, or its header is not that of such a shard.
     """
 
     def __init__(
-        self, path: Path, count: int, size: int, encodings: Mapping[str, Mapping[str, str]] | None = None
+        self, path: Path, count: int, size: int, encodings: Mapping[str, Mapping[str, str]], sha256: str = ""
     ) -> None:
-        self.path, self.count, self.size = path, count, size
-        self.encodings = {f"inputs.{name}": dict(encoding) for name, encoding in (encodings or {}).items()}
+        self.path, self.count, self.size, self.sha256 = path, count, size, sha256
+        self.encodings: dict[str, images.Encoding] = {
+            f"inputs.{name}": (x["formula"], getattr(torch, x["dtype"])) for name, x in encodings.items()
+        }
         self._file: BinaryIO | None = None
         self._indices: dict[str, _Index] = {}
         self.entries = self._header()
@@ -223,91 +223,71 @@ class Shard:
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def verify(self, checksum: str) -> None:
-        """Raises AnchorCacheError unless the file has this checksum. Reads all of it."""
+    def verify(self) -> None:
+        """Raises AnchorCacheError unless the file is what was written. Reads all of it."""
         try:
             found = self.checksum()
         except OSError as error:
             raise self._bad(f"it cannot be read ({error.strerror or error})") from error
-        if found != checksum:
+        if found != self.sha256:
             raise self._bad("its contents differ from what was written (sha256)")
 
     # Anchors
 
     def is_packed(self, key: str) -> bool:
-        """Whether anchors of this tensor have lengths of their own."""
+        """True if the anchors of this tensor have lengths of their own."""
         return f"lengths.{key}" in self.entries
 
     def index(self, key: str) -> _Index | None:
-        """Where the anchors of a packed tensor are; None if it is not packed. Read once and kept."""
-        if not self.is_packed(key):
-            return None
-        found = self._indices.get(key)
-        if found is None:
+        """The places of the anchors of a packed tensor; None if it is not packed. Read once."""
+        if self.is_packed(key) and key not in self._indices:
             lengths = self.whole(f"lengths.{key}").long()
             starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
             if int(lengths.min()) < 0 or int(starts[-1]) != self.entries[key].shape[0]:
                 raise self._bad(f"its 'lengths.{key}' do not add up to {self.entries[key].shape[0]} positions")
-            widths, fills = None, None
+            widths, fills = lengths, None
             if f"widths.{key}" in self.entries and f"fills.{key}" in self.entries:
                 widths, fills = self.whole(f"widths.{key}").long(), self.whole(f"fills.{key}")
                 if bool((widths < lengths).any()):
                     raise self._bad(f"its 'widths.{key}' are smaller than the lengths")
-            found = _Index(starts.numpy(), None if widths is None else widths.numpy(), fills)
-            self._indices[key] = found
-        return found
+            self._indices[key] = _Index(starts.numpy(), widths.numpy(), fills)
+        return self._indices.get(key)
 
-    def width(self, key: str, row: int) -> int:
+    def width(self, key: str, anchor: int) -> int:
         """Size of dimension 1 of one anchor: its own, without what pads it beside longer ones."""
         index = self.index(key)
-        return self.entries[key].shape[1] if index is None else index.width(row)
+        return self.entries[key].shape[1] if index is None else int(index.widths[anchor])
 
     def form(self, key: str) -> tuple[torch.dtype, int, tuple[int, ...]]:
-        """What all shards agree on: dtype after reading, number of dimensions, and sizes from dimension 2 on."""
+        """The dtype after reading, the number of dimensions, and the sizes from dimension 2 on: alike in all shards."""
         shape, packs = self.entries[key].shape, self.is_packed(key)
         return self.dtype(key), len(shape) + packs, shape[2 - packs :]
 
-    def stored(self, key: str, row: int) -> int:
-        """Number of positions (or 1) that are stored of one anchor."""
+    def rows(self, key: str, anchor: int) -> tuple[int, int]:
+        """First and last + 1 of the rows of one anchor: its positions if the tensor is packed, itself otherwise."""
         index = self.index(key)
-        return 1 if index is None else int(index.starts[row + 1] - index.starts[row])
+        return (anchor, anchor + 1) if index is None else (int(index.starts[anchor]), int(index.starts[anchor + 1]))
 
-    def read_row(self, key: str, row: int, out: Bytes) -> None:
+    def read_anchor(self, key: str, anchor: int, out: Bytes) -> None:
         """Copies one anchor's bytes to the front of `out`, left-out positions included, and makes the rest zero.
 
         Raises:
             AnchorCacheError: The file has changed since it was opened.
         """
         entry, index = self.entries[key], self.index(key)
-        first = row if index is None else int(index.starts[row])
-        end = self.stored(key, row) * entry.row_bytes
+        first, last = self.rows(key, anchor)
+        end = (last - first) * entry.row_bytes
         if end:
             self._read_into(out[:end], entry.start + first * entry.row_bytes)
         if index is not None and index.fills is not None:
-            begin, end = end, index.width(row) * entry.row_bytes
-            value = index.fills[row : row + 1].view(torch.uint8).numpy()
+            begin, end = end, int(index.widths[anchor]) * entry.row_bytes
+            value = index.fills[anchor : anchor + 1].view(torch.uint8).numpy()
             out[begin:end].reshape(-1, len(value))[:] = value
         out[end:] = 0
 
-    def encoding(self, key: str) -> tuple[str, torch.dtype] | None:
-        """Formula and dtype of images stored as bytes; None for what is stored as it is."""
-        encoding = self.encodings.get(key)
-        return None if encoding is None else (encoding["formula"], getattr(torch, encoding["dtype"]))
-
     def dtype(self, key: str) -> torch.dtype:
         """The dtype that a read gives, images decoded."""
-        encoding = self.encoding(key)
-        return self.entries[key].dtype if encoding is None else encoding[1]
-
-    def row(self, key: str, row: int) -> Tensor:
-        """One anchor's tensor, without the dimension of the anchors, images decoded."""
-        entry = self.entries[key]
-        shape = entry.shape[1:] if self.index(key) is None else (self.width(key, row), *entry.shape[1:])
-        out = torch.empty(shape, dtype=entry.dtype)
-        if out.numel():
-            self.read_row(key, row, out.reshape(-1).view(torch.uint8).numpy())
-        encoding = self.encoding(key)
-        return out if encoding is None else images.decode(out, *encoding)
+        return self.encodings[key][1] if key in self.encodings else self.entries[key].dtype
 
 
 def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> None:
@@ -316,8 +296,8 @@ def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> Non
     The loop that most of the reading is: a call of the system for each anchor, and little else.
     """
     read, view, begin = getattr(os, "preadv", _no_preadv), out.data, 0
-    for shard, row, descriptor in places:
-        end, offset = begin + row_bytes, shard.entries[key].start + row * row_bytes
+    for shard, anchor, descriptor in places:
+        end, offset = begin + row_bytes, shard.entries[key].start + anchor * row_bytes
         try:
             got = read(descriptor, (view[begin:end],), offset)
         except OSError:
@@ -329,6 +309,22 @@ def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> Non
 
 def _no_preadv(descriptor: int, parts: Any, offset: int) -> int:
     return 0
+
+
+def variance(shards: Iterable[Shard], key: str) -> float:
+    """The variance of a feature over anchors (and positions), averaged over its last dimension.
+
+    In float64, shard by shard: means and squared deviations of parts combine exactly (Chan et al. 1979).
+    """
+    count, mean, deviation = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for shard in shards:
+        values = shard.whole(key)
+        values = values.reshape(-1, values.shape[-1]).double()
+        n, m = len(values), values.mean(0)
+        deviation = deviation + (values - m).square().sum(0) + (m - mean).square() * (count * n / (count + n))
+        mean = mean + (m - mean) * (n / (count + n))
+        count += n
+    return float(f"{float((deviation / count).mean()):.9g}")  # the last digits depend on the number of threads
 
 
 def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:
@@ -345,9 +341,9 @@ def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:
     if first.ndim == 2 and not first.is_floating_point() and not first.is_complex() and int(widths.min()) > 0:
         lengths = torch.cat([_without_repetition(part) for part in parts])
         if int(lengths.sum()) <= 0.9 * int(widths.sum()):
-            rows = [row[:length] for part, of in _split(parts, lengths) for row, length in zip(part, of, strict=True)]
+            cut = [x[:length] for part, of in _split(parts, lengths) for x, length in zip(part, of, strict=True)]
             return {
-                key: torch.cat(rows),
+                key: torch.cat(cut),
                 f"lengths.{key}": lengths,
                 f"widths.{key}": widths,
                 f"fills.{key}": torch.cat([part[:, -1] for part in parts]),
@@ -363,6 +359,6 @@ def _split(parts: list[Tensor], lengths: Tensor) -> list[tuple[Tensor, list[int]
 
 
 def _without_repetition(part: Tensor) -> Tensor:
-    """For each row `[T]`: where the run of its last value begins; int32."""
+    """The place in each anchor `[T]` at which the run of its last value begins; int32 `[b]`."""
     same = (part == part[:, -1:]).flip(1).int().cumprod(1).sum(1)
     return (part.shape[1] - same).int()

@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from .cache import AnchorBatch, cover, is_mask
+from .cache import AnchorBatch
 from .forwards import Outcome
+from .manifest import cover, is_mask
 from .structure import flatten, map_tensors
 
 __all__ = ["single_anchors"]

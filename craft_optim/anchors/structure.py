@@ -1,4 +1,4 @@
-"""A batch as named tensors, and back: what is stored of a model's inputs."""
+"""A batch as named tensors, and back."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Inputs = Tensor | tuple[Tensor | None, ...] | dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Structure:
-    """How a batch is put together.
+    """The form of a batch: its kind, and the names of its tensors.
 
     Attributes:
         kind: "tensor", "tuple" or "mapping".
@@ -45,33 +45,28 @@ def flatten(batch: Any) -> tuple[Structure, dict[str, Tensor], int]:
         TypeError: The batch, or an entry of it, is something else.
         ValueError: The tensors do not share a first dimension of at least 1, the anchors.
     """
-    named: dict[str, Tensor] = {}
-    skipped: list[str] = []
     if isinstance(batch, Tensor):
-        kind, named = "tensor", {"0": batch}
+        kind, entries = "tensor", [("0", batch)]
     elif isinstance(batch, Mapping):
-        kind = "mapping"
-        for key, value in batch.items():
-            if not isinstance(key, str):
-                raise TypeError(f"The keys of a batch must be strings. Found {key!r} of type {type(key).__name__}.")
-            if isinstance(value, Tensor):
-                named[key] = value
-            else:
-                skipped.append(key)
+        kind, entries = "mapping", list(batch.items())
     elif isinstance(batch, tuple | list):
-        kind = "tuple"
-        for i, value in enumerate(batch):
-            if isinstance(value, Tensor):
-                named[str(i)] = value
-            elif value is None:
-                skipped.append(str(i))
-            else:
-                raise TypeError(
-                    f"A tuple batch must hold tensors or None. Found {type(value).__name__} at place {i}: use a "
-                    "mapping, where such entries are left out, or flatten it and pass `forward=`."
-                )
+        kind, entries = "tuple", [(str(i), value) for i, value in enumerate(batch)]
     else:
         raise TypeError(f"A batch must be a tensor, a tuple or a mapping of tensors. Found {type(batch).__name__}.")
+    named: dict[str, Tensor] = {}
+    skipped: list[str] = []
+    for key, value in entries:
+        if not isinstance(key, str):
+            raise TypeError(f"The keys of a batch must be strings. Found {key!r} of type {type(key).__name__}.")
+        if isinstance(value, Tensor):
+            named[key] = value
+        elif kind == "mapping" or value is None:
+            skipped.append(key)
+        else:
+            raise TypeError(
+                f"A tuple batch must hold tensors or None. Found {type(value).__name__} at place {key}: use a "
+                "mapping, where such entries are left out, or flatten it and pass `forward=`."
+            )
     if not named:
         raise TypeError(f"A batch must hold at least one tensor. Found a {kind} with entries {skipped}.")
     for name, tensor in named.items():

@@ -5,7 +5,6 @@
     craft-optim inspect anchors/ --html=anchors.html
     craft-optim drift anchors/ --policy.path=outputs/checkpoints/last/pretrained_model --epsilon=0.05
     craft-optim report outputs/train/new_task
-    craft-optim forgetting --stage before=out/eval0 --stage after=out/eval1 --trained after=new_task
 
 The same as `python -m craft_optim.cli`. Exit status: 0, 1 for what went wrong, 2 for wrong arguments.
 """
@@ -15,12 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from craft_optim import __version__
-from craft_optim.cli import build_anchors, convert, drift, eval_mcq, forgetting, inspect, report, train
+from craft_optim.cli import build_anchors, convert, drift, eval_mcq, inspect, report, train
 from craft_optim.cli.options import Parser, UsageError
 
 __all__ = ["main"]
 
-_COMMANDS = (build_anchors, inspect, convert, eval_mcq, drift, train, forgetting, report)
+_COMMANDS = (build_anchors, inspect, convert, eval_mcq, drift, train, report)
 
 
 def _parser() -> Parser:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from craft_optim.anchors import AnchorCache, Reading
-from craft_optim.anchors.cache import MANIFEST
+from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.cli.options import (
     AddCommand,
     UsageError,

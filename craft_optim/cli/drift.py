@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, Reading
-from craft_optim.anchors.cache import MANIFEST
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
+from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.anchors.sampling import spread
 from craft_optim.cli.build_anchors import add_frames, check_build, source_of
 from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, require_folders, whole

@@ -2,8 +2,6 @@
 
 import argparse
 import gc
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from craft_optim import __version__
 from craft_optim.anchors.sampling import spread
 from craft_optim.cli.options import AddCommand, UsageError, device_of, existing_file, whole
-from craft_optim.cli.output import print_table
+from craft_optim.cli.output import emit_json, print_table
 from craft_optim.cli.sources import user_function
 
 __all__ = ["add"]
@@ -82,8 +80,7 @@ def _eval(args: argparse.Namespace) -> None:
         print_table(f"What has changed in {args.versus}", change_rows(change, args.score))
     if args.json:
         about = {"craft_optim": __version__, "file": args.questions, "template": args.template}
-        _write(Path(args.json), about | as_json(names, results, summaries, change, args.score))
-        print(f"\nReport: {args.json}")
+        emit_json(args.json, about | as_json(names, results, summaries, change, args.score))
     failed = [line for name, each in zip(names, results, strict=True) for line in failures(name, each)]
     # Only of the first: that the second guesses would be the finding.
     for line in [*failed, *doubts(names[0], summaries[0], args.score)]:
@@ -142,13 +139,3 @@ def _bar(questions: list[Any], name: str) -> Any:
     except ImportError:
         return questions
     return tqdm(questions, desc=name, unit=" questions", disable=None)
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f"{path.name}.tmp")
-    try:
-        aside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

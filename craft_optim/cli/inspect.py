@@ -61,7 +61,7 @@ def _inspect(args: argparse.Namespace) -> None:
         print_table(f"Drift on {len(indices)} of {len(cache)} anchors", rows)
         print(f"\n{judged[1]}")
     if args.html:
-        from craft_optim.inspection_page import render
+        from craft_optim.report.cache_page import render
 
         page = render(
             cache,

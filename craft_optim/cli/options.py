@@ -1,4 +1,4 @@
-"""What the commands share: their parser, the types of their options, which model, the processes of a launcher."""
+"""Parts of all commands: their parser, the types of their options, which model, the processes of a launcher."""
 
 import argparse
 import os
@@ -32,7 +32,7 @@ AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str, str], "Pa
 
 
 class Parser(argparse.ArgumentParser):
-    """With errors of one line: the usage of these commands is long, and hides them."""
+    """A parser with errors of one line: the usage of these commands is long, and would hide them."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
@@ -87,7 +87,7 @@ def require_one_model(args: argparse.Namespace) -> None:
 
 
 def device_of(name: str) -> str:
-    """What --device says; "auto" is CUDA, under a launcher this process' own, or the CPU."""
+    """The device that --device names; "auto" is CUDA, under a launcher this process' own, or the CPU."""
     if name != "auto":
         return name
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

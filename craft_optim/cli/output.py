@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""Tables, code and JSON that the commands print."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ __all__ = ["emit_json", "print_code", "print_grid", "print_table"]
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """With rich on a terminal; plain into files and pipes, whose lines must not be wrapped."""
+    """Prints labels and texts: with rich on a terminal, plain into files and pipes, whose lines must not be wrapped."""
     if sys.stdout.isatty():
         try:
             from rich.console import Console
@@ -63,10 +63,12 @@ def print_code(code: str) -> None:
 
 
 def emit_json(file: str, about: Mapping[str, Any]) -> None:
-    """Writes what was measured to a file, or to standard output for "-"."""
+    """Writes what was measured to a file, whole or not at all, or to standard output for "-"."""
     text = json.dumps(about, indent=1, allow_nan=False)
     if file == "-":
         print(text)
     else:
-        Path(file).write_text(f"{text}\n", encoding="utf-8")
+        aside = Path(f"{file}.tmp")
+        aside.write_text(f"{text}\n", encoding="utf-8")
+        aside.replace(file)
         print(f"\nJSON: {file}")

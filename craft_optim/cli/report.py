@@ -1,7 +1,6 @@
 """craft-optim report: a run's metrics as a page, as pictures, or live in the terminal."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from craft_optim.cli.options import AddCommand, UsageError
@@ -14,15 +13,12 @@ __all__ = ["add"]
 _EXAMPLES = """\
   craft-optim report outputs/train/new_task                       # of lerobot-train with retention; writes report.html
   craft-optim report adamw=runs/a/metrics.jsonl craft=runs/b/metrics.jsonl --out=both.html --title="Both"
-  craft-optim report examples/out --pareto examples/out/summary.json --png=pictures/
+  craft-optim report examples/out/runs --png=pictures/
   craft-optim report runs/ --follow                               # in the terminal, while they train
 
-A run is a file (.jsonl or .csv of craft_optim.metrics, trainer_state.json of the Hugging Face Trainer), a folder with
+A run is a file (.jsonl of craft_optim.metrics, trainer_state.json of the Hugging Face Trainer), a folder with
 such files in it, at any depth, or either of them behind NAME=. Runs of one method under several seeds are drawn
 together: by the `method` and `seed` of their rows, or by names that end in seed0, seed1, ...
-
---pareto: JSON with what methods have learnt and kept, {"points": [{"method": ..., "x": ..., "y": ...}]}, or a result of
-this project's examples and benchmarks; docs/report.md has the whole form.
 """
 
 
@@ -33,7 +29,6 @@ def add(command: AddCommand) -> None:
     add("runs", nargs="*", metavar="RUN", help="a file, a folder, or NAME= before either")
     add("--out", metavar="FILE", help="the page (default: report.html)")
     add("--png", metavar="DIR", help="also every chart as a picture; needs matplotlib")
-    add("--pareto", nargs="+", default=[], metavar="FILE", help="what was learnt against what was kept, as JSON")
     add("--title", default=None, metavar="TEXT", help="on top of the page (default: the names of what is in it)")
     add("--follow", action="store_true", help="show the last values here until stopped; writes nothing")
     add("--every", type=_seconds, default=1.0, metavar="S", help="of --follow: seconds between looks (default: 1)")
@@ -50,13 +45,14 @@ def _seconds(text: str) -> float:
 
 
 def _report(args: argparse.Namespace) -> None:
-    if not args.runs and (args.follow or not args.pareto):
+    if not args.runs:
         raise UsageError("name at least one RUN: a file, or a folder with metrics.jsonl in it")
     if args.follow:
         _follow(args)
         return
     from craft_optim.evaluation.plots import require_matplotlib
-    from craft_optim.report import judge, read_outcomes, read_runs, render, summarise
+    from craft_optim.report import judge, read_runs, render, summarise
+    from craft_optim.report.summary import in_text
 
     out = Path(args.out or "report.html")
     if not out.absolute().parent.is_dir():
@@ -64,43 +60,38 @@ def _report(args: argparse.Namespace) -> None:
     if args.png:
         require_matplotlib()
     runs = read_runs(args.runs)
-    scatters = []
-    for file in map(Path, args.pareto):
-        scatters += [replace(x, title=x.title or (file.stem if args.pareto[1:] else "")) for x in read_outcomes(file)]
-    title = args.title or ", ".join(dict.fromkeys(map(_shown, args.runs or args.pareto)))
-    page = render(runs, scatters, title)
+    title = args.title or ", ".join(dict.fromkeys(map(_shown, args.runs)))
+    page = render(runs, title)
     out.write_text(page, encoding="utf-8")
 
-    if runs:
-        rows, verdicts = [], []
-        for run in runs:
-            summary = summarise(run)
-            verdict = judge(summary)
-            ratio = "-" if summary.ratio is None else f"{summary.ratio:.2f}"
-            drift = "-" if summary.drift is None else f"{summary.drift:.3g}"
-            rows.append([run.name, f"{summary.steps}", drift, ratio, verdict.kind])
-            verdicts.append(verdict)
-        print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "verdict"], rows)
-        print()
-        for run, verdict in zip(runs, verdicts, strict=True):
-            print(f"  {run.name}: {verdict.words}", *run.notes, sep=" ")
+    rows, verdicts = [], []
+    for run in runs:
+        summary = summarise(run)
+        verdict = judge(summary)
+        drift, ratio = in_text(summary.drift), in_text(summary.ratio, ".2f")
+        rows.append([run.name, f"{summary.steps}", drift, ratio, verdict.kind])
+        verdicts.append(verdict)
+    print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "verdict"], rows)
+    print()
+    for run, verdict in zip(runs, verdicts, strict=True):
+        print(f"  {run.name}: {verdict.words}", *run.notes, sep=" ")
     print(f"\nPage: {out} ({bytes_in_words(len(page.encode()))})")
     if args.png:
         from craft_optim.report.pictures import draw
 
-        files = draw(runs, scatters, Path(args.png))
+        files = draw(runs, Path(args.png))
         print(f"Pictures: {len(files)} in {args.png}")
 
 
 def _shown(spec: str) -> str:
-    """What a RUN is called on top of the page."""
+    """The name of a RUN in the heading of the page."""
     name, place = named(spec)
     return name or Path(place).resolve().name
 
 
 def _follow(args: argparse.Namespace) -> None:
-    if args.out or args.png or args.pareto or args.title:
-        raise UsageError("--follow writes nothing: leave --out, --png, --pareto and --title out")
+    if args.out or args.png or args.title:
+        raise UsageError("--follow writes nothing: leave --out, --png and --title out")
     try:
         from craft_optim.report.follow import follow
     except ImportError as error:

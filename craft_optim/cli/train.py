@@ -20,7 +20,7 @@ All flags but --craft.* are those of lerobot-train, and the same as
 
 What must be kept: --craft.anchors.repo_id or .root (a LeRobotDataset), .episodes, .count, .prompts, or .path (a cache
 of craft-optim build-anchors). How much it may drift: --craft.epsilon. A file (YAML or JSON) can hold the same names:
---craft.config=FILE, or the environment's CRAFT_CONFIG. A wrong name is answered with those that are close to it.
+--craft.config=FILE. A wrong name is answered with those that are close to it.
 """
 
 

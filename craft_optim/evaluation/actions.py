@@ -1,4 +1,4 @@
-"""What robot policies would do on anchors, and how far two of them are apart."""
+"""Actions of robot policies on anchors, and how far two policies are apart."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -85,12 +85,12 @@ def predicted_actions(
 
     Args:
         policy: With `predict_action_chunk`, on its device.
-        cache: Of preprocessed frames.
+        cache: Cache of preprocessed frames.
         indices: Places of the anchors; at least one. None: all.
         batch_size: Anchors per call.
-        seed: Of what the policy draws.
+        seed: Seed of the policy's noise.
         progress: Show a bar. None: only on a terminal.
-        title: What the bar calls the policy.
+        title: Name of the policy beside the bar.
 
     Returns:
         `[anchors, steps, dimensions]`, float32, on the CPU.
@@ -129,7 +129,7 @@ def predicted_actions(
 
 @contextmanager
 def _as_found(policy: Any) -> Iterator[None]:
-    """Within the block the policy decodes greedily; afterwards its modes, queues and temperature are as before."""
+    """Makes a policy decode greedily in the block; afterwards its modes, queues and temperature are as before."""
     training = [(module, module.training) for module in policy.modules()]
     queues = _queues(policy)
     config: Any = getattr(policy, "config", None)

@@ -1,4 +1,4 @@
-"""Where a choice begins among the tokens, and how likely a model finds them: what all scorers have in common."""
+"""The tokens of a choice, and how likely a model finds them: the common part of all scorers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class AnswerTokens(NamedTuple):
 
     Attributes:
         start: The first, of all rows alike: what is before is the same in all of them.
-        stops: Of each row, the place after its last.
+        stops: Place after the last one of each row.
     """
 
     start: int
@@ -38,10 +38,10 @@ def answer_tokens(
 
     Args:
         rows: Token ids of each choice's row, without padding.
-        ends: Where in its row's text each token ends, in characters; 0 for tokens that the tokenizer adds, such as BOS
+        ends: End of each token in its row's text, in characters; 0 for tokens that the tokenizer adds, such as BOS
             and EOS, wherever they are.
-        heads: Where in its row's text the choice begins.
-        lasts: Where it ends; None: the text ends with it.
+        heads: Beginning of the choice in its row's text.
+        lasts: Its end; None: the text ends with it.
 
     Returns:
         The places of the tokens.
@@ -84,7 +84,7 @@ def log_likelihoods(logits: Tensor, targets: Tensor, lengths: Sequence[int]) -> 
     Args:
         logits: `[B, L, vocabulary]`; entry i of a row is for entry i of its targets.
         targets: Token ids, `[B, L]`.
-        lengths: How many of each row count.
+        lengths: Number of tokens of each row that count.
 
     Returns:
         A score for each row.

@@ -14,10 +14,10 @@ __all__ = ["Checkpoint", "layer_name", "record", "short_names"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was measured of one model.
+    """The measurements of one model.
 
     Attributes:
-        path: Where it came from.
+        path: Folder or hub id that it came from.
         name: A short name for tables.
         drifts: By kind.
         actions: Against its teacher's; None if they were not compared.
@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """What tells paths apart: without the folders at their beginnings and ends that all of them share.
+    """Paths without the folders at their beginnings and ends that all of them share.
 
     Example:
         >>> short_names(["out/checkpoints/000100/pretrained_model", "out/checkpoints/000200/pretrained_model"])
@@ -51,7 +51,7 @@ def _shared(parts: Sequence[tuple[str, ...]]) -> int:
 
 
 def layer_name(layer: int | str, span: str) -> str:
-    """What a layer and a span are called for people: "layer 4, image"."""
+    """The name of a layer and a span for people: "layer 4, image"."""
     return f"{f'layer {layer}' if isinstance(layer, int) else layer}, {span}"
 
 
@@ -64,7 +64,7 @@ def record(
         checkpoints: All measured on the same anchors.
         places: The anchors' places in the cache.
         epsilon: Kind, or "actions", -> threshold.
-        worst: How many of the worst anchors to name.
+        worst: Number of the worst anchors to name.
     """
 
     def numbers(value: float | None, each: Sequence[float], kind: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import numpy as np
 from torch import nn
 
 from craft_optim.anchors import AnchorCache, Reading
-from craft_optim.anchors.cache import tap_key
 from craft_optim.anchors.cached import DriftOfEach
 from craft_optim.anchors.combined import SharedPass
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
+from craft_optim.anchors.manifest import tap_key
 from craft_optim.anchors.progress import anchor_bar
 
 __all__ = ["QUANTILES", "Drift", "LayerDrift", "Spread", "drifts", "spread_over", "verdict"]

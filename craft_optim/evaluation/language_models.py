@@ -25,10 +25,10 @@ class _Encoded(NamedTuple):
     """Some choices of a question, each after the prompt, as the model takes them.
 
     Attributes:
-        inputs: Of the model; padded on the right.
-        ends: Where in its text each token ends, `[B, T]`, as `answer_tokens` takes it.
-        heads: Where in its text each choice begins.
-        lasts: Where it ends.
+        inputs: Inputs of the model; padded on the right.
+        ends: End of each token in its text, `[B, T]`, as `answer_tokens` takes it.
+        heads: Beginning of each choice in its text.
+        lasts: Its end.
     """
 
     inputs: Mapping[str, Tensor]
@@ -111,7 +111,7 @@ class _TransformersScorer(ABC):
             raise ValueError(f"The question has {length} tokens, of which the model takes {limit}.")
 
     def _adds_specials(self, head: str) -> bool:
-        """Whether the tokenizer shall add its BOS: chat templates write it themselves."""
+        """True if the tokenizer shall add its BOS: chat templates write it themselves."""
         bos = self._tokenizer.bos_token
         return not (bos and head.startswith(bos))
 
@@ -122,7 +122,7 @@ class LanguageModelScorer(_TransformersScorer):
     Args:
         model: Such as AutoModelForCausalLM's.
         tokenizer: Its own; a fast one.
-        template: As `parse_template` takes it, or "chat" for the tokenizer's chat template.
+        template: Text for `parse_template`, or "chat" for the tokenizer's chat template.
         batch_size: At most so many choices in one forward.
 
     Raises:
@@ -176,7 +176,7 @@ class VisionLanguageScorer(_TransformersScorer):
     Args:
         model: Such as AutoModelForImageTextToText's.
         processor: Its own, with a fast tokenizer.
-        template: As `parse_template` takes it, or "chat" for the processor's chat template. None: that, where there is
+        template: Text for `parse_template`, or "chat" for the processor's chat template. None: that, where there is
             one; else "answer en {question}" for PaliGemma, and "Question: {question}\\nAnswer:" for others. The
             processor's image token is put in front where a template does not have it.
         batch_size: At most so many choices in one forward.

@@ -41,8 +41,8 @@ class ChoiceScore(NamedTuple):
     """How likely a model finds a choice.
 
     Attributes:
-        log_likelihood: Of its tokens after the question, their sum, in nats; <= 0.
-        tokens: How many they are; >= 1.
+        log_likelihood: Sum over its tokens after the question, in nats; <= 0.
+        tokens: Number of these tokens; >= 1.
     """
 
     log_likelihood: float
@@ -63,11 +63,11 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a question.
+    """The scores of one question.
 
     Attributes:
         question: The question.
-        scores: Of its choices; none if it could not be scored.
+        scores: Scores of its choices; none if it could not be scored.
         failure: Why it could not; None if it could.
     """
 
@@ -84,7 +84,7 @@ class Result:
         return right - max(by_place)
 
     def is_right(self, score: Score) -> bool:
-        """Whether the right choice is above all others."""
+        """True if the right choice is above all others."""
         margin = self.margin(score)
         return margin is not None and margin > 0.0
 
@@ -94,7 +94,7 @@ def evaluate(questions: Iterable[Question], scorer: Scorer) -> list[Result]:
 
     Args:
         questions: Any iterable: a progress bar around a list is one.
-        scorer: Of one model. Its ValueErrors (a missing picture, a question too long, ...) and scores that are not
+        scorer: Scorer of a model. Its ValueErrors (a missing picture, a question too long, ...) and scores that are not
             finite are failures of the question; other errors are raised.
 
     Returns:
@@ -134,7 +134,7 @@ def _result(question: Question, scorer: Scorer) -> Result:
 
 @dataclass(frozen=True)
 class Measure:
-    """What one kind of score says about a model. Intervals are those of 95 %.
+    """Accuracy and margin of a model by one kind of score. Intervals are those of 95 %.
 
     Attributes:
         right: Questions answered rightly.
@@ -157,11 +157,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model knows.
+    """Accuracy and margin of a model.
 
     Attributes:
-        questions: How many there are.
-        failed: How many of them could not be scored.
+        questions: Number of questions.
+        failed: Number of those that could not be scored.
         chance: The accuracy that guessing would have.
         normalized: By the mean over a choice's tokens.
         sum: By their sum.
@@ -174,7 +174,7 @@ class Summary:
     sum: Measure
 
     def by(self, score: Score) -> Measure:
-        """What this kind of score says."""
+        """The measure by this kind of score."""
         return self.sum if score == "sum" else self.normalized
 
 
@@ -243,7 +243,7 @@ class Comparison:
 
 
 def compare(first: Sequence[Result], second: Sequence[Result], score: Score = "normalized") -> Comparison:
-    """What the second model has lost and won against the first.
+    """Counts the questions that the second model has lost and won against the first, and tests the difference.
 
     Args:
         first: From `evaluate`: before fine-tuning, say.

@@ -1,4 +1,4 @@
-"""What came of multiple-choice questions, for people and for programs."""
+"""Results of multiple-choice questions as tables, sentences and JSON."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def change_rows(change: Comparison, score: Score) -> list[tuple[str, str]]:
 
 
 def doubts(name: str, summary: Summary, score: Score) -> list[str]:
-    """What keeps the numbers of a model from meaning what they seem to; sentences."""
+    """Sentences on why the numbers of a model may not mean what they seem to."""
     low, high = summary.by(score).accuracy_interval
     if low > summary.chance:
         return []
@@ -75,9 +75,9 @@ def as_json(
     """All of it, as `json.dumps` takes it.
 
     Args:
-        names: Of the models.
-        results: Of each model, on the same questions.
-        summaries: Of each model.
+        names: Names of the models.
+        results: Results of each model, on the same questions.
+        summaries: Summary of each model.
         change: The second against the first; None for one model.
         score: Which scores decide.
 

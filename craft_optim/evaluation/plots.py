@@ -1,15 +1,13 @@
-"""Pictures of evaluations: drift over checkpoints, success over tasks and stages. Needs matplotlib, extra `report`."""
+"""Pictures of drift over checkpoints. Needs matplotlib, the extra `report`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from craft_optim.evaluation.checkpoints import Checkpoint, layer_name
 from craft_optim.evaluation.drift import spread_over
-from craft_optim.evaluation.forgetting import SuccessMatrix
 
-__all__ = ["draw_checkpoints", "draw_matrix", "require_matplotlib"]
+__all__ = ["draw_checkpoints", "require_matplotlib"]
 
 _BLUE = "#1b6ca8"
 
@@ -24,40 +22,6 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(f"A plot needs matplotlib ({error}): pip install 'craft-optim[report]'.") from error
-
-
-def draw_matrix(matrix: SuccessMatrix, path: str | Path) -> None:
-    """Draws success as a heat map: tasks by stages; frames are around the tasks that a stage trained.
-
-    Args:
-        matrix: Cells without an evaluation stay white.
-        path: The picture, in a format that its ending names.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    rates = matrix.rates.T
-    tasks, stages = rates.shape
-    longest = max(map(len, matrix.tasks))
-    figure = Figure(figsize=(1.6 + 0.09 * longest + 1.1 * stages, 1.2 + 0.5 * tasks), layout="constrained")
-    axis = figure.subplots()
-    picture = axis.imshow(rates, vmin=0.0, vmax=1.0, cmap="Blues", aspect="auto")
-    for stage in range(stages):
-        for task in range(tasks):
-            rate = rates[task, stage]
-            text = "-" if math.isnan(rate) else f"{rate:.2f}"
-            axis.text(stage, task, text, ha="center", va="center", color="white" if rate > 0.6 else "black", fontsize=9)
-            if matrix.tasks[task] in matrix.trained[stage]:
-                axis.add_patch(Rectangle((stage - 0.46, task - 0.46), 0.92, 0.92, fill=False, ec="#d95f02", lw=2))
-    axis.set_xticks(range(stages), matrix.stages, rotation=30 if stages > 4 else 0)
-    axis.set_yticks(range(tasks), matrix.tasks)
-    axis.set_title("success after each stage; framed: trained there", fontsize=10)
-    figure.colorbar(picture, ax=axis)
-    figure.savefig(path, dpi=130)
 
 
 def draw_checkpoints(checkpoints: Sequence[Checkpoint], epsilon: Mapping[str, float], path: str | Path) -> None:

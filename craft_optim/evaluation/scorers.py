@@ -18,8 +18,8 @@ def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, 
     Args:
         path: Folder or hub id: a pi0_fast of lerobot; a causal language model, or a vision-language model, of
             transformers; or adapters of PEFT for one of these.
-        device: Where the model goes.
-        template: As the scorers take it, `LanguageModelScorer`, `VisionLanguageScorer` and
+        device: Device of the model.
+        template: Template of the scorers, `LanguageModelScorer`, `VisionLanguageScorer` and
             `craft_optim.lerobot.answers.PI0FastScorer`. None: the scorer's own.
         batch_size: At most so many choices in one forward.
 
@@ -35,7 +35,7 @@ def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, 
 
 
 def require_checkpoint(path: str) -> dict[str, Any]:
-    """What the config.json of a checkpoint says, or the adapter_config.json of adapters; loads no weights.
+    """The config.json of a checkpoint, or the adapter_config.json of adapters; loads no weights.
 
     Args:
         path: Folder or hub id.
@@ -55,7 +55,7 @@ def require_checkpoint(path: str) -> dict[str, Any]:
 
 
 def _json(path: str, name: str) -> dict[str, Any] | None:
-    """What a file of a checkpoint says; None if it has no such file."""
+    """A JSON file of a checkpoint; None if it has no such file."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError

@@ -1,4 +1,4 @@
-"""Intervals and paired tests for what is counted and measured on a sample. Needs scipy, the extra `evaluation`."""
+"""Intervals and paired tests for counts and means of a sample. Needs scipy, the extra `evaluation`."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Interval", "fisher", "mcnemar", "mean_interval", "paired_difference", "wilson"]
+__all__ = ["Interval", "mcnemar", "mean_interval", "paired_difference", "wilson"]
 
 Interval = tuple[float, float]
 """Lower and upper end"""
@@ -58,28 +58,6 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     half = float(_stats().t.ppf((1.0 + confidence) / 2.0, len(values) - 1)) * error
     return mean - half, mean + half
-
-
-def fisher(successes: int, trials: int, other_successes: int, other_trials: int) -> float:
-    """Fisher's exact test, two-sided: do two independent samples have the same proportion?
-
-    Args:
-        successes: Of the first sample.
-        trials: Of the first sample, at least one.
-        other_successes: Of the second sample.
-        other_trials: Of the second sample, at least one.
-
-    Returns:
-        The p-value.
-
-    Raises:
-        ValueError: There are no trials, or the successes are not among them.
-        ImportError: scipy is not installed.
-    """
-    pairs = ((successes, trials), (other_successes, other_trials))
-    if any(n < 1 or not 0 <= k <= n for k, n in pairs):
-        raise ValueError(f"`trials` must be >= 1 and `successes` in [0, trials]. Found (successes, trials)={pairs}.")
-    return float(_stats().fisher_exact([[k, n - k] for k, n in pairs]).pvalue)
 
 
 def mcnemar(lost: int, won: int) -> float:

@@ -11,7 +11,7 @@ ANSWER_EN = "answer en {question}\n{choice}"
 """How PaliGemma, and so the backbone of pi0_fast, was taught to answer questions about pictures in English"""
 
 CHAT = "chat"
-"""In the place of a template: the chat template of the model's own processor or tokenizer"""
+"""The word for the chat template of the model's own processor or tokenizer, in the place of a template"""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Template:
     """A template in parts.
 
     Attributes:
-        before: What stands before the question.
-        after: What stands between it and the choice.
+        before: Text before the question.
+        after: Text between it and the choice.
     """
 
     before: str

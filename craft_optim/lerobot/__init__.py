@@ -1,4 +1,4 @@
-"""What lerobot's policies need to be anchored; requires `pip install craft-optim[lerobot]` and Python 3.12."""
+"""Anchors of lerobot's policies; requires `pip install craft-optim[lerobot]` and Python 3.12."""
 
 from craft_optim.lerobot import act, diffusion, pi0, pi0_fast, smolvla
 from craft_optim.lerobot._statistics import freeze_statistics

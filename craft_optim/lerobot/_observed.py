@@ -1,4 +1,4 @@
-"""What hooks see of a module's output: a part of it, while the policy goes on with the whole."""
+"""The part of a module's output that hooks see, while the policy goes on with the whole."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

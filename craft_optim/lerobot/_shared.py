@@ -1,4 +1,4 @@
-"""What the adapters of several policies share: batch keys, noise that stays the same, masks over a prefix."""
+"""Shared parts of the adapters: batch keys, noise that stays the same, masks over a prefix."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -23,7 +23,7 @@ __all__ = ["action_inputs", "action_spans", "run_actions"]
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_actions` reads of a preprocessed batch: cameras and states.
+    """The part of a preprocessed batch that `run_actions` reads: cameras and states.
 
     Raises:
         ValueError: Some are not there.

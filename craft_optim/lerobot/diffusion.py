@@ -29,7 +29,7 @@ __all__ = ["action_inputs", "action_spans", "run_actions"]
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_actions` reads of a preprocessed batch, and the noise and denoising step of each anchor.
+    """The part of a preprocessed batch that `run_actions` reads, and the noise and denoising step of each anchor.
 
     Which actions are padding is kept where the policy's loss leaves these out (`do_mask_loss_for_padding`); otherwise
     it has learnt them like the others, and they are held like the others.

@@ -1,4 +1,4 @@
-"""Where a policy's anchors come from: datasets or a file, checked against the policy before it is loaded."""
+"""Sources of a policy's anchors: datasets or a file, checked against the policy before it is loaded."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _READ_NO_TASK = ("act", "diffusion")
 
 @dataclass(frozen=True)
 class AnchorFrames:
-    """Where anchors come from, as `anchor_batches` takes it.
+    """A source of anchors, as `anchor_batches` takes it.
 
     Attributes:
         dataset: A LeRobotDataset, what `open_dataset` returns, or a `FramesFile`.
@@ -84,7 +84,7 @@ def open_frames(
 
 
 def keep_without_actions(policy: str, keep: str | None = None) -> str:
-    """What is kept of a policy at frames without demonstrated actions.
+    """The kind of anchors of a policy at frames without demonstrated actions.
 
     Args:
         policy: Its name in lerobot.

@@ -16,7 +16,7 @@ PADDING = "_is_pad"
 
 
 def about_dataset(features: Mapping[str, Any], tasks: Mapping[str, int]) -> SimpleNamespace:
-    """What is read of a LeRobotDataset's `meta`.
+    """The part of a LeRobotDataset's `meta` that is read.
 
     Args:
         features: Names -> {"dtype": ..., "shape": ...}.

@@ -77,7 +77,7 @@ def open_dataset(
 
 
 def _open_metadata(repo_id: str | None, root: str | os.PathLike[str] | None) -> list[tuple[Any, Any]]:
-    """Of every dataset, with its folder, None for one of the hub; at least one has episodes."""
+    """The datasets' metadata, each with its folder, None for one of the hub; at least one has episodes."""
     if root is None and repo_id is None:
         raise ValueError("There is no dataset: pass `repo_id` or `root`.")
     folders = [] if root is None else dataset_folders(root)

@@ -31,12 +31,12 @@ __all__ = ["action_inputs", "action_spans", "prefix_inputs", "prefix_spans", "ru
 
 
 def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_prefix` reads of a preprocessed batch: the cameras that are there, and the prompt."""
+    """The part of a preprocessed batch that `run_prefix` reads: the cameras that are there, and the prompt."""
     return only(batch, (TOKENS, TOKENS_MASK, *policy.config.image_features))
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_actions` reads: besides the prefix the actions, noise and time of each anchor, and for pi0 the state.
+    """The inputs of `run_actions`: besides the prefix the actions, noise and time of each anchor, for pi0 the state.
 
     Raises:
         ValueError: The batch has no chunk of actions for each anchor.
@@ -59,7 +59,7 @@ def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s.
 
-    Of these hooks see the action dimensions that the anchors have, without the padding.
+    Hooks see the action dimensions that the anchors have, without the padding.
     """
     policy = policy_of(model)
     images, present = policy._preprocess_images(batch)

@@ -47,12 +47,12 @@ def anchor_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_prefix` reads of a preprocessed batch: the policy's cameras, whatever their keys, and the prompt."""
+    """The inputs of `run_prefix` in a preprocessed batch: the policy's cameras, whatever their keys, and the prompt."""
     return only(batch, (TOKENS, TOKENS_MASK, *policy.config.image_features))
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `action_logits` reads: as `prefix_inputs`, and the action tokens."""
+    """The inputs of `action_logits`: as `prefix_inputs`, and the action tokens."""
     return prefix_inputs(policy, batch) | only(batch, (ACTION_TOKENS, ACTION_MASK))
 
 

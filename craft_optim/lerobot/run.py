@@ -125,23 +125,11 @@ class CraftRun:
         _check_teacher(cfg, settings, self._saved)
         _check_task(cfg, settings)
         adapter_for(policy, settings.anchors.keep)  # raises now, not after the dataset was read
-        clip = cfg.optimizer.grad_clip_norm
         optimizer = CraftOptimizer(
             base,
             epsilon=settings.schedule(cfg.steps),
-            dual=settings.dual,
-            lambda_init=settings.lambda_init,
-            lambda_lr=settings.lambda_lr,
-            lambda_max=settings.lambda_max,
-            rho=settings.rho,
-            projection=settings.projection,  # type: ignore[arg-type]  # checked with the settings
-            conflict_threshold=settings.conflict_threshold,
-            merge=settings.merge,  # type: ignore[arg-type]
-            granularity=settings.granularity,  # type: ignore[arg-type]
-            retention_every=settings.retention_every,
-            # lerobot clips before the step, and the merge comes after
-            max_grad_norm=settings.max_grad_norm or (clip if clip > 0 else None),
-            gradient_memory=settings.gradient_memory,  # type: ignore[arg-type]
+            dual=settings.controller(),
+            **settings.rules(cfg.optimizer.grad_clip_norm),
         )
         _keep_state_dicts_plain(optimizer)
         self.optimizer = optimizer

@@ -1,9 +1,8 @@
-"""What can be set of a training run with retention: a file, flags `--craft.<name>=<value>`, or both."""
+"""Settings of a training run with retention: a file, flags `--craft.<name>=<value>`, or both."""
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -12,15 +11,13 @@ import draccus
 import yaml
 from draccus.utils import ParsingError
 
-from craft_optim.decision import Granularity, Merge
-from craft_optim.retention_step import Projection
+from craft_optim._step.rules import Rules
+from craft_optim.dual import Controller, make_controller
 from craft_optim.schedules import Cosine, Exponential, Linear, Schedule
-from craft_optim.stash import GradientMemory
 
 __all__ = ["PREFIX", "AnchorSettings", "CraftSettings", "SettingsError", "own_flags", "read_settings", "without_flags"]
 
 PREFIX = "--craft."
-_FILE = "CRAFT_CONFIG"
 _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
 _STATISTICS = ("dataset", "pretrained")
 
@@ -29,7 +26,7 @@ class SettingsError(ValueError):
     """A setting that cannot be; the message names it, and has the remedy."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class AnchorSettings:
     """Examples of what the policy must keep.
 
@@ -67,13 +64,13 @@ class AnchorSettings:
 
     @property
     def has_source(self) -> bool:
-        """Whether these settings say where anchors come from, besides a finished cache."""
+        """True if these settings name a source of anchors, besides a finished cache."""
         return bool(self.repo_id or self.root or (self.prompts and self.prompts.suffix == ".jsonl"))
 
 
-@dataclass
-class CraftSettings:
-    """One run. Everything that is not explained here is an argument of `craft_optim.CraftOptimizer`.
+@dataclass(frozen=True)
+class CraftSettings(Rules):
+    """One run: the fields of `craft_optim.Rules`, and these.
 
     Attributes:
         epsilon: The drift to allow; of a schedule, where it ends. Nats for logits and tokens, for actions and hidden
@@ -81,6 +78,10 @@ class CraftSettings:
         epsilon_schedule: None for a constant, or "linear", "cosine", "exponential".
         epsilon_start: Where a schedule starts.
         epsilon_steps: How long it takes. None: half of the training.
+        dual: How lambda is found: "pi", "ascent", "nupi" or "augmented_lagrangian".
+        lambda_init: lambda at the start. None, here and in the next two: the controller's default.
+        lambda_lr: Gain of the integral or ascent term.
+        lambda_max: Upper bound of lambda.
         max_grad_norm: None: the clipping of the policy's optimizer.
         batch_size: Anchors per step and process. None: the training's batch size.
         loss: Of hidden states and actions: "mse", "cosine" or "l1".
@@ -97,17 +98,9 @@ class CraftSettings:
     epsilon_start: float | None = None
     epsilon_steps: int | None = None
     dual: str = "pi"
-    lambda_init: float = 1.0
-    lambda_lr: float = 0.1
-    lambda_max: float = 1e4
-    rho: float | None = None
-    projection: str = "violated"
-    conflict_threshold: float = 0.0
-    merge: str = "weighted"
-    granularity: str = "global"
-    retention_every: int = 1
-    max_grad_norm: float | None = None
-    gradient_memory: str = "copy"
+    lambda_init: float | None = None
+    lambda_lr: float | None = None
+    lambda_max: float | None = None
     batch_size: int | None = None
     loss: str = "mse"
     statistics: str = "dataset"
@@ -118,10 +111,6 @@ class CraftSettings:
     def check(self) -> None:
         """Raises SettingsError for what is wrong in itself; `CraftOptimizer` and `anchors.build` check the rest."""
         choices: dict[str, tuple[object, ...]] = {
-            "projection": get_args(Projection),
-            "merge": get_args(Merge),
-            "granularity": get_args(Granularity),
-            "gradient_memory": get_args(GradientMemory),
             "epsilon_schedule": (None, *_SCHEDULES),
             "statistics": _STATISTICS,
             "loss": ("mse", "cosine", "l1"),
@@ -158,6 +147,19 @@ class CraftSettings:
         length = self.epsilon_steps or max(1, steps // 2)
         made: Schedule = _SCHEDULES[self.epsilon_schedule](self.epsilon_start, self.epsilon, length)
         return made
+
+    def controller(self) -> Controller:
+        """`dual` and the three settings of lambda as an object."""
+        return make_controller(self.dual, initial=self.lambda_init, gain=self.lambda_lr, maximum=self.lambda_max)
+
+    def rules(self, clip: float) -> dict[str, Any]:
+        """The fields of `Rules`, as keywords of `CraftOptimizer`.
+
+        Args:
+            clip: Norm that lerobot clips task gradients to, before the step; 0 for none. The merge comes after it.
+        """
+        held = {f.name: getattr(self, f.name) for f in fields(Rules)}
+        return held | {"max_grad_norm": self.max_grad_norm or (clip if clip > 0 else None)}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -204,8 +206,8 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
     """The settings of a run: flags first, then the file, then what a checkpoint holds, then the defaults.
 
     Args:
-        arguments: Flags as `own_flags` returns them, `--config=FILE` among them; without it the environment's
-            CRAFT_CONFIG names the file. YAML or JSON, with the names of `CraftSettings`, at its top or under "craft".
+        arguments: Flags as `own_flags` returns them, `--config=FILE` among them: YAML or JSON, with the names of
+            `CraftSettings`, at its top or under "craft".
         saved: `CraftSettings.to_dict` of the run that goes on.
 
     Raises:
@@ -213,7 +215,7 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
     """
     merged = copy.deepcopy(dict(saved or {}))
     named = [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
-    file = named[-1] if named else os.environ.get(_FILE)
+    file = named[-1] if named else None
     if file:
         _merge(merged, _read_file(Path(file)))
     for flag in arguments:
@@ -266,7 +268,7 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise SettingsError(f"There is no file {str(path)!r}: {PREFIX}config or the environment's {_FILE} names it.")
+        raise SettingsError(f"There is no file {str(path)!r}: {PREFIX}config names it.")
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except yaml.YAMLError as error:

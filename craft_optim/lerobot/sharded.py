@@ -19,7 +19,7 @@ __all__ = ["is_sharded", "within_wrapper"]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP, of either kind, shards the model."""
+    """True if FSDP, of either kind, shards the model."""
     return bool({"FullyShardedDataParallel", "FSDPModule"} & set(class_names(model)))
 
 

@@ -35,7 +35,7 @@ __all__ = ["action_inputs", "action_spans", "prefix_inputs", "prefix_spans", "ru
 
 
 def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_prefix` reads of a preprocessed batch: the cameras that are there, the prompt, the state."""
+    """The inputs of `run_prefix` in a preprocessed batch: the cameras that are there, the prompt, the state."""
     keys = list(policy.config.image_features)
     inputs = only(batch, (*keys, *(f"{key}_padding_mask" for key in keys), TOKENS, TOKENS_MASK, STATE))
     # Prompts are padded to the longest of their batch, and the state comes after them: positions must not depend on
@@ -45,7 +45,7 @@ def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `run_actions` reads: besides the prefix the actions, noise and time of each anchor.
+    """The inputs of `run_actions`: besides the prefix the actions, noise and time of each anchor.
 
     Raises:
         ValueError: The batch has no chunk of actions for each anchor.
@@ -76,7 +76,7 @@ def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s.
 
-    Of these hooks see the action dimensions that the anchors have, without the padding.
+    Hooks see the action dimensions that the anchors have, without the padding.
     """
     own = {key: batch[key].clone() for key in (STATE, ACTION)}  # for ALOHA the policy converts them in place
     policy = policy_of(model)

@@ -8,19 +8,15 @@
 nothing but numpy; PNGs need matplotlib, and `follow` needs rich: the extra `report`.
 """
 
-from craft_optim.report.outcomes import Outcome, Scatter, read_outcomes
 from craft_optim.report.page import render
 from craft_optim.report.runs import Run, read_runs
 from craft_optim.report.summary import Summary, Verdict, judge, summarise
 
 __all__ = [
-    "Outcome",
     "Run",
-    "Scatter",
     "Summary",
     "Verdict",
     "judge",
-    "read_outcomes",
     "read_runs",
     "render",
     "summarise",

@@ -2,37 +2,10 @@
 
 __all__ = ["DARK", "LIGHT", "ink"]
 
-LIGHT = (
-    "#1b6ca8",
-    "#d95f02",
-    "#1b9e77",
-    "#8a5cc0",
-    "#c2185b",
-    "#7a6a00",
-    "#00838f",
-    "#6d4c41",
-    "#3f51b5",
-    "#558b2f",
-    "#ad1457",
-    "#546e7a",
-)
-"""On white"""
+_ON_WHITE = "1b6ca8 d95f02 1b9e77 8a5cc0 c2185b 7a6a00 00838f 6d4c41 3f51b5 558b2f ad1457 546e7a"
+_ON_BLACK = "5fb0f0 ff9a4d 4fd1a5 b69af0 f472a8 d8c44a 4dd0e1 c9a294 9fa8ff 9ccc65 ff80ab b0bec5"
 
-DARK = (
-    "#5fb0f0",
-    "#ff9a4d",
-    "#4fd1a5",
-    "#b69af0",
-    "#f472a8",
-    "#d8c44a",
-    "#4dd0e1",
-    "#c9a294",
-    "#9fa8ff",
-    "#9ccc65",
-    "#ff80ab",
-    "#b0bec5",
-)
-"""The same, on black"""
+LIGHT, DARK = ([f"#{colour}" for colour in each.split()] for each in (_ON_WHITE, _ON_BLACK))
 
 
 def ink(number: int) -> str:

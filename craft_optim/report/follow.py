@@ -1,8 +1,10 @@
-"""Runs in the terminal while they train: a row each, with the last values and what they have come from."""
+"""Runs in the terminal while they train: a row each, with the last values and lines of those before."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -13,14 +15,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from craft_optim.report.runs import Tail, canonical, files_of, name_of, named
-from craft_optim.report.summary import BAND
+from craft_optim.report.runs import canonical, files_of, lines, name_of, named, parsed
+from craft_optim.report.summary import BAND, in_text
 
 __all__ = ["Followed", "follow", "spark"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # of a sparkline
-_ROWS = 400  # of the past that are kept
+_ROWS = 400  # of the past that are shown
+_BYTES = 1 << 19  # of a file's end that hold them
 _BATCHES = 20  # whose median is the drift: single ones scatter
 
 
@@ -39,48 +42,43 @@ def spark(values: Sequence[float], width: int = _WIDTH) -> str:
     return "".join(_BARS[round((v - low) / (high - low) * (len(_BARS) - 1)) if high > low else 0] for v in means)
 
 
+@dataclass(frozen=True)
 class Followed:
-    """The last values of one file.
-
-    Args:
-        path: JSONL; it may grow.
-        name: What to call it; None: after its folder, or itself.
+    """The end of one run.
 
     Attributes:
-        name: Of the run.
-        last: Name -> its last value.
+        name: Name of the run.
+        rows: Its last rows, at most 400.
     """
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.name = name or name_of(path)
-        self.last: dict[str, float] = {}
-        self._tail, self._restarts = Tail(path), 0
-        self._past: deque[Mapping[str, float]] = deque(maxlen=_ROWS)
+    name: str
+    rows: Sequence[Mapping[str, float]]
 
-    def update(self) -> bool:
-        """Reads what has been added; whether there was anything."""
-        before = len(self._past), self.last.get("step")
-        for row in map(canonical, self._tail.rows()):
-            if self._tail.restarts != self._restarts or row.get("step", 0.0) < self.last.get("step", 0.0):
-                # A run that was resumed, or begun anew, in the same file
-                self._restarts = self._tail.restarts
-                self._past.clear()
-                self.last = {}
+    @classmethod
+    def read(cls, path: Path, name: str | None = None) -> "Followed":
+        """The end of a JSONL file that may grow; a run that was resumed, or begun anew, starts where steps go back."""
+        rows: deque[Mapping[str, float]] = deque(maxlen=_ROWS)
+        for row in (canonical(parsed(line) or {}) for line in lines(path, _BYTES)):
+            if rows and row and row["step"] < rows[-1]["step"]:
+                rows.clear()
             if row:
-                self._past.append(row)
-                self.last |= {name: value for name, value in row.items() if value == value}
-        return before != (len(self._past), self.last.get("step"))
+                rows.append(row)
+        return cls(name or name_of(path), rows)
 
     def past(self, name: str) -> list[float]:
-        """The values of one name that are kept."""
-        return [row[name] for row in self._past if row.get(name, float("nan")) == row.get(name)]
+        """The values of one name."""
+        return [row[name] for row in self.rows if not math.isnan(row.get(name, math.nan))]
+
+    def last(self, name: str) -> float | None:
+        """The last value of one name; None if there is none."""
+        return next(iter(self.past(name)[::-1]), None)
 
     @property
     def ms_per_step(self) -> float | None:
-        """Median of what is kept."""
+        """Median of the rows."""
         if took := self.past("seconds"):
             return 1e3 * median(took)
-        at = [(row["step"], row["time"]) for row in self._past if "time" in row]
+        at = [(row["step"], row["time"]) for row in self.rows if "time" in row]
         each = [(t1 - t0) / (s1 - s0) for (s0, t0), (s1, t1) in pairwise(at) if s1 > s0]
         return 1e3 * median(each) if each else None
 
@@ -93,27 +91,22 @@ def _table(runs: Sequence[Followed], width: int) -> Table:
     for column in ("loss", "drift") if bars >= 4 else ():
         table.add_column(column, no_wrap=True, style="dim")
     for run in runs:
-        last = run.last
-
-        def number(name: str, form: str = ".3g", last: Mapping[str, float] = last) -> str:
-            return format(last[name], form) if name in last else "-"
-
-        drifts = run.past("retention_loss") or run.past("drift")
+        losses, capped, epsilon = run.past("loss"), run.past("capped"), run.last("epsilon")
+        drifts = run.past("retention_loss") or run.past("drift_anchors")
         drift = median(drifts[-_BATCHES:]) if drifts else None
-        epsilon, cost = last.get("epsilon"), run.ms_per_step
         ratio = drift / epsilon if drift is not None and epsilon else None
         table.add_row(
             Text(run.name),
-            number("step", ".0f"),
-            number("loss"),
-            "-" if drift is None else f"{drift:.3g}",
-            "-" if ratio is None else Text(f"{ratio:.2f}", style="yellow" if ratio > BAND[1] else "green"),
-            number("lambda"),
-            number("grad_cos", ".2f"),
-            "-" if not (capped := run.past("capped")) else f"{sum(capped) / len(capped):.0%}",
-            number("skipped", ".0f"),
-            "-" if cost is None else f"{cost:.0f}",
-            *(spark(values, bars) for values in (run.past("loss"), drifts) if bars >= 4),
+            in_text(run.last("step"), ".0f"),
+            in_text(run.last("loss")),
+            in_text(drift),
+            Text(in_text(ratio, ".2f"), style="yellow" if ratio is not None and ratio > BAND[1] else "green"),
+            in_text(run.last("lambda")),
+            in_text(run.last("grad_cos"), ".2f"),
+            in_text(sum(capped) / len(capped) if capped else None, ".0%"),
+            in_text(run.last("skipped"), ".0f"),
+            in_text(run.ms_per_step, ".0f"),
+            *(spark(values, bars) for values in (losses, drifts) if bars >= 4),
         )
     return table
 
@@ -130,24 +123,26 @@ def follow(
     On a terminal the table changes in place; elsewhere each change prints one.
 
     Args:
-        specs: As of `read_runs`; they need not be there yet. Files of other kinds than JSONL do not grow, and are not
-            shown.
+        specs: Specs of `read_runs`; they need not be there yet. Other files than JSONL do not grow, and are not shown.
         every: Seconds between two looks.
-        console: Where to.
+        console: The terminal; None: standard output.
         until: Asked after every look; true ends it.
     """
     console = Console() if console is None else console
-    followed: dict[Path, Followed] = {}
+    read: dict[Path, tuple[tuple[int, int], Followed]] = {}
 
     def look() -> bool:
+        """Reads the files that have changed; whether there were any."""
+        before = dict(read)
         for name, place in map(named, specs):
             for file in _files(Path(place)):
-                followed.setdefault(file, Followed(file, name))
-        changed = [run.update() for run in followed.values()]
-        return any(changed)
+                now = file.stat().st_size, file.stat().st_mtime_ns
+                if file not in read or read[file][0] != now:
+                    read[file] = now, Followed.read(file, name)
+        return read != before
 
     def shown() -> Table | Text:
-        runs = [run for run in followed.values() if run.last]
+        runs = [run for _, run in read.values() if run.rows]
         return _table(runs, console.width) if runs else Text(f"waiting for rows in {', '.join(specs)}", style="dim")
 
     if not console.is_terminal:

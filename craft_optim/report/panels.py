@@ -7,7 +7,7 @@ is the mean of the steps that it stands for, and the range is theirs.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,9 @@ class Group:
     """A method: runs that differ in nothing but the seed.
 
     Attributes:
-        name: Of the method.
+        name: Name of the method.
         runs: At least one.
-        constrained: Whether they have an epsilon.
+        constrained: True if they have an epsilon.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Curve:
 
     Attributes:
         group: Place of its method among the groups.
-        label: What it is, beside the method's name; "" for the panel's own.
+        label: Name beside the method's name; "" for the panel's own.
         style: "solid", "dashed", "dotted" or "faint".
         x: Steps.
         y: Values.
@@ -84,12 +84,12 @@ class Panel:
     Attributes:
         key: Short, for files.
         title: In words.
-        caption: What is to be seen.
-        log: Whether the axis is logarithmic.
+        caption: How to read it.
+        log: True for a logarithmic axis.
         curves: At least one.
         limits: Epsilons to draw with the band around them.
-        bottom: Where the axis begins; None: with the values.
-        top: Where it ends.
+        bottom: Lower end of the axis; None: that of the values.
+        top: Upper end.
     """
 
     key: str
@@ -109,14 +109,22 @@ class _Line:
     style: str = "solid"
 
 
+def _in_three_styles(**labels: str) -> tuple[_Line, ...]:
+    styles = zip(labels.items(), ("solid", "dashed", "dotted"), strict=True)
+    return tuple(_Line(column, label, style) for (column, label), style in styles)
+
+
+_HELD_OUT = _Line("drift_heldout", "held out", "dotted")
+
+
 @dataclass(frozen=True)
 class _Chart:
-    """What a panel is made of.
+    """The making of a panel.
 
     Attributes:
         smooth: The share of a run over which values are averaged before they are thinned; 0: not at all.
-        typical: Whether a point is the median of its steps instead of their mean.
-        ranged: Whether the range of the values is drawn.
+        typical: True: a point is the median of its steps instead of their mean.
+        ranged: True: the range of the values is drawn.
     """
 
     key: str
@@ -128,7 +136,7 @@ class _Chart:
     scale: float = 1.0
     typical: bool = False
     ranged: bool = True
-    bounds: tuple[float | None, float | None] = field(default=(None, None))
+    bounds: tuple[float | None, float | None] = (None, None)
 
 
 _LOW, _HIGH = BAND
@@ -139,16 +147,10 @@ _CHARTS = (
         "Drift against epsilon",
         f"Dashed: epsilon; band: {_LOW:g} to {_HIGH:g} epsilon. Solid: over many anchors where that was measured, else "
         "single anchor batches, which scatter. Faint: those batches beside it. Dotted: held-out anchors.",
-        (
-            _Line("drift"),
-            _Line("retention_loss", "anchor batches", "faint"),
-            _Line("drift_heldout", "held out", "dotted"),
-        ),
+        (_Line("drift_anchors"), _Line("retention_loss", "anchor batches", "faint"), _HELD_OUT),
         log=True,
     ),
-    _Chart(
-        "lambda", "Multiplier lambda", "What the retention gradient is weighted with.", (_Line("lambda"),), log=True
-    ),
+    _Chart("lambda", "Multiplier lambda", "The weight of the retention gradient.", (_Line("lambda"),), log=True),
     _Chart(
         "cosine",
         "Cosine of task and retention gradient",
@@ -161,11 +163,7 @@ _CHARTS = (
         "Conflict, projection, cap",
         "Share of steps, moving over 5 % of the run. Solid: the gradients conflict; dashed: the projection acts; "
         "dotted: lambda is at its cap.",
-        (
-            _Line("conflict", "conflict"),
-            _Line("projected", "projected", "dashed"),
-            _Line("capped", "at the cap", "dotted"),
-        ),
+        _in_three_styles(conflict="conflict", projected="projected", capped="at the cap"),
         smooth=0.05,
         ranged=False,
         bounds=(0.0, 1.0),
@@ -174,11 +172,7 @@ _CHARTS = (
         "norms",
         "Gradient norms",
         "Solid: task; dashed: retention; dotted: merged, what the optimizer stepped on.",
-        (
-            _Line("task_grad_norm", "task"),
-            _Line("retention_grad_norm", "retention", "dashed"),
-            _Line("merged_grad_norm", "merged", "dotted"),
-        ),
+        _in_three_styles(task_grad_norm="task", retention_grad_norm="retention", merged_grad_norm="merged"),
         log=True,
         smooth=0.02,
         ranged=False,
@@ -216,12 +210,12 @@ def panels(found: Sequence[Group], points: int = POINTS) -> list[Panel]:
     """
     made = []
     for chart in _CHARTS:
-        curves = []
-        for place, group in enumerate(found):
-            for line in _lines(chart, group):
-                curve = _curve(place, group, line, chart, points)
-                if curve is not None:
-                    curves.append(curve)
+        each = (
+            _curve(place, group, line, chart, points)
+            for place, group in enumerate(found)
+            for line in _lines(chart, group)
+        )
+        curves = [curve for curve in each if curve is not None]
         if curves:
             limits = _limits(found, points) if chart.key == "drift" else ()
             bottom, top = chart.bounds
@@ -232,9 +226,9 @@ def panels(found: Sequence[Group], points: int = POINTS) -> list[Panel]:
 
 
 def _lines(chart: _Chart, group: Group) -> tuple[_Line, ...]:
-    """Those of the chart; of drift, batches take the place of what was not measured over many anchors."""
-    if chart.key == "drift" and not any(np.isfinite(run["drift"]).any() for run in group.runs):
-        return _Line("retention_loss", "anchor batches"), chart.lines[-1]
+    """The lines of a chart; batches take the place of drift that was not measured over many anchors."""
+    if chart.key == "drift" and not any(np.isfinite(run["drift_anchors"]).any() for run in group.runs):
+        return _Line("retention_loss", "anchor batches"), _HELD_OUT
     return chart.lines
 
 
@@ -258,7 +252,7 @@ def _curve(place: int, group: Group, line: _Line, chart: _Chart, points: int) ->
 
 
 def _edges(steps: Sequence[Column], points: int) -> Column:
-    """Where bins begin: at every step that there is, or evenly spread if those are too many."""
+    """The beginnings of bins: every step that there is, or evenly spread ones if those are too many."""
     each = np.unique(np.concatenate(steps))
     return each if len(each) <= points else np.linspace(each[0], each[-1], points + 1)[:-1]
 
@@ -309,7 +303,7 @@ def _limits(found: Sequence[Group], points: int) -> tuple[Limit, ...]:
 
 
 def _log_range(curves: Sequence[Curve], limits: Sequence[Limit]) -> tuple[float, float]:
-    """What a logarithmic axis shows: drift begins at rounding errors around 0, which would take most of it."""
+    """The ends of a logarithmic axis: drift begins at rounding errors around 0, which would take most of it."""
     values = np.concatenate([c.y for c in curves if c.style != "faint"] or [c.y for c in curves])
     values = values[values > 0.0]
     if not len(values):

@@ -6,7 +6,6 @@ from typing import Any
 
 from craft_optim.evaluation.plots import require_matplotlib
 from craft_optim.report.colours import LIGHT
-from craft_optim.report.outcomes import Scatter
 from craft_optim.report.panels import Group, Panel, groups, panels
 from craft_optim.report.runs import Run
 from craft_optim.report.summary import BAND
@@ -16,12 +15,11 @@ __all__ = ["draw"]
 _STYLES = {"solid": "-", "dashed": "--", "dotted": ":", "faint": "-"}
 
 
-def draw(runs: Sequence[Run], scatters: Sequence[Scatter], folder: Path) -> list[Path]:
+def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     """A picture of each chart, and `overview.png` with all of the runs'.
 
     Args:
         runs: From `read_runs`.
-        scatters: From `read_outcomes`.
         folder: Made if it is not there.
 
     Returns:
@@ -55,12 +53,6 @@ def draw(runs: Sequence[Run], scatters: Sequence[Scatter], folder: Path) -> list
                 axis.set_axis_off()
         files.append(folder / "overview.png")
         figure.savefig(files[-1], dpi=110)
-    colours = {group.name: place for place, group in enumerate(found)}
-    for number, scatter in enumerate(scatters):
-        figure = Figure(figsize=(6.0, 4.6), layout="constrained")
-        _draw_scatter(figure.subplots(), scatter, colours)
-        files.append(folder / ("pareto.png" if len(scatters) == 1 else f"pareto-{number + 1}.png"))
-        figure.savefig(files[-1], dpi=130)
     return files
 
 
@@ -96,28 +88,3 @@ def _draw_panel(axis: Any, panel: Panel, found: Sequence[Group], legend: bool) -
     axis.spines[["top", "right"]].set_visible(False)
     if legend:
         axis.legend(fontsize=8, frameon=False)
-
-
-def _draw_scatter(axis: Any, scatter: Scatter, colours: dict[str, int]) -> None:
-    front = scatter.front
-    axis.step([p.x for p in front], [p.y for p in front], where="pre", color="grey", ls="--", lw=1)
-    for method, of in scatter.sweeps.items():
-        ink = _colour(colours.setdefault(method, len(colours)))
-        axis.plot([p.x for p in of], [p.y for p in of], color=ink, lw=0.8, alpha=0.5)
-    named = set()
-    for point in scatter.points:
-        ink = _colour(colours.setdefault(point.method, len(colours)))
-        for ends, place in ((point.x_interval, axis.hlines), (point.y_interval, axis.vlines)):
-            if ends:
-                place(point.y if place == axis.hlines else point.x, *ends, color=ink, lw=1.2, alpha=0.6)
-        if point.seeds:
-            axis.scatter(*zip(*point.seeds, strict=True), color=ink, s=10, alpha=0.5, lw=0)
-        name = None if point.method in named else point.method
-        named.add(point.method)
-        axis.scatter([point.x], [point.y], color=ink, s=45, edgecolors="white", label=name, zorder=3)
-        axis.annotate(point.label, (point.x, point.y), (5, 5), textcoords="offset points", fontsize=7)
-    axis.set_title(scatter.title, fontsize=10)
-    axis.set_xlabel(scatter.x)
-    axis.set_ylabel(scatter.y)
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, frameon=False)

@@ -1,6 +1,5 @@
-"""Runs out of what they have logged: rows of JSONL or CSV, or a Trainer's state, as columns over the steps."""
+"""Runs as columns over their steps, read from JSONL or a Trainer's state."""
 
-import csv
 import json
 import os
 import re
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 
 from craft_optim.metrics import METRICS
 
-__all__ = ["Column", "Run", "Tail", "canonical", "files_of", "name_of", "named", "read_file", "read_runs"]
+__all__ = ["Column", "Run", "canonical", "files_of", "lines", "name_of", "named", "parsed", "read_file", "read_runs"]
 
 Column = NDArray[np.float64]
 """One value per step; NaN where there is none"""
 
-# Other writers' names: those of lerobot-train with retention, and of the Trainer
-_ALIASES = {"drift_anchors": "drift", "eval_craft_drift": "drift_heldout", "learning_rate": "lr"}
+_PREFIX = re.compile(r"^(eval_)?craft/")  # of our metrics in trackers' logs
+_OF_TRAINER = {"learning_rate": "lr"}
 _COUNTERS = ("skipped", "retention_step", "fresh")  # true also in rows that keep the values of an earlier step
 _OF_RETENTION = frozenset(METRICS) - {*_COUNTERS}
 _SEED = re.compile(r"[-_ ]?seed[-_= ]?(\d+)$")
@@ -33,12 +32,12 @@ class Run:
 
     Attributes:
         name: Unique in a report.
-        method: What it shares with its repetitions under other seeds.
+        method: Name that it shares with its repetitions under other seeds.
         seed: None if neither rows nor name say it.
-        file: Where it was read.
-        columns: Name -> values; "step" increases, "seconds" is what a step took. Values that a row kept from an earlier
-            step are NaN.
-        notes: What was left out in reading, in words.
+        file: The file that it was read from.
+        columns: Name -> values; "step" increases, "seconds" is the time of a step. Values that a row kept from an
+            earlier step are NaN.
+        notes: Sentences about rows that were left out.
     """
 
     name: str
@@ -63,47 +62,17 @@ class Run:
         return self.steps[there], self[name][there]
 
 
-class Tail:
-    """The rows of a JSONL file that may still grow.
-
-    Args:
-        path: The file; it need not be there yet.
-
-    Attributes:
-        unreadable: Complete lines so far that are no JSON objects.
-        rest: What stands behind the last complete line.
-        restarts: How often the file has become shorter: what was read before no longer counts then.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.unreadable = 0
-        self.rest = b""
-        self.restarts = 0
-        self._place = 0
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Those that have become complete since the last call."""
-        if not self.path.is_file():
-            return
-        if self.path.stat().st_size < self._place:
-            self._place, self.rest, self.unreadable = 0, b"", 0
-            self.restarts += 1
-        with self.path.open("rb") as file:
-            file.seek(self._place)
-            for line in file:
-                self._place += len(line)
-                line, self.rest = self.rest + line, b""
-                if not line.endswith(b"\n"):
-                    self.rest = line
-                    return
-                if (row := _row(line)) is not None:
-                    yield row
-                elif line.strip():
-                    self.unreadable += 1
+def lines(path: Path, last: int | None = None) -> Iterator[bytes]:
+    """The lines of a file; with `last`, those that begin in its last so many bytes."""
+    with path.open("rb") as file:
+        if last is not None and path.stat().st_size > last:
+            file.seek(-last, os.SEEK_END)
+            file.readline()
+        yield from file
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A line as a JSON object; None if it is no such thing."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -112,15 +81,15 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def canonical(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row under one set of names, with its `step`; empty if it has none.
+    """The numbers of a row with its `step`; empty if it has none.
 
-    Prefixes `craft/` go; null becomes NaN; what a row kept from an earlier step (`fresh` = 0) is left out.
+    A tracker's prefix goes; null becomes NaN; what a row kept from an earlier step (`fresh` = 0) is left out.
     """
-    found = {}
-    for name, value in row.items():
-        base, slash, constraint = name.removeprefix("craft/").partition("/")
-        if value is None or isinstance(value, int | float):
-            found[f"{_ALIASES.get(base, base)}{slash}{constraint}"] = float("nan") if value is None else float(value)
+    found = {
+        _PREFIX.sub("", name): float("nan") if value is None else float(value)
+        for name, value in row.items()
+        if value is None or isinstance(value, int | float)
+    }
     if found.get("fresh") == 0.0:
         found = {name: value for name, value in found.items() if name.partition("/")[0] not in _OF_RETENTION}
     step = found.get("step", found.get("retention_step"))
@@ -145,7 +114,7 @@ class _Table:
         self.rows += 1
 
     def columns(self) -> tuple[dict[str, Column], int]:
-        """With increasing steps, and how many rows a resumed run has done again.
+        """Columns with increasing steps, and the number of rows that a resumed run has done again.
 
         Of a step that was done twice the later row counts. Rows of the same step in a row are one: a Trainer writes
         one for training and one for an evaluation.
@@ -173,7 +142,7 @@ class _Table:
 
 
 def _seconds(steps: Column, times: Column) -> Column:
-    """What a step took, from the times at which rows were written."""
+    """Seconds per step, from the times at which rows were written."""
     between, apart = np.diff(steps, prepend=np.nan), np.diff(times, prepend=np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((between > 0) & (apart >= 0), apart / between, np.nan)
@@ -183,35 +152,26 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
     """The runs in one file, by the `method` and `seed` of their rows; one, if rows have none.
 
     Args:
-        path: JSONL, CSV, or a Trainer's `trainer_state.json`.
-        name: What to call it; None: after its folder, or itself.
+        path: JSONL, or a Trainer's `trainer_state.json`.
+        name: Name of the run; None: its folder's, or the file's.
 
     Raises:
         ValueError: It has no row with a step and something to draw.
         OSError: It cannot be read.
     """
     tables: dict[tuple[str | None, int | None], _Table] = {}
-    notes = []
-    rows, tail = _rows_of(path)
-    for row in rows:
-        values = canonical(row)
-        if values:
-            seed = row.get("seed")
-            method = row.get("method")
+    notes: list[str] = []
+    for row in _state_rows(path) if path.suffix == ".json" else _jsonl_rows(path, notes):
+        if values := canonical(row):
+            seed, method = row.get("seed"), row.get("method")
             key = (None if method is None else str(method), int(seed) if isinstance(seed, int | float) else None)
             tables.setdefault(key, _Table()).append(values)
-    if tail is not None and tail.rest.strip():
-        notes.append("The last line is not complete: the run was killed in it, or is being written.")
-    if tail is not None and tail.unreadable:
-        notes.append(f"{tail.unreadable} line(s) that are no JSON were left out.")
     runs = []
     for (method, seed), of_run in tables.items():
         columns, again = of_run.columns()
         if not any(np.isfinite(column).any() for key, column in columns.items() if key not in ("step", "seed")):
             continue
-        of_this = [*notes]
-        if again:
-            of_this.append(f"{again} row(s) of steps that a resumed run did again were left out.")
+        repeated = f"{again} row(s) of steps that a resumed run did again were left out."
         own = name or name_of(path)
         shown = method or own
         if method is None and seed is None and (ending := _SEED.search(own)):
@@ -221,17 +181,17 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
         for constraint, own_columns in _by_constraint(columns):
             called = shown if constraint is None else f"{shown}: {constraint}"
             full = called if seed is None else f"{called} seed {seed}"
-            runs.append(Run(full, called, seed, path, own_columns, tuple(of_this)))
+            runs.append(Run(full, called, seed, path, own_columns, (*notes, *[repeated] * bool(again))))
     if not runs:
         raise ValueError(
-            f"{path} has no rows that can be drawn: each must be a JSON object (or a line of CSV) with `step` or "
-            "`retention_step` and numbers, as craft_optim.metrics.JSONLWriter writes them."
+            f"{path} has no rows that can be drawn: each must be a JSON object with `step` or `retention_step` and "
+            "numbers, as craft_optim.metrics.JSONLWriter writes them."
         )
     return runs
 
 
 def _by_constraint(columns: dict[str, Column]) -> Iterator[tuple[str | None, dict[str, Column]]]:
-    """Of several constraints each as if it was the only one; what has no name there is that of the worst one."""
+    """Each of several constraints as if it was the only one, with the columns that are of no constraint."""
     names = [name.partition("/")[2] for name in columns if name.startswith("retention_loss/")]
     if not names:
         yield None, columns
@@ -240,47 +200,35 @@ def _by_constraint(columns: dict[str, Column]) -> Iterator[tuple[str | None, dic
         yield name, {key: column for key, column in columns.items() if "/" not in key} | own
 
 
-def _rows_of(path: Path) -> tuple[Iterator[dict[str, Any]], Tail | None]:
-    if path.suffix == ".csv":
-        return _csv_rows(path), None
-    if path.suffix == ".json":
-        try:
-            history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no trainer_state.json of the Hugging Face Trainer ({type(error).__name__}): a run is that, "
-                "or a .jsonl or .csv of craft_optim.metrics."
-            ) from error
-        return iter(history), None
+def _state_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no trainer_state.json of the Hugging Face Trainer ({type(error).__name__}): a run is that, or "
+            "a .jsonl of craft_optim.metrics."
+        ) from error
+    return ({_OF_TRAINER.get(name, name): x for name, x in row.items()} for row in history)
+
+
+def _jsonl_rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a last line without an end is one, too, if it is whole. Notes say what was left out."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    tail = Tail(path)
-    return _with_the_rest(tail), tail
-
-
-def _with_the_rest(tail: Tail) -> Iterator[dict[str, Any]]:
-    """All rows; a last line without an end is one, too, if it is whole."""
-    yield from tail.rows()
-    if (row := _row(tail.rest)) is not None:
-        tail.rest = b""
-        yield row
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            yield {name: _number(text) for name, text in line.items() if name}
-
-
-def _number(text: str | None) -> float | str | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
+    unreadable = 0
+    for line in lines(path):
+        if (row := parsed(line)) is not None:
+            yield row
+        elif not line.endswith(b"\n"):
+            notes.append("The last line is not complete: the run was killed in it, or is being written.")
+        else:
+            unreadable += bool(line.strip())
+    if unreadable:
+        notes.append(f"{unreadable} line(s) that are no JSON were left out.")
 
 
 def name_of(path: Path) -> str:
-    """Of a file that is called as all are, its folder; of lerobot-train's, the folder of the run."""
+    """A file's own name; its folder's if it is called as all are, and the run's folder for one of lerobot-train."""
     if path.stem not in ("metrics", "trainer_state"):
         return path.stem
     folder = path.resolve().parent
@@ -312,9 +260,7 @@ def files_of(place: Path) -> list[Path]:
 
 
 def _begins_like_a_run(file: Path) -> bool:
-    with file.open("rb") as stream:
-        row = _row(stream.readline())
-    return row is not None and len(canonical(row)) > 1
+    return len(canonical(parsed(next(lines(file), b"")) or {})) > 1
 
 
 def read_runs(specs: Sequence[str]) -> list[Run]:

@@ -1,4 +1,4 @@
-"""What came of a run: numbers, and a verdict in words. Pure."""
+"""A run in numbers, and a verdict in words. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from craft_optim.heldout import runs_away
 from craft_optim.report.runs import Column, Run
 
-__all__ = ["BAND", "Summary", "Verdict", "judge", "judge_all", "summarise"]
+__all__ = ["BAND", "Summary", "Verdict", "in_text", "judge", "judge_all", "summarise"]
 
 BAND = (0.9, 1.1)
 """Drift / epsilon within which a constraint that binds is held"""
@@ -21,15 +21,15 @@ _REMEDY = "raise epsilon, raise rho, lower retention_every, or lower the learnin
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one run; None for what its rows do not tell.
+    """The numbers of one run; None where its rows do not tell.
 
     Attributes:
-        name: Of the run.
+        name: Name of the run.
         steps: Number of the last step.
         retention_steps: Steps that ran retention.
-        loss: Of the task, mean over the end.
+        loss: Task loss, mean over the end.
         drift: At the end, as measured over many anchors; else the median of the last anchor batches.
-        over_anchors: Whether `drift` is the former.
+        over_anchors: True if `drift` is the former.
         heldout: Drift on held-out anchors, where last measured.
         epsilon: At the end.
         violated: Share of the retention steps with L_ret > epsilon.
@@ -39,7 +39,7 @@ class Summary:
         projected: Mean share of blocks in which the projection acted.
         skipped: Retention passes that were not finite.
         cosine: Median of the cosine of both gradients.
-        falling: Whether drift still came down at the end.
+        falling: True if drift still came down at the end.
         ms_per_step: Median.
     """
 
@@ -69,7 +69,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the constraint was held, in words.
+    """A judgement of whether the constraint was held, in words.
 
     Attributes:
         kind: "held", "not held", "inactive" (drift below the band: the constraint did not bind at the end), or "free"
@@ -83,11 +83,11 @@ class Verdict:
 
 def summarise(run: Run) -> Summary:
     """The numbers of one run."""
-    loss, batch = run["retention_loss"], run.measured("retention_loss")[1]
-    measured, heldout = run.measured("drift")[1], run.measured("drift_heldout")[1]
+    batch = run.measured("retention_loss")[1]
+    measured, heldout = run.measured("drift_anchors")[1], run.measured("drift_heldout")[1]
     epsilon = run.measured("epsilon")[1]
     with np.errstate(invalid="ignore"):
-        above = loss > run["epsilon"]
+        above = run["retention_loss"] > run["epsilon"]
     drift = float(measured[-1]) if len(measured) else float(np.median(_end(batch))) if len(batch) else None
     skipped = run.measured("skipped")[1]
     took = run.measured("seconds")[1]
@@ -101,7 +101,7 @@ def summarise(run: Run) -> Summary:
         over_anchors=bool(len(measured)),
         heldout=float(heldout[-1]) if len(heldout) else None,
         epsilon=float(epsilon[-1]) if len(epsilon) else None,
-        violated=float(above[np.isfinite(loss)].mean()) if len(batch) and len(epsilon) else None,
+        violated=float(above[np.isfinite(run["retention_loss"])].mean()) if len(batch) and len(epsilon) else None,
         capped=_mean(run.measured("capped")[1]),
         stuck=int((above & (run["capped"] == 1.0)).sum()),
         conflict=_mean(run.measured("conflict")[1]),
@@ -122,7 +122,7 @@ def _mean(values: Column) -> float | None:
 
 
 def _falling(batch: Column) -> bool:
-    """Whether the last tenth's median is 5 % below that of the tenth before."""
+    """True if the last tenth's median is 5 % below that of the tenth before."""
     part = len(batch) // 10
     return part >= 5 and bool(np.median(batch[-part:]) < 0.95 * np.median(batch[-2 * part : -part]))
 
@@ -185,9 +185,11 @@ def judge_all(summaries: Sequence[Summary]) -> Verdict:
     held = sum(ratio <= BAND[1] for ratio in ratios)
     spread = f"from {min(ratios):.2f} to {max(ratios):.2f} x epsilon, median {median(ratios):.2f}"
     return Verdict(
-        verdict.kind, f"Held in {held} of {len(ratios)} runs, {spread}. The largest: {_lower(verdict.words)}"
+        verdict.kind,
+        f"Held in {held} of {len(ratios)} runs, {spread}. The largest: {verdict.words[0].lower()}{verdict.words[1:]}",
     )
 
 
-def _lower(text: str) -> str:
-    return text[0].lower() + text[1:]
+def in_text(value: float | None, form: str = ".3g") -> str:
+    """A number of a summary as text; "-" for None."""
+    return "-" if value is None else format(value, form)

@@ -41,8 +41,10 @@ def draw_curves(metrics: Path, epsilon: float, path: Path) -> Path:
         )
         steps = [row["step"] for row in run]
         loss.plot(steps, _smooth([row["loss"] for row in run]), color=colour, label=label, lw=1)
-        measured = [row for row in run if "drift" in row]
-        drift.plot([r["step"] for r in measured], [r["drift"] for r in measured], color=colour, label=label, lw=1.2)
+        measured = [row for row in run if "drift_anchors" in row]
+        drift.plot(
+            [r["step"] for r in measured], [r["drift_anchors"] for r in measured], color=colour, label=label, lw=1.2
+        )
         fresh = [row for row in run if row.get("fresh")]
         if fresh:
             at = [row["step"] for row in fresh]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from craft_optim.anchors import capture, passes
+from craft_optim.anchors.valid_head import head_at
 
 Batches = Callable[..., list[dict[str, Any]]]
 
@@ -123,9 +124,9 @@ def test_the_head_at_valid_positions(reentrant: bool, llama: nn.Module, token_ba
     expected = {n: g.clone() for n, g in gradients(llama).items()}
     llama.zero_grad()
     checkpointing(llama.train(), reentrant)
-    with passes.steady(llama) as remember, capture.head_at(llama, valid) as packed:
+    with passes.steady(llama) as remember, head_at(llama, valid) as head:
         loss = remember(llama(**batch, use_cache=False).logits.square().mean())
-    assert packed.used
+    assert head.used
     loss.backward()
     for key, gradient in gradients(llama).items():
         torch.testing.assert_close(gradient, expected.pop(key))
@@ -139,9 +140,9 @@ def test_a_head_within_a_checkpoint_runs_everywhere(reentrant: bool, llama: nn.M
         pytest.skip("this torch does not tell: the backward raises CheckpointError")
     (batch,) = token_batches((2, 6))
     embeddings = llama.get_input_embeddings()(batch["input_ids"])
-    with passes.steady(llama) as remember, capture.head_at(llama, batch["attention_mask"].bool()) as packed:
+    with passes.steady(llama) as remember, head_at(llama, batch["attention_mask"].bool()) as head:
         logits = checkpoint(lambda x: llama(inputs_embeds=x).logits, embeddings, use_reentrant=reentrant)
         loss = remember(logits.square().mean())
-    assert not packed.used
+    assert not head.used
     assert logits.shape == (2, 6, 60)
     loss.backward()

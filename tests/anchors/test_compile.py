@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from craft_optim.anchors import capture, frozen, passes
+from craft_optim.anchors.valid_head import head_at
 
 dynamo = pytest.importorskip("torch._dynamo.testing")
 
@@ -170,9 +171,9 @@ def test_the_head_and_frozen_modules_of_a_compiled_model(how: str) -> None:
     valid[0, 1:3] = valid[1, 3] = True
     with passes.steady(model):
         model(x)  # now it is compiled for this mode, without hooks
-    with passes.steady(model), capture.head_at(model, valid) as packed:
+    with passes.steady(model), head_at(model, valid) as head:
         found = model(x)
-    assert packed.used
+    assert head.used
     torch.testing.assert_close(found[0], plain.eval()(x)[valid])
     first = model.get_submodule("_orig_mod.blocks.0" if how == "wrapped" else "blocks.0").requires_grad_(False)
     with passes.steady(model):

@@ -19,7 +19,8 @@ from craft_optim.anchors import (
     Reading,
     build,
 )
-from craft_optim.anchors.writing import write_cache
+from craft_optim.anchors.importers import write_cache
+from craft_optim.anchors.manifest import FeatureSpec
 
 Batches = Callable[..., list[dict[str, Any]]]
 
@@ -532,7 +533,9 @@ def test_a_span_whose_positions_nobody_knows_is_refused(llama: nn.Module, token_
     with torch.no_grad():
         hidden = llama(**batch, output_hidden_states=True).hidden_states[1]
     states = {"hidden.1.text": hidden[:, :3].mean(1)}
-    cache = write_cache(tmp_path, [(batch, states)], layers=[1], pooling={"text": "masked_mean"}, dtype=torch.float32)
+    cache = write_cache(
+        tmp_path, [(batch, states)], FeatureSpec(layers=(1,), pooling={"text": "masked_mean"}, dtype="float32")
+    )
     with pytest.raises(AnchorMismatchError, match=r"does not say which positions the span 'text' has: pass `spans=`"):
         HiddenRetention(llama, cache, 4)()
 

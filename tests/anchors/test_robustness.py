@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from craft_optim.anchors import AnchorCache, AnchorCacheError, LogitRetention, Reading, build
-from craft_optim.anchors.cache import manifest_text
+from craft_optim.anchors.manifest import manifest_text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from craft_optim.anchors import AnchorCacheError, AnchorMismatchError, LogitRetention, Reading, TokenRetention, build
 from craft_optim.anchors.generation import greedy
-from craft_optim.anchors.writing import write_cache
+from craft_optim.anchors.importers import write_cache
+from craft_optim.anchors.manifest import FeatureSpec
 
 Batches = Callable[..., list[dict[str, Any]]]
 STOP = 7
@@ -153,7 +154,7 @@ def test_imported_tokens_are_checked_by_what_the_model_would_say(
 ) -> None:
     inputs, labels = greedy(4)(llama.eval(), token_batches((6, 7))[0])
     llama.train()
-    cache = write_cache(tmp_path / "good", [(inputs, {"labels": labels})])
+    cache = write_cache(tmp_path / "good", [(inputs, {"labels": labels})], FeatureSpec())
     retention = TokenRetention(llama, cache, 6)
     loss = retention().item()
     with torch.no_grad():
@@ -162,7 +163,7 @@ def test_imported_tokens_are_checked_by_what_the_model_would_say(
     assert loss == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), labels.flatten())), rel=1e-5)
     wrong = torch.where(labels == -100, labels, (labels + 1) % 60)
     with pytest.raises(AnchorMismatchError, match="only 0% are the ones"):
-        TokenRetention(llama, write_cache(tmp_path / "wrong", [(inputs, {"labels": wrong})]), 6)()
+        TokenRetention(llama, write_cache(tmp_path / "wrong", [(inputs, {"labels": wrong})], FeatureSpec()), 6)()
 
 
 def test_what_cannot_be_is_refused(

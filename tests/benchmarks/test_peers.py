@@ -4,7 +4,7 @@ import pytest
 import torch
 from peers import PEERS, flattened_pcgrad, plain_loop, published_loop, published_step, torchjd_aggregator
 
-from craft_optim._reference import reference_gram, reference_merge
+from craft_optim._step.reference import reference_gram, reference_merge
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from craft_optim.cone import distance_to_cone, nearest_in_cone
+from craft_optim._step.cone import distance_to_cone, nearest_in_cone
 
 SCALES = [1e-15, 1e-5, 1.0, 1e5, 1e15]
 KINDS = ["random", "obtuse", "collinear", "opposed", "dependent", "zero"]
@@ -87,3 +87,23 @@ def test_the_distance_is_that_of_the_cone():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert min(f / np.linalg.norm(g) for f, g in zip(found, x, strict=True)) < 0.9
     assert distance_to_cone(np.array([[4.0, 1.0], [1.0, 9.0]]), 0) == 2.0
+    assert distance_to_cone(np.array([[1.0, -0.8], [-0.8, 1.0]]), 1) == pytest.approx(0.6, rel=1e-15)
+
+
+def test_zeros_are_no_invalid_numbers():
+    with np.errstate(all="raise"):
+        assert not nearest_in_cone(np.eye(2)[None], np.zeros((1, 2))).any()
+        assert nearest_in_cone(np.diag([4.0, 0.0])[None], np.array([[-2.0, 0.0]])).tolist() == [[0.5, 0.0]]
+
+
+@pytest.mark.parametrize(("away", "q"), [(1.5e-8, [1.0, 1.0]), (0.5e-8, [2.0, 0.0])])
+def test_gradients_count_as_dependent_within_a_cosine_of_1e_8(away, q):
+    cosines = np.array([[1.0, 1.0 - away], [1.0 - away, 1.0]])
+    found = nearest_in_cone(cosines[None], -cosines.sum(axis=0)[None])[0]  # both at 1 solve it exactly
+    assert found == pytest.approx(q, abs=1e-6)
+
+
+@pytest.mark.parametrize(("c", "moved"), [(-1.7e-7, 1.7e-7), (-1.3e-7, 0.0)])
+def test_a_conflict_that_gains_less_than_1e_14_is_left(c, moved):
+    q = nearest_in_cone(np.eye(2)[None], np.array([[-1.0, c]]))[0]  # the second gains c^2 / 2
+    assert q == pytest.approx([1.0, moved], rel=1e-12)

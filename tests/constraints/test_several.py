@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from craft_optim import decision
-from craft_optim._kernels import compiled
-from craft_optim._reference import reference_merge_several
+from craft_optim import Rules
+from craft_optim._step.decision import Products, decide
+from craft_optim._step.kernels import compiled
+from craft_optim._step.reference import reference_merge_several
+from craft_optim._step.surgery import GradientSets
 from craft_optim.functional import project_and_merge_, project_and_merge_several_
-from craft_optim.several import ProductsOfSeveral, caps, common_factor, decide_several
-from craft_optim.surgery import GradientSets
 
 SHAPES = [(3,), (), (0,), (7, 5), (2, 3, 4, 4), (200, 130)]
 # One rounding per merge, and what sums in float32 leave in the coefficients
@@ -103,50 +103,28 @@ def test_extreme_scales_match_the_reference(scales, dtype):
     assert_close(retention[-1], expected, dtype)
 
 
-def test_labels_and_shares_are_those_of_one_constraint():
-    """With one retention list every number is that of `GradientPairs` and `decide`."""
-    task, (retention,) = make(1)
-    labels, shares = [0, 1, 0, 1, 2, 2], [1.0, 0.5, 0.5, 1.0, 0.25, 1.0]
-    sets = GradientSets(task, [retention], labels, shares)
-    products, (value,) = sets.inner_products(torch.tensor(2.5))
-    of_one = sets._with_task[0].inner_products()[0]
-    assert value == 2.5
-    for found, expected in zip(products.with_task[0], of_one, strict=True):
-        assert (found == expected).all()
-    rules = {"conflict_threshold": 0.0, "merge": "weighted", "max_norm": 3.0}
-    (found,) = decide_several(products, lams=[0.4], project=[True], **rules)
-    assert found == decision.decide(of_one, lam=0.4, project=True, **rules)
-
-
-def test_blocks_are_decided_on_their_own_and_the_norm_is_that_of_all():
+def test_the_norm_is_that_of_the_merged_gradient_and_is_capped():
     task, retention = make(2)
-    labels = [0, 0, 0, 1, 1, 2]
-    sets = GradientSets(task, copies(retention), labels)
+    sets = GradientSets(task, copies(retention))
     products, _ = sets.inner_products()
-    rules = {"lams": [0.3, 0.1], "project": [True, True], "conflict_threshold": 0.0, "merge": "weighted"}
-    decisions = decide_several(products, **rules)
-    merged = sets.merge_([x.coefficients for x in decisions])
-    for label in range(3):
-        chosen = [i for i, of in enumerate(labels) if of == label]
-        expected = reference_merge_several(
-            [task[i] for i in chosen], [[r[i] for i in chosen] for r in retention],
-            [torch.zeros(SHAPES[i]) for i in chosen], lams=[0.3, 0.1], project=[True, True],
-        )  # fmt: skip
-        assert_close([merged[i] for i in chosen], expected, torch.float32)
+    settings = {"lams": [0.3, 0.1], "project": [True, True]}
+    free = decide(products, **settings, rules=Rules())
+    merged = sets.merge_(free.merges)
     exact = float(torch.cat([g.flatten() for g in merged]).double().norm())
-    assert decisions[0].norm == pytest.approx(exact, rel=1e-5)
-    clipped = decide_several(products, **rules, max_norm=0.5)
-    sets = GradientSets(task, copies(retention), labels)
-    capped = torch.cat([g.flatten() for g in sets.merge_([x.coefficients for x in clipped])])
+    assert free.norm == pytest.approx(exact, rel=1e-5)
+    assert not free.clipped
+    clipped = decide(products, **settings, rules=Rules(max_grad_norm=0.5))
+    capped = torch.cat([g.flatten() for g in GradientSets(task, copies(retention)).merge_(clipped.merges)])
     assert float(capped.norm()) == pytest.approx(0.5, rel=1e-5)
-    assert all(x.clipped and x.norm == 0.5 for x in clipped)
+    assert clipped.clipped
+    assert clipped.norm == 0.5
     torch.testing.assert_close(capped / 0.5, torch.cat([g.flatten() for g in merged]) / exact, rtol=1e-4, atol=1e-6)
 
 
 def test_all_sums_are_read_at_once():
     """Through `reduce`: rows side by side, doubled here as two processes would."""
     task, retention = make(3)
-    sets = GradientSets(task, retention, [0, 1, 0, 1, 0, 1], [1.0] * 5 + [0.5])
+    sets = GradientSets(task, retention, [1.0] * 5 + [0.5])
     scalars = [torch.tensor(float(i)) for i in range(20)]
     expected, values = sets.inner_products(*scalars)
     calls = []
@@ -158,16 +136,24 @@ def test_all_sums_are_read_at_once():
     found, doubled = sets.inner_products(*scalars, reduce=reduce)
     assert calls == [(4, 20)]
     assert doubled == [2.0 * value for value in values]
-    np.testing.assert_allclose(found.of_labels(), 2.0 * expected.of_labels(), rtol=1e-12)
-    np.testing.assert_allclose(found.of_labels().sum(axis=0), found.total(), rtol=1e-12)
+    np.testing.assert_allclose(found.matrix, 2.0 * expected.matrix, rtol=1e-12)
+
+
+def test_shares_weigh_each_tensors_part():
+    task, retention = make(2)
+    shares = [1.0, 0.5, 0.5, 1.0, 0.25, 1.0]
+    found, _ = GradientSets(task, retention, shares).inner_products()
+    weighted = [
+        torch.cat([x.double().flatten() * share**0.5 for x, share in zip(xs, shares, strict=True)])
+        for xs in (task, *retention)
+    ]
+    expected = torch.stack([torch.stack([x @ y for y in weighted]) for x in weighted])
+    np.testing.assert_allclose(found.matrix, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def products_of(rows):
-    """Inner products of vectors, the task's first, in one label."""
-    k = np.array(rows) @ np.array(rows).T
-    m = len(k) - 1
-    with_task = [decision.Products(k[:1, 0], k[j : j + 1, j], k[:1, j]) for j in range(1, m + 1)]
-    return ProductsOfSeveral(with_task, {(i, j): k[i + 1, j + 1 : j + 2] for i in range(m) for j in range(i + 1, m)})
+    """Inner products of vectors, the task's first."""
+    return Products(np.array(rows) @ np.array(rows).T)
 
 
 def test_caps_rule_out_no_optimum():
@@ -178,9 +164,9 @@ def test_caps_rule_out_no_optimum():
         g = rng.standard_normal((3, 4))
         lams = rng.uniform(0.0, 2.0, 3)
         products = products_of([-lams @ g, *g])
-        bounds = caps(products, 1.0)
+        bounds = products.caps(1.0)
         assert all(lam <= bound * (1 + 1e-9) for lam, bound in zip(lams, bounds, strict=True))
-        assert common_factor(products, lams, 1.0) == pytest.approx(1.0)
+        assert products.common_factor(lams, 1.0) == pytest.approx(1.0)
         norms = np.linalg.norm(g, axis=1)
         tight = max(tight, max(lams * norms) / np.linalg.norm(lams @ g))
     assert tight > 1.5, "lambda_j |g_j| <= |g_t| would have ruled out some"
@@ -188,10 +174,10 @@ def test_caps_rule_out_no_optimum():
 
 def test_together_they_do_not_outweigh_the_task():
     products = products_of([[-1.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
-    assert caps(products, 1.5) == [0.75, 0.75]
-    assert common_factor(products, [0.75, 0.75], 1.5) == 0.5
-    assert common_factor(products, [0.2, 0.3], 1.5) == 1.0
-    assert caps(products_of([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]), 1.0) == [float("inf"), 0.5]
+    assert products.caps(1.5) == [0.75, 0.75]
+    assert products.common_factor([0.75, 0.75], 1.5) == 0.5
+    assert products.common_factor([0.2, 0.3], 1.5) == 1.0
+    assert products_of([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]).caps(1.0) == [float("inf"), 0.5]
 
 
 def test_one_list_is_the_function_for_one():
@@ -217,7 +203,7 @@ def test_without_multipliers_it_is_gem():
     [
         ({"lams": [1.0]}, "2, 1 and 1"),
         ({"lams": [1.0, -1.0]}, "must be >= 0"),
-        ({"lams": [1.0, 1.0], "conflict_threshold": 0.1}, r"\[-1, 0\]"),
+        ({"lams": [1.0, 1.0], "conflict_threshold": 0.1}, "<= 0 with several"),
         ({"lams": [1.0, 1.0], "merge": "sum"}, "merge='sum'"),
     ],
 )

@@ -23,10 +23,11 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy, gelu
 from torch.nn.parallel import DistributedDataParallel
 
-from craft_optim import CraftOptimizer, stash
+from craft_optim import Constraint, CraftOptimizer
+from craft_optim._step import gradients as gradient_lists
+from craft_optim._step.processes import average
 from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention
 from craft_optim.anchors.names import plain_name
-from craft_optim.distributed import average
 
 BATCH, ANCHORS = 8, 8  # of all processes together
 BASES = {
@@ -171,10 +172,10 @@ def full(model):
         }
 
 
-def outcome(model, optimizer, retention, metrics):
+def outcome(model, optimizer, metrics):
     """What must be the same on every rank, and in one process."""
     state = {k: v for k, v in optimizer.param_groups[0].items() if k.startswith("craft_")}
-    return {"parameters": full(model), "metrics": metrics, "state": state, "position": retention.position}
+    return {"parameters": full(model), "metrics": metrics, "state": state}
 
 
 # -- closures ----------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def samples(step):
     return x, x[:, :5].argmin(1)
 
 
-IS_HOST = stash._is_host
+IS_HOST = gradient_lists._is_host
 
 
 def train(
@@ -225,7 +226,7 @@ def train(
 ):
     """Trains, from a checkpoint or the start; whole parameters, each step's metrics, and the anchors' position."""
     # As if the main memory were another device's, if gradients wait there; a process serves many tests.
-    stash._is_host = (lambda device: False) if craft.get("gradient_memory") == "host" else IS_HOST
+    gradient_lists._is_host = (lambda device: False) if craft.get("gradient_memory") == "host" else IS_HOST
     model = network()
     wrapped, rank, world_size = PARALLEL[parallel](model)
     with torch.no_grad():  # away from the teacher, so that both gradients matter from the first step
@@ -236,11 +237,14 @@ def train(
         craft["process_group"] = dist.group.WORLD
     run = wrapped if through == "wrapped" else model
     closures = {name: CLOSURES[name](run, AnchorCache.open(cache), world_size) for name in closure.split(" and ")}
-    retention = closures[closure.split(" and ")[0]]
+    epsilon = craft.pop("epsilon", 0.01)
+    constraints = {
+        name: Constraint(one, epsilon[name] if isinstance(epsilon, dict) else epsilon) for name, one in closures.items()
+    }
     optimizer = CraftOptimizer(
         BASES[base](wrapped.parameters()),
-        closures if len(closures) > 1 else retention,
-        **{"epsilon": 0.01, "max_grad_norm": 2.2} | craft,
+        constraints if len(constraints) > 1 else constraints[closure],
+        **{"max_grad_norm": 2.2} | craft,
     )
     options = StateDictOptions(**options or {})
     if load:
@@ -276,7 +280,7 @@ def train(
             checkpoint.async_save(state, checkpoint_id=save).result()
         else:
             checkpoint.save(state, checkpoint_id=save)
-    return outcome(wrapped, optimizer, retention, metrics)
+    return outcome(wrapped, optimizer, metrics)
 
 
 def average_of(seed, kinds):

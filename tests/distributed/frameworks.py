@@ -77,7 +77,7 @@ def accelerate(cache):
         optimizer.step()
         optimizer.zero_grad()
         metrics.append(dict(craft.metrics))
-    return type(wrapped).__name__, outcome(model.net, craft, retention, metrics)
+    return type(wrapped).__name__, outcome(model.net, craft, metrics)
 
 
 def trainer(cache):
@@ -111,7 +111,7 @@ def trainer(cache):
         run = InOrder(model, args, train_dataset=Samples(), optimizer_cls_and_kwargs=(bound, {"lr": 1e-2}))
         run.train()
     craft = run.optimizer.optimizer
-    return type(run.model_wrapped).__name__, outcome(model.net, craft, retention, metrics)
+    return type(run.model_wrapped).__name__, outcome(model.net, craft, metrics)
 
 
 def lightning(cache):
@@ -151,7 +151,7 @@ def lightning(cache):
             enable_model_summary=False,
         )
         run.fit(Module(), loader)
-    return wrappers.pop(), outcome(model.net, craft, retention, metrics)
+    return wrappers.pop(), outcome(model.net, craft, metrics)
 
 
 def peft(parallel):
@@ -175,4 +175,4 @@ def peft(parallel):
     for step in range(STEPS):
         one_step(wrapped, optimizer, step, dist.get_rank(), share)
         metrics.append(dict(optimizer.metrics))
-    return parallel, outcome(wrapped, optimizer, retention, metrics)
+    return parallel, outcome(wrapped, optimizer, metrics)

@@ -114,14 +114,16 @@ import sys
 from pathlib import Path
 from building import network, batches
 from craft_optim.anchors.folders import locked
+from craft_optim.anchors.build_folder import BuildFolder
+from craft_optim.anchors.processes import Team
 from craft_optim.anchors.writing import Writer
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 features = {"layers": [], "pooling": {}, "mask": None, "tokens": None}
 settings = {"features": features, "images": "keep", "shard_size": 5, "teacher": {}}
 with locked(folder, rank):
-    writer = Writer(folder, settings, rank, 2)
+    writer = Writer(BuildFolder(folder, settings, Team(None, rank, 2)))
     if rank == 0:
-        writer.prepare(start_over=True)
+        writer.folder.prepare(start_over=True)
     (folder / f"up-{rank}").touch()
     while not (folder / f"up-{1 - rank}").exists():
         pass

@@ -10,8 +10,8 @@ def test_every_constraint_is_decided_alike(processes, cache, alone, assert_same_
     assert_same_run(processes.run(2, "cases.train", cache=cache, parallel=parallel, **BOTH), alone(**BOTH))
 
 
-def test_blocks_of_their_own(processes, cache, alone, assert_same_run):
-    settings = BOTH | {"granularity": "tensor", "gradient_memory": "host"}
+def test_gradients_that_wait_on_the_host(processes, cache, alone, assert_same_run):
+    settings = BOTH | {"gradient_memory": "host"}
     assert_same_run(processes.run(2, "cases.train", cache=cache, parallel="fsdp2", **settings), alone(**settings))
 
 

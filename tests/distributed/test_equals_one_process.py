@@ -39,8 +39,7 @@ def test_the_runs_compared_are_not_trivial(alone):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"granularity": "tensor"},
-        {"granularity": "group", "merge": "equal", "projection": "always"},
+        {"merge": "equal", "projection": "always"},
         {"retention_every": 2},
         {"base": "sgd"},
         {"micro_batches": 2},
@@ -52,11 +51,9 @@ def test_settings(processes, cache, alone, assert_same_run, parallel, settings):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "fsdp2", "tp", "fsdp1"])
-@pytest.mark.parametrize("granularity", ["global", "tensor"])
-def test_gradients_that_wait_on_the_host(processes, cache, alone, assert_same_run, parallel, granularity):
-    settings = {"granularity": granularity, "gradient_memory": "host"}
-    ranks = processes.run(2, "cases.train", cache=cache, parallel=parallel, **settings)
-    assert_same_run(ranks, alone(granularity=granularity))
+def test_gradients_that_wait_on_the_host(processes, cache, alone, assert_same_run, parallel):
+    ranks = processes.run(2, "cases.train", cache=cache, parallel=parallel, gradient_memory="host")
+    assert_same_run(ranks, alone())
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
@@ -67,12 +64,6 @@ def test_gradients_that_wait_in_bfloat16(processes, cache, alone, parallel):
         for name in ("retention_loss", "task_grad_norm", "merged_grad_norm"):
             assert mine[name] == pytest.approx(exact[name], rel=0.02)
         assert mine["task_grad_norm"] != exact["task_grad_norm"], "they are rounded"
-
-
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_streaming_is_refused(processes, cache, parallel):
-    with pytest.raises(pytest.fail.Exception, match="is for one process"):
-        processes.run(2, "cases.train", cache=cache, parallel=parallel, gradient_memory="streaming")
 
 
 @pytest.mark.parametrize(("world_size", "parallel"), [(2, "ddp"), (4, "fsdp2"), (4, "fsdp2 x tp")])

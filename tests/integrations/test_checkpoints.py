@@ -39,7 +39,7 @@ def _base_load(run, folder):
     run.model.load_state_dict(saved["model"])
     base = run.optimizer.base_optimizer
     base.load_state_dict(saved["optimizer"])
-    run.optimizer = CraftOptimizer(base, run.retention, epsilon=run.optimizer.epsilon)
+    run.optimizer = CraftOptimizer(base, run.retention, epsilon=run.optimizer.constraints[None].epsilon)
     run.scheduler.optimizer = run.optimizer
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer
 from craft_optim.anchors import AnchorCache, LogitRetention, OnlineRetention, build
+from craft_optim.dual import DualAscent
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -22,7 +23,7 @@ from craft_optim.retention import Retention  # noqa: E402
 from craft_optim.transformers import CraftCallback, craft_optimizer  # noqa: E402
 
 # The constraint is never active: what the base steps on is the task gradient, to the bit.
-INACTIVE = {"epsilon": 1e6, "dual": "ascent", "lambda_init": 0.0, "projection": "never"}
+INACTIVE = {"epsilon": 1e6, "dual": DualAscent(0.0), "projection": "never"}
 
 
 def model(dropout: float = 0.1) -> nn.Module:
@@ -213,13 +214,13 @@ def test_evaluations_measure_the_drift_on_other_anchors(cache: AnchorCache, tmp_
     job = Job(
         tmp_path, cache, callbacks=(CraftCallback(drift=lambda: online.drift()),), max_steps=6, eval_strategy="steps",
         eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
-        metric_for_best_model="eval_craft_drift", greater_is_better=False,
+        metric_for_best_model="eval_craft/drift_heldout", greater_is_better=False,
     )  # fmt: skip
     online = OnlineRetention(job.model, rows(12, 5), 4, teacher=model())
     before = job.trainer.evaluate()
-    assert before["eval_craft_drift"] == 0.0
+    assert before["eval_craft/drift_heldout"] == 0.0
     job.train()
-    measured = [row["eval_craft_drift"] for row in job.trainer.state.log_history if "eval_loss" in row]
+    measured = [row["eval_craft/drift_heldout"] for row in job.trainer.state.log_history if "eval_loss" in row]
     assert len(measured) == 3
     assert all(drift > 1e-4 for drift in measured)
     assert job.trainer.state.best_metric == min(measured)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from craft_optim._kernels import compiled
-from craft_optim._kernels.compiled import CompiledPairs, Vectors
-from craft_optim.decision import Weights
+from craft_optim._step.decision import Weights
+from craft_optim._step.kernels import compiled
+from craft_optim._step.kernels.compiled import CompiledPairs, Vectors
 from craft_optim.functional import gram, project_and_merge_
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler")
@@ -42,7 +42,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         work = compiled_pairs(task, retention, [0, 1, 0, 0, 1])
         sums = work.sums(2)
-        work.merge_([Weights(1.0, 0.3, False), Weights(0.5, 0.7, False)])
+        work.merge_([Weights(1.0, 0.3), Weights(0.5, 0.7)])
         found.append((sums.tobytes(), [r.numpy().tobytes() for r in retention]))
     assert found[0] == found[1] == found[2]
     task, retention = pairs(3, 700_001, 0, 4097, 250_000)
@@ -54,7 +54,7 @@ def test_only_retention_gradients_are_written_to():
     task, retention = pairs(5, 9)
     kept = [t.clone() for t in task], [r.clone() for r in retention]
     work = compiled_pairs([task[0], None], [None, retention[1]])
-    work.merge_([Weights(2.0, 3.0, False)])
+    work.merge_([Weights(2.0, 3.0)])
     assert all(torch.equal(a, b) for a, b in zip(task, kept[0], strict=True))
     assert torch.equal(retention[0], kept[1][0])
     assert torch.equal(retention[1], 3.0 * kept[1][1])
@@ -67,7 +67,7 @@ def test_bfloat16_rounds_as_torch_does():
     for other in halves:
         retention = [every.clone()]
         task = [other.expand(1 << 16).contiguous()]
-        compiled_pairs(task, retention).merge_([Weights(1.0, 0.50390625, False)])
+        compiled_pairs(task, retention).merge_([Weights(1.0, 0.50390625)])
         expected = (other.float() + 0.50390625 * every.float()).bfloat16()
         assert torch.equal(retention[0].isnan(), expected.isnan())
         found, wanted = retention[0].nan_to_num(0.0), expected.nan_to_num(0.0)
@@ -82,7 +82,7 @@ def test_dtypes_may_differ_within_a_pair():
             exact = (task[0].double() * retention[0].double()).sum().item()
             assert work.sums(1)[2, 0] == pytest.approx(exact, rel=1e-12, abs=1e-12)
             expected = task[0].double() + 0.5 * retention[0].double()
-            work.merge_([Weights(1.0, 0.5, False)])
+            work.merge_([Weights(1.0, 0.5)])
             step = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}
             error = (retention[0].double() - expected).abs().max().item()
             assert error <= 4 * max(step[r_dtype], 1e-7 if t_dtype != torch.float64 else 0.0)
@@ -141,7 +141,7 @@ def test_a_home_that_cannot_be_written_to(forget, tmp_path, monkeypatch):
 
 
 def test_several_processes_may_compile_at_once(tmp_path):
-    code = "from craft_optim._kernels import compiled; assert compiled.library() is not None"
+    code = "from craft_optim._step.kernels import compiled; assert compiled.library() is not None"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]

@@ -11,9 +11,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from craft_optim._kernels import fused  # noqa: E402
+from craft_optim._step.kernels import fused  # noqa: E402
+from craft_optim._step.surgery import GradientPairs  # noqa: E402
 from craft_optim.functional import project_and_merge_  # noqa: E402
-from craft_optim.surgery import GradientPairs  # noqa: E402
 
 SIGNATURE = {
     **dict.fromkeys(("tensors", "programs"), "*i64"),
@@ -56,10 +56,10 @@ def test_on_a_device_it_does_what_torch_operations_do(dtype, monkeypatch):
     generator = torch.Generator("cuda").manual_seed(0)
     task = [torch.randn(n, generator=generator, device="cuda").to(dtype) for n in (5, 100_000, 4096, 1 << 20)]
     retention = [torch.randn(t.shape, generator=generator, device="cuda").to(dtype) - 0.5 * t for t in task]
-    assert GradientPairs(task, retention)._fused
+    assert GradientPairs(task, retention).ways == {"fused"}
     other = [r.clone() for r in retention]
     found = project_and_merge_(task, retention, lam=0.7)
-    monkeypatch.setattr("craft_optim.surgery._FUSED", frozenset())
+    monkeypatch.setattr("craft_optim._step.surgery._FUSED", frozenset())
     expected = project_and_merge_(task, other, lam=0.7)
     assert (found.tt, found.rr, found.tr) == pytest.approx((expected.tt, expected.rr, expected.tr), rel=1e-4)
     for a, b in zip(retention, other, strict=True):

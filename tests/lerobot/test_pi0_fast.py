@@ -122,7 +122,7 @@ def test_images_are_cached_as_bytes_without_loss(policy, old_batches, tmp_path):
     for name, tensor in old_batches[0].items():
         assert torch.equal(read[name], tensor), name
     image = next(name for name in read if name.startswith("observation.image"))
-    assert retention.cache._shards[0].entries[f"inputs.{image}"].dtype == torch.uint8
+    assert retention.cache.shards[0].entries[f"inputs.{image}"].dtype == torch.uint8
 
 
 def test_the_policys_own_actions_are_anchors_without_demonstrated_ones(policy, shipped, old_batches, tmp_path):

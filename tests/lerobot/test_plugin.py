@@ -132,7 +132,7 @@ def test_a_plain_checkpoint_resumes_with_the_plugin(act, finished_run, tmp_path,
     run = train("act", act, *resume(out, 2), f"--craft.anchors.path={anchors}", "--craft.epsilon=0.02")
     assert [row["step"] for row in rows(out)] == [3, 4]
     assert rows(out)[0]["retention_loss"] > 0.0, "the teacher is the pretrained policy, not the checkpoint"
-    assert run.optimizer.epsilon(0) == 0.02
+    assert run.optimizer.constraints[None].schedule(0) == 0.02
 
 
 def test_with_a_multiplier_of_zero_it_is_the_plain_run(act, tmp_path):
@@ -160,7 +160,7 @@ def test_it_goes_on_after_a_part_without_it(act, finished_run, tmp_path):
     out = copied(finished_run, tmp_path / "out", until=2)
     run = train("act", act, *resume(out, 2), "--craft.dual=nupi", "--steps=3")
     assert {name for name in run.optimizer.param_groups[0] if name.startswith("craft_dual_")} == {
-        f"craft_dual_{name}" for name in run.optimizer.controller.initial_state()
+        f"craft_dual_{name}" for name in run.optimizer.constraints[None].controller.initial_state()
     }
     assert run.optimizer.param_groups[0]["craft_anchor_position"] == 3
     train("act", act, *resume(out, 3, "--steps=5"), with_plugin=False)
@@ -325,11 +325,11 @@ def test_the_command(act, tmp_path, monkeypatch):
 
 
 def test_its_optimizer_is_the_presets(act, tmp_path):
-    run = train("act", act, *arguments(act, tmp_path / "out", steps=2), *CRAFT, "--craft.gradient_memory=streaming")
+    run = train("act", act, *arguments(act, tmp_path / "out", steps=2), *CRAFT, "--craft.gradient_memory=bfloat16")
     assert isinstance(run.optimizer, CraftOptimizer)
     groups = run.optimizer.base_optimizer.param_groups
     assert type(run.optimizer.base_optimizer) is torch.optim.AdamW
     assert len(groups) == 2, "ACT trains its backbone at a rate of its own"
-    assert run.optimizer.max_grad_norm == 10.0
-    assert run.optimizer.gradient_memory == "streaming"
+    assert run.optimizer.rules.max_grad_norm == 10.0
+    assert run.optimizer.rules.gradient_memory == "bfloat16"
     assert run.optimizer.metrics["retention_step"] == 1.0

@@ -52,7 +52,7 @@ def runs_folder(tmp_path):
         held = rows(method="craft", seed=seed, final=1.0 + 0.05 * seed, seconds=0.1)
         plain = rows(method="adamw", seed=seed, epsilon=None, seconds=0.05)
         for row in plain:
-            row["drift"] = 2.0 + 0.1 * seed
+            row["drift_anchors"] = 2.0 + 0.1 * seed
         write(tmp_path / "runs" / f"craft-seed{seed}" / "metrics.jsonl", held)
         write(tmp_path / "runs" / f"adamw-seed{seed}" / "metrics.jsonl", plain)
     return tmp_path / "runs"

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from craft_optim.report import read_outcomes, read_runs, render
+from craft_optim.report import read_runs, render
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
@@ -52,11 +52,10 @@ def page(tmp_path_factory, rows, write):
         write(folder / "runs" / f"c{seed}.jsonl", rows(300, method="craft", seed=seed, final=1.0 + seed / 10))
     plain = rows(300, method="adamw", seed=0, epsilon=None)
     for row in plain:
-        row["drift"] = 2.0
+        row["drift_anchors"] = 2.0
     write(folder / "runs" / "a.jsonl", plain)
-    (folder / "o.json").write_text(json.dumps({"points": [{"method": "craft", "x": 0.9, "y": 0.9}]}))
     file = folder / "report.html"
-    file.write_text(render(read_runs([str(folder / "runs")]), read_outcomes(folder / "o.json")))
+    file.write_text(render(read_runs([str(folder / "runs")])))
     return file
 
 
@@ -122,7 +121,7 @@ def test_lines_have_the_colours_of_their_methods(page, tmp_path, dark):
     found = {colour: count for count, colour in picture.getcolors(picture.width * picture.height)}
     inks = ("#5fb0f0", "#ff9a4d") if dark else ("#1b6ca8", "#d95f02")
     for ink in inks:
-        # Beyond swatches of 12 x 12 pixels in card, legend and scatter: lines
+        # Beyond swatches of 12 x 12 pixels in card and legend: lines
         assert found.get(tuple(bytes.fromhex(ink[1:])), 0) > 1000, ink
     background = max(found, key=found.get)
     assert (sum(background) < 200) == dark

@@ -1,22 +1,13 @@
 """craft-optim report, and its pictures."""
 
-import json
 import sys
 
 import pytest
 from PIL import Image
 
 from craft_optim.cli import main
-from craft_optim.report import read_outcomes, read_runs
+from craft_optim.report import read_runs
 from craft_optim.report.pictures import draw
-
-OUTCOMES = {"points": [{"method": "craft", "x": 0.9, "y": 0.8, "x_interval": [0.8, 1.0]}]}
-
-
-@pytest.fixture
-def outcomes(tmp_path):
-    (tmp_path / "outcomes.json").write_text(json.dumps(OUTCOMES))
-    return tmp_path / "outcomes.json"
 
 
 def test_a_page_and_what_is_said(runs_folder, tmp_path, monkeypatch, capsys):
@@ -33,24 +24,16 @@ def test_a_page_and_what_is_said(runs_folder, tmp_path, monkeypatch, capsys):
     assert f"Page: report.html ({len(page.encode()) / 1e3:.3g} kB)" in said
 
 
-def test_all_options(runs_folder, outcomes, tmp_path, capsys):
+def test_all_options(runs_folder, tmp_path, capsys):
     made = tmp_path / "page.html"
     one = runs_folder / "craft-seed0" / "metrics.jsonl"
-    options = [f"--out={made}", f"--png={tmp_path / 'png' / 's'}", "--title=A title", "--pareto", str(outcomes)]
+    options = [f"--out={made}", f"--png={tmp_path / 'png' / 's'}", "--title=A title"]
     assert main(["report", f"mine={one}", *options]) == 0
     assert "A title" in made.read_text()
     assert "mine" in made.read_text()
-    assert made.read_text().count("<svg") == 1
     names = {file.stem for file in (tmp_path / "png" / "s").iterdir()}
-    assert names == {"loss", "drift", "lambda", "cosine", "shares", "norms", "cost", "overview", "pareto"}
-    assert "Pictures: 9" in capsys.readouterr().out
-
-
-def test_outcomes_alone(outcomes, tmp_path):
-    assert main(["report", "--pareto", str(outcomes), str(outcomes), f"--out={tmp_path / 'p.html'}"]) == 0
-    page = (tmp_path / "p.html").read_text()
-    assert page.count("<svg") == 2
-    assert "<h3>outcomes</h3>" in page
+    assert names == {"loss", "drift", "lambda", "cosine", "shares", "norms", "cost", "overview"}
+    assert "Pictures: 8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -106,8 +89,8 @@ def test_following_ends_with_a_key(runs_folder, monkeypatch, capsys):
     assert pauses == [0.5]
 
 
-def test_pictures_show_what_is_there(runs_folder, outcomes, tmp_path):
-    files = draw(read_runs([str(runs_folder)]), read_outcomes(outcomes), tmp_path / "png")
+def test_pictures_show_what_is_there(runs_folder, tmp_path):
+    files = draw(read_runs([str(runs_folder)]), tmp_path / "png")
     for file in files:
         picture = Image.open(file).convert("RGB")
         inks = {colour for _, colour in picture.getcolors(picture.width * picture.height)}

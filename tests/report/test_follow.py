@@ -26,28 +26,32 @@ def test_sparks():
 
 def test_what_has_been_added(tmp_path, rows, write):
     path = write(tmp_path / "run" / "metrics.jsonl", rows(10, every=4))
-    run = Followed(path)
-    assert run.update()
-    assert not run.update()
-    assert (run.name, run.last["step"], run.last["loss"]) == ("run", 9, rows(10)[9]["loss"])
+    run = Followed.read(path)
+    assert (run.name, run.past("step")[-1], run.past("loss")[-1]) == ("run", 9, rows(10)[9]["loss"])
     assert run.past("retention_loss") == [row["retention_loss"] for row in rows(10, every=4)][::4]
     assert run.ms_per_step == pytest.approx(250.0)
     with path.open("a") as file:
         file.write(json.dumps({"step": 10, "lambda": 9.0}) + '\n{"step"')
-    assert run.update()
-    assert (run.last["step"], run.last["lambda"]) == (10, 9.0)
-    assert run.last["loss"] == rows(10)[9]["loss"], "the last there was"
+    run = Followed.read(path)
+    assert (run.past("step")[-1], run.past("lambda")[-1]) == (10, 9.0)
+    assert run.past("loss")[-1] == rows(10)[9]["loss"], "the last there was"
 
 
 @pytest.mark.parametrize("appended", [True, False])
 def test_a_run_that_began_anew(tmp_path, rows, write, appended):
-    path = write(tmp_path / "metrics.jsonl", rows(50))
-    run = Followed(path)
-    run.update()
     anew = rows(3, final=7.0)
-    write(path, [*rows(50), *anew] if appended else anew)
-    run.update()
-    assert run.past("loss") == [row["loss"] for row in anew]
+    path = write(tmp_path / "metrics.jsonl", [*rows(50), *anew] if appended else anew)
+    assert Followed.read(path).past("loss") == [row["loss"] for row in anew]
+
+
+def test_of_a_long_run_the_end_is_read(tmp_path, rows, write, monkeypatch):
+    path = write(tmp_path / "metrics.jsonl", rows(2000))
+    long = Followed.read(path)
+    assert [row["step"] for row in long.rows] == [*range(1600, 2000)]
+    whole = path.read_text()
+    path.write_text("not json" + whole[8:])
+    monkeypatch.setattr("craft_optim.report.follow._BYTES", len(whole) // 4)
+    assert Followed.read(path).rows == long.rows
 
 
 def test_a_growing_file_is_shown_as_it_grows(tmp_path, rows, write):

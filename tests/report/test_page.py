@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from craft_optim.report import read_outcomes, read_runs, render
+from craft_optim.report import read_runs, render
 from craft_optim.report.panels import POINTS
 
 EVIL = '</script><script>alert(1)</script><img src="http://x.invalid/a.png">'
@@ -81,8 +81,7 @@ def test_charts_have_numbers_and_words(page):
 
 def test_names_are_text(tmp_path, rows, write):
     write(tmp_path / "m.jsonl", rows(method=EVIL, seed=0))
-    (tmp_path / "o.json").write_text(json.dumps({"points": [{"method": EVIL, "x": 1, "y": 1}], "title": EVIL}))
-    text = render(read_runs([str(tmp_path / "m.jsonl")]), read_outcomes(tmp_path / "o.json"), EVIL)
+    text = render(read_runs([str(tmp_path / "m.jsonl")]), EVIL)
     page = Page(text)
     assert len(page.scripts) == 3
     assert not page.all("img")
@@ -125,11 +124,3 @@ def test_numbers_that_json_does_not_have(tmp_path, write):
     curves = [curve for panel in page.data["panels"] if panel["log"] for curve in panel["curves"]]
     assert curves
     assert all(value is None for curve in curves for value in curve["y"])
-
-
-def test_outcomes_alone(tmp_path):
-    (tmp_path / "o.json").write_text(json.dumps({"points": [{"method": "a", "x": 0.5, "y": 1}]}))
-    page = Page(render([], read_outcomes(tmp_path / "o.json")))
-    assert len(page.all("svg")) == 1
-    assert not page.scripts
-    assert "Did it hold?" not in page.words

@@ -86,7 +86,7 @@ def test_drift_and_what_stands_in_for_it(run_of, rows):
     (curve,) = by_key([batches])["drift"].curves
     assert (curve.label, curve.style) == ("anchor batches", "solid")
     content = rows()
-    content[50] |= {"drift": 0.04, "drift_heldout": 0.09}
+    content[50] |= {"drift_anchors": 0.04, "drift_heldout": 0.09}
     found = by_key([run_of(content, "measured")])["drift"].curves
     assert [(c.label, c.style, len(c.x)) for c in found] == [
         ("", "solid", 1),

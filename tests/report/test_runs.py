@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from craft_optim.metrics import METRICS, CSVWriter, JSONLWriter
-from craft_optim.report.runs import Tail, files_of, read_file, read_runs
+from craft_optim.metrics import METRICS, JSONLWriter
+from craft_optim.report.runs import files_of, read_file, read_runs
 
 
 def only(path, **settings):
@@ -37,14 +37,14 @@ def test_nulls_and_missing_keys(tmp_path, write):
     given = [
         {"step": 0, "loss": 1.0, "violation": None},
         {"step": 1, "note": "text", "deep": {"a": 1}},
-        {"step": 2, "drift": 0.5},
+        {"step": 2, "drift_anchors": 0.5},
         {"loss": 3.0},
         {"step": None, "loss": 4.0},
     ]
     run = only(write(tmp_path / "m.jsonl", given))
     assert run.steps.tolist() == [0, 1, 2]
     assert run.measured("loss")[1].tolist() == [1.0]
-    assert run.measured("drift")[0].tolist() == [2]
+    assert run.measured("drift_anchors")[0].tolist() == [2]
     assert len(run.measured("violation")[0]) == 0
 
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_replaces_what_it_did_again(tmp_path, rows, write):
 
 
 def test_rows_of_one_step_are_one(tmp_path, write):
-    given = [{"step": 5, "loss": 1.0}, {"step": 5, "eval_craft_drift": 0.1}, {"step": 9, "loss": 0.5}]
+    given = [{"step": 5, "loss": 1.0}, {"step": 5, "eval_craft/drift_heldout": 0.1}, {"step": 9, "loss": 0.5}]
     run = only(write(tmp_path / "m.jsonl", given))
     assert run.steps.tolist() == [5, 9]
     assert run["loss"].tolist() == [1.0, 0.5]
@@ -93,18 +93,16 @@ def test_rows_of_one_step_are_one(tmp_path, write):
     assert run.notes == ()
 
 
-def test_what_the_sinks_write(tmp_path):
-    jsonl, table = JSONLWriter(tmp_path / "a.jsonl"), CSVWriter(tmp_path / "b.csv")
+def test_what_the_writer_writes(tmp_path):
+    jsonl = JSONLWriter(tmp_path / "a.jsonl")
     for step in range(4):
         metrics = {**dict.fromkeys(METRICS, 0.5), "retention_step": 3.0 * step, "fresh": 1.0}
         jsonl.log(loss=1.0)
         jsonl(metrics)
-        table(metrics)
-    for file in ("a.jsonl", "b.csv"):
-        run = only(tmp_path / file)
-        assert run.steps.tolist() == [0, 3, 6, 9]
-        assert run["lambda"].tolist() == [0.5] * 4
-    assert only(tmp_path / "a.jsonl")["loss"].tolist() == [1.0] * 4
+    run = only(tmp_path / "a.jsonl")
+    assert run.steps.tolist() == [0, 3, 6, 9]
+    assert run["lambda"].tolist() == [0.5] * 4
+    assert run["loss"].tolist() == [1.0] * 4
 
 
 def test_a_run_of_lerobot_train(tmp_path, write):
@@ -115,7 +113,7 @@ def test_a_run_of_lerobot_train(tmp_path, write):
     (folder / "checkpoints").mkdir()
     (run,) = read_runs([str(folder)])
     assert run.name == "new_task"
-    assert run.measured("drift")[1].tolist() == [0.2]
+    assert run.measured("drift_anchors")[1].tolist() == [0.2]
     assert run.measured("drift_heldout")[1].tolist() == [0.3]
 
 
@@ -139,8 +137,8 @@ def test_several_constraints_are_seen_one_by_one(tmp_path, write):
     assert second["retention_loss"].tolist() == [0.1]
     assert second["epsilon"].tolist() == [0.2]
     assert second["loss"].tolist() == [1.0]
-    assert (second["drift"].tolist(), second["drift_heldout"].tolist()) == ([0.15], [0.7])
-    assert np.isnan(first["drift"]).all()
+    assert (second["drift_anchors"].tolist(), second["drift_heldout"].tolist()) == ([0.15], [0.7])
+    assert np.isnan(first["drift_anchors"]).all()
     stale = read_file(write(tmp_path / "n.jsonl", [row, row | {"step": 1, "fresh": 0.0}]))
     assert [run.measured("retention_loss")[0].tolist() for run in stale] == [[0], [0]]
 
@@ -205,18 +203,3 @@ def test_what_cannot_be_read_says_so(tmp_path, name, content, kind, said):
 def test_a_folder_without_runs(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no run"):
         read_runs([str(tmp_path)])
-
-
-def test_a_file_that_grows(tmp_path):
-    path = tmp_path / "m.jsonl"
-    tail = Tail(path)
-    assert [*tail.rows()] == []
-    path.write_text('{"a": 1}\n{"a"')
-    assert [*tail.rows()] == [{"a": 1}]
-    with path.open("a") as file:
-        file.write(': 2}\nnot json\n[1]\n\n{"a": 3}\n')
-    assert [*tail.rows()] == [{"a": 2}, {"a": 3}]
-    assert (tail.unreadable, tail.rest, tail.restarts) == (2, b"", 0)
-    path.write_text('{"b": 1}\n')
-    assert [*tail.rows()] == [{"b": 1}]
-    assert tail.restarts == 1

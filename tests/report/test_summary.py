@@ -45,7 +45,7 @@ def test_drift_over_many_anchors_goes_first(run_of):
     run = run_of()
     measured = np.full(100, np.nan)
     measured[[0, 50, 90]] = 0.0, 0.2, 0.07
-    found = summarise(changed(run, drift=measured, drift_heldout=3 * measured))
+    found = summarise(changed(run, drift_anchors=measured, drift_heldout=3 * measured))
     assert (found.drift, found.heldout, found.over_anchors) == (0.07, pytest.approx(0.21), True)
 
 
@@ -76,7 +76,7 @@ def test_why_it_was_not_held(run_of):
 
 
 def test_remarks_on_runs_that_held(run_of):
-    run = changed(run_of(), drift=0.05)
+    run = changed(run_of(), drift_anchors=0.05)
     assert judge(summarise(changed(run, drift_heldout=0.1))).words.endswith("held.")
     far = judge(summarise(changed(run, drift_heldout=0.8, skipped=2.0)))
     assert far.kind == "held"
@@ -87,7 +87,7 @@ def test_remarks_on_runs_that_held(run_of):
 def test_without_a_constraint(run_of):
     plain = run_of(epsilon=None)
     assert judge(summarise(plain)).words == "Nothing was constrained, and no drift was measured."
-    found = judge(summarise(changed(plain, drift=2.5)))
+    found = judge(summarise(changed(plain, drift_anchors=2.5)))
     assert (found.kind, found.words) == ("free", "Nothing was constrained: drift ended at 2.5.")
     assert judge(summarise(changed(run_of(), epsilon=0.0))).kind == "free", "no ratio to a drift of 0"
 
@@ -99,7 +99,7 @@ def test_several_seeds(run_of):
     assert both.words.startswith("Held in 2 of 3 runs, from 0.5")
     assert "The largest: drift ended at" in both.words
     assert judge_all(found[:1]) == judge(found[0])
-    plain = summarise(changed(run_of(epsilon=None), drift=2.5))
+    plain = summarise(changed(run_of(epsilon=None), drift_anchors=2.5))
     assert judge_all([plain, plain]).words == "Nothing was constrained: drift ended from 2.5 to 2.5 in 2 runs."
 
 

@@ -1,0 +1,1 @@
+"""Success on every task after every stage of training: the matrix and its measures, its files, its picture."""

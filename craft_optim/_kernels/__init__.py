@@ -1,6 +1,0 @@
-"""Three ways to form inner products of two lists of gradients and to merge them; `craft_optim.surgery` chooses.
-
-- `compiled`: one pass of C++ over gradients in main memory, compiled when it is first needed.
-- `fused`: Triton kernels over all gradients of a CUDA device.
-- `portable`: torch operations, for everything else.
-"""

@@ -1,0 +1,304 @@
+"""Constraint: a retention loss, the drift it may show, the controller of its multiplier; and its pass in one step."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from craft_optim.dual import Controller, Update, make_controller
+from craft_optim.retention import Retention, RetentionClosure, as_retention
+from craft_optim.schedules import Schedule, as_schedule, epsilon_at
+
+from . import scaling
+from .decision import MOST
+from .gradients import Gradients, gradients_of, leaves, put, set_aside
+from .layout import Layout
+from .rules import Projection
+
+__all__ = ["Constraint", "Passed", "RetentionPass", "constraints_of", "initial_state", "keyed", "prefix"]
+
+_EPSILON, _DUAL = 0.05, "pi"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """L_ret <= epsilon(t), one of several.
+
+    Args:
+        retention: Returns L_ret on its next anchors: a `craft_optim.Retention`, or a function without arguments.
+        epsilon: The drift to allow, in the unit of L_ret: a number, a `craft_optim.schedules` object, or any callable
+            step -> float.
+        dual: How lambda is found: "pi", "ascent", "nupi", "augmented_lagrangian" or a `craft_optim.dual.Controller`.
+
+    Attributes:
+        closure: `retention`, as an object that can be asked.
+        schedule: `epsilon`, as a function of the step.
+        controller: `dual`, as an object.
+
+    Raises:
+        TypeError: `retention` cannot be called, or `epsilon` or `dual` is none.
+        ValueError: A value is out of its range, or a name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from craft_optim import Constraint, CraftOptimizer
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> base = torch.optim.SGD([w], lr=0.1)
+        >>> optimizer = CraftOptimizer(
+        ...     base, {"first": Constraint(lambda: w[0] ** 2, 0.5), "second": Constraint(lambda: w[1] ** 2, 0.1)}
+        ... )
+        >>> w.sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.metrics["epsilon/second"]
+        0.1
+    """
+
+    retention: RetentionClosure
+    epsilon: float | Schedule = _EPSILON
+    dual: str | Controller = _DUAL
+    closure: Retention = field(init=False, repr=False, compare=False)
+    schedule: Schedule = field(init=False, repr=False, compare=False)
+    controller: Controller = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = {
+            "closure": as_retention(self.retention, "retention"),
+            "schedule": as_schedule(self.epsilon),
+            "controller": make_controller(self.dual),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+
+Constraints = RetentionClosure | Constraint | Mapping[str, RetentionClosure | Constraint] | Sequence[Constraint]
+"""One constraint without a name, or several by name or by place, as `CraftOptimizer` takes them."""
+
+
+def constraints_of(
+    given: Constraints | None, epsilon: float | Schedule | None = None, dual: str | Controller | None = None
+) -> dict[str | None, Constraint]:
+    """The constraints by name, whose name is None if it is the only one and has none; empty for None.
+
+    Args:
+        given: As `CraftOptimizer` takes it. Places of a list are the names "0", "1", ...
+        epsilon: For closures that are no `Constraint`; None for 0.05.
+        dual: For closures that are no `Constraint`; None for "pi".
+
+    Raises:
+        TypeError: One cannot be called, or a name is not a string.
+        ValueError: There is none, too many, a name that keys cannot be made of, or a Constraint and an `epsilon` or
+            `dual` beside it.
+    """
+    what = "`retention_closure`"
+    if given is None:
+        return {}
+    named: dict[Any, Any] = {None: given}
+    if isinstance(given, list | tuple):
+        given = {str(place): one for place, one in enumerate(given)}
+    if isinstance(given, Mapping):
+        named = dict(given)
+        for name in named:
+            if not isinstance(name, str):
+                raise TypeError(f"Names in {what} must be strings. Found {name!r}.")
+            if not name or "/" in name:
+                raise ValueError(
+                    f'Names in {what} must not be empty or contain "/": metrics are called "lambda/name". '
+                    f"Found {name!r}."
+                )
+    if not named:
+        raise ValueError(f"{what} must name at least one closure, or be None. Found none.")
+    if len(named) > MOST:
+        raise ValueError(
+            f"{what} may name at most {MOST} closures, since each is a pass of its own. Found {len(named)}. Put those "
+            "that may share an epsilon into one `craft_optim.anchors.CombinedRetention`."
+        )
+    ready = [one for one in named.values() if isinstance(one, Constraint)]
+    for setting, value in (("epsilon", epsilon), ("dual", dual)):
+        if ready and value is not None:
+            raise ValueError(
+                f"`{setting}` is the closures' that are no Constraint, and {what} has {len(ready)} Constraint objects. "
+                f"Found {setting}={value!r}: say it in each, Constraint(retention, {setting}=...)."
+            )
+
+    def constraint(name: str | None, one: Any) -> Constraint:
+        if isinstance(one, Constraint):
+            return one
+        as_retention(one, "retention_closure" if name is None else f"retention_closure[{name!r}]")
+        return Constraint(one, _EPSILON if epsilon is None else epsilon, _DUAL if dual is None else dual)
+
+    return {name: constraint(name, one) for name, one in named.items()}
+
+
+def initial_state(controller: Controller) -> dict[str, float]:
+    """The floats of one constraint before its first pass."""
+    dual = {f"craft_dual_{key}": float(value) for key, value in controller.initial_state().items()}
+    return {"craft_lambda": 0.0, "craft_anchor_position": 0.0, **scaling.initial_scale(), **dual}
+
+
+def keyed(what: str, name: str | None) -> str:
+    """The key of a constraint's metric or float of the state."""
+    return what if name is None else f"{what}/{name}"
+
+
+def prefix(name: str | None) -> str:
+    """The beginning of a message about a constraint."""
+    return "" if name is None else f"Constraint {name!r}: "
+
+
+class Passed(NamedTuple):
+    """The result of one pass.
+
+    Attributes:
+        loss: L_ret, a tensor without a graph.
+        gradients: The gradients of `scale` times the loss, as autograd left them.
+        scale: The private loss scale; 1 without float16.
+    """
+
+    loss: Tensor
+    gradients: Gradients
+    scale: float
+
+
+class RetentionPass:
+    """One constraint in one step: the pass of its closure, apart from all else, and its multiplier.
+
+    A line search runs the pass once for each evaluation: the same number, so the same anchors.
+
+    Args:
+        name: The constraint's; None if it has none.
+        constraint: Itself.
+        step: Optimizer steps before this one.
+        parameters: All of the optimizer's. Their `.grad` is in the stash: it is None after a pass, or what it gave.
+        state: The constraint's own `craft_*` floats before the step.
+        layout: The processes.
+        float16: True if float16 takes part in the closure's backward; None to find out.
+
+    Attributes:
+        name, constraint: As given.
+        epsilon: At this step.
+        state: The floats after the step.
+        float16: As found out.
+        update: The controller's answer; None before it was asked.
+
+    Raises:
+        ValueError: epsilon(t) is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        constraint: Constraint,
+        step: int,
+        parameters: list[Tensor],
+        *,
+        state: dict[str, float],
+        layout: Layout,
+        float16: bool | None,
+    ) -> None:
+        self.name, self.constraint, self.state, self.float16 = name, constraint, state, float16
+        self.epsilon = epsilon_at(constraint.schedule, step)
+        self.update: Update | None = None
+        self._closure, self._parameters, self._layout = constraint.closure, parameters, layout
+        self._number = int(state["craft_anchor_position"])
+
+    def gradients(self) -> Passed:
+        """Runs the closure and its backward on the anchors of this step."""
+        put(self._parameters, [None] * len(self._parameters))  # they are in the stash
+        with self._layout.own_reduction(), torch.enable_grad():
+            loss, scale = self._scaled_loss()
+            with self._protected(loss):
+                loss.backward()  # type: ignore[no-untyped-call]
+                retention = gradients_of(self._parameters)
+        retention = self._layout.averaged(retention, self._parameters)
+        self._check_reached(retention)
+        return Passed(loss.detach() if scale == 1.0 else loss.detach() / scale, retention, scale)
+
+    def count(self) -> None:
+        """Writes into the state that the anchors of this step have been used."""
+        self.state["craft_anchor_position"] = self._number + 1.0
+
+    @contextmanager
+    def _protected(self, loss: Tensor) -> Iterator[None]:
+        """Within the block the backward reaches no `.grad` that is not the optimizer's own."""
+        own = {id(p) for p in self._parameters}
+        reachable = list(self._closure.parameters()) or leaves(loss)
+        with set_aside([p for p in reachable if id(p) not in own]):
+            yield
+
+    def _scaled_loss(self) -> tuple[Tensor, float]:
+        """L_ret times the private scale, and the scale."""
+        loss = self._closure.loss(self._number)
+        _check_loss(loss, self.name)
+        if self.float16 is None:
+            self.float16 = scaling.reaches_float16(loss)
+        scale = self.state["craft_scale"] if self.float16 else 1.0
+        wide = loss.float() if loss.dtype == torch.float16 else loss
+        return (wide if scale == 1.0 else wide * scale), scale
+
+    def _check_reached(self, retention: Gradients) -> None:
+        # FSDP1 leaves a process parameters without elements, and those without gradients.
+        reached = [g is not None for p, g in zip(self._parameters, retention, strict=True) if p.numel() > 0]
+        if reached and not any(reached):
+            raise RuntimeError(
+                f"{prefix(self.name)}The retention loss reaches none of the optimizer's parameters: every "
+                "retention gradient is None. Does the closure run the model that is being trained (not a copy, not a "
+                "re-created PEFT wrapper), and are the parameters behind the anchored output trainable? Under "
+                "DeepSpeed ZeRO the optimizer owns flattened copies that no backward reaches: use DDP or FSDP2."
+            )
+
+    def overflowed(self, scale: float) -> bool:
+        """Takes note of an overflow in float16; says whether a smaller scale, which the state has then, may help."""
+        if scale == 1.0:
+            self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
+            return False
+        self.state |= scaling.shrunk(self.state)
+        return True
+
+    def passed(self) -> None:
+        """Takes note of a pass whose gradients are finite."""
+        if self.float16:
+            self.state |= scaling.grown(self.state)
+
+    def multiplier(self, loss: float, cap: float) -> float:
+        """Asks the controller."""
+        dual = {k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")}
+        update = self.constraint.controller(dual, loss=loss, epsilon=self.epsilon, cap=cap)
+        self.state |= {f"craft_dual_{k}": float(v) for k, v in update.state.items()}
+        return self.use(update)
+
+    def use(self, update: Update) -> float:
+        """Takes an update for the merges of this step."""
+        self.update = update
+        self.state["craft_lambda"] = update.multiplier
+        return update.multiplier
+
+    def may_project(self, projection: Projection, loss: float) -> bool:
+        """Says whether the task gradient may lose its part that works against the constraint."""
+        return projection == "always" or (projection == "violated" and loss > self.epsilon)
+
+    def violation(self, loss: float) -> float:
+        """loss / epsilon."""
+        return loss / self.epsilon if self.epsilon > 0.0 else math.inf if loss > 0.0 else 0.0
+
+
+def _check_loss(loss: object, name: str | None) -> None:
+    what = "`retention_closure`" if name is None else f"`retention_closure[{name!r}]`"
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{what} must return the retention loss as a tensor. Found {type(loss).__name__}. "
+            "Return the loss itself, not loss.item(), and do not call backward."
+        )
+    if loss.numel() != 1:
+        raise RuntimeError(
+            f"{what} must return a scalar. Found a tensor of shape {tuple(loss.shape)}. Reduce it, for example with "
+            ".mean()."
+        )
+    if not loss.requires_grad:
+        raise RuntimeError(
+            f"{what} returned a loss without a graph: it reaches no trainable parameter. Is it computed under no_grad, "
+            "detached, or from a model whose parameters are all frozen?"
+        )

@@ -1,0 +1,162 @@
+"""Gradients of parameters as lists of pointers: taken out of `.grad`, kept in a `Stash`, put back."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rules import GradientMemory
+
+__all__ = ["Gradients", "Stash", "all_zero", "gradients_of", "leaves", "nodes", "not_zero", "put", "set_aside"]
+
+Gradients = list[Tensor | None]
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> Gradients:
+    """The `.grad` of each parameter; no copies."""
+    return [p.grad for p in parameters]
+
+
+def put(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
+    """Points each parameter's `.grad` at the given tensor, or at nothing."""
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g
+
+
+@contextmanager
+def set_aside(parameters: list[Tensor]) -> Iterator[Gradients]:
+    """Within the block every `.grad` is None; afterwards, also after an exception, it is what it was.
+
+    Yields the gradients that were set aside. Only pointers move: no memory, no traffic.
+    """
+    kept = gradients_of(parameters)
+    try:
+        for p in parameters:
+            p.grad = None
+        yield kept
+    finally:
+        put(parameters, kept)
+
+
+def not_zero(gradients: Iterable[Tensor | None]) -> list[bool]:
+    """For each gradient, True if any of its elements is not zero. One read of each device."""
+    flags = [False if g is None else (g.coalesce().values() if g.is_sparse else g).count_nonzero() for g in gradients]
+    counts: dict[torch.device, list[Tensor]] = {}
+    for flag in flags:
+        if isinstance(flag, Tensor):
+            counts.setdefault(flag.device, []).append(flag)
+    read = {device: torch.stack(of_device).tolist() for device, of_device in counts.items()}
+    return [bool(read[flag.device].pop(0)) if isinstance(flag, Tensor) else flag for flag in flags]
+
+
+def all_zero(gradients: Sequence[Tensor | None]) -> bool:
+    """True if there is at least one gradient and every element of all of them is zero. Reads the device."""
+    with torch.no_grad():
+        return any(g is not None for g in gradients) and not any(not_zero(gradients))
+
+
+def nodes(loss: Tensor) -> Iterator[Any]:
+    """Every node of the loss's graph once; what a reentrant checkpoint will compute is not there yet."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors whose `.grad` the backward of the loss writes, as far as its graph shows."""
+    return [node.variable for node in nodes(loss) if type(node).__name__ == "AccumulateGrad"]
+
+
+class _Away(NamedTuple):
+    """A gradient that waits in another form.
+
+    Attributes:
+        copy: The part on this process, rounded or in host memory.
+        dtype: As it was.
+        device: As it was.
+        wrap: Makes the gradient of a tensor like `copy`, a DTensor perhaps.
+    """
+
+    copy: Tensor
+    dtype: torch.dtype
+    device: torch.device
+    wrap: Callable[[Tensor], Tensor]
+
+
+class Stash:
+    """Gradients that are needed again later. Whoever makes it lets go of them, so that their memory is free meanwhile.
+
+    A gradient that is a view into a larger buffer (a bucket of DDP, say) cannot be freed and stays where it is.
+
+    Args:
+        gradients: Tensors of any kind; entries may be None.
+        memory: See `Rules`.
+    """
+
+    def __init__(self, gradients: Gradients, memory: GradientMemory) -> None:
+        self._kept: list[Tensor | _Away | None] = [g if memory == "copy" else _put_away(g, memory) for g in gradients]
+
+    def for_surgery(self) -> Gradients:
+        """On their devices; rounded ones as they wait. Copies of those that wait elsewhere."""
+        return [g.wrap(g.copy.to(g.device, non_blocking=True)) if isinstance(g, _Away) else g for g in self._kept]
+
+    def give_back(self, parameters: Sequence[Tensor]) -> None:
+        """Points each `.grad` at what it was, up to rounding.
+
+        One after another, and each where another gradient was freed: no third list of gradients lives at any time.
+        """
+        for i, p in enumerate(parameters):
+            kept, p.grad = self._kept[i], None
+            if isinstance(kept, _Away):
+                kept = self._kept[i] = kept.wrap(kept.copy.to(kept.device, kept.dtype, non_blocking=True))
+            p.grad = kept
+
+    def in_their_dtype(self, merged: Sequence[Tensor | None]) -> Gradients:
+        """The merged gradients, where they are rounded task gradients in the dtype of before."""
+        return [
+            g if g is None or not isinstance(kept, _Away) else g.to(kept.dtype)
+            for g, kept in zip(merged, self._kept, strict=True)
+        ]
+
+
+def _put_away(g: Tensor | None, memory: GradientMemory) -> Tensor | _Away | None:
+    if g is None or g.layout != torch.strided:
+        return g
+    local: Tensor = g.to_local() if hasattr(g, "to_local") else g
+    if local.untyped_storage().nbytes() > local.nbytes:
+        return g
+    if memory == "bfloat16":
+        if local.dtype not in (torch.float32, torch.float64):
+            return g
+        copy = local.to(torch.bfloat16)
+    else:
+        if _is_host(local.device):
+            return g
+        copy = torch.empty_like(local, device="cpu", pin_memory=local.device.type == "cuda")
+        copy.copy_(local, non_blocking=True)
+    wrap = _itself
+    if local is not g:
+        spec: Any = g
+        wrap = partial(_as_dtensor, spec.device_mesh, spec.placements, g.shape, g.stride())
+    return _Away(copy, local.dtype, local.device, wrap)
+
+
+def _itself(local: Tensor) -> Tensor:
+    return local
+
+
+def _as_dtensor(mesh: Any, placements: Any, shape: torch.Size, stride: tuple[int, ...], local: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor  # slow to import, and whoever comes here has done so
+
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"

@@ -1,0 +1,83 @@
+"""Layout: the processes that decide together, and how the parameters are spread over them. One process is one, too."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .gradients import Gradients
+
+__all__ = ["ONE_PROCESS", "Layout", "layout_of"]
+
+
+class Layout:
+    """One process with plain tensors; `processes.Processes` is the layout of several.
+
+    Attributes:
+        rank: Place of this process among those that see different data.
+        world_size: Their number. Smaller than `size` under tensor parallelism.
+        size: Number of processes that decide together.
+        first: True if this process speaks for all of them.
+        several: True if there is more than this process, or a sharded tensor, to see to.
+        reduce: Adds the sums of `surgery` up over the processes; None where there is nothing to add.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    several: bool = False
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    @property
+    def first(self) -> bool:
+        return True
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return tensor
+
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """For each flag, True if it is set on any process."""
+        return list(flags)
+
+    def elements(self, parameters: Sequence[Tensor]) -> list[int]:
+        """Number of elements of each parameter, over all processes."""
+        return [p.numel() for p in parameters]
+
+    def shares(self, parameters: Sequence[Tensor]) -> list[float] | None:
+        """Weight of this process' sum over each parameter's elements; None for 1."""
+        return None
+
+    def own_reduction(self) -> AbstractContextManager[object]:
+        """Within the block no framework reduces gradients that `averaged` sees to."""
+        return nullcontext()
+
+    def averaged(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """Averages, in place, the gradients that no hook has reduced."""
+        return gradients
+
+    def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        """The parts of the gradients on this process, as plain tensors, sharded as the parameters are."""
+        return gradients
+
+    def wrapped(self, local: Gradients, parameters: Sequence[Tensor], *whole: Gradients) -> Gradients:
+        """The inverse of `local`: gradients of the parameters' own kind, those of `whole` where they are the same."""
+        return local
+
+
+ONE_PROCESS = Layout()
+
+
+def layout_of(parameters: Sequence[Tensor], process_group: "dist.ProcessGroup | Literal[False] | None") -> Layout:
+    """The layout of an optimizer's parameters, as they are when training begins. See `processes.find_layout`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ONE_PROCESS
+    from .processes import find_layout  # torch's distributed packages take longer to import than all of this one
+
+    return find_layout(parameters, process_group)

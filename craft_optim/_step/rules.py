@@ -1,0 +1,85 @@
+"""Rules: the options of a retention step, checked once."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+__all__ = ["GradientMemory", "Merge", "Projection", "Rules", "check_choice"]
+
+Projection = Literal["violated", "always", "never"]
+Merge = Literal["weighted", "equal", "task_priority"]
+GradientMemory = Literal["copy", "bfloat16", "host"]
+_CHOICES = {"projection": Projection, "merge": Merge, "gradient_memory": GradientMemory}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When retention runs and how its gradients are merged with the task's.
+
+    `CraftOptimizer` takes these as keywords and keeps them as `optimizer.rules`; lerobot's flags have the same names.
+
+    Attributes:
+        rho: Cap on the retention gradient's share: lambda <= rho |g_t| / |g_r|. None means max(1, retention_every);
+            `math.inf` turns it off.
+        projection: "violated" (only while L_ret > epsilon), "always", or "never".
+        conflict_threshold: The projection acts where the *cosine* of the gradients is below this; in [-1, 1], with
+            several constraints in [-1, 0].
+        merge: "weighted", "equal" or "task_priority".
+        retention_every: Run retention on every K-th step, beginning with the first; the others are the base's alone.
+        max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. Clip task gradients
+            as ever, before `step`.
+        gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see
+            the table.
+
+    For N elements of float32, beyond the base optimizer's own peak:
+
+    | `gradient_memory` | they wait | in the pass | in the base's step | error | cost |
+    |---|---|---|---|---|---|
+    | "copy" | where they are | N | N | none | none |
+    | "bfloat16" | rounded | N/2 | N/2 | at most 2^-8 of an element | 2 conversions |
+    | "host" | in host memory | 0 | 0; N in between, for the merge | none | 3 transfers |
+
+    Raises:
+        ValueError: A value is out of its range or no such name.
+    """
+
+    rho: float | None = None
+    projection: Projection = "violated"
+    conflict_threshold: float = 0.0
+    merge: Merge = "weighted"
+    retention_every: int = 1
+    max_grad_norm: float | None = None
+    gradient_memory: GradientMemory = "copy"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), get_args(choices))
+        if not -1.0 <= (found := self.conflict_threshold) <= 1.0:
+            raise ValueError(f"`conflict_threshold` is a cosine and must be in [-1, 1]. Found {found!r}.")
+        if not isinstance(self.retention_every, int) or self.retention_every < 1:
+            raise ValueError(
+                f"`retention_every` must be an integer >= 1. Found retention_every={self.retention_every!r}."
+            )
+        for name in ("rho", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"`{name}` must be > 0, or None. Found {name}={value!r}.")
+
+    @cached_property
+    def cap(self) -> float:
+        """rho, or what None stands for."""
+        return max(1.0, float(self.retention_every)) if self.rho is None else float(self.rho)
+
+    def check_for(self, constraints: int) -> None:
+        """Raises ValueError if these rules are not for that many constraints."""
+        if constraints > 1 and (found := self.conflict_threshold) > 0.0:
+            raise ValueError(
+                "`conflict_threshold` must be <= 0 with several constraints: to remove what helps one of them may "
+                f"harm another. Found {found!r}."
+            )
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises ValueError unless the value of `name` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Found {name}={value!r}.")

@@ -1,0 +1,43 @@
+"""A private loss scale for retention passes in float16, whose small gradients would round to zero.
+
+The backward runs on S * L_ret, S a power of two; S leaves again through the coefficients of the merge, so no gradient
+is read or written for it. S shrinks and the pass is repeated when gradients overflow, and grows after many that did
+not. A GradScaler does the same for the task; it never sees retention gradients.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, float16
+
+from .gradients import nodes
+
+__all__ = ["grown", "initial_scale", "reaches_float16", "shrunk"]
+
+# S begins where torch's GradScaler does; it shrinks faster, since a repeated pass costs more than a skipped step.
+_INITIAL = 2.0**16
+_SHRINK = 2.0**-4
+_INTERVAL = 2000
+_LARGEST = 2.0**64
+
+
+def initial_scale() -> dict[str, float]:
+    """S, and the number of passes since it last changed."""
+    return {"craft_scale": _INITIAL, "craft_scale_passes": 0.0}
+
+
+def shrunk(state: Mapping[str, float]) -> dict[str, float]:
+    """After an overflow: S / 16, but at least 1."""
+    return {"craft_scale": max(1.0, state["craft_scale"] * _SHRINK), "craft_scale_passes": 0.0}
+
+
+def grown(state: Mapping[str, float]) -> dict[str, float]:
+    """After a finite pass: 2 S if it was the 2000th in a row."""
+    passes = state["craft_scale_passes"] + 1.0
+    if passes < _INTERVAL:
+        return {"craft_scale": state["craft_scale"], "craft_scale_passes": passes}
+    return {"craft_scale": min(_LARGEST, state["craft_scale"] * 2.0), "craft_scale_passes": 0.0}
+
+
+def reaches_float16(loss: Tensor) -> bool:
+    """True if any gradient in the loss's graph is float16. Visits every node of the graph once."""
+    return any(output.dtype == float16 for node in nodes(loss) for output in node._input_metadata)

@@ -1,0 +1,293 @@
+"""The retention step: task gradients in `.grad` become merged gradients in `.grad`."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from craft_optim._warn import warn
+from craft_optim.metrics import METRICS
+
+from .constraint import Constraint, Passed, RetentionPass
+from .decision import Decision, Gram, Products, decide
+from .gradients import Gradients, Stash, gradients_of, not_zero, put
+from .layout import Layout
+from .rules import Rules
+from .surgery import GradientSets
+
+__all__ = ["SHARED_STATE", "RetentionStep", "put_together", "split_state"]
+
+# Floats of the state that belong to no constraint.
+SHARED_STATE = ("craft_step", "craft_skipped")
+
+
+def split_state(state: Mapping[str, float]) -> tuple[dict[str, float], dict[str | None, dict[str, float]]]:
+    """The shared floats, and those of each constraint by its name, without the name in their keys."""
+    shared: dict[str, float] = {}
+    own: dict[str | None, dict[str, float]] = {}
+    for key, value in state.items():
+        what, _, name = key.partition("/")
+        (shared if what in SHARED_STATE else own.setdefault(name or None, {}))[what] = value
+    return shared, own
+
+
+class _Measured(NamedTuple):
+    """The retention passes of one evaluation.
+
+    Attributes:
+        sets: The task gradients and the retention gradients times their scales, their parts on this process.
+        task: The task gradients as the stash gave them.
+        passed: The result of each pass.
+        products: Inner products over all processes, without the scales.
+        losses: L_ret of each constraint.
+    """
+
+    sets: GradientSets
+    task: Gradients
+    passed: list[Passed]
+    products: Products
+    losses: list[float]
+
+
+class RetentionStep:
+    """One step, or all evaluations of a line search, on the same anchors and with the same multipliers.
+
+    Args:
+        constraints: One without a name, or several with names.
+        rules: The rules of the merge.
+        parameters: All of the optimizer's.
+        state: The `craft_*` floats before the step.
+        layout: The processes.
+        float16: Name -> True if float16 takes part in the closure's backward; finds out what is not there.
+        find_reached: True to look which tensors the retention losses reach: one more read of their gradients.
+
+    Attributes:
+        passes: One of each constraint.
+        metrics: The measured values; empty if nothing was measured.
+        reached: Name -> for each parameter, True if its retention gradient, on any process, is not zero; empty if not
+            asked for.
+
+    Raises:
+        ValueError: An epsilon(t) is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        constraints: Mapping[str | None, Constraint],
+        rules: Rules,
+        parameters: list[Tensor],
+        *,
+        state: Mapping[str, float],
+        layout: Layout,
+        float16: Mapping[str | None, bool],
+        find_reached: bool = False,
+    ) -> None:
+        self.metrics: dict[str, float] = {}
+        self.reached: dict[str | None, list[bool]] = {}
+        self._rules, self._layout = rules, layout
+        self._parameters, self._find_reached = parameters, find_reached
+        self._shared, own = split_state(state)
+        step = int(self._shared["craft_step"])
+        self.passes = [
+            RetentionPass(name, constraint, step, parameters, state=own[name], layout=layout, float16=float16.get(name))
+            for name, constraint in constraints.items()
+        ]
+        self._stash: Stash | None = None
+
+    @property
+    def ran(self) -> bool:
+        """True if there was anything to merge."""
+        return self._stash is not None
+
+    @property
+    def state(self) -> dict[str, float]:
+        """The floats to write once the base has stepped."""
+        state = dict(self._shared)
+        for run in self.passes:
+            end = "" if run.name is None else f"/{run.name}"
+            state |= {what + end: x for what, x in run.state.items()}
+        return state
+
+    @property
+    def float16(self) -> dict[str | None, bool]:
+        """As given, and found out."""
+        return {run.name: run.float16 for run in self.passes if run.float16 is not None}
+
+    @contextmanager
+    def task_gradients_back(self) -> Iterator[None]:
+        """Leaves the task gradients in `.grad`, also after an exception."""
+        try:
+            yield
+        finally:
+            if self._stash is not None:
+                self._stash.give_back(self._parameters)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Runs the retention passes and points `.grad` at the merged gradients.
+
+        At the task's, if anything was not finite.
+        """
+        self._stash = Stash(gradients_of(self._parameters), self._rules.gradient_memory)
+        sets, task, passed, products, losses = self._measured(self._stash)
+        if not (all(map(math.isfinite, losses)) and products.finite):
+            self._stash.give_back(self._parameters)
+            self._note_skip(losses, products.grams)
+            return
+        for run in self.passes:
+            run.passed()
+        decision = decide(
+            products,
+            lams=self._multipliers(losses, products),
+            project=[
+                run.may_project(self._rules.projection, loss) for run, loss in zip(self.passes, losses, strict=True)
+            ],
+            rules=self._rules,
+        )
+        if self._find_reached and not self.metrics:
+            device = next(p.device for p in self._parameters)
+            for run, retention in zip(self.passes, sets.retention, strict=True):
+                self.reached[run.name] = self._layout.any(not_zero(retention), device)
+        with record_function("CraftOptimizer.merge"):
+            merged = sets.merge_(
+                [c._replace(retention=c.retention / of.scale) for c, of in zip(decision.merges, passed, strict=True)]
+            )
+            merged = self._layout.wrapped(merged, self._parameters, task, *(of.gradients for of in passed))
+            put(self._parameters, self._stash.in_their_dtype(merged))
+        if not self.metrics:  # of a line search, the first evaluation: where the step began
+            self.metrics = self._report(losses, products.grams, decision)
+
+    def _measured(self, stash: Stash) -> _Measured:
+        """Runs the retention passes and the inner products.
+
+        Repeats a pass whose gradients have overflowed, as long as a smaller scale may help.
+        """
+        passed: dict[RetentionPass, Passed] = {}
+        while True:
+            for run in self.passes:
+                if run not in passed:
+                    with record_function("CraftOptimizer.retention"):
+                        passed[run] = run.gradients()
+            found = [passed[run] for run in self.passes]
+            with record_function("CraftOptimizer.merge"):
+                task = stash.for_surgery()
+                sets = self._sets(task, [of.gradients for of in found])
+                scaled, losses = sets.inner_products(*(of.loss for of in found), reduce=self._layout.reduce)
+            products = scaled.unscaled([of.scale for of in found])
+            again = [
+                run
+                for run, loss, gram, of in zip(self.passes, losses, products.grams, found, strict=True)
+                if run.float16
+                and math.isfinite(loss)
+                and math.isfinite(gram.tt)
+                and not gram.finite
+                and run.overflowed(of.scale)
+            ]
+            if not again:
+                break
+            del task, sets, found
+            for run in again:
+                del passed[run]
+        for run in self.passes:
+            run.count()
+        return _Measured(sets, task, found, products, losses)
+
+    def _sets(self, task: Gradients, retention: Sequence[Gradients]) -> GradientSets:
+        """The gradients' parts on this process."""
+        lists = [self._layout.local(gradients, self._parameters) for gradients in (task, *retention)]
+        for one, other in combinations(lists, 2):
+            if any(map(_same_memory, one, other)):
+                raise RuntimeError(
+                    "The retention backward wrote its gradients into the memory of the task gradients, or of another "
+                    "constraint's, which are lost now: a wrapper of the model keeps its own gradient buffers. Let the "
+                    "retention closure run the model that is wrapped (`.module`)."
+                )
+        return GradientSets(lists[0], lists[1:], self._layout.shares(self._parameters))
+
+    def _multipliers(self, losses: Sequence[float], products: Products) -> list[float]:
+        """The multipliers of this step; those of the first evaluation, if there are several."""
+        known = [run.update for run in self.passes if run.update is not None]
+        if known:
+            return [update.multiplier for update in known]
+        rho = self._rules.cap
+        lams = [
+            run.multiplier(loss, cap) for run, loss, cap in zip(self.passes, losses, products.caps(rho), strict=True)
+        ]
+        factor = products.common_factor(lams, rho)
+        if factor == 1.0:
+            return lams
+        return [
+            run.use(run.update._replace(multiplier=run.update.multiplier * factor, capped=True))
+            for run in self.passes
+            if run.update is not None
+        ]
+
+    def _report(self, losses: Sequence[float], grams: Sequence[Gram], decision: Decision) -> dict[str, float]:
+        rows = {
+            run.name: {
+                "retention_loss": loss,
+                "epsilon": run.epsilon,
+                "lambda": run.state["craft_lambda"],
+                "violation": run.violation(loss),
+                "grad_dot": gram.tr,
+                "grad_cos": gram.cos,
+                "conflict": float(conflict),
+                "projected": float(projected),
+                "retention_grad_norm": math.sqrt(gram.rr),
+                "capped": float(run.update is not None and run.update.capped),
+            }
+            for run, loss, gram, conflict, projected in zip(
+                self.passes, losses, grams, decision.conflict, decision.projected, strict=True
+            )
+        }
+        return put_together(rows) | {
+            "task_grad_norm": math.sqrt(grams[0].tt),
+            "merged_grad_norm": decision.norm,
+            "clipped": float(decision.clipped),
+            "skipped": self._shared["craft_skipped"],
+        }
+
+    def _note_skip(self, losses: Sequence[float], grams: Sequence[Gram]) -> None:
+        skipped = self._shared["craft_skipped"] = self._shared["craft_skipped"] + 1.0
+        bad = [
+            j
+            for j, (loss, gram) in enumerate(zip(losses, grams, strict=True))
+            if not (math.isfinite(loss) and gram.finite)
+        ]
+        j = bad[0] if bad else 0
+        names = [repr(self.passes[i].name) for i in bad if self.passes[i].name is not None]
+        culprit = "retention pass" + (f" of {' and of '.join(names)}" if names else "")
+        if not math.isfinite(grams[j].tt):
+            culprit = "task gradient"
+        if self._layout.first and skipped in (1.0, 10.0, 100.0, 1000.0):
+            warn(
+                f"The {culprit} is not finite (L_ret = {losses[j]:g}, |g_ret|^2 = {grams[j].rr:g}, |g_task|^2 = "
+                f"{grams[j].tt:g}): step {int(self._shared['craft_step'])} used the task gradient alone. "
+                f"Skipped so far: {int(skipped)} (reported again at 10, 100, 1000).",
+            )
+
+
+def put_together(rows: Mapping[str | None, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of all constraints, under their names and without a name for the whole; see `metrics.Metric`.
+
+    Args:
+        rows: Name of a constraint, None if it has none, -> its own metrics.
+    """
+    worst = max(rows.values(), key=lambda row: -math.inf if math.isnan(row["violation"]) else row["violation"])
+    whole = dict(worst)
+    for name, row in rows.items():
+        if name is not None:
+            whole |= {what: max(whole[what], row[what]) for what in worst if METRICS[what].largest}
+            whole |= {f"{what}/{name}": x for what, x in row.items()}
+    return whole
+
+
+def _same_memory(t: Tensor | None, r: Tensor | None) -> bool:
+    if t is None or r is None or t.is_sparse or r.is_sparse or t.numel() == 0:
+        return False
+    return t.data_ptr() == r.data_ptr()

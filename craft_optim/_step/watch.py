@@ -1,0 +1,75 @@
+"""Watch over a run: warnings about a multiplier that stays at its cap, and about retention that reaches little."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from craft_optim._warn import warn
+
+from .constraint import keyed, prefix
+from .layout import Layout
+from .rules import Rules
+
+__all__ = ["REACH_AT", "CapWatch", "warn_of_little_reach"]
+
+# The retention step that shows how much of the model retention reaches. Earlier gradients may be zero for good reasons:
+# at the teacher's own weights, or of a LoRA matrix whose partner is still zero.
+REACH_AT = 10
+_LITTLE_REACH = 0.1
+# Steps in a row with lambda at its cap and the constraint violated before a warning says so.
+_PATIENCE_AT_CAP = 100
+_LEAST_PATIENCE = 20  # with a large `retention_every`, where a hundred may be more than the run has
+
+
+class CapWatch:
+    """Counts steps of each constraint with lambda at its cap and drift above epsilon; warns once."""
+
+    def __init__(self) -> None:
+        self.counts = False  # whether any constraint was at its cap on the last step
+        self._at_cap: dict[str | None, int] = {}
+        self._warned: set[str | None] = set()
+
+    def look(self, name: str | None, metrics: Mapping[str, float], rules: Rules) -> None:
+        """Takes the metrics of a retention step."""
+        capped, drift, epsilon = (metrics[keyed(what, name)] for what in ("capped", "retention_loss", "epsilon"))
+        self._at_cap[name] = self._at_cap.get(name, 0) + 1 if capped == 1.0 and drift > epsilon else 0
+        self.counts = any(self._at_cap.values())
+        patience = max(_LEAST_PATIENCE, math.ceil(_PATIENCE_AT_CAP / rules.retention_every))
+        if self._at_cap[name] == patience and name not in self._warned:
+            self._warned.add(name)
+            warn(
+                f"{prefix(name)}lambda has been at its cap for {patience} retention steps while the drift "
+                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, raise rho "
+                f"(now {rules.cap:g}), lower retention_every (now {rules.retention_every}), or lower the learning "
+                "rate.",
+            )
+
+
+def warn_of_little_reach(
+    name: str | None, reached: Sequence[bool], parameters: Sequence[Tensor], names: Sequence[str], layout: Layout
+) -> None:
+    """Warns if retention has a gradient in a small part of the trainable elements. Collective.
+
+    Whole tensors count: of an embedding only the rows of the anchors' tokens have a gradient.
+
+    Args:
+        name: The constraint's.
+        reached: For each parameter, whether its retention gradient is not zero on any process.
+        parameters: The optimizer's.
+        names: Their names, as far as the optimizer has them.
+        layout: The processes.
+    """
+    sizes = [n * p.requires_grad for n, p in zip(layout.elements(parameters), parameters, strict=True)]
+    share = sum(n for n, here in zip(sizes, reached, strict=True) if here) / sum(sizes)
+    if share >= _LITTLE_REACH or not layout.first:
+        return
+    trained = [(p.requires_grad, here) for p, here in zip(parameters, reached, strict=True)]
+    free = [name for name, of in zip(names, trained, strict=False) if of == (True, False)]
+    warn(
+        f"{prefix(name)}After {REACH_AT} retention steps the retention loss has a gradient in {share:.1%} of "
+        f"the trainable elements ({trained.count((True, True))} of {sum(p for p, _ in trained)} tensors"
+        f"{'; not in ' + ', '.join(free[:3]) if free else ''}): nothing holds the others. Anchor an output "
+        "that depends on what is trained: logits, or hidden states behind the trained layers, not behind frozen "
+        "ones only. If the others may move freely, filter this warning out.",
+    )

@@ -1,0 +1,190 @@
+"""Wrapper: a torch optimizer around another one, whose groups, state and defaults stay its own. Knows no retention."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+__all__ = ["Wrapper"]
+
+# By name: none of these libraries need be installed.
+_WRAPPERS_OF_FRAMEWORKS = {
+    "AcceleratedOptimizer": "Wrap before Accelerate does, `accelerator.prepare(model, CraftOptimizer(base, ...))`: it "
+    "decides which micro-batches step, and retention would run on all of them",
+    "LightningOptimizer": "Return CraftOptimizer(base, ...) from `configure_optimizers`",
+    "DeepSpeedOptimizer": "DeepSpeed ZeRO keeps flattened copies of the parameters, which no retention backward "
+    "reaches. Use DDP or FSDP2",
+}
+
+
+class Wrapper(torch.optim.Optimizer):
+    """The `torch.optim.Optimizer` contract, kept on behalf of a base optimizer.
+
+    Attributes:
+        base_optimizer: The wrapped optimizer.
+
+    Raises:
+        TypeError: If `base_optimizer` is not an optimizer, or one that is wrapped already.
+        ValueError: If two groups share a parameter.
+    """
+
+    # A GradScaler hands unscaling to an optimizer that says True; a fused base says it, but unscales too late for us.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, base_optimizer: torch.optim.Optimizer) -> None:
+        # `Optimizer.__init__` would copy the groups; they, the state and the defaults stay the base's own objects.
+        _check_base(base_optimizer)
+        self.base_optimizer = base_optimizer
+        self._make_hooks()
+
+    def _groups_changed(self) -> None:
+        """Called when the base has other groups than before."""
+
+    def _each_parameter(self) -> Iterator[Tensor]:
+        return (p for group in self.base_optimizer.param_groups for p in group["params"])
+
+    def _step_base(self, closure: Callable[[], Any] | None) -> Any:
+        # `self.base_optimizer.step` and not its class's: a scheduler built on the base patches the instance.
+        arguments = () if closure is None else (closure,)
+        if not any(_global_hooks()):
+            return self.base_optimizer.step(*arguments)
+        with _without_global_hooks():
+            return self.base_optimizer.step(*arguments)
+
+    def _make_hooks(self) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+    # torch declares these as attributes; here they are the base's own, also after frameworks rebind them.
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property  # type: ignore[override]
+    def state(self) -> Any:
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        # What schedule-free bases and transformers' AdafactorSchedule need, and no more: a GradScaler would trust the
+        # base's answers.
+        if name in ("train", "eval", "_get_lr") and "base_optimizer" in self.__dict__:
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients as the base does."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base; it takes part in retention from the next step."""
+        self.base_optimizer.add_param_group(param_group)
+        self._groups_changed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with the floats `craft_*` in every param group."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class, or a plain one of the base (lambda and step then start anew)."""
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        self.base_optimizer.load_state_dict(state_dict)
+        self._groups_changed()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks and a scheduler's patch of `step` stay behind, as they do with torch's own optimizers.
+        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_hooks()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Wrapper":
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+
+def _global_hooks() -> list[dict[int, Any]]:
+    return [
+        cast(dict[int, Any], torch_optimizer._global_optimizer_pre_hooks),
+        cast(dict[int, Any], torch_optimizer._global_optimizer_post_hooks),
+    ]
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Hooks for all optimizers fire for the wrapper; the base's step within must not fire them a second time."""
+    tables = _global_hooks()
+    kept = [OrderedDict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, entries in zip(tables, kept, strict=True):
+            added = OrderedDict(table)
+            table.clear()
+            table.update(entries)
+            table.update(added)
+
+
+def _check_base(base: object) -> None:
+    for kind in type(base).__mro__:
+        if kind.__name__ in _WRAPPERS_OF_FRAMEWORKS:
+            remedy = _WRAPPERS_OF_FRAMEWORKS[kind.__name__]
+            raise TypeError(f"`base_optimizer` must be a plain optimizer. Found {type(base).__name__}. {remedy}.")
+    if not isinstance(base, torch.optim.Optimizer):
+        raise TypeError(
+            "`base_optimizer` must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()). "
+            f"Found {type(base).__name__}."
+        )
+    if isinstance(base, Wrapper):
+        raise TypeError(f"`base_optimizer` is a {type(base).__name__} already: wrap its `base_optimizer` instead.")
+    seen: dict[int, int] = {}
+    for i, group in enumerate(base.param_groups):
+        for p in group["params"]:
+            if seen.setdefault(id(p), i) != i:
+                raise ValueError(
+                    f"`base_optimizer` has a parameter of shape {tuple(p.shape)} in the groups {seen[id(p)]} and {i}: "
+                    "it would be stepped twice. Put each parameter into one group."
+                )

@@ -1,0 +1,246 @@
+"""`cache.json`: what a cache holds and in which files, written with a checksum and read with a check of every value."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import images
+from .shards import AnchorCacheError, Shard
+from .structure import Structure
+
+__all__ = [
+    "MANIFEST",
+    "PROGRESS",
+    "FeatureSpec",
+    "Manifest",
+    "cover",
+    "dtype_name",
+    "is_mask",
+    "manifest_text",
+    "tap_key",
+]
+
+MANIFEST = "cache.json"
+PROGRESS = "build.json"  # there while the cache is being built
+
+_FORMAT = "craft_optim.anchors"
+_SCHEMA_VERSION = 2
+
+
+def tap_key(layer: int | str, span: str) -> str:
+    """The feature name of one hidden-state tap. Module names get a prefix: a module may be called "3"."""
+    return f"hidden.{layer if isinstance(layer, int) else 'module:' + layer}.{span}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of torch.float16 is "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_mask(name: str) -> bool:
+    """True of features that say which positions count."""
+    return name == "mask" or name.startswith("span.")
+
+
+def cover(name: str) -> str | None:
+    """The mask that says which positions of a feature count, if there is one; None for masks and the like."""
+    if name.startswith("hidden."):
+        return f"span.{name.rsplit('.', 1)[1]}"
+    return None if is_mask(name) or name.startswith("frozen.") else "mask"
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The features of a cache: which of the teacher's outputs it holds, and how they came about.
+
+    Attributes:
+        logits: "full", "top_k", or None.
+        top_k: k, or None.
+        classes: Size of the logits' last dimension, or None.
+        dtype: Storage dtype of log-probabilities and hidden states, e.g. "float16".
+        layers: Hidden-state taps: layer numbers >= 0 and module names.
+        pooling: Span -> pooling mode, the same for every tap.
+        variances: Tap key -> variance of that feature over the anchors (and positions), averaged over its last
+            dimension.
+        mask: Source of the logits' mask: an input's name, a function's name, or None.
+        spans: The function that told the spans apart, or None for the default.
+        forward: The function that replaced the model's call, or None.
+        autocast: The autocast dtype the teacher ran under, or None.
+        tokens: The way in which the teacher generated tokens, or None if it did not.
+        frozen: Modules whose outputs are kept.
+        batch_dim: Dimension of the anchors in the hidden states: 0 or 1.
+    """
+
+    logits: str | None = None
+    top_k: int | None = None
+    classes: int | None = None
+    dtype: str = "float16"
+    layers: tuple[int | str, ...] = ()
+    pooling: dict[str, str] = field(default_factory=dict)
+    variances: dict[str, float] = field(default_factory=dict)
+    mask: str | None = None
+    spans: str | None = None
+    forward: str | None = None
+    autocast: str | None = None
+    tokens: str | None = None
+    frozen: tuple[str, ...] = ()
+    batch_dim: int = 0
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = []
+        if self.logits == "full":
+            parts.append(f"full logits of {self.classes} classes")
+        if self.logits == "top_k":
+            parts.append(f"the top {self.top_k} of {self.classes} logits")
+        if self.tokens:
+            parts.append(f"tokens ({self.tokens})")
+        if self.layers:
+            pools = ", ".join(f"{span}: {mode}" for span, mode in self.pooling.items())
+            parts.append(f"hidden states of layers {', '.join(map(str, self.layers))} ({pools})")
+        if self.frozen:
+            parts.append(f"outputs of {', '.join(self.frozen)}")
+        return f"{' and '.join(parts) or 'nothing'} as {self.dtype}"
+
+
+def manifest_text(data: Mapping[str, Any]) -> str:
+    """`cache.json`: the data with format and version before it, and after it a checksum of everything else."""
+    data = {"format": _FORMAT, "schema_version": _SCHEMA_VERSION, **data}
+    body = json.dumps({**data, "sha256": ""}, indent=1)
+    return json.dumps({**data, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1) + "\n"
+
+
+class Manifest:
+    """`cache.json` of a folder, read, and the shards that it names.
+
+    Attributes:
+        path: The file.
+        features: The cache's features.
+        structure: Structure of its batches of inputs.
+        teacher: Fingerprint, class and name of the teacher; origin of an imported cache.
+        settings: The arguments of the build, in the types of JSON.
+        first_anchors: Checksums of the first anchors, as they were given to `build`.
+        shards: At least one, in the order of the anchors.
+
+    Raises:
+        AnchorCacheError: There is no such file, a value in it is not what it must be, or a shard is not as recorded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / MANIFEST
+        try:
+            self._read(self._load())
+        except (OverflowError, RecursionError) as error:
+            raise self.error("its numbers are too large, or it is nested too deeply") from error
+
+    def error(self, problem: str, remedy: str = "Build the cache again with overwrite=True.") -> AnchorCacheError:
+        """The error to raise about this cache."""
+        return AnchorCacheError(f"{self.path} cannot be used: {problem}. {remedy}")
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            text = self.path.read_bytes()
+            data = json.loads(text)
+        except FileNotFoundError:
+            if not self.path.parent.is_dir():
+                raise self.error("there is no such folder", "Check the path, or build the cache.") from None
+            half_built = (self.path.parent / PROGRESS).exists()
+            remedy = "Run the same `build` again to finish it." if half_built else "Check the path."
+            raise self.error("there is no such file in the folder", remedy) from None
+        except OSError as error:
+            raise self.error(f"it cannot be read ({error.strerror or error})", "Check the path.") from error
+        except (ValueError, RecursionError) as error:
+            raise self.error("it is not JSON") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise self.error(f"it is not a cache of anchors (its 'format' is not {_FORMAT!r})", "Check the path.")
+        version = data.get("schema_version")
+        if version != _SCHEMA_VERSION:
+            raise self.error(
+                f"it has schema_version {version!r}, this library reads {_SCHEMA_VERSION}",
+                "Build the cache again with overwrite=True, or use the version of craft-optim that wrote it.",
+            )
+        data.pop("sha256", None)
+        if manifest_text(data).encode() != text:
+            raise self.error("it was changed after it was written (sha256)")
+        return data
+
+    def _read(self, data: dict[str, Any]) -> None:
+        self.features = self._features(self._get(data, "features", dict))
+        inputs = self._get(data, "inputs", dict)
+        kind, names = self._get(inputs, "kind", str), self._strings(inputs, "names")
+        if kind not in ("tensor", "tuple", "mapping") or not names:
+            raise self.error(f"its 'kind' of inputs is unknown: {kind!r:.60} {names!r:.60}")
+        self.structure = Structure(kind, names, self._strings(inputs, "skipped"))
+        self.teacher: dict[str, Any] = self._get(data, "teacher", dict)
+        for key in ("fingerprint", "model_id", "origin"):
+            self._get(self.teacher, key, str, optional=True)
+        self.first_anchors = self._strings(data, "first_anchors")
+        self.settings: dict[str, Any] = {
+            "features": {**asdict(self.features), "classes": None, "variances": {}},
+            **self._get(data, "built_with", dict),
+            "teacher": self.teacher,
+        }
+        self.shards = tuple(self._shard(record) for record in self._get(data, "shards", list))
+        anchors, found = self._get(data, "anchors", int), sum(shard.count for shard in self.shards)
+        if not self.shards or anchors != found:
+            raise self.error(f"it speaks of {anchors} anchors, its shards hold {found}")
+
+    def _get(self, owner: Any, key: str, *types: type, optional: bool = False) -> Any:
+        value = owner.get(key) if isinstance(owner, dict) else None
+        if optional and value is None:
+            return None
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            names = " or ".join(t.__name__ for t in types)
+            raise self.error(f"its {key!r} must be {names}. Found {value!r:.60}")
+        return value
+
+    def _strings(self, owner: Any, key: str) -> tuple[str, ...]:
+        values = self._get(owner, key, list)
+        if not all(isinstance(v, str) for v in values):
+            raise self.error(f"its {key!r} must be strings. Found {values!r:.60}")
+        return tuple(values)
+
+    def _shard(self, record: Any) -> Shard:
+        name = self._get(record, "file", str)
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+            raise self.error(f"a shard's file name must name a file in the folder. Found {name!r:.60}")
+        encodings = self._get(record, "images", dict)
+        for key, encoding in encodings.items():
+            formula, dtype = self._get(encoding, "formula", str), self._get(encoding, "dtype", str)
+            if formula not in images.FORMULAS or not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise self.error(f"the images {key!r} have an unknown encoding {formula!r:.40} as {dtype!r:.40}")
+        count, size = self._get(record, "anchors", int), self._get(record, "bytes", int)
+        if count < 1:
+            raise self.error(f"shard {name!r} must have at least one anchor. Found {count}")
+        return Shard(self.path.with_name(name), count, size, encodings, self._get(record, "sha256", str))
+
+    def _features(self, owner: Any) -> FeatureSpec:
+        layers = self._get(owner, "layers", list)
+        if not all(isinstance(x, str | int) and not isinstance(x, bool) for x in layers):
+            raise self.error(f"its 'layers' must be numbers or names. Found {layers!r:.60}")
+        words = {
+            key: self._get(owner, key, str, optional=True)
+            for key in ("logits", "mask", "spans", "forward", "autocast", "tokens")
+        }
+        if words["logits"] not in (None, "full", "top_k"):
+            raise self.error(f"its 'logits' must be 'full', 'top_k' or null. Found {words['logits']!r:.60}")
+        variances = self._get(owner, "variances", dict)
+        spec = FeatureSpec(
+            top_k=self._get(owner, "top_k", int, optional=True),
+            classes=self._get(owner, "classes", int, optional=True),
+            dtype=self._get(owner, "dtype", str),
+            layers=tuple(layers),
+            pooling={str(k): str(v) for k, v in self._get(owner, "pooling", dict).items()},
+            variances={k: float(self._get(variances, k, float, int)) for k in variances},
+            frozen=self._strings(owner, "frozen"),
+            batch_dim=self._get(owner, "batch_dim", int),
+            **words,
+        )
+        if spec.dtype not in ("float16", "bfloat16", "float32"):
+            raise self.error(f"its 'dtype' must be float16, bfloat16 or float32. Found {spec.dtype!r:.60}")
+        return spec

@@ -1,0 +1,119 @@
+"""Anchors collected in a thread and written as shards, while the teacher runs on the next batch."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .build_folder import BuildFolder
+from .fingerprint import anchor_checksums
+from .images import Encoding, decode, encode, encode_alike
+from .shards import packed
+
+__all__ = ["ShardBuffer"]
+
+_AHEAD = 4  # parts and shards that may wait for the thread
+
+
+class _Part(NamedTuple):
+    """Some anchors of one batch, as pushed; images as bytes already, which take a quarter of the memory."""
+
+    tensors: dict[str, Tensor]
+    lengths: dict[str, Tensor]
+    encodings: dict[str, Encoding]
+    checksums: list[str]
+
+
+class ShardBuffer:
+    """The anchors of the next shard, and the thread that collects and writes them.
+
+    Calls come back at once unless four of them are waiting already. What fails in the thread is raised by a later call.
+    The thread alone touches `_parts`; `_waiting` is the caller's.
+
+    Args:
+        folder: The folder to write to. If another process writes in place of this one, nothing is collected.
+    """
+
+    def __init__(self, folder: BuildFolder) -> None:
+        self._folder = folder
+        self._parts: list[_Part] = []
+        self._thread = ThreadPoolExecutor(1, "craft_optim-anchors")
+        self._waiting: deque[Future[None]] = deque()
+
+    def push(self, tensors: dict[str, Tensor], lengths: dict[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        """Adds anchors to the shard.
+
+        Args:
+            tensors: `inputs.<name>` and `features.<name>`, on the CPU. They must not change any more.
+            lengths: Key of a joined feature -> number of positions of each anchor.
+            batch: The anchors as they were given to `build`, by name.
+        """
+        self._submit(self._push, tensors, lengths, batch)
+
+    def flush(self, shard: int) -> None:
+        """Ends the shard: what was pushed is written under this number."""
+        self._submit(self._flush, shard)
+
+    def drain(self) -> None:
+        """Waits for the thread; what follows a failure in it is not run."""
+        while self._waiting:
+            try:
+                self._waiting.popleft().result()
+            except BaseException:
+                for future in self._waiting:
+                    future.cancel()
+                self._waiting.clear()
+                raise
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown()
+
+    def _submit(self, function: Callable[..., None], *args: Any) -> None:
+        if not self._folder.team.writes:
+            return
+        while len(self._waiting) >= _AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(function, *args))
+
+    # In the thread
+
+    def _push(self, tensors: dict[str, Tensor], lengths: dict[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        encodings: dict[str, Encoding] = {}
+        if self._folder.settings["images"] == "uint8":
+            for key, x in tensors.items():
+                is_image = key.startswith("inputs.") and x.is_floating_point() and x.ndim >= 4
+                encoded = encode(x) if is_image else None
+                if encoded is not None:
+                    tensors[key], encodings[key] = encoded[0], (encoded[1], x.dtype)
+        self._parts.append(_Part(tensors, lengths, encodings, anchor_checksums(batch)))
+
+    def _flush(self, shard: int) -> None:
+        parts, self._parts = self._parts, []
+        tensors: dict[str, Tensor] = {}
+        encodings: dict[str, Encoding] = {}
+        for key in parts[0].tensors:
+            values, encoding = _encoded_alike(key, parts)
+            if encoding is not None:
+                encodings[key.removeprefix("inputs.")] = encoding
+            if key in parts[0].lengths:
+                tensors[key] = torch.cat(values)
+                tensors[f"lengths.{key}"] = torch.cat([part.lengths[key] for part in parts])
+            else:
+                tensors |= packed(key, values)
+        tensors = {key: x.contiguous() for key, x in tensors.items()}
+        checksums = [checksum for part in parts for checksum in part.checksums]
+        self._folder.write_shard(shard, tensors, encodings, checksums)
+
+
+def _encoded_alike(key: str, parts: list[_Part]) -> tuple[list[Tensor], Encoding | None]:
+    """The parts of one tensor with the encoding that they have in common; decoded if there is none."""
+    values, encodings = [part.tensors[key] for part in parts], [part.encodings.get(key) for part in parts]
+    if len(set(encodings)) == 1:
+        return values, encodings[0]
+    values = [x if encoding is None else decode(x, *encoding) for x, encoding in zip(values, encodings, strict=True)]
+    alike = encode_alike(values)  # an image may fit several formulas: one is tried for all
+    return (values, None) if alike is None else (alike[0], (alike[1], values[0].dtype))

@@ -1,0 +1,6 @@
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = [ROOT / "benchmarks" / "evidence", ROOT / "benchmarks", ROOT / "examples", Path(__file__).parent]
+sys.path[:0] = map(str, FOLDERS)  # the last for `pareto_tiny`, which the tests here share
