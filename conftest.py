@@ -6,8 +6,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Their doctests need what they are made for.
-_INTEGRATIONS = {"lerobot": "craft_optim/lerobot/*", "transformers": "craft_optim/transformers.py"}
+# Doctests of modules that import what they are made for.
+_INTEGRATIONS = {
+    "lerobot": "craft_optim/lerobot/*",
+    "rich": "craft_optim/report/follow.py",
+    "scipy": "craft_optim/evaluation/statistics.py",
+    "transformers": "craft_optim/transformers.py",
+    "triton": "craft_optim/*kernels/fused.py",
+}
 collect_ignore_glob = [files for library, files in _INTEGRATIONS.items() if not find_spec(library)]
 
 settings.register_profile("fixed", derandomize=True)  # the same examples on every run

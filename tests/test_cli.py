@@ -244,6 +244,7 @@ def test_on_a_terminal_names_are_shown_as_they_are(script, capsys, monkeypatch):
 
 
 def test_inspect_tells_a_changed_model_from_the_teacher(built, script, capsys):
+    pytest.importorskip("PIL", reason="pip install 'craft-optim[report]'")
     page = Path("page.html")
     drifts = {}
     for name in ("anchors", "moved"):
@@ -259,6 +260,7 @@ def test_inspect_tells_a_changed_model_from_the_teacher(built, script, capsys):
 
 
 def test_the_page_without_a_model(built):
+    pytest.importorskip("PIL", reason="pip install 'craft-optim[report]'")
     assert main(["inspect", "a", "--count=3", "--html=page.html"]) == 0
     assert "Drift of the model" not in Path("page.html").read_text()
     assert re.findall(r"<h3>Anchor (\d+)", Path("page.html").read_text()) == ["6", "20", "33"]

@@ -10,7 +10,7 @@ from torch import nn
 from craft_optim import CraftOptimizer
 from craft_optim.dual import DualAscent
 
-pytest.importorskip("expecttest", reason="torch's test data imports it: pip install 'craft-optim[dev]'")
+pytest.importorskip("expecttest", reason="torch's test data imports it: pip install --group dev")
 from torch.testing._internal.common_optimizers import optim_db
 
 

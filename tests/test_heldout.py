@@ -49,7 +49,7 @@ def test_it_changes_nothing_and_passes_everything_on(caches, tmp_path):
     rows, file = [], tmp_path / "metrics.jsonl"
 
     def sink(retention):
-        write, monitor = JSONLWriter(file), None
+        write = JSONLWriter(file)
 
         def both(row):
             model = retention.model
@@ -60,8 +60,7 @@ def test_it_changes_nothing_and_passes_everything_on(caches, tmp_path):
             rows.append((row, own.drift(), own.drift(caches[1])))
             write(row)
 
-        monitor = HeldOutDrift(retention, caches[1], every=10, factor=1e9, sink=both)
-        return monitor
+        return HeldOutDrift(retention, caches[1], every=10, factor=1e9, sink=both)
 
     watched = train(caches, sink=sink)
     assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))

@@ -226,7 +226,7 @@ def _data_uri(picture: Tensor, black: float, white: float) -> str:
 def _rows(inputs: Mapping[str, Tensor], pictures: set[str], decode: Decode | None) -> Markup:
     parts = []
     for name, x in inputs.items():
-        if name in pictures or (x.dtype in (torch.bool,) or "mask" in name.lower()):
+        if name in pictures or x.dtype == torch.bool or "mask" in name.lower():
             continue
         text = _text(name, x, decode) if _are_ids(name, x) else _numbers(x)
         parts += [tag("dt", name), tag("dd", text, class_="text" if _are_ids(name, x) and decode else "numbers")]

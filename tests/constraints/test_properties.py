@@ -6,9 +6,10 @@ None knows how the coefficients are found.
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import nnls
 
 from craft_optim.functional import project_and_merge_several_
+
+nnls = pytest.importorskip("scipy.optimize", reason="pip install 'craft-optim[evaluation]'").nnls
 
 KINDS = ["random", "against the task", "against each other", "collinear", "opposed", "dependent", "zero", "far scales"]
 # Constraints

@@ -364,6 +364,7 @@ def script(tmp_path, monkeypatch):
 
 
 def test_several_checkpoints_in_tables_json_and_a_picture(script, capsys):
+    pytest.importorskip("matplotlib", reason="pip install 'craft-optim[report]'")
     capsys.readouterr()
     models = ["mine.py:taught", "mine.py:step_100", "mine.py:step_200"]
     epsilon = ["--epsilon", "logits=0.01", "hidden=0.05"]
@@ -464,6 +465,7 @@ def test_no_cache_in_the_folder(script, capsys):
 
 
 def test_a_picture_of_one_checkpoint_and_actions(tmp_path, states):
+    pytest.importorskip("matplotlib", reason="pip install 'craft-optim[report]'")
     apart = action_drift(torch.zeros(10, 2, 3), torch.ones(10, 2, 3))
     actor = Actor()
     measured = drifts(actor, states)

@@ -9,7 +9,7 @@ from torch import nn
 
 from craft_optim import CraftOptimizer
 
-accelerate = pytest.importorskip("accelerate", reason="pip install 'craft-optim[integrations]'")
+accelerate = pytest.importorskip("accelerate", reason="pip install --group integrations")
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.scheduler import AcceleratedScheduler  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
@@ -148,7 +148,7 @@ def test_what_prepare_returns_is_not_wrapped(cache, accelerator):
 
 
 def test_train_and_eval_go_through_both_wrappers(cache, accelerator):
-    schedulefree = pytest.importorskip("schedulefree", reason="pip install 'craft-optim[integrations]'")
+    schedulefree = pytest.importorskip("schedulefree", reason="pip install --group integrations")
     tool = accelerator()
     run = new_run(cache)
     tool.prepare(run.optimizer).train()  # a base without modes does not mind

@@ -48,7 +48,7 @@ def make(name):
         try:
             library = importlib.import_module(library)
         except ImportError as e:
-            pytest.skip(f"pip install 'craft-optim[integrations]' ({e})")
+            pytest.skip(f"pip install --group integrations ({e})")
     return lambda parameters: build(library, parameters)
 
 

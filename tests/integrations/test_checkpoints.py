@@ -70,6 +70,7 @@ def _dcp(in_the_background=False, **options):
         if in_the_background:
             return dcp.async_save(_parts(run, options), checkpoint_id=folder / "dcp").result
         dcp.save(_parts(run, options), checkpoint_id=folder / "dcp")
+        return None
 
     def load(run, folder):
         parts = _parts(run, options)

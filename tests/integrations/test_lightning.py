@@ -9,7 +9,7 @@ from torch import nn
 
 from craft_optim import CraftOptimizer
 
-lightning = pytest.importorskip("lightning.pytorch", reason="pip install 'craft-optim[integrations]'")
+lightning = pytest.importorskip("lightning.pytorch", reason="pip install --group integrations")
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*does not have many workers")

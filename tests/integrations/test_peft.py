@@ -143,7 +143,12 @@ def test_adapters_are_on_again_after_an_exception(where: str, anchors: list[dict
 def test_other_ways_to_put_adapters_in(wrapped: str, anchors: list[dict[str, Tensor]]) -> None:
     inner = small_llama()
     if wrapped == "add_adapter":
-        inner.add_adapter(ADAPTERS["lora"]())
+        try:
+            inner.add_adapter(ADAPTERS["lora"]())
+        except ValueError as error:
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(f"transformers wants another peft than {peft.__version__}: {error}")
     elif wrapped == "inject":
         peft.inject_adapter_in_model(ADAPTERS["lora"](), inner)
         for name, p in inner.named_parameters():

@@ -7,9 +7,10 @@ import shutil
 import subprocess
 
 import pytest
-from PIL import Image
 
 from craft_optim.report import read_runs, render
+
+Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [

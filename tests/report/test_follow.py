@@ -5,9 +5,10 @@ import json
 import threading
 
 import pytest
-from rich.console import Console
 
-from craft_optim.report.follow import Followed, follow, spark
+Console = pytest.importorskip("rich.console", reason="pip install 'craft-optim[report]'").Console
+
+from craft_optim.report.follow import Followed, follow, spark  # noqa: E402
 
 
 def shown(specs, until, *, terminal=False, width=160):
