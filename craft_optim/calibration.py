@@ -1,4 +1,4 @@
-"""What epsilon means for a model and its anchors: the drift of rounding and of plain steps, and where to begin."""
+"""The meaning of epsilon for a model and its anchors: drift of rounding and of plain steps, and where to begin."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,13 +33,9 @@ _ABOVE_ROUNDING = 10.0
 
 @dataclass(frozen=True)
 class PlainSteps:
-    """After some steps without retention, from the unchanged model.
+    """Drift after `steps` steps without retention, from the unchanged model; `heldout` on held-out anchors, if any.
 
-    Attributes:
-        steps: Their number.
-        drift: On the anchors.
-        heldout: On held-out anchors; None without any.
-        loss: Mean of what the last ten `train_step`, or as many as there were, returned; None if they returned nothing.
+    `loss` is the mean of what the last ten `train_step`, or as many as there were, returned; None for nothing.
     """
 
     steps: int
@@ -50,14 +46,7 @@ class PlainSteps:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Where to begin.
-
-    Attributes:
-        tight: The smallest epsilon worth a try.
-        epsilon: The first one to try.
-        loose: The largest.
-        reason: Where the numbers come from.
-    """
+    """Epsilons to begin with: the first to try, the smallest and the largest worth a try, and their reason in words."""
 
     tight: float
     epsilon: float
@@ -67,17 +56,16 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` has found; `print` it.
+    """Result of `calibrate`; `print` it.
 
     Attributes:
-        unit: Of all drifts here, in words.
-        anchors: How many anchors it was measured on, at most.
-        noise: Drift of the unchanged model: rounding in the cache and in computing. The larger of two measurements, in
-            train and in eval mode.
-        bfloat16_weights: Its drift with weights rounded to bfloat16; None where they have no more digits.
-        bfloat16_autocast: Its drift computed under autocast to bfloat16; None where autocast was on anyhow.
-        plain: What plain training does.
-        learning_rate: The largest that it used; None without training.
+        unit: Unit of all drifts here, in words.
+        anchors: Largest number of anchors that they are measured on.
+        noise: Drift of the unchanged model, which is rounding: the larger one of train and eval mode.
+        bfloat16_weights: The same with weights rounded to bfloat16; None where they have no more digits.
+        bfloat16_autocast: The same under autocast to bfloat16; None where autocast was on anyhow.
+        plain: Plain training.
+        learning_rate: Its largest; None without training.
         overlap: Anchors that the plain steps trained on; None where nothing could be compared.
         suggestion: None without training, or if it moved the model no further than rounding does.
     """
@@ -132,16 +120,12 @@ class Calibration:
 
 
 def suggest(floor: float, plain: float, *, nats: bool) -> Suggestion | None:
-    """A range of epsilon to begin with.
+    """A range of epsilon to begin with; None if plain training moves the model no further than rounding.
 
     Args:
         floor: Drift that cannot be told from rounding.
         plain: Drift of plain training, after about a hundred steps.
-        nats: Whether both are in nats.
-
-    Returns:
-        None if plain training moves the model no further than the floor: there is nothing to constrain, or too little
-        to tell.
+        nats: True if both are in nats.
 
     Example:
         >>> found = suggest(1e-4, 2.4, nats=True)
@@ -177,9 +161,8 @@ def calibrate(
 ) -> Calibration:
     """Tells what epsilon means for this model and these anchors, and suggests one.
 
-    Run it before fine-tuning, on the model that the anchors were built of. Parameters, buffers, gradients, modes,
-    optimizers and random numbers are afterwards what they were, to the bit, also after an exception; the closure counts
-    nothing.
+    Run it before fine-tuning, on the model that the anchors were built of. Afterwards all is what it was, to the bit,
+    also after an exception; but the closure's check of pass 0 is done.
 
     Example:
         batches = iter(loader)
@@ -200,9 +183,9 @@ def calibrate(
         steps: After how many of them to measure, ascending. The last is what plain training does.
         heldout: Anchors that will not be trained on, as `retention.drift` takes them.
         anchors: Measure on at most so many, evenly apart; also of `heldout`.
-        task_batches: Of the new task, with the inputs that the cache was built from: to look for anchors among them.
-            None: what `train_step` calls the model with, where it has the same names.
-        restore: What else `train_step` moves and has `state_dict` and `load_state_dict`: scheduler, scaler. Optimizers
+        task_batches: Batches of the new task, with the inputs that the cache was built from, to look for anchors among
+            them. None: what `train_step` calls the model with, where it has the same names.
+        restore: Other things that `train_step` moves and that have `state_dict`: scheduler, scaler. Optimizers
             of torch are found by themselves.
         bfloat16: Whether to measure with bfloat16, too.
 

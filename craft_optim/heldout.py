@@ -56,8 +56,8 @@ class HeldOutDrift:
         every: Measure at the first call and every so many.
         count: On at most so many of each, evenly apart. None: on all.
         factor: Warn if held-out drift is so many times the anchors' drift, and epsilon.
-        name: Of several constraints, whose closure it is; its drifts are then called "drift_heldout/name".
-        sink: What gets the metrics then, such as `JSONLWriter`.
+        name: The constraint whose closure it is, if there are several; its drifts are then called "drift_heldout/name".
+        sink: Receiver of the metrics, such as `JSONLWriter`.
 
     Raises:
         TypeError: `retention` does not measure its drift.

@@ -1,4 +1,4 @@
-"""What an anchor cache holds, in numbers and words."""
+"""An anchor cache in numbers and words."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ __all__ = ["Lengths", "bytes_in_words", "facts", "lengths", "tensors"]
 
 
 class Lengths(NamedTuple):
-    """How long one tensor's anchors are, padding at their ends not counted."""
+    """Lengths of one tensor's anchors, padding at their ends not counted."""
 
     name: str
     shortest: int
@@ -55,7 +55,7 @@ def tensors(cache: AnchorCache) -> list[tuple[str, str, str]]:
 
 
 def lengths(cache: AnchorCache) -> list[Lengths]:
-    """Of every tensor whose anchors differ in length. Reads the shards' indices, 4 bytes per anchor."""
+    """The lengths of every tensor whose anchors differ in it. Reads the shards' indices, 4 bytes per anchor."""
     found = []
     for name, shape, _ in cache.tensors():
         if shape.split(" x ")[0] not in ("length", "positions"):

@@ -29,7 +29,7 @@ class Retention(ABC):
     Attributes:
         unit: Unit of L_ret and of epsilon, in words.
         tolerance: Largest |L_ret| of an unchanged model that is rounding; infinite if that is not known.
-        shared: Whether several processes have a share of the anchors each, see `shard`.
+        shared: True if several processes have a share of the anchors each, see `shard`.
 
     Example:
         >>> import torch

@@ -81,11 +81,11 @@ def build(
         path: The cache's folder; created if need be.
         reading: How the model is run on them and what counts, where the calls above do not do. The cache carries it to
             the closures.
-        logits: Whether to keep the logits, as log-probabilities.
+        logits: Keep the logits, as log-probabilities.
         top_k: Keep the k likeliest classes and the remaining mass instead of all.
         layers: Hidden states to keep: numbers (k is the residual that enters decoder layer k; -1 the one before the
             final norm) and names of modules (their outputs).
-        dtype: Of log-probabilities and hidden states on disk: float16, bfloat16 or float32.
+        dtype: Dtype of log-probabilities and hidden states on disk: float16, bfloat16 or float32.
         images: "uint8": floating inputs of four or more dimensions are stored as bytes where that gives back every bit
             (see `images.FORMULAS` for the pipelines that qualify), and as they are otherwise. "keep": always as they
             are.
@@ -96,7 +96,7 @@ def build(
         progress: Show a bar (or, without tqdm, log lines). None: only on a terminal with tqdm.
         process_group: The processes that call this together, each of which runs and writes its share. None: all of
             torch.distributed's, if it is initialised; False: this one alone.
-        replicated: Whether all of them are given the same batches. False: each has anchors of its own, which come one
+        replicated: All of them are given the same batches. False: each has anchors of its own, which come one
             process after the other.
 
     Returns:

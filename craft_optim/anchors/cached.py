@@ -39,8 +39,8 @@ class DriftOfEach(NamedTuple):
     """Drift on some anchors, and that of each of them.
 
     Attributes:
-        value: What `drift` returns on them.
-        each: Of each alone, float64 `[anchors]`.
+        value: Result of `drift` on them.
+        each: The drift of each alone, float64 `[anchors]`.
         parts: The same of what it is put together of: layers and spans, or members.
     """
 
@@ -141,7 +141,7 @@ class CachedRetention(AnchorRetention):
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def _of_each(self, indices: Sequence[int], seed: int) -> _OfEach:
-        """Of each anchor alone, by one forward: values, float64, and counts, int64; (0, 0) for a mean over none."""
+        """Terms of each anchor alone, by one forward: values, float64, and counts, int64; (0, 0) where it has none."""
         first = self._run is None
         with torch.no_grad():
             batch = self._read(self.cache, indices, seed)

@@ -95,12 +95,12 @@ class CombinedRetention(Retention):
         return float(sum(self.weights[name] * drift for name, drift in self.drifts(anchors, count).items()))
 
     def examples(self, count: int) -> list[Any]:
-        """Those of the first member."""
+        """Examples of the first member."""
         return next(iter(self.members.values())).examples(count)
 
 
 def _shared_by(member: Retention) -> Any:
-    """What members must have in common to share a forward."""
+    """A key that is the same for members that can share a forward."""
     if not isinstance(member, CachedRetention):
         return id(member)
     reading, sampler = member.reading, member._sampler

@@ -1,4 +1,4 @@
-"""What the teacher says about a batch of anchors, in the form in which a cache keeps it."""
+"""The teacher's outputs for a batch of anchors, in the form in which a cache keeps them."""
 
 import math
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ __all__ = ["Extractor", "Taught"]
 
 
 class Taught(NamedTuple):
-    """Of one batch.
+    """One batch with the teacher's outputs.
 
     Attributes:
-        inputs: What the model was run on: the batch, or what it has made of it by generating.
+        inputs: Inputs that the model was run on: the batch, or the batch continued by generating.
         features: By name, on the CPU.
         joined: Names of those that hold the positions of their mask only, one after another.
         classes: Size of the logits' last dimension; None without logits.
@@ -117,7 +117,7 @@ class Extractor:
         first: int,
         joined: set[str],
     ) -> dict[str, Tensor]:
-        """What is kept of the logits: those of the valid positions, if these fit; else of all."""
+        """The part of the logits that is kept: at the valid positions, if these fit; else all."""
         features: dict[str, Tensor] = {}
         if valid is not None and tuple(valid.shape) != shape:
             if self.reading.mask is not None or labels is not None:

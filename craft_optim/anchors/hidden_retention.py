@@ -134,7 +134,7 @@ class HiddenRetention(CachedRetention):
     def _distance(
         self, key: str, states: Tensor, mask: Tensor | None, cached: Tensor | None, mode: str, teacher: Tensor
     ) -> tuple[Tensor, int]:
-        """Of one layer and span.
+        """Distance at one layer and span, and the number of vectors compared.
 
         Args:
             key: Its name.

@@ -119,7 +119,7 @@ class OnlineRetention(AnchorRetention):
             return batch._replace(features={"logprobs": self._logits(batch.inputs, other)})
 
     def _logits(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
-        """Of the model, or of a teacher that is a module of its own."""
+        """Logits of the model, or of a teacher that is a module of its own."""
         model, device = (self.model, self.device) if other is None else (other, device_of(other))
         output = call(model, to_device(inputs, device), self.reading.forward)
         logits = logits_of(output)

@@ -25,7 +25,7 @@ class AnchorMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model is run on anchors, and what of it is compared; `dataclasses.replace` changes a part.
+    """The way in which a model is run on anchors, and what is compared; `dataclasses.replace` changes a part.
 
     Give it to `build`, and to `AnchorCache.open` in later runs; the closures take it from the cache. Without one the
     model is called on the batch, and what counts is what its `attention_mask` covers.
@@ -89,7 +89,7 @@ class Reading:
 
     @property
     def generate(self) -> Generate | None:
-        """What makes the tokens."""
+        """The function that makes the tokens."""
         return greedy(self.tokens) if isinstance(self.tokens, int) else self.tokens
 
     def in_words(self) -> dict[str, Any]:

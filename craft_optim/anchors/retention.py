@@ -30,7 +30,7 @@ _NOTHING_VALID = (
 
 
 class Anchors(Protocol):
-    """Where batches come from: `AnchorCache`, or anything of its kind."""
+    """A source of batches: `AnchorCache`, or anything of its kind."""
 
     def __len__(self) -> int: ...
 
@@ -65,9 +65,9 @@ class AnchorRetention(Retention):
         anchors: Its anchors.
         batch_size: Anchors per pass (and process).
         reading: How the model is run. None: by its own call; on a cache, as its teacher was.
-        seed: Of the order of the anchors and of what the forward draws.
+        seed: Seed of the order of the anchors and of what the forward draws.
         strict: Check in pass 0, until it agrees once, that the model is its teacher.
-        device: Where inputs go. None: where the model's first parameter is.
+        device: Device of the inputs. None: that of the model's first parameter.
         tolerance: Largest |L_ret| that this check accepts. None: by precision; 1e-4 for float32, 1e-3 for float16, 5e-3
             for bfloat16, whichever of storage and computation is coarsest.
 
@@ -110,7 +110,7 @@ class AnchorRetention(Retention):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go. Asked anew at every pass: frameworks move a model after its optimizer is made."""
+        """Device of the inputs, asked anew at every pass: frameworks move a model after its optimizer is made."""
         return device_of(self.model) if self._device is None else self._device
 
     @property
@@ -219,7 +219,7 @@ class AnchorRetention(Retention):
             yield self._read(source, places[start : start + size], seed), seed
 
     def _weighted(self, terms: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """Of each term what its mean over all processes needs from this one."""
+        """Each term's share in its mean over all processes."""
         if self._mean is None:
             if not all(weight for _, weight in terms.values()):
                 raise ValueError(_NOTHING_VALID)
@@ -266,7 +266,7 @@ class AnchorRetention(Retention):
     # -- the check of pass 0 -------------------------------------------------------------------------------------------
 
     def _precisions(self) -> list[torch.dtype]:
-        """Those that the model computes in."""
+        """Dtypes that the model computes in."""
         dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
         running = autocast_dtype(self.device, self.reading.autocast)
         return dtypes if running is None else [*dtypes, running]

@@ -37,7 +37,7 @@ class AnchorSampler:
     Args:
         n: Number of anchors.
         batch_size: Anchors per batch and rank.
-        seed: Of the permutations.
+        seed: Seed of the permutations.
         rank: This process' place in [0, world_size).
         world_size: Number of processes that draw together.
 

@@ -21,10 +21,10 @@ def single_anchors(
     in a batch of its own.
 
     Args:
-        outcome: Of the whole batch; its logits and hidden states have one entry per anchor.
+        outcome: Results of the whole batch; its logits and hidden states have one entry per anchor.
         batch: As the cache gives it.
         joined: Names of the features that hold the valid positions only, anchor after anchor.
-        batch_dim: Where the anchors are in hidden states `[B, T, D]`.
+        batch_dim: Dimension of the anchors in hidden states `[B, T, D]`.
     """
     size, features = flatten(batch.inputs)[2], batch.features
     counts = {name: x.flatten(1).sum(1).tolist() for name, x in features.items() if is_mask(name)}  # of valid positions

@@ -18,7 +18,7 @@ _AGREEMENT = 0.9  # of greedy tokens, the least share that must be the model's l
 
 
 class TokenRetention(CachedRetention):
-    """How much less likely the teacher's tokens have become, in nats per token.
+    """Loss of likelihood of the teacher's own tokens, in nats per token.
 
         L_ret = mean over tokens i of  log p(y_i) - log q(y_i)
 
@@ -43,7 +43,7 @@ class TokenRetention(CachedRetention):
 
     @property
     def unit(self) -> str:  # type: ignore[override]
-        """Of L_ret, in words."""
+        """Unit of L_ret, in words."""
         known = any(name == "features.token_logprobs" for name, *_ in self.cache.tensors())
         return "nats per token" if known else "nats per token, the teacher's own entropy among them"
 

@@ -1,4 +1,4 @@
-"""Where a command's model and anchors come from: a lerobot policy and a dataset, or a function of the user's."""
+"""Sources of a command's model and anchors: a lerobot policy and a dataset, or a function of the user's."""
 
 import importlib
 import importlib.util
@@ -48,12 +48,12 @@ class Source:
 
 
 def factory_source(spec: str, device: str | None) -> Source:
-    """What the function of `script.py:function` or `package.module:function` returns.
+    """Source from the function of `script.py:function` or `package.module:function`.
 
     Args:
-        spec: Where the function is; it takes no arguments and returns `(model, batches)` or `(model, batches,
+        spec: Place of the function; it takes no arguments and returns `(model, batches)` or `(model, batches,
             settings)`, settings those of `anchors.build`.
-        device: Where to move the model; None: it stays where it is.
+        device: Device to move the model to; None: it stays.
 
     Raises:
         UsageError: There is no such file, module or function, or it returns something else.
@@ -85,7 +85,7 @@ def user_function(spec: str, option: str = "--factory") -> Callable[[], Any]:
     """The function of `script.py:function` or `package.module:function`.
 
     Args:
-        spec: Where it is.
+        spec: Its place.
         option: That named it, for messages.
 
     Raises:

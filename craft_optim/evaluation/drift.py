@@ -1,4 +1,4 @@
-"""How far a model has drifted from what its teacher said about anchors: on the whole, per layer, and of each anchor."""
+"""Drift of a model from its teacher's outputs on anchors: on the whole, per layer, and of each anchor."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class LayerDrift:
     Attributes:
         layer: Its number or the module's name, as in the cache.
         span: Name of the span.
-        pooling: What became of the span's positions.
+        pooling: Pooling of the span's positions.
         value: Mean over all vectors that are compared: one per anchor where they are pooled.
         each: The same of each anchor, in their order.
     """
@@ -40,17 +40,17 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a model is from a cache, by one of the retention closures.
+    """Drift of a model from a cache, by one of the retention closures.
 
     Attributes:
         kind: "logits", "hidden" or "tokens".
-        unit: Of all numbers here, in words.
+        unit: Unit of all numbers here, in words.
         value: Mean over the valid positions of all anchors measured, a long anchor counting more than a short one: what
             the closure's `drift()` returns, and what a training holds at epsilon. Of hidden states the mean over layers
             and spans, each of which is such a mean.
         each: The same of each anchor alone, in their order.
-        tolerance: What counts as rounding; None if the teacher itself is not at 0.
-        layers: Of hidden states, each layer and span by itself.
+        tolerance: Largest drift that is rounding; None if the teacher itself is not at 0.
+        layers: Each layer and span of hidden states by itself.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Spread:
-    """How numbers of single anchors are spread, every anchor counting once.
+    """Spread of the numbers of single anchors, every anchor counting once.
 
     Attributes:
         anchor_mean: Their mean.
@@ -88,18 +88,18 @@ def drifts(
     progress: bool | None = False,
     title: str = "the model",
 ) -> list[Drift]:
-    """How far the model is from the cache on these anchors, for each kind that the cache holds.
+    """Drift of the model from the cache on these anchors, for each kind that the cache holds.
 
     Hidden states are compared by "mse", in units of the teacher's variance, or by "cosine" where that is zero.
 
     Args:
         model: On its device; its flags are left as they are.
-        cache: Of this model or an earlier state of it.
+        cache: Anchors of this model or an earlier state of it.
         indices: Places of the anchors; at least one. None: all.
         reading: That of `build`. None: the cache's own.
         batch_size: Anchors per forward.
         progress: Show a bar. None: only on a terminal.
-        title: What the bar calls the model.
+        title: Name of the model on the bar.
 
     Raises:
         ValueError: The model does not fit the cache (`AnchorMismatchError`: other shapes than its teacher's, another
@@ -144,12 +144,12 @@ def _layers(cache: AnchorCache, measured: DriftOfEach) -> tuple[LayerDrift, ...]
 def spread_over(
     each: Sequence[float], places: Sequence[int] | None = None, threshold: float | None = None, worst: int = 5
 ) -> Spread:
-    """How the numbers of single anchors are spread.
+    """Spread of the numbers of single anchors.
 
     Args:
         each: One number per anchor; at least one.
         places: The anchors' places in the cache. None: 0, 1, 2, ...
-        threshold: What to count the anchors above.
+        threshold: Anchors above it are counted.
         worst: How many of the worst anchors to name.
 
     Example:
@@ -169,7 +169,7 @@ def spread_over(
 
 
 def verdict(cache: AnchorCache, model: nn.Module, measured: Sequence[Drift]) -> tuple[bool, str]:
-    """Whether the model agrees with the cache, and a sentence about it."""
+    """True if the model agrees with the cache, and a sentence about it."""
     why = None if cache.fingerprint is None else compare_fingerprints(cache.fingerprint, fingerprint(model))
     known = [drift for drift in measured if drift.tolerance is not None]
     if not known:

@@ -37,7 +37,7 @@ _log = logging.getLogger("craft_optim")
 
 
 class _Known(NamedTuple):
-    """Of a policy: its module here, what can be kept of it (the default first), and names of modules within it.
+    """A policy: its module here, choices of what to keep (the default first), and names of modules within it.
 
     `head` is the one whose output are its actions, `backbone` its vision-language model.
     """
@@ -61,7 +61,7 @@ _POLICIES = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a policy is anchored. `dataclasses.replace` changes a part.
+    """The way in which a policy is anchored. `dataclasses.replace` changes a part.
 
     Attributes:
         policy: Its name in lerobot.
@@ -89,9 +89,9 @@ class Adapter:
 
         Args:
             model: The policy, before it is fine-tuned.
-            batches: What `inputs` returns; `anchor_batches` makes them.
+            batches: Results of `inputs`; `anchor_batches` makes them.
             path: The cache's folder.
-            **settings: Of `anchors.build`.
+            **settings: Arguments of `anchors.build`.
         """
         own = {"reading": self.reading, "logits": self.kind == "logits", "layers": self.layers}
         return anchors.build(model, batches, path, **{**own, **settings})
@@ -104,9 +104,9 @@ class Adapter:
         Args:
             model: The policy in training.
             cache: From `build`.
-            freeze_statistics: Whether batch normalisation (in lerobot: diffusion's, unless `use_group_norm`) keeps its
-                running statistics from now on, see `craft_optim.lerobot.freeze_statistics`.
-            **settings: Of `LogitRetention`, `TokenRetention` or `HiddenRetention`.
+            freeze_statistics: Batch normalisation (in lerobot: diffusion's, unless `use_group_norm`) keeps its running
+                statistics from now on, see `craft_optim.lerobot.freeze_statistics`.
+            **settings: Arguments of `LogitRetention`, `TokenRetention` or `HiddenRetention`.
         """
         if freeze_statistics and (frozen := _statistics.freeze_statistics(model)):
             _log.info("Running statistics of %d normalisations stay as they are from now on.", len(frozen))

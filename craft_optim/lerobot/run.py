@@ -111,7 +111,7 @@ class CraftRun:
         Args:
             cfg: lerobot's TrainPipelineConfig, validated.
             policy: On its device, not yet prepared by accelerate.
-            base: What lerobot's factory returns.
+            base: Result of lerobot's factory.
 
         Raises:
             SettingsError: The run is none that can be constrained, or a setting cannot be.
@@ -310,7 +310,7 @@ def _same_folder(one: Path, other: Path) -> bool:
 
 
 def _share_episodes(anchors: str | None, trained: Sequence[int] | None) -> bool:
-    """Whether some episodes are surely in both; parts that are counted from the end are not known yet."""
+    """True if some episodes are surely in both; parts that are counted from the end are not known yet."""
     if anchors is None or trained is None:
         return True
     wanted = parse_episodes(anchors)
@@ -364,7 +364,7 @@ def _path_or_none(text: str | None) -> Path | None:
 
 
 def _moved(saved: Mapping[str, Any], checkpoint: Path) -> Path:
-    """Where the anchors of a checkpoint are: at the same place seen from it, if it was moved with them."""
+    """Folder of a checkpoint's anchors: at the same place seen from it, if it was moved with them."""
     beside = (Path(checkpoint).resolve() / saved["anchors_from_here"]).resolve()
     return beside if beside.is_dir() else Path(saved["anchors"])
 

@@ -18,8 +18,9 @@ from craft_optim.anchors import (
     TokenRetention,
     build,
 )
+from craft_optim.anchors.importers import write_cache
+from craft_optim.anchors.manifest import FeatureSpec
 from craft_optim.anchors.reading import reading_of
-from craft_optim.anchors.writing import write_cache
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -131,7 +132,7 @@ def test_another_one_is_refused(classifier: nn.Module, cache: AnchorCache, readi
 def test_an_imported_cache_does_not_know_its_functions(classifier: nn.Module, batches: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         states = [(b, {"hidden.module:1.all": classifier[:2](b["x"])}) for b in batches]
-    cache = write_cache(tmp_path, states, layers=["1"], pooling={"all": "mean"}, dtype=torch.float32)
+    cache = write_cache(tmp_path, states, FeatureSpec(layers=("1",), pooling={"all": "mean"}, dtype="float32"))
     assert HiddenRetention(classifier, cache, reading=Reading(run))().item() < 1e-6
 
 
