@@ -1,5 +1,6 @@
 """Sources of a command's model and anchors: a lerobot policy and a dataset, or a function of the user's."""
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -143,21 +144,13 @@ def _require_lerobot() -> None:
         raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
 
 
-def policy_source(
-    path: str,
-    *,
-    device: str,
-    keep: str | None,
-    repo_id: str | None,
-    root: str | None,
-    episodes: str | None,
-    rename_map: Mapping[str, str] | None,
-    count: int | None,
-    batch_size: int,
-    prompts: str | None,
-    workers: int,
-) -> Source:
+def policy_source(path: str, device: str, options: argparse.Namespace) -> Source:
     """A lerobot policy, and frames after the policy's saved preprocessor; of LeRobotDatasets, or of a .jsonl.
+
+    Args:
+        path: Folder or hub id of the policy.
+        device: Device to load it to.
+        options: Those of `build_anchors.add_frames`, and `keep`.
 
     Raises:
         UsageError: lerobot is not installed.
@@ -165,21 +158,13 @@ def policy_source(
     """
     _require_lerobot()
     from craft_optim.lerobot import adapter_for, anchor_batches, open_frames, spread_frames
+    from craft_optim.lerobot.frames import SOURCES
     from craft_optim.lerobot.pretrained import load_config, load_preprocessor
 
     config = load_config(path)
     preprocessor = load_preprocessor(config, path, device)
-    frames = open_frames(
-        config,
-        preprocessor,
-        repo_id=repo_id,
-        root=root,
-        episodes=episodes,
-        rename_map=rename_map,
-        prompts=prompts,
-        keep=keep,
-    )
-    dataset = frames.dataset
+    frames = open_frames(config, preprocessor, **{name: getattr(options, name) for name in SOURCES})
+    dataset, count = frames.dataset, options.count
     rows = list(range(len(dataset))) if count is None else spread_frames(dataset, count)
     policy = load_policy(path, device)  # after what can be refused in seconds
     adapter = adapter_for(policy, frames.keep)
@@ -187,10 +172,10 @@ def policy_source(
         dataset,
         preprocessor,
         adapter,
-        batch_size=batch_size,
+        batch_size=options.batch_size or 16,
         indices=rows,
         prompts=frames.prompts,
-        workers=workers,
+        workers=options.workers or 0,
     )
     return Source(
         policy,

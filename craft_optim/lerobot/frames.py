@@ -15,7 +15,9 @@ from craft_optim.lerobot.datasets import prompts as read_prompts
 from craft_optim.lerobot.frames_file import FramesFile, mean_state
 from craft_optim.lerobot.opening import open_dataset
 
-__all__ = ["AnchorFrames", "keep_without_actions", "open_frames"]
+__all__ = ["SOURCES", "AnchorFrames", "keep_without_actions", "open_frames"]
+
+SOURCES = ("repo_id", "root", "episodes", "rename_map", "prompts", "keep")  # arguments of `open_frames`
 
 # What can be kept of a policy without demonstrated actions, the default first; of those not named here, the prefix
 _WITHOUT_ACTIONS = {"pi0_fast": ("tokens", "prefix"), "act": ("actions",), "diffusion": ()}

@@ -19,7 +19,7 @@ from craft_optim.anchors.sampling import spread
 from craft_optim.lerobot._shared import policy_of
 from craft_optim.lerobot.adapters import Adapter, adapter_for, adapter_of
 from craft_optim.lerobot.datasets import anchor_batches, spread_frames
-from craft_optim.lerobot.frames import open_frames
+from craft_optim.lerobot.frames import SOURCES, open_frames
 from craft_optim.lerobot.pretrained import load_preprocessor
 from craft_optim.lerobot.settings import PREFIX, AnchorSettings, SettingsError
 from craft_optim.lerobot.sharded import is_sharded, within_wrapper
@@ -111,16 +111,7 @@ def build_anchors(
     """
     policy = policy_of(model)
     prepare = load_preprocessor(policy, pretrained, str(device))
-    found = open_frames(
-        policy.config,
-        prepare,
-        repo_id=settings.repo_id,
-        root=settings.root,
-        episodes=settings.episodes,
-        rename_map=settings.rename_map,
-        prompts=settings.prompts,
-        keep=settings.keep,
-    )
+    found = open_frames(policy.config, prepare, **{name: getattr(settings, name) for name in SOURCES})
     adapter = _reaching_all(adapter_for(model, found.keep), model)
     if settings.layers is not None:
         adapter = replace(adapter, layers=tuple(int(x) if x.lstrip("-").isdecimal() else x for x in settings.layers))
