@@ -183,19 +183,7 @@ def source_of(args: argparse.Namespace) -> Source:
     """The model and its anchors, as the options say."""
     if args.factory:
         return factory_source(args.factory, None if args.device == "auto" else args.device)
-    return policy_source(
-        args.policy,
-        device=device_of(args.device),
-        keep=args.keep,
-        repo_id=args.repo_id,
-        root=args.root,
-        episodes=args.episodes,
-        rename_map=args.rename_map,
-        count=args.count,
-        batch_size=args.batch_size or 16,
-        prompts=args.prompts,
-        workers=args.workers or 0,
-    )
+    return policy_source(args, device_of(args.device))
 
 
 def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> None:
