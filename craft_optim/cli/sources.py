@@ -34,10 +34,9 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and how a cache of it is built.
+    """A teacher, and how a cache of it is built.
 
     Attributes:
-        model: The teacher.
         build: `anchors.build` of it and its batches; takes the path and further settings.
         forward: As `anchors.build` takes it.
         usage: The next lines of code, with "{cache}" and "{closure}" to be filled in.
@@ -85,11 +84,7 @@ def factory_source(spec: str, device: str | None) -> Source:
 
 
 def user_function(spec: str, option: str = "--factory") -> Callable[[], Any]:
-    """The function of `script.py:function` or `package.module:function`.
-
-    Args:
-        spec: Where it is.
-        option: That named it, for messages.
+    """The function of `script.py:function` or `package.module:function`, as an option names it.
 
     Raises:
         UsageError: There is no such file, module or function.
@@ -141,11 +136,7 @@ def load_policy(path: str, device: str) -> Any:
 
 
 def policy_source(args: argparse.Namespace, device: str) -> Source:
-    """A lerobot policy, and frames after the policy's saved preprocessor; of LeRobotDatasets, or of a .jsonl.
-
-    Args:
-        args: The options of `craft-optim build-anchors`.
-        device: Device of the policy.
+    """A lerobot policy, and frames after its saved preprocessor, as the options of build-anchors name them.
 
     Raises:
         UsageError: lerobot is not installed.
@@ -164,7 +155,7 @@ def policy_source(args: argparse.Namespace, device: str) -> Source:
     rows = list(range(len(dataset))) if args.count is None else spread_frames(dataset, args.count)
     policy = load_policy(args.policy, device)  # after what can be refused in seconds
     adapter = adapter_for(policy, frames.keep)
-    how = {"batch_size": args.batch_size or 16, "workers": args.workers or 0, "prompts": frames.prompts}
+    how: dict[str, Any] = {"batch_size": args.batch_size or 16, "workers": args.workers or 0, "prompts": frames.prompts}
     batches = anchor_batches(dataset, preprocessor, adapter, indices=rows, **how)
     return Source(
         policy,

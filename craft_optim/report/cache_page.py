@@ -199,9 +199,7 @@ def _data_uri(picture: Tensor, black: float, white: float) -> str:
     try:
         from PIL import Image
     except ImportError:
-        raise ImportError(
-            "Pictures on the page need Pillow, which is not installed: pip install 'craft-optim[report]'."
-        ) from None
+        raise ImportError("Pictures on the page need Pillow: pip install 'craft-optim[report]'.") from None
     scaled = ((picture - black) / (white - black)).nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
     pixels = scaled.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     kind = "PNG" if max(pixels.shape[:2]) <= 96 else "JPEG"  # of small pictures every pixel matters

@@ -50,7 +50,6 @@ def page(title: str, sections: Sequence[str], style: str = "", scripts: Sequence
 
     Args:
         sections: HTML, from top to bottom.
-        style: CSS beyond that of all pages.
         scripts: JavaScript to run when everything else is there; no text of users may be in it.
     """
     allowed = "".join(f" '{_hash(script)}'" for script in scripts)

@@ -34,12 +34,7 @@ _FACTS = {
 
 
 def render(runs: Sequence[Run], title: str = "Training report") -> str:
-    """The page.
-
-    Args:
-        runs: At least one.
-        title: Heading of the page.
-    """
+    """The page of at least one run."""
     found = groups(runs)
     drawn = panels(found)
     summaries = [[summarise(run) for run in group.runs] for group in found]

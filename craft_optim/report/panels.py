@@ -26,7 +26,6 @@ class Group:
     """A method: runs that differ in nothing but the seed.
 
     Attributes:
-        runs: At least one.
         constrained: True if they have an epsilon.
     """
 
