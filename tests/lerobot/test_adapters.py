@@ -15,7 +15,7 @@ from craft_optim import anchors
 from craft_optim.anchors.capture import resolve_layers, run
 from craft_optim.anchors.passes import steady
 from craft_optim.lerobot import act, adapter_for, anchor_batches, diffusion, freeze_statistics, pi0, smolvla
-from craft_optim.lerobot._observed import observed
+from craft_optim.lerobot._shared import observed
 
 ABSENT, TOP, WRIST = small.ABSENT, small.TOP, small.WRIST
 FLOW = {"pi0": pi0, "pi05": pi0, "smolvla": smolvla}
