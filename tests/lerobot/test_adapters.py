@@ -504,7 +504,7 @@ def test_running_statistics_stay_and_the_policy_that_acts_is_the_one_that_trains
 
     moving = copy.deepcopy(policy)
     adapter.retention(moving, cache, batch_size=8, freeze_statistics=False)
-    assert len(train_step(moving)) == 3 * 12  # mean, variance and number of batches of each layer
+    assert len(train_step(moving)) == 3 * 13  # mean, variance and number of batches of each layer
     retention = adapter.retention(policy, cache, batch_size=8)
     adapter.retention(policy, cache, batch_size=8)
     assert train_step(policy) == []
