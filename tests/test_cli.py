@@ -304,7 +304,7 @@ def program(*arguments):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = subprocess.Popen([sys.executable, "-m", *arguments], env=environment, **streams)
     try:
-        output, errors = started.communicate(timeout=120)
+        output, errors = started.communicate()
     finally:
         started.terminate()  # not kill: torchrun ends its processes
     return subprocess.CompletedProcess(arguments, started.returncode, output, errors)

@@ -44,7 +44,7 @@ torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "s
 
 
 def run(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], check=True)
 
 
 def assert_same(a: object, b: object, where: str = "") -> None:

@@ -171,9 +171,7 @@ def check_build(args: argparse.Namespace) -> None:
         if args.top_k:
             raise UsageError(f"--top-k needs a dataset with actions: of {args.prompts} no logits are kept")
     elif not (args.repo_id or args.root):
-        raise UsageError(
-            "--policy.path needs the anchors: pass --dataset.repo_id or --dataset.root, or a .jsonl as --prompts"
-        )
+        raise UsageError("which anchors? pass --dataset.repo_id or --dataset.root, or a .jsonl as --prompts")
     if args.root and not args.repo_id and not any(Path(args.root).rglob("meta/info.json")):
         raise UsageError(f"--dataset.root={args.root} is no LeRobotDataset: there is no meta/info.json in it or below")
     if args.tokens:
@@ -188,7 +186,7 @@ def source_of(args: argparse.Namespace) -> Source:
     """The model and its anchors, as the options say."""
     if args.factory:
         return factory_source(args.factory, None if args.device == "auto" else args.device)
-    return policy_source(args.policy, device_of(args.device), args)
+    return policy_source(args, device_of(args.device))
 
 
 def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> None:

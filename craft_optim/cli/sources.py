@@ -33,10 +33,9 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and how a cache of it is built.
+    """A teacher, and how a cache of it is built.
 
     Attributes:
-        model: The teacher.
         build: `anchors.build` of it and its batches; takes the path and further settings.
         reading: As `anchors.build` takes it.
         usage: The next lines of code, with "{cache}" and "{kind}" to be filled in.
@@ -83,11 +82,7 @@ def factory_source(spec: str, device: str | None) -> Source:
 
 
 def user_function(spec: str, option: str = "--factory") -> Callable[[], Any]:
-    """The function of `script.py:function` or `package.module:function`.
-
-    Args:
-        spec: Its place.
-        option: That named it, for messages.
+    """The function of `script.py:function` or `package.module:function`, as an option names it.
 
     Raises:
         UsageError: There is no such file, module or function.
@@ -131,55 +126,38 @@ def load_policy(path: str, device: str) -> Any:
         UsageError: lerobot is not installed.
         ValueError: The checkpoint cannot be used.
     """
-    _require_lerobot()
-    from craft_optim.lerobot.pretrained import load_policy as load
-
+    try:
+        from craft_optim.lerobot.pretrained import load_policy as load
+    except ImportError as error:
+        raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
     return load(path, device)
 
 
-def _require_lerobot() -> None:
-    try:
-        import craft_optim.lerobot  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
-
-
-def policy_source(path: str, device: str, options: argparse.Namespace) -> Source:
-    """A lerobot policy, and frames after the policy's saved preprocessor; of LeRobotDatasets, or of a .jsonl.
-
-    Args:
-        path: Folder or hub id of the policy.
-        device: Device to load it to.
-        options: Those of `build_anchors.add_frames`, and `keep`.
+def policy_source(args: argparse.Namespace, device: str) -> Source:
+    """A lerobot policy, and frames after its saved preprocessor, as the options of build-anchors name them.
 
     Raises:
         UsageError: lerobot is not installed.
         ValueError: The policy or the frames cannot be used, or do not fit together.
     """
-    _require_lerobot()
-    from craft_optim.lerobot import adapter_for, anchor_batches, open_frames, spread_frames
-    from craft_optim.lerobot.frames import SOURCES
-    from craft_optim.lerobot.pretrained import load_config, load_preprocessor
-
-    config = load_config(path)
-    preprocessor = load_preprocessor(config, path, device)
-    frames = open_frames(config, preprocessor, **{name: getattr(options, name) for name in SOURCES})
-    dataset, count = frames.dataset, options.count
-    rows = list(range(len(dataset))) if count is None else spread_frames(dataset, count)
-    policy = load_policy(path, device)  # after what can be refused in seconds
+    try:
+        from craft_optim.lerobot import adapter_for, anchor_batches, open_frames, spread_frames
+        from craft_optim.lerobot.frames import SOURCES
+        from craft_optim.lerobot.pretrained import load_config, load_preprocessor
+    except ImportError as error:
+        raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
+    config = load_config(args.policy)
+    preprocessor = load_preprocessor(config, args.policy, device)
+    frames = open_frames(config, preprocessor, **{name: getattr(args, name) for name in SOURCES})
+    dataset = frames.dataset
+    rows = list(range(len(dataset))) if args.count is None else spread_frames(dataset, args.count)
+    policy = load_policy(args.policy, device)  # after what can be refused in seconds
     adapter = adapter_for(policy, frames.keep)
-    batches = anchor_batches(
-        dataset,
-        preprocessor,
-        adapter,
-        batch_size=options.batch_size or 16,
-        indices=rows,
-        prompts=frames.prompts,
-        workers=options.workers or 0,
-    )
+    how: dict[str, Any] = {"batch_size": args.batch_size or 16, "workers": args.workers or 0, "prompts": frames.prompts}
+    batches = anchor_batches(dataset, preprocessor, adapter, indices=rows, **how)
     return Source(
         policy,
-        partial(adapter.build, policy, batches, model_id=path),
+        partial(adapter.build, policy, batches, model_id=args.policy),
         adapter.reading,
         "from craft_optim.anchors import AnchorCache\n"
         "from craft_optim.lerobot import adapter_for\n"

@@ -15,7 +15,7 @@ from craft_optim import anchors
 from craft_optim.anchors.capture import resolve_layers, run
 from craft_optim.anchors.passes import steady
 from craft_optim.lerobot import act, adapter_for, anchor_batches, diffusion, freeze_statistics, pi0, smolvla
-from craft_optim.lerobot._observed import observed
+from craft_optim.lerobot._shared import observed
 
 ABSENT, TOP, WRIST = small.ABSENT, small.TOP, small.WRIST
 FLOW = {"pi0": pi0, "pi05": pi0, "smolvla": smolvla}
@@ -504,7 +504,7 @@ def test_running_statistics_stay_and_the_policy_that_acts_is_the_one_that_trains
 
     moving = copy.deepcopy(policy)
     adapter.retention(moving, cache, batch_size=8, freeze_statistics=False)
-    assert len(train_step(moving)) == 3 * 12  # mean, variance and number of batches of each layer
+    assert len(train_step(moving)) == 3 * 13  # mean, variance and number of batches of each layer
     retention = adapter.retention(policy, cache, batch_size=8)
     adapter.retention(policy, cache, batch_size=8)
     assert train_step(policy) == []

@@ -38,9 +38,7 @@ def browse(page, folder, *what):
         f"--user-data-dir={folder / 'profile'}",
         f"--log-net-log={log}",
     ]
-    done = subprocess.run(
-        [BROWSER, *options, *what, page.as_uri()], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([BROWSER, *options, *what, page.as_uri()], capture_output=True, text=True, check=True)
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     return done.stdout, console, {*OF_A_PAGE.findall(log.read_text())}
 
