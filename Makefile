@@ -1,18 +1,28 @@
 # make demo, make test: everything from a fresh clone. `make help` lists the targets.
 # PYTHON=/path/to/python3.12 names the interpreter; without it tools/find_python looks for one.
+# Every environment begins with the newest pip: dependency groups need 25.1.
 
 VENV := .venv
 BIN := $(VENV)/bin
 # Empty files that say what is installed.
 FOR_EXAMPLE := $(VENV)/.example
 FOR_TESTS := $(VENV)/.dev
+# Environments of their own, on the oldest Python that the core promises: ruff answers before anything is installed for
+# it; the core has no extras; of the last two one holds the lower bounds, one the newest of everything.
+FOR_RUFF := .venv-ruff/.made
+FOR_CORE := .venv-core/.made
+FOR_LOWEST := .venv-lowest/.made
+FOR_DIST := .venv-dist/.made
+NEWEST := .venv-newest
+# What lerobot is not needed for: it promises bounds of its own.
+NAMES := transformers evaluation report integrations
 
 # OpenMP threads beyond one lose on small tensors and shared machines; MuJoCo renders without a screen.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence lint docs mutants bench pareto sweep budget vla experiments assets clean
+.PHONY: help setup demo test evidence core lowest newest lint ruff types docs dist mutants bench pareto sweep budget vla experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -20,29 +30,62 @@ help:  ## this list
 $(FOR_EXAMPLE): pyproject.toml tools/find_python
 	@python=$$(PYTHON="$(PYTHON)" sh tools/find_python) && echo "using $$python" && "$$python" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e ".[example]"
+	$(BIN)/python -m pip install --quiet -e ".[lerobot,report]" --group example
 	@touch $@
 
 # A second step: lerobot bounds many packages from above, and asked for everything at once pip tries the newest versions
 # of the others for minutes. With lerobot's choice installed it needs seconds.
 $(FOR_TESTS): $(FOR_EXAMPLE)
-	$(BIN)/python -m pip install --quiet -e ".[example,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[lerobot,transformers,evaluation,report]" --group example --group dev
 	@touch $@
+
+.venv-%/.made: pyproject.toml tools/find_python
+	@python=$$(PYTHON="$(PYTHON)" sh tools/find_python 11) && echo "using $$python" && "$$python" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet $(WANTS)
+	@touch $@
+
+$(FOR_RUFF): WANTS = --group ruff
+# One release of torch, so that two runs are alike; TORCH=torch takes the newest.
+TORCH := torch==2.13.0
+$(FOR_DIST): WANTS = build twine
+$(FOR_CORE): WANTS = $(TORCH) -e . --group tests
+$(FOR_LOWEST): WANTS = $$($(@D)/bin/python tools/lower_bounds.py $(NAMES)) -e . --group tests expecttest
 
 setup: $(FOR_TESTS)  ## the virtual environment with everything in it
 
 demo: $(FOR_EXAMPLE)  ## fine-tune the small pi0_fast with AdamW and with CRaFT; results in examples/out
 	$(BIN)/python examples/pi0_fast_craft.py
 
-test: $(FOR_TESTS) lint  ## linters, types, documentation, all tests
+test: lint $(FOR_TESTS)  ## linters, types, documentation, all tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 evidence: $(FOR_TESTS)  ## the tests of benchmarks/evidence that `make test` leaves out
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m evidence tests/evidence
 
-lint: $(FOR_TESTS)  ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+# A third of its time, and nothing in it depends on the version of Python.
+CORE := --ignore=tests/distributed/test_equals_one_process.py
+
+core: $(FOR_CORE)  ## the tests of the core without an extra, on Python 3.11
+	.venv-core/bin/python -m pytest -n 2 --dist loadgroup $(CORE)
+
+lowest: $(FOR_LOWEST)  ## the tests that need no lerobot, on the lower bounds of pyproject.toml (downloads torch 2.6 for CUDA)
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadgroup
+
+newest:  ## the tests that need no lerobot, on the newest torch, transformers and others that pip finds
+	@test -d $(NEWEST) || "$$(PYTHON="$(PYTHON)" sh tools/find_python 11)" -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[transformers,evaluation,report]" \
+		--group tests --group integrations expecttest
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadgroup
+
+lint: ruff types  ## ruff and mypy
+
+ruff: $(FOR_RUFF)
+	.venv-ruff/bin/ruff check .
+	.venv-ruff/bin/ruff format --check .
+
+types: $(FOR_TESTS)
 	$(BIN)/mypy
 
 docs: $(FOR_TESTS)  ## the documentation, as pages in docs/_build/html; a warning is an error
@@ -58,7 +101,7 @@ mutants: $(FOR_TESTS)  ## do the tests notice every small change of the pure mod
 bench: $(FOR_TESTS)  ## what optimizer and anchors cost, as multiples of alternatives (ten minutes; GROUP=surgery: a part)
 	@mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks$(if $(GROUP),/test_$(GROUP).py) $(if $(DEVICE),--bench-device=$(DEVICE)) \
-		--benchmark-enable --benchmark-columns=median --benchmark-json=.benchmarks/run.json -q
+		--benchmark-columns=median --benchmark-json=.benchmarks/run.json -q
 	$(BIN)/python benchmarks/performance_table.py .benchmarks/run.json
 
 pareto: $(FOR_TESTS)  ## plasticity against retention of 11 methods on small real data (minutes; FULL=1: what is in benchmarks/evidence)
@@ -81,5 +124,11 @@ experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, q
 assets: $(FOR_EXAMPLE)  ## record the demonstrations and pretrain the small policy again
 	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all
 
-clean:  ## remove the environment and what runs have written
-	rm -rf $(VENV) examples/out build docs/_build *.egg-info
+dist: $(FOR_DIST)  ## sdist and wheel in dist/, checked
+	rm -rf dist
+	.venv-dist/bin/python -m build --outdir dist >/dev/null
+	.venv-dist/bin/python -m twine check --strict dist/*
+	@! grep '^Repository = .*\.example"' pyproject.toml || echo "Not to be uploaded: name the repository in pyproject.toml first."
+
+clean:  ## remove the environments and what runs have written
+	rm -rf $(VENV) .venv-* examples/out build dist docs/_build *.egg-info

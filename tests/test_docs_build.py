@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("sphinx", reason="pip install 'craft-optim[docs]'")
-pytest.importorskip("furo", reason="pip install 'craft-optim[docs]'")
-pytest.importorskip("myst_parser", reason="pip install 'craft-optim[docs]'")
+pytest.importorskip("sphinx", reason="pip install --group docs")
+pytest.importorskip("furo", reason="pip install --group docs")
+pytest.importorskip("myst_parser", reason="pip install --group docs")
 from sphinx.util.inventory import InventoryFile
 
 ROOT = Path(__file__).parents[1]

@@ -207,12 +207,16 @@ def test_settings_have_a_least_value(make, name, least):
 
 def test_defaults():
     assert MultiplicativePI() == MultiplicativePI(initial=1.0, ki=0.1, kp=1.0, maximum=1e4, minimum=1e-3)
-    assert DualAscent() == DualAscent(initial=1.0, learning_rate=0.01, maximum=10.0)
+    assert DualAscent() == DualAscent(initial=1.0, learning_rate=0.1, maximum=1e4)
     assert NuPI() == NuPI(initial=1.0, ki=0.1, kp=1.0, nu=0.0, maximum=1e4)
     assert AugmentedLagrangian() == AugmentedLagrangian(initial=1.0, learning_rate=0.1, penalty=1.0, maximum=1e4)
-    assert [make_controller(name) for name in NAMES] == [
-        MultiplicativePI(),
-        DualAscent(1.0, 0.1, 1e4),
-        NuPI(),
-        AugmentedLagrangian(),
+
+
+def test_a_name_stands_for_its_class():
+    assert [make_controller(name) for name in NAMES] == [make() for make in CONTROLLERS]
+    assert [make_controller(name, initial=0.0 if name != "pi" else 2.0, gain=0.0, maximum=5.0) for name in NAMES] == [
+        MultiplicativePI(2.0, ki=0.0, maximum=5.0),
+        DualAscent(0.0, learning_rate=0.0, maximum=5.0),
+        NuPI(0.0, ki=0.0, maximum=5.0),
+        AugmentedLagrangian(0.0, learning_rate=0.0, maximum=5.0),
     ]

@@ -21,11 +21,11 @@ def fake(path: Path, works: bool) -> Path:
     return path
 
 
-def find(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def find(tmp_path: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     # Nothing of this machine's own but the shell.
     (tmp_path / "bin").mkdir(exist_ok=True)
     env = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path / "pyenv")} | env
-    return subprocess.run(["/bin/sh", str(SCRIPT)], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(["/bin/sh", str(SCRIPT), *arguments], env=env, capture_output=True, text=True, check=False)
 
 
 def test_the_first_on_path_that_runs(tmp_path):
@@ -40,6 +40,13 @@ def test_then_pyenvs_versions(tmp_path):
     good = fake(tmp_path / "pyenv" / "versions" / "3.12.1" / "bin" / "python", works=True)
     fake(tmp_path / "pyenv" / "versions" / "3.11.7" / "bin" / "python", works=True)
     assert find(tmp_path).stdout.strip() == str(good)
+
+
+def test_the_oldest_that_is_asked_for(tmp_path):
+    fake(tmp_path / "bin" / "python3.12", works=True)
+    oldest = fake(tmp_path / "pyenv" / "versions" / "3.11.7" / "bin" / "python", works=True)
+    assert find(tmp_path, "11").stdout.strip() == str(oldest)
+    assert "Python >= 3.99 found" in find(tmp_path, "99").stderr
 
 
 def test_a_named_one_wins_or_is_refused(tmp_path):

@@ -129,7 +129,7 @@ def test_trackio(tmp_path):
     import sqlite3
 
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", TRACKIO], env=environment, check=True, timeout=120, capture_output=True)
+    subprocess.run([sys.executable, "-c", TRACKIO], env=environment, check=True, capture_output=True)
     with sqlite3.connect(tmp_path / "p.db") as database:
         found = database.execute("select step, metrics from metrics order by step").fetchall()
     assert [step for step, _ in found] == [0, 5]

@@ -75,63 +75,6 @@ BASES = {
 }
 
 
-def test_the_table_of_bases_is_complete():
-    # LBFGS needs a closure, SparseAdam sparse gradients, Muon matrices: they have tests of their own below.
-    ours = {*BASES, "LBFGS", "SparseAdam", "Muon", "Optimizer"}
-    found = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)}
-    assert found <= ours
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_without_a_closure_it_is_the_base_bit_for_bit(name):
-    plain, wrapped = network(), network()
-    expected = train(plain, BASES[name](plain.parameters()), 10)
-    found = train(wrapped, CraftOptimizer(BASES[name](wrapped.parameters())), 10)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-
-
-def test_without_a_closure_lbfgs_is_lbfgs():
-    results = []
-    for wrap in (lambda o: o, CraftOptimizer):
-        model = network()
-        optimizer = wrap(torch.optim.LBFGS(model.parameters(), max_iter=5, line_search_fn="strong_wolfe"))
-        for _ in range(3):
-
-            def closure(model=model, optimizer=optimizer):
-                optimizer.zero_grad()
-                loss = task_loss(model, 0)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
-        results.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_without_a_closure_muon_is_muon():
-    results = []
-    for wrap in (lambda o: o, CraftOptimizer):
-        model = nn.Linear(4, 3, bias=False)
-        nn.init.constant_(model.weight, 0.5)
-        results.append(train(model, wrap(torch.optim.Muon(model.parameters())), 5))
-    assert torch.equal(results[0][0], results[1][0])
-
-
-def test_without_a_closure_sparse_adam_is_sparse_adam():
-    results = []
-    for wrap in (lambda o: o, CraftOptimizer):
-        torch.manual_seed(0)
-        table = nn.Embedding(6, 2, sparse=True)
-        optimizer = wrap(torch.optim.SparseAdam(table.parameters()))
-        for step in range(5):
-            optimizer.zero_grad()
-            table(torch.tensor([step, 0])).square().sum().backward()
-            optimizer.step()
-        results.append(table.weight.detach().clone())
-    assert torch.equal(*results)
-
-
 @pytest.mark.parametrize("name", [*BASES, "Muon"])
 def test_every_base_steps_on_the_merged_gradient(name):
     # Against the same base fed by hand with g_t + lambda g_r.

@@ -5,21 +5,22 @@
     python tools/mutants.py toy.py=test_toy.py,test_b.py # another, with its tests
 
 A mutant is the module with one change: a comparison, an operator, a number, `min` for `max`, a condition, a returned
-value, a statement less. Annotations, decorators, texts and the insides of a `raise` stay. Libraries are imported once;
-each mutant is a fork that imports the package anew, with the changed module, and runs that module's tests up to the
-first failure. A survivor that behaves as the original does is explained in `mutants.txt`.
+value, a statement less. Annotations, decorators, texts, `strict=` and the insides of a `raise` stay. Libraries are
+imported once; each mutant is a fork that imports the package anew, with the changed module, and runs that module's
+tests up to the first failure. A survivor that behaves as the original does is explained in `mutants.txt`.
 
 Exits with 1 if fewer than 90 % of a module's mutants are killed, if a survivor is not explained, or if an explained one
 does not survive.
 
-Why not a library: mutmut 3 forks, too, but changes no default of a dataclass, no constant of a module, no property and
-no `min`, and half of its mutants are texts; cosmic-ray starts a process per mutant, which imports torch each time.
+Why not a library: mutmut 3 forks, too, but changes no field of a dataclass, no constant of a module, no property and
+no `min`, and has no list of explained survivors; cosmic-ray starts a process per mutant, which imports torch each time.
 """
 
 import argparse
 import ast
 import contextlib
 import copy
+import gc
 import io
 import os
 import re
@@ -39,8 +40,9 @@ import pytest
 MODULES = {
     "craft_optim/dual.py": ["tests/test_dual.py"],
     "craft_optim/schedules.py": ["tests/test_schedules.py"],
-    "craft_optim/scaling.py": ["tests/test_scaling.py"],
-    "craft_optim/cone.py": ["tests/constraints/test_cone.py"],
+    "craft_optim/_step/scaling.py": ["tests/test_scaling.py"],
+    "craft_optim/_step/cone.py": ["tests/constraints/test_cone.py"],
+    "craft_optim/_step/decision.py": ["tests/constraints/test_decision.py"],
 }
 EXPLAINED = Path(__file__).with_suffix(".txt")
 LEAST = 0.9
@@ -83,28 +85,23 @@ def places(node: ast.AST, function: str = "module", assigned: Mapping[str, int] 
     for field, value in ast.iter_fields(node):
         children = value if isinstance(value, list) else [value]
         for i, child in enumerate(children):
-            if field in _LEFT_OUT or not isinstance(child, ast.AST):
+            if field in _LEFT_OUT or not isinstance(child, ast.AST) or getattr(child, "arg", None) == "strict":
                 continue
             put = partial(children.__setitem__, i) if children is value else partial(setattr, node, field)
             where, names = function, assigned or {}
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 where = child.name if function == "module" else f"{function}.{child.name}"
-                lines = [(n.arg, n.lineno) for n in ast.walk(child) if isinstance(n, ast.arg)]
-                lines += [(n.id, n.lineno) for n in ast.walk(child) if isinstance(n, ast.Name) and not _read(n)]
-                names = dict(sorted(lines, key=lambda entry: -entry[1]))
+                inside = sorted(ast.walk(child), key=lambda n: -getattr(n, "lineno", 0))
+                names = {n.id: n.lineno for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+                names |= {n.arg: n.lineno for n in inside if isinstance(n, ast.arg)}
             yield Place(child, put, where, field, names)
             if not isinstance(child, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom):
                 yield from places(child, where, names)
 
 
-def _read(name: ast.Name) -> bool:
-    return isinstance(name.ctx, ast.Load)
-
-
 def _with(node: ast.AST, **fields: object) -> ast.AST:
     changed = copy.copy(node)
-    for name, value in fields.items():
-        setattr(changed, name, value)
+    vars(changed).update(fields)
     return changed
 
 
@@ -254,6 +251,7 @@ def import_libraries(tests: Sequence[str]) -> None:
         file = Path(getattr(module, "__file__", None) or "/")
         if file.is_relative_to(Path.cwd()) and "site-packages" not in file.parts and name != "__main__":
             del sys.modules[name]
+    gc.freeze()  # pytest collects garbage several times in each fork; what is here by now need not be looked through
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -262,10 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", default=list(MODULES), help="a module of MODULES, or module=tests")
     parser.add_argument("--explained", type=Path, default=EXPLAINED, help="survivors and their reasons")
     options = parser.parse_args(arguments)
-    wanted = {
-        file: tests.split(",") if tests else MODULES[file]
-        for file, _, tests in (module.partition("=") for module in options.modules)
-    }
+    wanted = {}
+    for file, _, tests in (module.partition("=") for module in options.modules):
+        if not tests and file not in MODULES:
+            parser.error(f"{file} is not in MODULES: name its tests, {file}=tests/test_this.py.")
+        wanted[file] = tests.split(",") if tests else MODULES[file]
     lines = [line for line in options.explained.read_text("utf-8").splitlines() if line and not line.startswith("#")]
     reasons = dict(line.rsplit("  # ", 1) for line in lines)
     stale = {key for key in reasons if (file := key.split()[0]) in wanted or file not in MODULES}

@@ -44,17 +44,15 @@ def nearest_in_cone(products: NDArray[np.float64], c: NDArray[np.float64]) -> ND
         array([[1.375, 0.625]])
     """
     m = c.shape[1]
-    size = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
-    size = np.where(size > 0.0, size, 1.0)
+    size = _divisor(np.sqrt(np.diagonal(products, axis1=1, axis2=2)))
     cosines = products / size[:, :, None] / size[:, None, :]
-    unit = np.abs(c / size).max(axis=1, initial=0.0)
-    unit = np.where(unit > 0.0, unit, 1.0)
+    unit = _divisor(np.abs(c / size).max(axis=1, initial=0.0))
     target = c / size / unit[:, None]
     best, least = np.zeros_like(c), np.zeros(len(c))
-    for chosen in map(list, chain.from_iterable(combinations(range(m), k) for k in range(1, m + 1))):
+    for chosen in map(list, chain.from_iterable(combinations(range(m), k + 1) for k in range(m))):
         values, vectors = np.linalg.eigh(cosines[:, chosen][:, :, chosen])
         independent = values[:, 0] > _INDEPENDENT
-        along = np.einsum("nij,ni->nj", vectors, target[:, chosen]) / np.where(independent[:, None], values, 1.0)
+        along = np.einsum("nij,ni->nj", vectors, target[:, chosen]) / np.maximum(values, _INDEPENDENT)
         q = -np.einsum("nij,nj->ni", vectors, along)
         value = 0.5 * (q * target[:, chosen]).sum(axis=1)
         better = independent & (q >= 0.0).all(axis=1) & (value < least - _GAIN)
@@ -64,6 +62,12 @@ def nearest_in_cone(products: NDArray[np.float64], c: NDArray[np.float64]) -> ND
         least[rows] = value[rows]
     solution: NDArray[np.float64] = best * unit[:, None] / size
     return solution
+
+
+def _divisor(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sizes, with 1 in place of 0: what is zero stays zero."""
+    divisor: NDArray[np.float64] = np.where(sizes > 0.0, sizes, 1.0)
+    return divisor
 
 
 def distance_to_cone(products: NDArray[np.float64], j: int) -> float:

@@ -158,7 +158,7 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
             raise ValueError(
                 f"Layer {layer!r} is computed without gradients, so that nothing could hold its drift: the model runs "
                 "it under torch.no_grad(), or within a reentrant activation checkpoint. Use non-reentrant "
-                "checkpointing (`gradient_checkpointing_kwargs={'use_reentrant': False}`), or tap another layer."
+                "checkpointing ({'use_reentrant': False} where it is turned on), or tap another layer."
             )
         out[layer] = tensor
         if stop and len(out) == len(wanted):

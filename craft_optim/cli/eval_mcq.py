@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from craft_optim import __version__
+from craft_optim.anchors.sampling import spread
 from craft_optim.cli.options import AddCommand, UsageError, device_of, existing_file, whole
 from craft_optim.cli.output import emit_json, print_table
 from craft_optim.cli.sources import user_function
-from craft_optim.inspection import spread
 
 __all__ = ["add"]
 

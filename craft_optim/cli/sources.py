@@ -13,15 +13,14 @@ from typing import Any
 from torch import nn
 
 from craft_optim import anchors
-from craft_optim.anchors import AnchorCache
-from craft_optim.anchors.passes import Forward
+from craft_optim.anchors import AnchorCache, Reading
 
 __all__ = [
     "Source",
     "UsageError",
     "factory_source",
     "load_policy",
-    "policy_forward",
+    "policy_reading",
     "policy_source",
     "tokenizer_of",
     "user_function",
@@ -38,23 +37,23 @@ class Source:
 
     Attributes:
         build: `anchors.build` of it and its batches; takes the path and further settings.
-        forward: As `anchors.build` takes it.
-        usage: The next lines of code, with "{cache}" and "{closure}" to be filled in.
+        reading: As `anchors.build` takes it.
+        usage: The next lines of code, with "{cache}" and "{kind}" to be filled in.
     """
 
     model: nn.Module
     build: Callable[..., AnchorCache]
-    forward: Forward | None
+    reading: Reading | None
     usage: str
 
 
 def factory_source(spec: str, device: str | None) -> Source:
-    """The model and batches that the function of `script.py:function` or `package.module:function` returns.
+    """Source from the function of `script.py:function` or `package.module:function`.
 
     Args:
-        spec: Where the function is; it takes no arguments and returns `(model, batches)` or `(model, batches,
+        spec: Place of the function; it takes no arguments and returns `(model, batches)` or `(model, batches,
             settings)`, settings those of `anchors.build`.
-        device: Where to move the model; None: it stays where it is.
+        device: Device to move the model to; None: it stays.
 
     Raises:
         UsageError: There is no such file, module or function, or it returns something else.
@@ -71,15 +70,14 @@ def factory_source(spec: str, device: str | None) -> Source:
         raise UsageError(f"--factory={spec}: settings must be a dict. Found {type(settings).__name__}.")
     if device is not None:
         model.to(device)
-    forward = settings.get("forward")
-    name = getattr(forward, "__name__", "")
-    how = "" if forward is None else f", forward={name if name.isidentifier() else 'forward'}"
+    reading = settings.get("reading")
     return Source(
         model,
         lambda path, **more: anchors.build(model, batches, path, **{**settings, **more}),
-        forward,
-        "from craft_optim.anchors import AnchorCache, {closure}\n"
-        f"retention = {{closure}}(model, AnchorCache.open({{cache!r}}){how})",
+        reading,
+        "from craft_optim.anchors import AnchorCache\n"
+        f"cache = AnchorCache.open({{cache!r}}{'' if reading is None else ', reading'})\n"
+        "retention = cache.retention(model{kind})",
     )
 
 
@@ -160,22 +158,22 @@ def policy_source(args: argparse.Namespace, device: str) -> Source:
     return Source(
         policy,
         partial(adapter.build, policy, batches, model_id=args.policy),
-        adapter.forward,
+        adapter.reading,
         "from craft_optim.anchors import AnchorCache\n"
         "from craft_optim.lerobot import adapter_for\n"
         f"retention = adapter_for(policy, {adapter.keep!r}).retention(policy, AnchorCache.open({{cache!r}}))",
     )
 
 
-def policy_forward(policy: nn.Module, cache: AnchorCache) -> Forward:
-    """The forward of the adapter that the cache was built with.
+def policy_reading(policy: nn.Module, cache: AnchorCache) -> Reading:
+    """The reading of the adapter that the cache was built with.
 
     Raises:
         ValueError: None of this policy's was.
     """
     from craft_optim.lerobot.adapters import adapter_of
 
-    return adapter_of(policy, cache).forward
+    return adapter_of(policy, cache).reading
 
 
 def tokenizer_of(name: str) -> Callable[[list[int]], str]:

@@ -6,8 +6,8 @@ processors: the prompt holds the discretised, normalised state, so other statist
 
 Example:
     batches = (anchor_inputs(preprocessor(batch)) for batch in dataloader)
-    cache = anchors.build(policy, batches, "anchors/", forward=action_logits, mask=action_mask)
-    retention = anchors.LogitRetention(policy, cache, forward=action_logits)
+    cache = anchors.build(policy, batches, "anchors/", anchors.Reading(action_logits, action_mask))
+    retention = cache.retention(policy)
 """
 
 from collections.abc import Mapping
@@ -91,7 +91,7 @@ def action_mask(batch: Mapping[str, Tensor]) -> Tensor:
 def generated_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The policy's own action tokens, decoded at temperature 0, in the place of the demonstrated ones.
 
-    For `anchors.build(..., forward=action_logits, tokens=generated_actions)`: frames without actions are anchors, too.
+    For `anchors.Reading(action_logits, tokens=generated_actions)`: frames without actions are anchors, too.
 
     Args:
         batch: A preprocessed batch; action tokens in it are ignored.

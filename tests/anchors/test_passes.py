@@ -71,17 +71,18 @@ def test_gradient_checkpointing_stays_on(llama: nn.Module, token_batches: Callab
     assert calls == 2  # once more in the backward
 
 
-def test_a_module_that_checkpoints_keeps_its_mode() -> None:
-    """Its dropout child is off all the same."""
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_module_that_checkpoints_keeps_its_mode(flag: str) -> None:
+    """Its dropout child is off all the same. transformers 5.24 calls checkpointing by the second name."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.drop, self.gradient_checkpointing = nn.Dropout(0.5), False
+            self.drop = nn.Dropout(0.5)
 
     model = Layer()
     for checkpoints in (True, False):
-        model.gradient_checkpointing = checkpoints
+        setattr(model, flag, checkpoints)
         with passes.steady(model):
             assert model.training == checkpoints
             assert not model.drop.training

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.optimize import nnls
 
 from craft_optim._step.cone import distance_to_cone, nearest_in_cone
+
+nnls = pytest.importorskip("scipy.optimize", reason="pip install 'craft-optim[evaluation]'").nnls
 
 SCALES = [1e-15, 1e-5, 1.0, 1e5, 1e15]
 KINDS = ["random", "obtuse", "collinear", "opposed", "dependent", "zero"]

@@ -6,9 +6,12 @@ None knows how the coefficients are found.
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import nnls
 
+from craft_optim import Rules
+from craft_optim._step.decision import Products, decide
 from craft_optim.functional import project_and_merge_several_
+
+nnls = pytest.importorskip("scipy.optimize", reason="pip install 'craft-optim[evaluation]'").nnls
 
 KINDS = ["random", "against the task", "against each other", "collinear", "opposed", "dependent", "zero", "far scales"]
 # Constraints
@@ -129,6 +132,20 @@ def turned_gradients_turn_the_merge(x, rng):
     assert_close(merged(x @ turn, lams), merged(x, lams) @ turn, np.abs(x) * 12.0)
 
 
+def norms_follow_from_products(x, rng):
+    """Without a look at a gradient; and a cap on the norm shortens the merge, and turns it nowhere."""
+    lams = rng.uniform(0.0, 3.0, len(x) - 1)
+    g = merged(x, lams)
+    for most in (None, 0.5 * np.linalg.norm(g)):
+        rules = Rules(max_grad_norm=most)
+        found = decide(Products(x @ x.T), lams=lams, project=[True] * len(lams), rules=rules)
+        v = x[0]
+        for (a, w), row in zip(found.merges, x[1:], strict=True):
+            v = a * v + w * row
+        assert_close(v, g if most is None else 0.5 * g, np.abs(x) * max(1.0, *lams))
+        assert abs(found.norm - np.linalg.norm(v)) <= 1e-6 * np.linalg.norm(x, axis=1).max() * max(1.0, *lams)
+
+
 PROPERTIES = [
     projection,
     projection_of_some,
@@ -142,6 +159,7 @@ PROPERTIES = [
     a_constraint_twice_is_once,
     tensors_do_not_matter,
     turned_gradients_turn_the_merge,
+    norms_follow_from_products,
 ]
 
 

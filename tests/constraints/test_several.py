@@ -11,6 +11,8 @@ from craft_optim._step.reference import reference_merge_several
 from craft_optim._step.surgery import GradientSets
 from craft_optim.functional import project_and_merge_, project_and_merge_several_
 
+pytest.importorskip("scipy", reason="of the reference: pip install 'craft-optim[evaluation]'")
+
 SHAPES = [(3,), (), (0,), (7, 5), (2, 3, 4, 4), (200, 130)]
 # One rounding per merge, and what sums in float32 leave in the coefficients
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}

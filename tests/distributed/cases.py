@@ -28,6 +28,7 @@ from craft_optim._step import gradients as gradient_lists
 from craft_optim._step.processes import average
 from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention
 from craft_optim.anchors.names import plain_name
+from craft_optim.retention import Retention
 
 BATCH, ANCHORS = 8, 8  # of all processes together
 BASES = {
@@ -307,16 +308,16 @@ def average_of(seed, kinds):
     ]
 
 
-class Drift:
+class Drift(Retention):
     """Mean squared output; what it reaches, and whether it is finite, may depend on the rank."""
 
     def __init__(self, model, reach=lambda model: model, scale=1.0):
-        self.model, self.reach, self.scale, self.shared = model, reach, scale, None
+        self.model, self.reach, self.scale, self.told = model, reach, scale, None
 
     def shard(self, rank, world_size, mean):
-        self.shared = rank, world_size, mean(torch.tensor(float(dist.get_rank()))).item()
+        self.told = rank, world_size, mean(torch.tensor(float(dist.get_rank()))).item()
 
-    def __call__(self):
+    def loss(self, number):
         return self.scale * self.reach(self.model)(torch.ones(2, 6)).square().mean()
 
 
@@ -346,7 +347,7 @@ def report(parallel="plain", poison=None, steps=2, **craft):
     return {
         "warnings": [str(w.message) for w in caught if "not finite" in str(w.message)],
         "sunk": len(sunk),
-        "shared": drift.shared,
+        "shared": drift.told,
         "lambda": optimizer.param_groups[0]["craft_lambda"],
         "skipped": optimizer.param_groups[0]["craft_skipped"],
         "sum": sum(float(p.double().sum()) for p in full(wrapped).values()),
@@ -361,7 +362,7 @@ def another_closure():
     for drift in (first, second):
         optimizer.retention_closure = drift
         one_step(ddp, optimizer, 0, 0, 1)
-    return first.shared, second.shared
+    return first.told, second.told
 
 
 def subset_per_rank():

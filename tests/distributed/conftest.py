@@ -2,9 +2,10 @@
 
 import os
 import pickle
-import selectors
+import signal
 import subprocess
 import sys
+from multiprocessing import Pipe, connection
 from pathlib import Path
 
 import pytest
@@ -16,58 +17,76 @@ pytest.importorskip("torch.distributed.fsdp")
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `cases`, as in the workers
 
+RANKS = 4  # at most
+
 
 class Processes:
     """`run(world_size, "module.function", **arguments)` -> what that function returned on each rank."""
 
-    def __init__(self, folder):
-        self.folder, self.workers, self.calls = folder, [], 0
+    def __init__(self, folder, modules=("cases",)):
+        self.folder, self.modules, self.parent, self.ranks, self.calls = folder, modules, None, [], 0
+
+    def start(self):
+        self.ranks, theirs = zip(*(Pipe() for _ in range(RANKS)), strict=True)
+        descriptors = [end.fileno() for end in theirs]
+        worker = str(Path(__file__).with_name("worker.py"))
+        self.parent = subprocess.Popen(
+            [sys.executable, worker, ",".join(self.modules), *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for end in theirs:
+            end.close()
 
     def run(self, world_size, case, **arguments):
-        while len(self.workers) < world_size:
-            rank = str(len(self.workers))
-            command = [sys.executable, str(Path(__file__).with_name("worker.py")), rank]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-            self.workers.append(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            )
+        if self.parent is None:
+            self.start()
         self.calls += 1
-        workers = self.workers[:world_size]
-        for worker in workers:
-            pickle.dump((world_size, str(self.folder / f"store{self.calls}"), case, arguments), worker.stdin)
-            worker.stdin.flush()
+        ranks = self.ranks[:world_size]
+        for rank in ranks:
+            rank.send_bytes(pickle.dumps((world_size, str(self.folder / f"store{self.calls}"), case, arguments)))
         answers = {}
-        with selectors.DefaultSelector() as selector:
-            for rank, worker in enumerate(workers):
-                selector.register(worker.stdout, selectors.EVENT_READ, rank)
-            while len(answers) < world_size:
-                ready = selector.select(timeout=120)
-                if not ready:
+        while len(answers) < world_size:
+            for ready in connection.wait([rank for rank in ranks if ranks.index(rank) not in answers]):
+                rank = ranks.index(ready)
+                try:
+                    succeeded, answers[rank] = pickle.loads(ready.recv_bytes())
+                except EOFError:
+                    succeeded, answers[rank] = False, "the process died"
+                if not succeeded:  # the others may wait for it for ever
                     self.stop()
-                    pytest.fail(f"{case}: of {world_size} ranks only {sorted(answers)} answered within two minutes")
-                for key, _ in ready:
-                    selector.unregister(key.fileobj)
-                    try:
-                        succeeded, answers[key.data] = pickle.load(key.fileobj)
-                    except EOFError:
-                        succeeded, answers[key.data] = False, "the process died"
-                    if not succeeded:  # the others may wait for it for ever
-                        self.stop()
-                        pytest.fail(f"{case} on rank {key.data} of {world_size}:\n{answers[key.data]}")
+                    pytest.fail(f"{case} on rank {rank} of {world_size}:\n{answers[rank]}")
         return [answers[rank] for rank in range(world_size)]
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
     def stop(self):
-        for worker in self.workers:
-            worker.kill()
-            worker.communicate()
-        self.workers = []
+        if self.parent is not None:
+            os.killpg(self.parent.pid, signal.SIGKILL)
+            self.parent.wait()
+            for rank in self.ranks:
+                rank.close()
+        self.parent, self.ranks = None, []
 
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    pool = Processes(tmp_path_factory.mktemp("stores"))
-    yield pool
-    pool.stop()
+    with Processes(tmp_path_factory.mktemp("stores")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def framework_processes(tmp_path_factory):
+    """Others, which share what importing the frameworks costs."""
+    modules = ("cases", "accelerate", "lightning.pytorch", "peft", "transformers.trainer")
+    with Processes(tmp_path_factory.mktemp("stores"), modules) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

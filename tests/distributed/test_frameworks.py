@@ -4,11 +4,11 @@ import pytest
 
 
 @pytest.mark.parametrize("framework", ["accelerate", "trainer", "lightning"])
-def test_ddp(processes, cache, alone, assert_same_run, framework):
+def test_ddp(framework_processes, cache, alone, assert_same_run, framework):
     for library in {"trainer": ("transformers", "accelerate")}.get(framework, (framework,)):
         pytest.importorskip(library)
-    ((_, one),) = processes.run(1, f"frameworks.{framework}", cache=cache)
-    ranks = processes.run(2, f"frameworks.{framework}", cache=cache)
+    ((_, one),) = framework_processes.run(1, f"frameworks.{framework}", cache=cache)
+    ranks = framework_processes.run(2, f"frameworks.{framework}", cache=cache)
     assert [wrapper for wrapper, _ in ranks] == ["DistributedDataParallel"] * 2
     runs = [run for _, run in ranks]
     if framework == "trainer":  # which sees metrics through a sink, and of several processes one reports
@@ -20,9 +20,9 @@ def test_ddp(processes, cache, alone, assert_same_run, framework):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_lora_with_a_teacher_that_runs_beside_it(processes, assert_same_run, parallel):
+def test_lora_with_a_teacher_that_runs_beside_it(framework_processes, assert_same_run, parallel):
     pytest.importorskip("peft")
-    ((_, one),) = processes.run(1, "frameworks.peft", parallel="plain")
+    ((_, one),) = framework_processes.run(1, "frameworks.peft", parallel="plain")
     assert one["metrics"][0]["retention_loss"] == 0.0
     assert one["metrics"][-1]["retention_loss"] > 1e-3
-    assert_same_run([run for _, run in processes.run(2, "frameworks.peft", parallel=parallel)], one)
+    assert_same_run([run for _, run in framework_processes.run(2, "frameworks.peft", parallel=parallel)], one)

@@ -1,32 +1,28 @@
-"""One of several processes: runs functions of the modules beside it, as they are asked for on stdin, until it ends."""
+"""All ranks of the tests: one process imports what they need and forks them; each runs functions as it is asked to."""
 
+import gc
 import importlib
 import os
 import pickle
 import sys
 import traceback
+from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
 
+HANG = timedelta(minutes=10)  # a collective that waits for so long waits for nobody, however busy the machine
 
-def main(rank: int) -> None:
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a case prints must not get between the answers
-    torch.set_num_threads(1)
 
+def serve(rank: int, requests: Connection) -> None:
+    """Answers (number of ranks, store, "module.function", arguments) with (succeeded, result or traceback)."""
     while True:
-        try:
-            world_size, store, name, arguments = pickle.load(requests)
-        except EOFError:
-            break
+        world_size, store, name, arguments = pickle.loads(requests.recv_bytes())
+        gc.freeze()  # a run searches all objects that are not for its DDP and FSDP modules: for them alone, it is quick
         dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=60),
+            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=HANG
         )
         torch.manual_seed(0)
         try:
@@ -36,10 +32,23 @@ def main(rank: int) -> None:
             answer = False, traceback.format_exc()
         if answer[0]:
             dist.barrier()
-        pickle.dump(answer, answers)
-        answers.flush()
+        requests.send_bytes(pickle.dumps(answer))  # `send` would share the memory of tensors
         dist.destroy_process_group()
 
 
+def main(modules: str, *descriptors: str) -> None:
+    torch.set_num_threads(1)
+    for module in modules.split(","):
+        with suppress(ImportError):  # the test says what it needs
+            importlib.import_module(module)
+    for rank, descriptor in enumerate(descriptors):
+        if os.fork() == 0:
+            with suppress(EOFError):
+                serve(rank, Connection(int(descriptor)))
+            os._exit(0)
+    for _ in descriptors:
+        os.wait()
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*sys.argv[1:])

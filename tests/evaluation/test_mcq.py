@@ -3,10 +3,11 @@
 import math
 
 import pytest
-from scipy import stats
 
 from craft_optim.evaluation import ChoiceScore, Question, compare, evaluate, summarise
 from craft_optim.evaluation.statistics import paired_difference, wilson
+
+stats = pytest.importorskip("scipy.stats", reason="pip install 'craft-optim[evaluation]'")
 
 TWO = Question("2 + 2?", ("4", "5"), 0)
 THREE = Question("2 + 3?", ("4", "5", "6"), 1)

@@ -11,6 +11,8 @@ import torch
 from craft_optim.cli import main
 from craft_optim.evaluation.statistics import wilson
 
+pytest.importorskip("scipy", reason="pip install 'craft-optim[evaluation]'")
+
 SCRIPT = """
 from craft_optim.evaluation import ChoiceScore
 

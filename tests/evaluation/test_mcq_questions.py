@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from craft_optim.evaluation import Question, read_questions
 from craft_optim.evaluation.questions import open_picture
+
+Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[evaluation]'")
 
 GOOD = {"question": "Is ice hot?", "choices": ["yes", "no"], "answer_index": 1}
 

@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from craft_optim.evaluation.statistics import mcnemar, mean_interval, paired_difference, wilson
+
+stats = pytest.importorskip("scipy.stats", reason="pip install 'craft-optim[evaluation]'")
 
 
 def by_hand(successes, trials, z=1.959963984540054):

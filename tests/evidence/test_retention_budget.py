@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
+pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
 
 import retention_budget as budget
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
+pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
 
 from _paths import RESULTS
 from vla import command, figure, methods, runs, summary

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
+pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
 
 import six_experiments as recipe
 import torch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
+pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
 
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK, environment
 from metaworld_pi0_fast.batches import PreparedFrames

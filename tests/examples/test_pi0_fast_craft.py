@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lerobot", reason="pip install 'craft-optim[example]', Python >= 3.12")
+pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
 
 import pi0_fast_craft as example
 from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import small_llama
+from warm import Python
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -38,10 +39,17 @@ def test_the_mask_selects_what_predicts_the_answers():
     assert not mask[:, -1].any()
 
 
-def launched(*command):
+@pytest.fixture(scope="module")
+def warm():
+    """What the examples import takes longer than they do."""
+    with Python("accelerate", "transformers.models.llama.modeling_llama", "craft_optim.anchors") as warm:
+        yield warm
+
+
+def launched(launcher, warm, *command):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=240, check=False
+        [sys.executable, "-m", *launcher, *warm.runs, *command], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
@@ -51,11 +59,10 @@ def numbers(line):
     return [float(x) for x in re.findall(r"\d+\.\d+", line)]
 
 
-def test_fsdp2_under_torchrun():
-    out = launched(
-        *("torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLES / "fsdp2_torchrun.py")),
-        *("--pretraining-steps=250", "--steps=80", "--epsilon=0.05"),
-    )
+def test_fsdp2_under_torchrun(warm):
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    settings = ("--pretraining-steps=160", "--steps=80", "--epsilon=0.05")
+    out = launched(torchrun, warm, EXAMPLES / "fsdp2_torchrun.py", *settings)
     assert out.count("2 processes") == 1, "one process prints"
     before, adamw, craft = (numbers(line)[-3:] for line in out.splitlines() if line.count("|") == 3 and "." in line)
     assert before[0] > 0.5
@@ -63,12 +70,11 @@ def test_fsdp2_under_torchrun():
     assert adamw[2] > 10 * craft[2]
 
 
-def test_accelerate_launch():
+def test_accelerate_launch(warm):
     pytest.importorskip("accelerate")
-    out = launched(
-        *("accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2"),
-        *(str(EXAMPLES / "accelerate_launch.py"), "--pretraining-steps=250", "--steps=80", "--epsilon=0.05"),
-    )
+    launch = ("accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2")
+    settings = ("--pretraining-steps=160", "--steps=80", "--epsilon=0.05")
+    out = launched(launch, warm, EXAMPLES / "accelerate_launch.py", *settings)
     lines = out.splitlines()
     assert [line.split(":")[0] for line in lines if "right" in line] == ["before", "after"], "one process prints"
     # Under plain AdamW several nats, see the other example.

@@ -6,8 +6,10 @@ import pytest
 
 pytest.importorskip("lerobot", reason="pip install 'craft-optim[lerobot]', Python >= 3.12")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(Path(__file__).parent)]  # the latter for `small`, which the tests here share
+TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "examples"
+# For `small` and `training`, which the tests here share, and `warm`, which others do
+sys.path[:0] = [str(EXAMPLES), str(TESTS / "lerobot"), str(TESTS / "common")]
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,14 @@ from importlib import import_module
 from types import SimpleNamespace
 from unittest import mock
 
+import small_act  # noqa: F401
 import torch
-import torchvision
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from metaworld_pi0_fast import ASSETS, OLD_TASK
 from metaworld_pi0_fast.demonstrations import VIDEO_BACKEND
-from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import AutoTokenizer, SmolVLMConfig
 
 TOKENIZER = ASSETS / "pretrained" / "tokenizers" / "text"
@@ -20,6 +19,7 @@ TOP, WRIST, ABSENT = "observation.image", "observation.images.wrist", "observati
 IMAGE, PATCH = 64, 32
 CHUNK = 5
 MAX_ACTION = 6  # two more than there are
+EYES = {"vision_backbone": "resnet8", "pretrained_backbone_weights": None}  # of ACT and diffusion: see small_act
 
 
 def features(*cameras):
@@ -127,28 +127,18 @@ def act(**settings):
     from lerobot.policies.act.modeling_act import ACTPolicy
 
     sizes = {"dim_model": 16, "n_heads": 2, "dim_feedforward": 32, "n_encoder_layers": 1, "n_vae_encoder_layers": 1}
-    return ACTPolicy(
-        ACTConfig(pretrained_backbone_weights=None, latent_dim=4, **sizes | features(TOP, WRIST) | settings)
-    )
+    return ACTPolicy(ACTConfig(**EYES, latent_dim=4, **sizes | features(TOP, WRIST) | settings))
 
 
 def diffusion(**settings):
     from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
     from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 
-    def one_block_a_stage(weights):
-        return ResNet(BasicBlock, [1, 1, 1, 1])
-
     sizes = {"down_dims": (16, 32), "n_groups": 4, "kernel_size": 3, "diffusion_step_embed_dim": 16}
     chunks = {"horizon": 8, "n_action_steps": 4, "num_train_timesteps": 20}
     own = {key: value for key, value in features(TOP, WRIST).items() if key != "chunk_size"}
-    eyes = {
-        "crop_shape": (40, 40),
-        "pretrained_backbone_weights": None,
-        "use_separate_rgb_encoder_per_camera": False,
-    }
-    with mock.patch.object(torchvision.models, "resnet18", one_block_a_stage):
-        return DiffusionPolicy(DiffusionConfig(**own | sizes | chunks | eyes | settings))
+    eyes = {"crop_shape": (40, 40), "use_separate_rgb_encoder_per_camera": False, **EYES}
+    return DiffusionPolicy(DiffusionConfig(**own | sizes | chunks | eyes | settings))
 
 
 def build(name, folder, **settings):

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
 import small
 import torch
+from draccus.wrappers import docstring
 from lerobot.configs import parser
 from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import get_policy_class
@@ -31,6 +33,8 @@ OLD, NEW = (ASSETS / "demonstrations" / name for name in (OLD_TASK, NEW_TASK))
 EXAMPLES = ASSETS.parents[1]
 # What lerobot's models have in their code, and here have smaller
 REBUILT = ("pi0", "pi05", "smolvla")
+# For every field that it has a flag for, and every run, draccus would parse the source again
+docstring.get_attribute_docstring = cache(docstring.get_attribute_docstring)
 
 
 def pretrained(name, folder, **settings):
@@ -139,14 +143,16 @@ def train(name, folder, *given, with_plugin=True):
             torch.random.set_rng_state(state)
 
 
-def console(*given, processes=1, fsdp=False):
-    """Starts the unmodified console script, with the plugins that the flags name."""
-    script = [str(Path(sys.executable).with_name("lerobot-train"))]
+def console(*given, processes=1, fsdp=False, warm=None):
+    """Starts the unmodified console script, with the plugins that the flags name; `warm`: a Python of warm.py."""
+    script = [*(warm.runs if warm else []), str(Path(sys.executable).with_name("lerobot-train"))]
     here = Path(__file__).parent
     environment = os.environ | {
-        "PYTHONPATH": f"{EXAMPLES}{os.pathsep}{here}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"
+        "PYTHONPATH": os.pathsep.join(map(str, [EXAMPLES, here, EXAMPLES.parent])),
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    flags = [plugin.TRAIN_FLAG, "--small.discover_packages_path=small_pi0_fast"]
+    small = [f"--{name}.discover_packages_path=small_{name}" for name in ("pi0_fast", "act")]
+    flags = [plugin.TRAIN_FLAG, *small]
     start = [sys.executable, *script]
     if processes > 1:
         launch = ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--num_machines=1"]

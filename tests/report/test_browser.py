@@ -7,9 +7,10 @@ import shutil
 import subprocess
 
 import pytest
-from PIL import Image
 
 from craft_optim.report import read_runs, render
+
+Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [
@@ -37,9 +38,7 @@ def browse(page, folder, *what):
         f"--user-data-dir={folder / 'profile'}",
         f"--log-net-log={log}",
     ]
-    done = subprocess.run(
-        [BROWSER, *options, *what, page.as_uri()], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([BROWSER, *options, *what, page.as_uri()], capture_output=True, text=True, check=True)
     console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
     return done.stdout, console, {*OF_A_PAGE.findall(log.read_text())}
 

@@ -3,11 +3,12 @@
 import sys
 
 import pytest
-from PIL import Image
 
 from craft_optim.cli import main
 from craft_optim.report import read_runs
 from craft_optim.report.pictures import draw
+
+Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
 
 
 def test_a_page_and_what_is_said(runs_folder, tmp_path, monkeypatch, capsys):
