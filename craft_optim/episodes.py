@@ -8,8 +8,6 @@ __all__ = ["Episodes", "chosen_episodes", "parse_episodes"]
 Episodes = int | slice | list[int]
 """The first so many, a part in Python's sense, or these"""
 
-_FORMS = "the first N as N, a list as [0,3,5], or a part as 40:, -10: or 5:20"
-
 
 def parse_episodes(text: str) -> Episodes:
     """The episodes that a text selects, whatever the dataset.
@@ -25,7 +23,8 @@ def parse_episodes(text: str) -> Episodes:
         >>> parse_episodes("12"), parse_episodes("[0, 3]"), parse_episodes("-10:")
         (12, [0, 3], slice(-10, None, None))
     """
-    wrong = ValueError(f"`episodes` must be {_FORMS}. Found {text!r}.")
+    forms = "the first N as N, a list as [0,3,5], or a part as 40:, -10: or 5:20"
+    wrong = ValueError(f"`episodes` must be {forms}. Found {text!r}.")
     try:
         if text.lstrip().startswith("["):
             numbers = json.loads(text)

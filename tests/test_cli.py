@@ -234,7 +234,6 @@ def test_inspect_and_its_checksums(built, capsys):
 
 
 def test_on_a_terminal_names_are_shown_as_they_are(script, capsys, monkeypatch):
-    pytest.importorskip("rich")
     Path(script).write_text(SCRIPT.replace("of the script", "[bold]mine[/] [/red]"))
     assert main(["build-anchors", "a", f"--factory={script}:anchors"]) == 0
     capsys.readouterr()

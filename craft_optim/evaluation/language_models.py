@@ -114,11 +114,10 @@ class LanguageModelScorer(_TransformersScorer):
     """Scores the choices of questions without pictures by a causal language model, `batch_size` in one forward.
 
     Args:
-        tokenizer: Its own; a fast one.
         template: Text for `parse_template`, or "chat" for the tokenizer's chat template.
 
     Raises:
-        ValueError: The model is none of that, or the template cannot be used.
+        ValueError: The model is none of that, its tokenizer is not a fast one, or the template cannot be used.
     """
 
     def __init__(
@@ -158,13 +157,12 @@ class VisionLanguageScorer(_TransformersScorer):
     PaliGemma the prompt is attended in both directions and the choice causally, as in its training.
 
     Args:
-        processor: Its own, with a fast tokenizer.
         template: Text for `parse_template`, or "chat" for the processor's chat template. None: that, where there is
             one; else "answer en {question}" for PaliGemma, and "Question: {question}\\nAnswer:" for others. The
             processor's image token is put in front where a template does not have it.
 
     Raises:
-        ValueError: The model is none of that, or the template cannot be used.
+        ValueError: The model is none of that, its tokenizer is not a fast one, or the template cannot be used.
     """
 
     def __init__(self, model: nn.Module, processor: Any, *, template: str | None = None, batch_size: int = 16) -> None:

@@ -112,7 +112,7 @@ def _result(question: Question, scorer: Scorer) -> Result:
     except ValueError as error:
         return Result(question, failure=str(error))
     if len(scores) != len(question.choices):
-        raise ValueError(f"The scorer must return {len(question.choices)} scores, one per choice. Found {len(scores)}.")
+        raise ValueError(f"The scorer must score each of {len(question.choices)} choices. Found {len(scores)}.")
     for choice, score in zip(question.choices, scores, strict=True):
         if score.tokens < 1 or score.log_likelihood > 0.0:
             raise ValueError(

@@ -27,7 +27,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
         0.49 to 0.94
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"`successes` must be in [0, trials], and `trials` >= 1. Found {successes} of {trials}.")
+        raise ValueError(f"`trials` must be >= 1 and `successes` in [0, trials]. Found {successes=}, {trials=}.")
     interval = _stats().binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 

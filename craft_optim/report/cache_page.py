@@ -40,8 +40,7 @@ def render(
 
     Args:
         indices: Anchors to show; those with the largest drift come first, if one was measured.
-        measured: From `evaluation.drift.drifts`, on the same anchors.
-        verdict: From `evaluation.drift.verdict`.
+        measured: From `evaluation.drift.drifts`, on the same anchors; `verdict` from `evaluation.drift.verdict`.
         decode: Token ids -> text. None: ids are shown as numbers.
 
     Raises:
