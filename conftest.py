@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, settings
 # Doctests of modules that import what they are made for.
 _INTEGRATIONS = {
     "lerobot": "craft_optim/lerobot/*",
-    "rich": "craft_optim/report/follow.py",
     "scipy": "craft_optim/evaluation/statistics.py",
     "transformers": "craft_optim/transformers.py",
     "triton": "craft_optim/*kernels/fused.py",

@@ -52,13 +52,13 @@ def pi0_fast() -> tuple[Any, list[dict[str, Tensor]]]:
     return policy, [prepared.train_batch(part) for part in torch.split(torch.arange(1536), 32)]
 
 
-def plain_forward(pi0_fast: tuple[Any, list[dict[str, Tensor]]], mode: Any = torch.no_grad) -> Callable[[], None]:
+def plain_forward(pi0_fast: tuple[Any, list[dict[str, Tensor]]]) -> Callable[[], None]:
     from craft_optim.lerobot.pi0_fast import action_logits
 
     policy, batches = pi0_fast
 
     def run() -> None:
-        with mode():
+        with torch.no_grad():
             for batch in batches:
                 action_logits(policy, batch)
 
@@ -98,16 +98,6 @@ def test_building_hidden_states(compare: Compare, pi0_fast: Any, tmp_path: Path,
     compare(
         f"build, prefix states of layer {layer} / full forward",
         building(pi0_fast, "prefix", tmp_path, layers=(layer,)),
-        plain_forward(pi0_fast),
-        rounds=5,
-    )
-
-
-@pytest.mark.benchmark(group="building")
-def test_inference_mode(compare: Compare, pi0_fast: Any) -> None:
-    compare(
-        "forward, inference_mode / no_grad",
-        plain_forward(pi0_fast, torch.inference_mode),
         plain_forward(pi0_fast),
         rounds=5,
     )
@@ -245,7 +235,7 @@ def test_what_the_training_thread_waits_for(compare: Compare, request: pytest.Fi
 
     def waiting(workers: int) -> Callable[[], Any]:
         retention, positions = HiddenRetention(model, cache, 16, strict=False, workers=workers), count()
-        return lambda: retention._next(next(positions))
+        return lambda: retention._batch(next(positions))
 
     anchor = cache.nbytes / len(cache) / 1e3
     compare(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from craft_optim.anchors import AnchorRetention, HiddenRetention, LogitRetention, build, forwards
+from craft_optim.anchors import AnchorRetention, HiddenRetention, LogitRetention, Reading, build, forwards
 
 Compare = Callable[..., None]
 
@@ -68,10 +68,8 @@ def one_pass(retention: AnchorRetention) -> Callable[[], None]:
 
 def logits(model: nn.Module, path: Path, *, head: bool, tower: bool) -> Callable[[], None]:
     """A pass with the whole head or the part that is compared, and with the vision tower run or replayed."""
-    cache = build(
-        model, batches(), path / f"{head}{tower}", mask="labels", top_k=16, frozen=[] if tower else [TOWER],
-        progress=False,
-    )  # fmt: skip
+    reading = Reading(mask="labels", frozen=() if tower else (TOWER,))
+    cache = build(model, batches(), path / f"{head}{tower}", reading, top_k=16, progress=False)
     with pytest.MonkeyPatch.context() as patch:
         if head:
             patch.setattr(forwards, "head_agrees", lambda *args, **kwargs: False)

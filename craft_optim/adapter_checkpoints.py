@@ -8,10 +8,7 @@ __all__ = ["base_of_adapters", "with_adapters"]
 
 
 def base_of_adapters(path: str) -> tuple[str, str | None]:
-    """Folder or hub id of the model that adapters belong to, and its revision.
-
-    Args:
-        path: Folder or hub id of the adapters.
+    """Folder or hub id, and revision, of the model that the adapters in a folder or on the hub belong to.
 
     Raises:
         ImportError: peft is not installed.
@@ -28,11 +25,7 @@ def base_of_adapters(path: str) -> tuple[str, str | None]:
 
 
 def with_adapters(model: nn.Module, path: str) -> Any:
-    """The model with the adapters in it, as a PeftModel. PEFT freezes the model's own weights.
-
-    Args:
-        model: The one that they belong to.
-        path: Folder or hub id of the adapters.
+    """The model that adapters belong to with these in it, as a PeftModel. PEFT freezes the model's own weights.
 
     Raises:
         ImportError: peft is not installed.

@@ -1,4 +1,4 @@
-"""What epsilon means for a model and its anchors: the drift of rounding and of plain steps, and where to begin."""
+"""The meaning of epsilon for a model and its anchors: drift of rounding and of plain steps, and where to begin."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,20 +12,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from craft_optim._warn import warn
-from craft_optim.anchors import (
-    AnchorCache,
-    AnchorRetention,
-    HiddenRetention,
-    LogitRetention,
-    OnlineRetention,
-    TokenRetention,
-)
-from craft_optim.anchors.passes import Forward, device_of
-from craft_optim.inspection import retention_kinds
+from craft_optim.anchors import AnchorCache, AnchorRetention
+from craft_optim.anchors.passes import device_of
 from craft_optim.optimizer import CraftOptimizer
 from craft_optim.overlap import Overlap, OverlapSearch
+from craft_optim.retention import Retention, measurable
 from craft_optim.rewind import Rewind, rewound
-from craft_optim.sampled_drift import drift_on, inputs_of
 
 __all__ = ["Calibration", "PlainSteps", "Suggestion", "calibrate", "suggest"]
 
@@ -41,13 +33,9 @@ _ABOVE_ROUNDING = 10.0
 
 @dataclass(frozen=True)
 class PlainSteps:
-    """After some steps without retention, from the unchanged model.
+    """Drift after `steps` steps without retention, from the unchanged model; `heldout` on held-out anchors, if any.
 
-    Attributes:
-        steps: Their number.
-        drift: On the anchors.
-        heldout: On held-out anchors; None without any.
-        loss: Mean of what the last ten `train_step`, or as many as there were, returned; None if they returned nothing.
+    `loss` is the mean of what the last ten `train_step`, or as many as there were, returned; None for nothing.
     """
 
     steps: int
@@ -58,14 +46,7 @@ class PlainSteps:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Where to begin.
-
-    Attributes:
-        tight: The smallest epsilon worth a try.
-        epsilon: The first one to try.
-        loose: The largest.
-        reason: Where the numbers come from.
-    """
+    """Epsilons to begin with: the first to try, the smallest and the largest worth a try, and their reason in words."""
 
     tight: float
     epsilon: float
@@ -75,17 +56,16 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` has found; `print` it.
+    """Result of `calibrate`; `print` it.
 
     Attributes:
-        unit: Of all drifts here, in words.
-        anchors: How many anchors it was measured on, at most.
-        noise: Drift of the unchanged model: rounding in the cache and in computing. The larger of two measurements, in
-            train and in eval mode.
-        bfloat16_weights: Its drift with weights rounded to bfloat16; None where they have no more digits.
-        bfloat16_autocast: Its drift computed under autocast to bfloat16; None where autocast was on anyhow.
-        plain: What plain training does.
-        learning_rate: The largest that it used; None without training.
+        unit: Unit of all drifts here, in words.
+        anchors: Largest number of anchors that they are measured on.
+        noise: Drift of the unchanged model, which is rounding: the larger one of train and eval mode.
+        bfloat16_weights: The same with weights rounded to bfloat16; None where they have no more digits.
+        bfloat16_autocast: The same under autocast to bfloat16; None where autocast was on anyhow.
+        plain: Plain training.
+        learning_rate: Its largest; None without training.
         overlap: Anchors that the plain steps trained on; None where nothing could be compared.
         suggestion: None without training, or if it moved the model no further than rounding does.
     """
@@ -140,16 +120,12 @@ class Calibration:
 
 
 def suggest(floor: float, plain: float, *, nats: bool) -> Suggestion | None:
-    """A range of epsilon to begin with.
+    """A range of epsilon to begin with; None if plain training moves the model no further than rounding.
 
     Args:
         floor: Drift that cannot be told from rounding.
         plain: Drift of plain training, after about a hundred steps.
-        nats: Whether both are in nats.
-
-    Returns:
-        None if plain training moves the model no further than the floor: there is nothing to constrain, or too little
-        to tell.
+        nats: True if both are in nats.
 
     Example:
         >>> found = suggest(1e-4, 2.4, nats=True)
@@ -173,7 +149,7 @@ def suggest(floor: float, plain: float, *, nats: bool) -> Suggestion | None:
 
 def calibrate(
     model: nn.Module,
-    retention: Any,
+    retention: Retention | AnchorCache,
     *,
     train_step: Callable[[], Any] | None = None,
     steps: Sequence[int] = (1, 100),
@@ -181,14 +157,12 @@ def calibrate(
     anchors: int = 256,
     task_batches: Iterable[Any] | None = None,
     restore: Iterable[Any] = (),
-    forward: Forward | None = None,
     bfloat16: bool = True,
 ) -> Calibration:
     """Tells what epsilon means for this model and these anchors, and suggests one.
 
-    Run it before fine-tuning, on the model that the anchors were built of. Parameters, buffers, gradients, modes,
-    optimizers, random numbers and the closure's place among its anchors are afterwards what they were, to the bit, also
-    after an exception.
+    Run it before fine-tuning, on the model that the anchors were built of. Afterwards all is what it was, to the bit,
+    also after an exception; but the closure's check of pass 0 is done.
 
     Example:
         batches = iter(loader)
@@ -209,11 +183,10 @@ def calibrate(
         steps: After how many of them to measure, ascending. The last is what plain training does.
         heldout: Anchors that will not be trained on, as `retention.drift` takes them.
         anchors: Measure on at most so many, evenly apart; also of `heldout`.
-        task_batches: Of the new task, with the inputs that the cache was built from: to look for anchors among them.
-            None: what `train_step` calls the model with, where it has the same names.
-        restore: What else `train_step` moves and has `state_dict` and `load_state_dict`: scheduler, scaler. Optimizers
+        task_batches: Batches of the new task, with the inputs that the cache was built from, to look for anchors among
+            them. None: what `train_step` calls the model with, where it has the same names.
+        restore: Other things that `train_step` moves and that have `state_dict`: scheduler, scaler. Optimizers
             of torch are found by themselves.
-        forward: As in `build`; with a cache only.
         bfloat16: Whether to measure with bfloat16, too.
 
     Raises:
@@ -230,15 +203,15 @@ def calibrate(
     if int(anchors) != anchors or anchors < 1:
         raise ValueError(f"`anchors` must be a whole number >= 1. Found anchors={anchors!r}.")
     steps, anchors = tuple(map(int, steps)), int(anchors)
-    closure = _closure(model, retention, forward)
-    search = OverlapSearch(inputs_of(closure, anchors))
+    closure = _closure(model, retention)
+    search = OverlapSearch(closure.examples(anchors))
     for batch in task_batches or ():
         search.look(batch)
 
     def drift(others: Any = None) -> float:
-        return drift_on(closure, others, anchors)
+        return closure.drift(others, anchors)
 
-    with rewound(model, restore) as rewind, _same_place(closure):
+    with rewound(model, restore) as rewind:
         noise = _noise(model, closure, drift)
         weights, autocast = _in_bfloat16(model, closure, drift, rewind) if bfloat16 else (None, None)
         floor = _floor(noise, weights, autocast)
@@ -254,9 +227,8 @@ def calibrate(
             "There the constraint holds the model to what it says now, and keeps it from learning: take anchors of "
             "what it must keep. If these are old examples that you replay among the new ones, all is well."
         )
-    unit, nats = _unit(closure)
     return Calibration(
-        unit=unit,
+        unit=closure.unit,
         anchors=anchors,
         noise=noise,
         bfloat16_weights=weights,
@@ -264,7 +236,7 @@ def calibrate(
         plain=tuple(plain),
         learning_rate=rate,
         overlap=overlap,
-        suggestion=suggest(floor, plain[-1].drift, nats=nats) if plain else None,
+        suggestion=suggest(floor, plain[-1].drift, nats=closure.unit.startswith("nats")) if plain else None,
     )
 
 
@@ -272,63 +244,37 @@ def _floor(*drifts: float | None) -> float:
     return _ABOVE_ROUNDING * max(x for x in drifts if x is not None)
 
 
-def _closure(model: nn.Module, retention: Any, forward: Forward | None) -> Any:
-    if not isinstance(retention, AnchorCache):
-        if forward is not None:
-            raise ValueError("`forward` goes with a cache: a closure has its own. Leave it out.")
-        mine = {id(p) for p in model.parameters()}
-        reached = retention.parameters() if hasattr(retention, "parameters") else ()
-        if reached and not any(id(p) in mine for p in reached):
+def _closure(model: nn.Module, retention: object) -> Retention:
+    if isinstance(retention, AnchorCache):
+        if len(retention.kinds) > 1:
+            closures = " or ".join(f"cache.retention(model, {kind!r})" for kind in retention.kinds)
             raise ValueError(
-                "`retention` must measure `model`. Found a closure of another one: it shares no parameter with this "
-                f"{type(model).__name__}. Make the closure with the model that is trained."
+                f"{retention.path} holds {' and '.join(retention.kinds)}, whose units differ: pass the closure that "
+                f"you will train with, {closures}."
             )
-        return retention
-    kinds = retention_kinds(retention)
-    if len(kinds) != 1:
-        closures = " or ".join(f"{kind.__name__}(model, cache)" for kind in kinds.values())
+        return retention.retention(model, batch_size=min(16, len(retention)), workers=0)
+    closure, mine = measurable(retention), {id(p) for p in model.parameters()}
+    reached = list(closure.parameters())
+    if reached and not any(id(p) in mine for p in reached):
         raise ValueError(
-            f"{retention.path} holds {' and '.join(kinds)}, whose units differ: pass the closure that you will train "
-            f"with, {closures}."
+            "`retention` must measure `model`. Found a closure of another one: it shares no parameter with this "
+            f"{type(model).__name__}. Make the closure with the model that is trained."
         )
-    (kind,) = kinds.values()
-    autocast = retention.features.autocast
-    return kind(
-        model,
-        retention,
-        min(16, len(retention)),
-        forward=forward,
-        autocast=None if autocast is None else getattr(torch, autocast),
-        workers=0,
-    )
+    return closure
 
 
-@contextmanager
-def _same_place(closure: Any) -> Iterator[None]:
-    """Afterwards the closure's next anchors are those that they would have been."""
-    position = getattr(closure, "position", None)
-    try:
-        yield
-    finally:
-        if position is not None:
-            closure.position = position
-
-
-def _noise(model: nn.Module, closure: Any, drift: Callable[[], float]) -> float:
+def _noise(model: nn.Module, closure: Retention, drift: Callable[[], float]) -> float:
     """Drift of the model as it is; refuses one that has moved already."""
-    if hasattr(closure, "position"):
-        closure.position = 0
-        closure()  # a strict one compares at its first call, and says what is wrong
+    closure.loss(0)  # a strict one compares in pass 0, and says what is wrong
     modes, found = [(module, module.training) for module in model.modules()], []
     for training in (True, False):
         model.train(training)
         found.append(abs(drift()))
     for module, training in modes:
         module.training = training
-    tolerance = closure._default_tolerance() if isinstance(closure, AnchorRetention) else math.inf
-    if max(found) > tolerance:
+    if max(found) > (rounding := closure.tolerance):
         raise ValueError(
-            f"The unchanged model's drift must be rounding, at most {tolerance:.3g}. Found {max(found):.3g}: calibrate "
+            f"The unchanged model's drift must be rounding, at most {rounding:.3g}. Found {max(found):.3g}: calibrate "
             "the model that the anchors were built of, before it is fine-tuned. Imported tokens without the teacher's "
             "log-probabilities cannot be calibrated, their drift does not begin at 0."
         )
@@ -336,7 +282,7 @@ def _noise(model: nn.Module, closure: Any, drift: Callable[[], float]) -> float:
 
 
 def _in_bfloat16(
-    model: nn.Module, closure: Any, drift: Callable[[], float], rewind: Rewind
+    model: nn.Module, closure: Retention, drift: Callable[[], float], rewind: Rewind
 ) -> tuple[float | None, float | None]:
     """The drift with rounded weights, and under autocast; None where that changes nothing."""
     wide = [p for p in model.parameters() if p.dtype in (torch.float16, torch.float32, torch.float64)]
@@ -348,7 +294,8 @@ def _in_bfloat16(
         weights = abs(drift())
         rewind.values_back()
     device = device_of(model).type
-    if getattr(closure, "autocast", None) is None and not torch.is_autocast_enabled(device):
+    own = closure.reading.autocast if isinstance(closure, AnchorRetention) else None
+    if own is None and not torch.is_autocast_enabled(device):
         with torch.autocast(device, dtype=torch.bfloat16):
             autocast = abs(drift())
     return weights, autocast
@@ -436,22 +383,6 @@ def _seen_by(model: nn.Module, search: OverlapSearch) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _unit(closure: Any) -> tuple[str, bool]:
-    """In words, and whether it is nats."""
-    if isinstance(closure, LogitRetention | OnlineRetention):
-        return "nats per position (KL)", True
-    if isinstance(closure, TokenRetention):
-        return "nats per token", True
-    if isinstance(closure, HiddenRetention):
-        words = {
-            "mse": "shares of the teacher's variance",
-            "l1": "shares of the teacher's deviation",
-            "cosine": "cosine distance",
-        }
-        return words[closure.distance], False
-    return "the closure's own unit", False
 
 
 def _short(value: float | None) -> str:

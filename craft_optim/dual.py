@@ -43,11 +43,12 @@ def _clip(value: float, low: float, high: float) -> float:
     return min(max(value, low), high)
 
 
-def _check(owner: str, name: str, value: float, low: float, *, open_low: bool = False) -> None:
-    if not math.isfinite(value) or value < low or (open_low and value == low):
-        raise ValueError(
-            f"{owner}: `{name}` must be finite and {'>' if open_low else '>='} {low:g}. Found {name}={value!r}."
-        )
+def _check(owner: Any, *names: str, low: float = 0.0, open_low: bool = False) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not math.isfinite(value) or value < low or (open_low and value == low):
+            least = f"{'>' if open_low else '>='} {low:g}"
+            raise ValueError(f"{type(owner).__name__}: `{name}` must be finite and {least}. Found {name}={value!r}.")
 
 
 def log_violation(loss: float, epsilon: float) -> float:
@@ -84,11 +85,9 @@ class MultiplicativePI:
     minimum: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check("MultiplicativePI", "initial", self.initial, 0.0, open_low=True)
-        _check("MultiplicativePI", "ki", self.ki, 0.0)
-        _check("MultiplicativePI", "kp", self.kp, 0.0)
-        _check("MultiplicativePI", "minimum", self.minimum, 0.0, open_low=True)
-        _check("MultiplicativePI", "maximum", self.maximum, self.minimum)
+        _check(self, "initial", "minimum", open_low=True)
+        _check(self, "ki", "kp")
+        _check(self, "maximum", low=self.minimum)
 
     def initial_state(self) -> dict[str, float]:
         return {"integral": _clip(self.initial, self.minimum, self.maximum)}
@@ -122,9 +121,7 @@ class DualAscent:
     maximum: float = 1e4
 
     def __post_init__(self) -> None:
-        _check("DualAscent", "initial", self.initial, 0.0)
-        _check("DualAscent", "learning_rate", self.learning_rate, 0.0)
-        _check("DualAscent", "maximum", self.maximum, 0.0)
+        _check(self, "initial", "learning_rate", "maximum")
 
     def initial_state(self) -> dict[str, float]:
         return {"multiplier": _clip(self.initial, 0.0, self.maximum)}
@@ -161,10 +158,7 @@ class NuPI:
     maximum: float = 1e4
 
     def __post_init__(self) -> None:
-        _check("NuPI", "initial", self.initial, 0.0)
-        _check("NuPI", "ki", self.ki, 0.0)
-        _check("NuPI", "kp", self.kp, 0.0)
-        _check("NuPI", "maximum", self.maximum, 0.0)
+        _check(self, "initial", "ki", "kp", "maximum")
         if not 0.0 <= self.nu < 1.0:
             raise ValueError(f"NuPI: `nu` must be in [0, 1). Found nu={self.nu!r}.")
 
@@ -206,10 +200,8 @@ class AugmentedLagrangian:
     maximum: float = 1e4
 
     def __post_init__(self) -> None:
-        _check("AugmentedLagrangian", "initial", self.initial, 0.0)
-        _check("AugmentedLagrangian", "learning_rate", self.learning_rate, 0.0)
-        _check("AugmentedLagrangian", "penalty", self.penalty, 0.0, open_low=True)
-        _check("AugmentedLagrangian", "maximum", self.maximum, 0.0)
+        _check(self, "initial", "learning_rate", "maximum")
+        _check(self, "penalty", open_low=True)
 
     def initial_state(self) -> dict[str, float]:
         return {"multiplier": _clip(self.initial, 0.0, self.maximum)}
@@ -253,9 +245,7 @@ def make_controller(
             return dual
         raise TypeError(f"`dual` must be a name or a controller object. Found {type(dual).__name__}.")
     if dual not in _CONTROLLERS:
-        raise ValueError(
-            f"`dual` must be one of {', '.join(map(repr, _CONTROLLERS))}, or a controller. Found dual={dual!r}."
-        )
+        raise ValueError(f"`dual` must be one of {', '.join(map(repr, _CONTROLLERS))} or a controller. Found {dual=}.")
     kind, name_of_gain = _CONTROLLERS[dual]
     given = {"initial": initial, name_of_gain: gain, "maximum": maximum}
     controller: Controller = kind(**{name: value for name, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""Which episodes of a dataset: what --dataset.episodes may say."""
+"""Episodes of a dataset, as --dataset.episodes chooses them."""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +8,9 @@ __all__ = ["Episodes", "chosen_episodes", "parse_episodes"]
 Episodes = int | slice | list[int]
 """The first so many, a part in Python's sense, or these"""
 
-_FORMS = "the first N as N, a list as [0,3,5], or a part as 40:, -10: or 5:20"
-
 
 def parse_episodes(text: str) -> Episodes:
-    """What a text selects, whatever the dataset.
+    """The episodes that a text selects, whatever the dataset.
 
     Args:
         text: "12", the first 12; "[0,3,5]", these, as lerobot-train writes them; "40:", "-10:", "5:20", "::2", a part
@@ -25,7 +23,8 @@ def parse_episodes(text: str) -> Episodes:
         >>> parse_episodes("12"), parse_episodes("[0, 3]"), parse_episodes("-10:")
         (12, [0, 3], slice(-10, None, None))
     """
-    wrong = ValueError(f"`episodes` must be {_FORMS}. Found {text!r}.")
+    forms = "the first N as N, a list as [0,3,5], or a part as 40:, -10: or 5:20"
+    wrong = ValueError(f"`episodes` must be {forms}. Found {text!r}.")
     try:
         if text.lstrip().startswith("["):
             numbers = json.loads(text)
@@ -42,12 +41,10 @@ def parse_episodes(text: str) -> Episodes:
 
 
 def chosen_episodes(episodes: str | Sequence[int] | None, total: int, where: str) -> list[int]:
-    """The numbers of the selected episodes of a dataset, in ascending order.
+    """The numbers of the selected episodes of a dataset with `total`, in ascending order; `where` is its name.
 
     Args:
         episodes: Numbers, or text as `parse_episodes` takes it. None: all.
-        total: How many episodes the dataset has.
-        where: The dataset, for messages.
 
     Raises:
         ValueError: There are no such episodes, or one is named twice.
@@ -77,6 +74,4 @@ def chosen_episodes(episodes: str | Sequence[int] | None, total: int, where: str
 
 def _check_list(numbers: Sequence[int]) -> None:
     if any(number < 0 for number in numbers) or len(set(numbers)) < len(numbers):
-        raise ValueError(
-            f"`episodes` must be numbers >= 0, each once; the last ten are -10: as text. Found {list(numbers)}."
-        )
+        raise ValueError(f"`episodes` must be numbers >= 0, each once; the last ten are -10: as text. Found {numbers}.")

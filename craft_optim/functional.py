@@ -40,12 +40,7 @@ def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
 
 
 def project_and_merge_(
-    task_grads: Gradients,
-    retention_grads: Gradients,
-    *,
-    lam: float,
-    project: bool = True,
-    **rules: Any,
+    task_grads: Gradients, retention_grads: Gradients, *, lam: float, project: bool = True, **rules: Any
 ) -> Gram:
     """Writes the merged gradient a g_t + w g_r into `retention_grads` and returns what it measured.
 
@@ -57,7 +52,7 @@ def project_and_merge_(
         task_grads: Task gradients; not changed.
         retention_grads: Retention gradients, of the same length and shapes; overwritten.
         lam: The multiplier, >= 0.
-        project: Whether to remove the conflicting component.
+        project: True to remove the conflicting component.
         rules: Fields of `craft_optim.Rules` that say how to merge, such as `merge`.
 
     Raises:
@@ -86,7 +81,7 @@ def project_and_merge_several_(
         task_grads: Task gradients; not changed.
         retention_grads: The gradients of each constraint, as for `project_and_merge_`.
         lams: The multipliers, >= 0.
-        project: For each constraint, whether to remove what is against it; None for all.
+        project: For each constraint, True to remove what is against it; None for all.
         rules: As for `project_and_merge_`.
 
     Returns:
@@ -133,10 +128,7 @@ def update_multiplier(
     """One step of a controller of `craft_optim.dual`: (multiplier, next state, capped). Pure.
 
     Args:
-        controller: For example `craft_optim.dual.MultiplicativePI()`.
         state: `controller.initial_state()` at first, then the last `Update.state`.
-        loss: The retention loss.
-        epsilon: The allowed drift at this step.
         cap: Upper bound of the multiplier on this step, for example rho |g_t| / |g_r|.
     """
     return controller(state, loss=loss, epsilon=epsilon, cap=cap)

@@ -6,8 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from craft_optim._warn import warn
-from craft_optim.anchors.retention import AnchorRetention
-from craft_optim.sampled_drift import drift_on
+from craft_optim.retention import Retention, measurable
 
 __all__ = ["RUNS_AWAY", "HeldOutDrift", "runs_away"]
 
@@ -52,22 +51,23 @@ class HeldOutDrift:
     the others: there, call `measure()` yourself on every process.
 
     Args:
-        retention: The closure in training.
+        retention: The closure in training, one that measures its `drift`.
         heldout: Others of the same kind, as its `drift` takes them: a cache that was built before training.
         every: Measure at the first call and every so many.
         count: On at most so many of each, evenly apart. None: on all.
         factor: Warn if held-out drift is so many times the anchors' drift, and epsilon.
-        name: Of several constraints, whose closure it is; its drifts are then called "drift_heldout/name".
-        sink: What gets the metrics then, such as `JSONLWriter`.
+        name: The constraint whose closure it is, if there are several; its drifts are then called "drift_heldout/name".
+        sink: Receiver of the metrics, such as `JSONLWriter`.
 
     Raises:
+        TypeError: `retention` does not measure its drift.
         ValueError: `every`, `count` or `factor` is out of range.
         RuntimeError: In a call: the closure is one of several processes'.
     """
 
     def __init__(
         self,
-        retention: Any,
+        retention: Retention,
         heldout: Any,
         *,
         every: int = 100,
@@ -81,7 +81,7 @@ class HeldOutDrift:
                 raise ValueError(f"`{what}` must be a whole number >= 1. Found {what}={value!r}.")
         if not factor > 1.0:
             raise ValueError(f"`factor` must be > 1. Found factor={factor!r}.")
-        self.retention, self.heldout, self.every, self.count = retention, heldout, every, count
+        self.retention, self.heldout, self.every, self.count = measurable(retention), heldout, every, count
         self.factor, self.name, self.sink = factor, name, sink
         self._calls = 0
         self._warned = False
@@ -100,8 +100,8 @@ class HeldOutDrift:
         """Both drifts now, by name. Of several processes each must call it, and each measures the whole."""
         end = "" if self.name is None else f"/{self.name}"
         return {
-            f"drift_anchors{end}": drift_on(self.retention, None, self.count),
-            f"drift_heldout{end}": drift_on(self.retention, self.heldout, self.count),
+            f"drift_anchors{end}": self.retention.drift(None, self.count),
+            f"drift_heldout{end}": self.retention.drift(self.heldout, self.count),
         }
 
     def _judge(self, row: Mapping[str, float]) -> None:
@@ -114,9 +114,7 @@ class HeldOutDrift:
 
     def _refuse_several(self) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if isinstance(self.retention, AnchorRetention):
-            several = several and self.retention._sampler.world_size > 1
-        if several:
+        if several and self.retention.shared:
             raise RuntimeError(
                 "HeldOutDrift cannot be a sink where several processes train one model: CraftOptimizer calls one of "
                 "them, and its forward would wait for the others. Call `measure()` in your loop, on every process."

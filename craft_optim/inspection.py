@@ -1,25 +1,16 @@
-"""What an anchor cache holds, in numbers and words."""
+"""An anchor cache in numbers and words."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention, TokenRetention
-from craft_optim.anchors.retention import CachedRetention
+from craft_optim.anchors import AnchorCache
 
-__all__ = [
-    "Lengths",
-    "bytes_in_words",
-    "facts",
-    "lengths",
-    "retention_kinds",
-    "spread",
-    "tensors",
-]
+__all__ = ["Lengths", "bytes_in_words", "facts", "lengths", "tensors"]
 
 
 class Lengths(NamedTuple):
-    """How long one tensor's anchors are, padding at their ends not counted."""
+    """Lengths of one tensor's anchors, padding at their ends not counted."""
 
     name: str
     shortest: int
@@ -34,25 +25,6 @@ def bytes_in_words(size: float) -> str:
             break
         size /= 1000
     return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
-
-
-def spread(total: int, count: int) -> list[int]:
-    """`count` numbers in [0, total), evenly apart, the same at every call; all of them if there are no more."""
-    count = min(count, total)
-    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-
-def retention_kinds(cache: AnchorCache) -> dict[str, type[CachedRetention]]:
-    """Kind -> the retention closure for it, of everything that the cache can hold a model to."""
-    f = cache.features
-    kinds: dict[str, type[CachedRetention]] = {}
-    if f.logits is not None:
-        kinds["logits"] = LogitRetention
-    if f.layers:
-        kinds["hidden"] = HiddenRetention
-    if f.tokens is not None:
-        kinds["tokens"] = TokenRetention
-    return kinds
 
 
 def facts(cache: AnchorCache) -> list[tuple[str, str]]:
@@ -83,7 +55,7 @@ def tensors(cache: AnchorCache) -> list[tuple[str, str, str]]:
 
 
 def lengths(cache: AnchorCache) -> list[Lengths]:
-    """Of every tensor whose anchors differ in length. Reads the shards' indices, 4 bytes per anchor."""
+    """The lengths of every tensor whose anchors differ in it. Reads the shards' indices, 4 bytes per anchor."""
     found = []
     for name, shape, _ in cache.tensors():
         if shape.split(" x ")[0] not in ("length", "positions"):

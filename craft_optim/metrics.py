@@ -28,10 +28,9 @@ class Metric(NamedTuple):
     """One of the values that a step reports.
 
     Attributes:
-        meaning: In words.
-        per_constraint: Whether each of several constraints has its own, called "lambda/name". The value without a name
+        per_constraint: True if each of several constraints has its own, called "lambda/name". The value without a name
             is then that of the constraint with the largest violation.
-        largest: Whether the value without a name is the largest of them instead.
+        largest: True if the value without a name is the largest of them instead.
     """
 
     meaning: str
@@ -118,7 +117,6 @@ class TensorBoardWriter:
 
     Args:
         writer: A `torch.utils.tensorboard.SummaryWriter`, or another with its `add_scalar`. It stays yours to close.
-        prefix: Before each name.
 
     Example:
         `on_metrics=TensorBoardWriter(SummaryWriter("runs/first"))`
@@ -137,8 +135,6 @@ class LogTo:
     """Passes each step's metrics to a function that takes a dict: W&B, trackio, MLflow, Accelerate.
 
     Args:
-        log: Called with one dict.
-        prefix: Before each name.
         step: The keyword by which `log` is told the step; None: it is not, and counts for itself.
 
     Example:
@@ -151,9 +147,7 @@ class LogTo:
 
     def __init__(self, log: Callable[..., Any], prefix: str = "craft/", step: str | None = None) -> None:
         if not callable(log):
-            raise TypeError(
-                f"`log` must be a function that takes a dict, such as `run.log`. Found {type(log).__name__}."
-            )
+            raise TypeError(f"`log` must be a function of a dict, such as `run.log`. Found {type(log).__name__}.")
         self._log, self._prefix, self._step = log, prefix, step
 
     def __call__(self, metrics: Mapping[str, float]) -> None:

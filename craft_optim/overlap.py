@@ -20,7 +20,7 @@ class Overlap:
 
     Attributes:
         anchors: How many are.
-        looked_for: Of how many.
+        looked_for: Number of anchors that were looked for.
         task_rows: Among so many inputs of the task.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Retention", "RetentionClosure", "as_retention"]
+__all__ = ["Retention", "RetentionClosure", "as_retention", "measurable"]
 
 RetentionClosure = Callable[[], Tensor]
 """A function without arguments that returns L_ret, a scalar tensor with a graph; each `Retention` is one."""
@@ -29,7 +29,7 @@ class Retention(ABC):
     Attributes:
         unit: Unit of L_ret and of epsilon, in words.
         tolerance: Largest |L_ret| of an unchanged model that is rounding; infinite if that is not known.
-        shared: Whether the anchors are shared with other processes, see `shard`.
+        shared: True if several processes have a share of the anchors each, see `shard`.
 
     Example:
         >>> import torch
@@ -110,14 +110,17 @@ class Retention(ABC):
         """Inputs of at most `count` of its anchors, evenly apart, each a batch of one; none if it does not tell."""
         return []
 
-    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor]) -> None:  # noqa: B027
-        """Makes this process one of several that train one model; called before their first pass. Default: nothing.
+    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor]) -> None:
+        """Makes this process one of several that train one model; called before their first pass.
+
+        Default: sets `shared`, nothing else.
 
         Args:
             rank: Place of this process among those that see different data, in [0, world_size).
             world_size: Their number.
             mean: Averages a small tensor over all of them; every process must make the same calls.
         """
+        self.shared = world_size > 1
 
 
 class _Function(Retention):
@@ -152,3 +155,18 @@ def as_retention(closure: object, name: str = "retention_closure") -> Retention:
             f"Found {closure.__name__ if isinstance(closure, type) else type(closure).__name__}."
         )
     return _Function(closure)
+
+
+def measurable(closure: object, name: str = "retention") -> Retention:
+    """The closure itself, if it is a `Retention` that can measure its `drift`.
+
+    Raises:
+        TypeError: It is a plain function, or a class that leaves `drift` out.
+    """
+    if not isinstance(closure, Retention) or type(closure).drift is Retention.drift:
+        raise TypeError(
+            f"`{name}` must be a craft_optim.retention.Retention with a method `drift()` that measures it without "
+            "gradients, as the closures of craft_optim.anchors are: others tell their loss on the next anchors only. "
+            f"Found {type(closure).__name__}."
+        )
+    return as_retention(closure, name)

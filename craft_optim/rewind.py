@@ -79,9 +79,7 @@ def rewound(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[Rewind]:
     others = list(others)
     for other in others:
         if not (hasattr(other, "state_dict") and hasattr(other, "load_state_dict")):
-            raise TypeError(
-                f"`restore` must hold objects with `state_dict` and `load_state_dict`. Found {type(other).__name__}."
-            )
+            raise TypeError(f"`restore` needs `state_dict` and `load_state_dict`. Found {type(other).__name__}.")
     _refuse_sharded(model)
     values = _Values()
     with ExitStack() as stack:

@@ -27,10 +27,7 @@ __all__ = ["CraftCallback", "craft_optimizer"]
 
 
 def craft_optimizer(
-    args: TrainingArguments,
-    retention: Constraints | None,
-    model: torch.nn.Module | None = None,
-    **craft: Any,
+    args: TrainingArguments, retention: Constraints | None, model: torch.nn.Module | None = None, **craft: Any
 ) -> tuple[type[CraftOptimizer], dict[str, Any]]:
     """The optimizer that `args` ask for, with retention, as the Trainer's `optimizer_cls_and_kwargs` takes it.
 
@@ -38,10 +35,7 @@ def craft_optimizer(
     of parameters with and without weight decay. The Trainer builds it when it has moved, or sharded, the model.
 
     Args:
-        args: The Trainer's.
-        retention: The retention closure; None for none.
         model: The model, for those `optim` that need it, such as GaLore.
-        craft: Keywords of `CraftOptimizer`: `epsilon`, `dual`, `retention_every`, ...
 
     Returns:
         A class and its keywords, new ones at every call: the Trainer may change them.

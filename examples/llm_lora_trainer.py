@@ -23,7 +23,7 @@ from small_llama import Problems, answers, pretrained, score
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from craft_optim.anchors import OnlineRetention
+from craft_optim.anchors import OnlineRetention, Reading
 from craft_optim.transformers import CraftCallback, craft_optimizer
 
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
         torch.manual_seed(0)
         lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(copy.deepcopy(base), lora)
-        retention = OnlineRetention(model, anchors, batch_size=32, mask=answers)
+        retention = OnlineRetention(model, anchors, batch_size=32, reading=Reading(mask=answers))
         craft = {} if name == "AdamW" else {"retention": retention, "epsilon": options.epsilon}
         train(model, Problems("shift", 4096, seed=6), options.steps, learning_rate=5e-3, **craft)
         drifts = retention.drift(batch_size=256), retention.drift(held_out, batch_size=256)

@@ -108,26 +108,15 @@ def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Nam
     """Writes down what the policy says about these frames before it is fine-tuned."""
     name, batches = args.policy or "small pi0_fast", task.batches(rows)
     if args.retention == "logits":
-        return anchors.build(policy, batches, path, model_id=name, forward=action_logits, mask=action_mask)
-    return anchors.build(
-        policy,
-        batches,
-        path,
-        model_id=name,
-        forward=run_prefix,
-        logits=False,
-        layers=args.layers,
-        spans=prefix_spans,
-        pooling={"image": "masked_mean", "text": "masked_mean"},
-    )
+        return anchors.build(policy, batches, path, anchors.Reading(action_logits, action_mask), model_id=name)
+    pooling = {"image": "masked_mean", "text": "masked_mean"}
+    reading = anchors.Reading(run_prefix, spans=prefix_spans, pooling=pooling)
+    return anchors.build(policy, batches, path, reading, logits=False, layers=args.layers, model_id=name)
 
 
 def retention_of(policy: Any, cache: anchors.AnchorCache, args: argparse.Namespace, seed: int) -> Any:
     """The retention closure: drift from the snapshot on the next batch of anchors."""
-    batch_size = min(args.anchor_batch_size, len(cache))
-    if args.retention == "logits":
-        return anchors.LogitRetention(policy, cache, batch_size, forward=action_logits, seed=seed)
-    return anchors.HiddenRetention(policy, cache, batch_size, forward=run_prefix, seed=seed)
+    return cache.retention(policy, batch_size=min(args.anchor_batch_size, len(cache)), seed=seed)
 
 
 def rows_of_step(rows: Tensor, batch_size: int, seed: int, step: int) -> Tensor:

@@ -15,9 +15,16 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 import craft_optim
 from craft_optim import CraftOptimizer, anchors
 from craft_optim._warn import CraftWarning
-from craft_optim.anchors import AnchorCache, CombinedRetention, HiddenRetention, LogitRetention, OnlineRetention
+from craft_optim.anchors import (
+    AnchorCache,
+    CombinedRetention,
+    HiddenRetention,
+    LogitRetention,
+    OnlineRetention,
+    Reading,
+)
 from craft_optim.calibration import calibrate, suggest
-from craft_optim.sampled_drift import drift_on
+from craft_optim.retention import Retention
 
 
 class Net(nn.Module):
@@ -218,18 +225,18 @@ def test_it_prints_and_goes_into_json(net, closure, caches):
     assert "`train_step=` makes it a suggestion" in alone
 
 
-class Own:
+class Own(Retention):
     """A closure of the user's."""
 
     def __init__(self, model):
         self.model, self.start = model, [p.detach().clone() for p in model.parameters()]
 
-    def __call__(self):
+    def loss(self, number):
         return sum((p - q).square().sum() for p, q in zip(self.model.parameters(), self.start, strict=True))
 
-    def drift(self, scale=1.0):
+    def drift(self, anchors=None, count=None):
         with torch.no_grad():
-            return float(scale * self())
+            return float((1.0 if anchors is None else anchors) * self.loss(0))
 
 
 def closures(net, batches, path):
@@ -275,11 +282,11 @@ def test_drift_on_part_of_the_anchors(net, batches, tmp_path):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(0.01)
-        part = drift_on(closure, None, 4)
+        part = closure.drift(count=4)
         if name == "online":
             assert part == pytest.approx(closure.drift(some), rel=1e-5), name
-        assert part != pytest.approx(drift_on(closure), rel=1e-5), name
-        assert drift_on(closure, None, 60) == pytest.approx(closure.drift(), rel=1e-5), name
+        assert part != pytest.approx(closure.drift(), rel=1e-5), name
+        assert closure.drift(None, 60) == pytest.approx(closure.drift(), rel=1e-5), name
         assert closure.position == position
         with torch.no_grad():
             for p in net.parameters():
@@ -324,12 +331,11 @@ def test_what_cannot_be_is_refused(net, closure, caches, tmp_path, batches):
     refused(net, closure, r"`steps`.*Found steps=\(5, 1\)", steps=(5, 1))
     refused(net, closure, r"`steps`.*Found steps=\(\)", steps=())
     refused(net, closure, r"`anchors`.*Found anchors=0", anchors=0)
-    refused(net, closure, "`forward` goes with a cache", forward=lambda model, x: model(x))
     refused(copy.deepcopy(net), closure, "closure of another one")
     refused(net, lambda: None, r"method `drift\(\)`.*Found function", TypeError)
     refused(net, closure, r"`restore`.*Found object", TypeError, restore=[object()])
     both = anchors.build(net, batches, tmp_path / "both", layers=["norm"])
-    refused(net, both, r"logits and hidden.*LogitRetention\(model, cache\) or HiddenRetention")
+    refused(net, both, r"logits and hidden.*cache.retention\(model, 'logits'\) or cache.retention\(model, 'hidden'\)")
     refused(net, closure, "none has stepped", train_step=lambda: None, steps=(1,))
     refused(net, closure, r"After 3 steps the drift is nan", train_step=Loop(net, lr=math.inf), steps=(3,))
     craft = CraftOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), closure)
@@ -413,7 +419,7 @@ def test_task_batches_are_looked_through(net, tmp_path):
 
     model = Tokens()
     rows = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0], [6, 0, 0, 0]])
-    cache = anchors.build(model, [{"ids": rows, "mask": rows.ne(0)}], tmp_path / "c", mask="mask")
+    cache = anchors.build(model, [{"ids": rows, "mask": rows.ne(0)}], tmp_path / "c", Reading(mask="mask"))
     retention = LogitRetention(model, cache, 3)
     shorter = {"ids": rows[1:, :2], "mask": rows[1:, :2].ne(0), "labels": torch.zeros(2, 2)}
     with pytest.warns(CraftWarning, match="2 of 3 anchors"):

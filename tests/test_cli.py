@@ -20,6 +20,7 @@ SCRIPT = """
 from collections import OrderedDict
 import torch
 from torch import nn
+from craft_optim.anchors import Reading
 from helper import SIZE
 
 calls = []
@@ -41,10 +42,10 @@ def batches():
         yield {"x": torch.randn(5, 6, generator=generator), "picture": torch.rand(5, 3, 8, 8, generator=generator)}
 
 def anchors():
-    return model(), batches(), {"forward": run, "model_id": "of the script", "shard_size": 7}
+    return model(), batches(), {"reading": Reading(run), "model_id": "of the script", "shard_size": 7}
 
 def moved():
-    return model(4.0), batches(), {"forward": run}
+    return model(4.0), batches(), {"reading": Reading(run)}
 
 def plain():
     return model(), [torch.ones(3, 6), torch.zeros(3, 6)]
@@ -116,7 +117,12 @@ def test_it_prints_what_it_built_and_code_that_works(script, capsys):
     module = sys.modules["craft_optim_factory"]
     model = module.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    names = {"model": model, "run": module.run, "CraftOptimizer": CraftOptimizer, "optimizer": optimizer}
+    names = {
+        "model": model,
+        "reading": anchors.Reading(module.run),
+        "CraftOptimizer": CraftOptimizer,
+        "optimizer": optimizer,
+    }
     exec(said.split("Next:")[1].replace("\n  ", "\n").replace("...", "0.1"), names)
     assert isinstance(names["retention"], anchors.LogitRetention)
     assert abs(float(names["retention"]().detach())) < 1e-5
@@ -228,7 +234,6 @@ def test_inspect_and_its_checksums(built, capsys):
 
 
 def test_on_a_terminal_names_are_shown_as_they_are(script, capsys, monkeypatch):
-    pytest.importorskip("rich")
     Path(script).write_text(SCRIPT.replace("of the script", "[bold]mine[/] [/red]"))
     assert main(["build-anchors", "a", f"--factory={script}:anchors"]) == 0
     capsys.readouterr()

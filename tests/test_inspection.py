@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from craft_optim import anchors
+from craft_optim.anchors import Reading
+from craft_optim.anchors.sampling import spread
 from craft_optim.evaluation.drift import drifts, verdict
-from craft_optim.inspection import bytes_in_words, facts, lengths, spread
+from craft_optim.inspection import bytes_in_words, facts, lengths
 from craft_optim.report.cache_page import render
 
 Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
@@ -80,8 +82,8 @@ def model():
 
 @pytest.fixture
 def cache(model, tmp_path):
-    settings = {"forward": forward, "layers": ["body"], "dtype": torch.float32, "model_id": EVIL}
-    return anchors.build(model, batches(), tmp_path / "cache & <b>", shard_size=4, **settings)
+    settings = {"layers": ["body"], "dtype": torch.float32, "model_id": EVIL, "shard_size": 4}
+    return anchors.build(model, batches(), tmp_path / "cache & <b>", Reading(forward), **settings)
 
 
 class Page(HTMLParser):
@@ -118,7 +120,7 @@ def pixels(attrs):
 
 
 def test_the_page_is_well_formed_and_loads_nothing(cache, model):
-    shown = drifts(model, cache, [1, 5, 8], forward=forward)
+    shown = drifts(model, cache, [1, 5, 8])
     text = render(cache, [1, 5, 8], verified=True, measured=shown, verdict=verdict(cache, model, shown))
     page = Page(text)
     assert "//" not in re.sub(r'src="data:[^"]*"', "", text), "no address of any kind"
@@ -177,7 +179,7 @@ def test_words_and_numbers_of_an_anchor(cache):
 
 
 def test_what_the_teacher_wrote(model, tmp_path):
-    cache = anchors.build(model, batches(), tmp_path, forward=forward, tokens=written, logits=False)
+    cache = anchors.build(model, batches(), tmp_path, Reading(forward, tokens=written), logits=False)
     words = " ".join(Page(render(cache, [1], decode=lambda ids: "-".join(map(str, ids)))).text)
     assert f"The teacher wrote {'-'.join(map(str, cache.read([1]).features['tokens'].tolist()))}" in words
 
@@ -215,7 +217,7 @@ def test_bytes_in_words():
 
 def test_an_unmodified_model_fits_and_a_changed_one_does_not(cache, model):
     places = list(range(COUNT))
-    same = drifts(model, cache, places, forward=forward)
+    same = drifts(model, cache, places)
     assert [drift.kind for drift in same] == ["logits", "hidden"]
     assert all(abs(drift.value) < 1e-6 for drift in same)
     assert verdict(cache, model, same) == (True, "The cache fits this model: its drift is rounding.")
@@ -223,9 +225,9 @@ def test_an_unmodified_model_fits_and_a_changed_one_does_not(cache, model):
     with torch.no_grad():
         model.embed.weight[cache.read([7]).inputs["input_ids"][0, 0]] += 2.0
         model.head.bias[3] += 0.01
-    moved = drifts(model, cache, places, forward=forward)
+    moved = drifts(model, cache, places)
     for drift, closure in zip(moved, (anchors.LogitRetention, anchors.HiddenRetention), strict=True):
-        whole = closure(model, cache, forward=forward, batch_size=4).drift()
+        whole = closure(model, cache, batch_size=4).drift()
         assert drift.value == pytest.approx(whole) != pytest.approx(0.0, abs=drift.tolerance)
         weights = VALID if drift.kind == "logits" else torch.ones(COUNT)
         mean = (torch.tensor(drift.each) * weights).sum() / weights.sum()
@@ -236,7 +238,7 @@ def test_an_unmodified_model_fits_and_a_changed_one_does_not(cache, model):
     assert "other weights" in words
 
     shown = [3, 7, 0, 5]
-    each = drifts(model, cache, shown, forward=forward)
+    each = drifts(model, cache, shown)
     heads = re.findall(r"Anchor (\d)", " ".join(Page(render(cache, shown, measured=each, verdict=(fits, words))).text))
     by_drift = sorted(shown, key=lambda i: -moved[0].each[i])
     assert list(map(int, heads)) == by_drift != shown
@@ -246,17 +248,18 @@ def test_the_teachers_weights_under_another_forward(cache, model):
     def other(model, batch):
         return model({**batch, "state": batch["state"] + 1})
 
-    fits, words = verdict(cache, model, drifts(model, cache, [0, 4], forward=other))
+    other.__qualname__ = forward.__qualname__  # changed since the cache was built
+    fits, words = verdict(cache, model, drifts(model, cache, [0, 4], reading=Reading(other)))
     assert not fits
     assert "Its weights are those of the teacher" in words
 
 
 def test_all_kinds_and_features_that_do_not_vary(model, tmp_path):
-    settings = {"forward": forward, "tokens": written, "layers": ["body"], "dtype": torch.float32}
+    reading = Reading(forward, tokens=written, autocast=torch.bfloat16)
     alike = [{name: x[:1] for name, x in next(batches()).items()}]
-    cache = anchors.build(model, alike, tmp_path, autocast=torch.bfloat16, **settings)
+    cache = anchors.build(model, alike, tmp_path, reading, layers=["body"], dtype=torch.float32)
     assert cache.features.variances == {"hidden.module:body.all": 0.0}
-    found = drifts(model, cache, [0], forward=forward)
+    found = drifts(model, cache, [0])
     assert {drift.kind: drift.unit for drift in found} == {
         "logits": "nats per position (KL)",
         "hidden": "cosine distance",

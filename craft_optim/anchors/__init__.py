@@ -8,7 +8,8 @@ from .hidden_retention import HiddenRetention
 from .importers import convert
 from .logit_retention import LogitRetention
 from .online import OnlineRetention
-from .retention import AnchorMismatchError, AnchorRetention
+from .reading import AnchorMismatchError, Reading
+from .retention import AnchorRetention
 from .sampling import AnchorSampler
 from .teachers import Snapshot
 from .token_retention import TokenRetention
@@ -24,6 +25,7 @@ __all__ = [
     "HiddenRetention",
     "LogitRetention",
     "OnlineRetention",
+    "Reading",
     "Snapshot",
     "TokenRetention",
     "build",

@@ -15,14 +15,15 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Values of a function of the position, computed before they are asked for.
+    """Values of a function of a number, computed before they are asked for.
 
-    Each of `workers` threads has one of the next positions in work or done. After a jump what was read ahead is thrown
-    away. An exception is raised when its position is asked for, and a position that failed is tried anew.
+    Each of `workers` threads has one of the next numbers in work or done. After a jump, and with two who ask for
+    different numbers, what was read ahead is thrown away; the value is always that of the number. An exception is
+    raised when its number is asked for, and a number that failed is tried anew.
 
     Args:
-        function: position -> value; called from other threads.
-        workers: Number of threads; 0 computes when asked.
+        function: number -> value; called from other threads.
+        workers: Number of threads, >= 1.
     """
 
     def __init__(self, function: Callable[[int], T], workers: int) -> None:
@@ -31,22 +32,20 @@ class Ahead(Generic[T]):
         self._pending: dict[int, Future[T]] = {}
         self._process = os.getpid()
 
-    def get(self, position: int) -> T:
-        """The value at a position; those after it are begun."""
-        if self.workers == 0:
-            return self._function(position)
+    def get(self, number: int) -> T:
+        """The value of a number; those after it are begun."""
         if self._process != os.getpid():  # threads do not survive a fork
             self._threads, self._pending, self._process = None, {}, os.getpid()
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.workers, "craft_optim-anchors")
             weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True)
-        wanted = range(position, position + self.workers + 1)
+        wanted = range(number, number + self.workers + 1)
         for old in [p for p in self._pending if p not in wanted]:
             self._pending.pop(old).cancel()
         for p in wanted:
             if p not in self._pending:
                 self._pending[p] = self._threads.submit(self._function, p)
-        return self._pending.pop(position).result()
+        return self._pending.pop(number).result()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_threads": None, "_pending": {}}  # threads do not travel, nor are they copied
@@ -66,8 +65,6 @@ def to_device_ahead(tensors: dict[str, Tensor], device: torch.device) -> tuple[d
 
 def wait_for(tensors: dict[str, Tensor], event: Any) -> None:
     """Makes the current stream, not the host, wait for the copies."""
-    if event is None:
-        return
     for x in tensors.values():
         if x.is_cuda:
             stream = torch.cuda.current_stream(x.device)

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 
 from .build_folder import building, clean, require_same
 from .cache import AnchorCache
-from .capture import POOLINGS, Layer, Spans, resolve_layers
+from .capture import Layer, resolve_layers
 from .features import Extractor
 from .fingerprint import anchor_checksums, fingerprint
 from .frozen import resolve_frozen
-from .generation import Generate, greedy
 from .manifest import MANIFEST, FeatureSpec, dtype_name
-from .masks import Mask
 from .names import class_name, unwrapped
-from .passes import Forward, autocast_dtype, device_of, isolated_rng, steady
+from .passes import autocast_dtype, device_of, isolated_rng, steady
 from .processes import Team, find_team
 from .progress import anchor_bar
+from .reading import Reading, reading_of
 from .shards import AnchorCacheError
 from .structure import Structure, flatten
 from .writing import Writer
@@ -44,17 +43,11 @@ def build(
     model: nn.Module,
     batches: Iterable[Any],
     path: str | os.PathLike[str],
+    reading: Reading | None = None,
     *,
-    forward: Forward | None = None,
     logits: bool = True,
     top_k: int | None = None,
     layers: Iterable[Layer] = (),
-    pooling: Mapping[str, str] | None = None,
-    spans: Spans | None = None,
-    batch_dim: int = 0,
-    mask: Mask | None = None,
-    tokens: int | Generate | None = None,
-    frozen: Iterable[str] = (),
     dtype: torch.dtype = torch.float16,
     images: str = "uint8",
     shard_size: int = 256,
@@ -62,7 +55,6 @@ def build(
     resume: bool = True,
     overwrite: bool = False,
     progress: bool | None = None,
-    autocast: torch.dtype | None = None,
     process_group: "ProcessGroup | Literal[False] | None" = None,
     replicated: bool = True,
 ) -> AnchorCache:
@@ -71,11 +63,10 @@ def build(
     A batch is a tensor (`model(batch)`), a tuple (`model(*batch)`) or a mapping (`model(**batch)`), its first dimension
     the anchors. Of a mapping only tensors are stored and passed to the model. Batches may differ in length (dimension
     1) if the shorter ones may be padded with zeros on the right, that is, if an `attention_mask` among the inputs, or
-    `mask`, covers that.
+    the reading's `mask`, covers that.
 
     The model runs as in every later retention pass: as it is, except that dropout and normalisation modules are in eval
     mode. Its flags, and the random number generators of the CPU and of the model's device, are afterwards as before.
-    The first forward runs without gradients, the others in inference mode.
 
     A finished cache of the same model and settings is returned as it is, without running anything; a half-built one is
     taken up where it stopped, provided that `batches` yields the same anchors in the same order, and ends up the same
@@ -88,25 +79,13 @@ def build(
         model: The teacher; it stays where it is, inputs are moved to its device.
         batches: Any iterable of batches, read once and lazily.
         path: The cache's folder; created if need be.
-        forward: `forward(model, batch) -> logits or None`, instead of the calls above.
-        logits: Whether to keep the logits, as log-probabilities.
+        reading: How the model is run on them and what counts, where the calls above do not do. The cache carries it to
+            the closures.
+        logits: Keep the logits, as log-probabilities.
         top_k: Keep the k likeliest classes and the remaining mass instead of all.
         layers: Hidden states to keep: numbers (k is the residual that enters decoder layer k; -1 the one before the
             final norm) and names of modules (their outputs).
-        pooling: Span -> "masked_mean", "mean", "first", "last" or "none", for every layer. Default: {"all":
-            "masked_mean"}.
-        spans: `spans(model, batch) -> {span: bool [B, T]}`. Default: "all" (`attention_mask`, else every position) and,
-            for Hugging Face's vision-language models, "image" and "text".
-        batch_dim: Dimension of the anchors in the hidden states: 1 where layers work on [T, B, D], as torch's
-            transformer layers do by default.
-        mask: Positions whose logits count: name of an input, or `mask(batch) -> bool` of the logits' shape without the
-            classes. Default: `attention_mask` where its shape fits, else all.
-        tokens: Let the teacher continue the batches, greedily, by at most this many tokens (transformers' `generate`),
-            and keep what it wrote: for `TokenRetention`, and as inputs of everything else that is kept. Or a function
-            `generate(model, batch) -> (inputs, labels)`, see `generation.greedy`.
-        frozen: Names of modules that will not train, such as a vision tower: their outputs are kept, and retention
-            passes leave them out. As long as they do not train; otherwise they run.
-        dtype: Of log-probabilities and hidden states on disk: float16, bfloat16 or float32.
+        dtype: Dtype of log-probabilities and hidden states on disk: float16, bfloat16 or float32.
         images: "uint8": floating inputs of four or more dimensions are stored as bytes where that gives back every bit
             (see `images.FORMULAS` for the pipelines that qualify), and as they are otherwise. "keep": always as they
             are.
@@ -115,10 +94,9 @@ def build(
         resume: Take up a half-built folder; False starts it over.
         overwrite: Start over whatever the folder holds.
         progress: Show a bar (or, without tqdm, log lines). None: only on a terminal with tqdm.
-        autocast: Dtype of autocast for the teacher. None: as it is.
         process_group: The processes that call this together, each of which runs and writes its share. None: all of
             torch.distributed's, if it is initialised; False: this one alone.
-        replicated: Whether all of them are given the same batches. False: each has anchors of its own, which come one
+        replicated: All of them are given the same batches. False: each has anchors of its own, which come one
             process after the other.
 
     Returns:
@@ -143,35 +121,26 @@ def build(
         raise ValueError(f"`shard_size` must be >= 1. Found shard_size={shard_size}.")
     if top_k is not None and (top_k < 1 or not logits):
         raise ValueError(f"`top_k` must be >= 1, with logits=True. Found top_k={top_k}, logits={logits}.")
-    layers = resolve_layers(model, layers)
-    if not logits and not layers and tokens is None:
-        raise ValueError("Nothing to cache: pass logits=True, `layers`, or `tokens`.")
-    if batch_dim not in (0, 1):
-        raise ValueError(f"`batch_dim` must be 0 or 1. Found batch_dim={batch_dim}.")
-    if tokens is not None and mask is not None:
-        raise ValueError("`mask` and `tokens` exclude each other: the positions that count are those of the tokens.")
-    generate = greedy(tokens) if isinstance(tokens, int) else tokens
-    pools = dict({"all": "masked_mean"} if pooling is None else pooling) if layers else {}
-    if layers and (not pools or any(mode not in POOLINGS for mode in pools.values())):
-        raise ValueError(f"`pooling` must give each span one of {POOLINGS}. Found {pools}.")
+    layers, reading = resolve_layers(model, layers), Reading() if reading is None else reading
+    if not logits and not layers and reading.tokens is None:
+        raise ValueError("Nothing to cache: pass logits=True, `layers`, or a reading with `tokens`.")
 
     if type(model).__name__ == "DistributedDataParallel":
         model = unwrapped(model)  # its forward broadcasts buffers: every process would need as many of them
     device = device_of(model)
-    ran_under = autocast_dtype(device, autocast)
+    ran_under = autocast_dtype(device, reading.autocast)
+    how = {
+        **reading.in_words(),
+        "pooling": dict(reading.pooling or {"all": "masked_mean"}) if layers else {},
+        "frozen": tuple(resolve_frozen(model, reading.frozen)),
+        "autocast": None if ran_under is None else dtype_name(ran_under),
+    }
     spec = FeatureSpec(
         logits=("full" if top_k is None else "top_k") if logits else None,
         top_k=top_k,
         dtype=dtype_name(dtype),
         layers=layers,
-        pooling=pools,
-        mask=mask if mask is None or isinstance(mask, str) else _name_of(mask),
-        spans=None if spans is None else _name_of(spans),
-        forward=None if forward is None else _name_of(forward),
-        autocast=None if ran_under is None else dtype_name(ran_under),
-        tokens=None if generate is None else _name_of(generate),
-        frozen=tuple(resolve_frozen(model, frozen)),
-        batch_dim=batch_dim,
+        **how,
     )
     settings = {
         "features": json.loads(json.dumps(asdict(spec))),
@@ -187,20 +156,14 @@ def build(
             batches, progress if team.rank == 0 and team.writes else False, model_id or settings["teacher"]["class"]
         )
         if _agreed(team, folder, settings, stream, replicated) and not overwrite:
-            return _finished(folder, settings, stream)
-        extractor = Extractor(
-            model, device, spec, dtype, forward=forward, spans=spans, mask=mask, generate=generate,
-            autocast=autocast, inference=_is_plain(model) and not team.sharded,
-        )  # fmt: skip
+            return _finished(folder, settings, stream, reading)
+        extractor = Extractor(model, device, spec, dtype, reading)
         start_over = overwrite or not resume
         with building(folder, settings, team, replicated, start_over=start_over) as target, Writer(target) as writer:
-            try:
-                with steady(model):
-                    _run(extractor, stream, writer)
-            finally:
-                _make_normal(model)
+            with steady(model):
+                _run(extractor, stream, writer)
             writer.finish()
-            return AnchorCache.open(folder)
+            return AnchorCache.open(folder, reading)
 
 
 def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream", replicated: bool) -> bool:
@@ -261,44 +224,11 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
         extractor(*last)
 
 
-def _is_plain(model: nn.Module) -> bool:
-    """True if all weights are ordinary tensors: others may not know inference mode."""
-    kinds = {type(x) for x in (*model.parameters(), *model.buffers())}
-    return kinds <= {Tensor, nn.Parameter}
-
-
-def _make_normal(model: nn.Module) -> None:
-    """Replaces tensors that the model made and kept in inference mode: a backward could not use them."""
-    for module in model.modules():
-        for owner in (vars(module), module._buffers):
-            for name, value in list(owner.items()):
-                if name not in ("_parameters", "_buffers", "_modules") and (mended := _normal(value)) is not value:
-                    owner[name] = mended
-
-
-def _normal(value: Any, depth: int = 0) -> Any:
-    """The value without tensors of inference mode in it; itself if there are none."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if depth == 3 or type(value) not in (list, tuple, dict):
-        return value
-    parts = list(value.values()) if isinstance(value, dict) else value
-    mended = [_normal(x, depth + 1) for x in parts]
-    if all(new is old for new, old in zip(mended, parts, strict=True)):
-        return value
-    return dict(zip(value, mended, strict=True)) if isinstance(value, dict) else type(value)(mended)
-
-
-def _name_of(function: Any) -> str:
-    # Without its module: that is "__main__" or not, depending on how a script is started
-    name: str = getattr(function, "__qualname__", type(function).__qualname__)
-    return name
-
-
-def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream") -> AnchorCache:
+def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream", reading: Reading) -> AnchorCache:
     """The cache in the folder, if it is the one that would be built."""
     cache = AnchorCache.open(folder)
     require_same(folder, cache.settings, settings)
+    cache.reading = reading_of(cache, reading)
     first = stream.first()
     if first is not None:
         stored, given = list(cache.first_anchors), anchor_checksums(first[1])

@@ -25,16 +25,20 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .images import Encoding, decode
 from .manifest import Manifest, cover, dtype_name, tap_key
+from .reading import Reading, reading_of
 from .shards import AnchorCacheError, Place, read_plain
 from .structure import Inputs
+
+if TYPE_CHECKING:
+    from .cached import CachedRetention
 
 __all__ = ["AnchorBatch", "AnchorCache", "AnchorCacheError"]
 
@@ -59,6 +63,7 @@ class AnchorCache:
     Attributes:
         path: The folder.
         features: The teacher's outputs that it holds, and how they came about.
+        reading: How the teacher was read; of its functions those that `build` or `open` was given.
         structure: Structure of its inputs.
         fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
         model_id: The teacher's name, as given to `build`; or None.
@@ -69,10 +74,10 @@ class AnchorCache:
 
     Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
     and memory does not grow with the size of the cache. Threads may read at the same time; an opened cache can be
-    pickled and read from other processes.
+    pickled and read from other processes, which leaves the functions of its reading behind.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], reading: Reading | None = None) -> None:
         self.path = Path(path)
         manifest = Manifest(self.path)
         self.features, self.structure = manifest.features, manifest.structure
@@ -85,18 +90,61 @@ class AnchorCache:
         self._open: dict[int, None] = {}
         self._lock = threading.Lock()
         self._keys = self._check_keys(manifest)
+        self.reading = reading_of(self, reading)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "AnchorCache":
+    def open(cls, path: str | os.PathLike[str], reading: Reading | None = None) -> "AnchorCache":
         """Opens a finished cache and checks it.
 
         Checked are the manifest, against its checksum, the schema, the counts, every shard's size and header and that
         all shards hold the same tensors. Contents are not: `verify` does that, at the price of reading everything.
 
+        Args:
+            path: The folder.
+            reading: The one that it was built with. Only functions are needed, `forward` above all: the rest is in the
+                manifest.
+
         Raises:
             AnchorCacheError: The folder holds no finished cache, or one whose parts do not fit together.
+            AnchorMismatchError: It was built with another reading.
         """
-        return cls(path)
+        return cls(path, reading)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of retention that it serves: "logits", "hidden", "tokens"."""
+        f = self.features
+        held = {"logits": f.logits, "hidden": f.layers or None, "tokens": f.tokens}
+        return tuple(kind for kind, what in held.items() if what is not None)
+
+    def retention(
+        self, model: nn.Module, kind: str | None = None, batch_size: int = 16, **settings: Any
+    ) -> "CachedRetention":
+        """The retention closure that fits: `LogitRetention`, `HiddenRetention` or `TokenRetention`.
+
+        Args:
+            model: The model in training.
+            kind: One of `kinds`. None: the only one.
+            batch_size: Anchors per pass (and process).
+            **settings: Further arguments of its class.
+
+        Raises:
+            ValueError: There is no such kind, or there are several; and as its class.
+        """
+        from .hidden_retention import HiddenRetention
+        from .logit_retention import LogitRetention
+        from .token_retention import TokenRetention
+
+        if kind is None and len(self.kinds) == 1:
+            (kind,) = self.kinds
+        if kind not in self.kinds:
+            raise ValueError(
+                f"`kind` must be one of {', '.join(map(repr, self.kinds))}, which {self.path} holds and whose units "
+                f"differ. Found kind={kind!r}."
+            )
+        classes: dict[str, Any] = {"logits": LogitRetention, "hidden": HiddenRetention, "tokens": TokenRetention}
+        retention: CachedRetention = classes[kind](model, self, batch_size, **settings)
+        return retention
 
     def _check_keys(self, manifest: Manifest) -> list[str]:
         f = self.features
@@ -271,7 +319,11 @@ class AnchorCache:
             self._lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | {"_open": {}}
+        own = {"_open": {}, "reading": reading_of(self)}  # functions may be such as cannot be pickled
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"} | own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorCache":
+        return self  # it does not change
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

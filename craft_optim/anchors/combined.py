@@ -4,21 +4,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from craft_optim.retention import Retention, as_retention
 
 from .cache import AnchorBatch, AnchorCache
+from .cached import CachedRetention, DriftOfEach
 from .forwards import Outcome
-from .retention import AnchorRetention, CachedRetention
 
 __all__ = ["CombinedRetention", "SharedPass"]
 
 
-class CombinedRetention:
+class CombinedRetention(Retention):
     """Several kinds of drift under one epsilon.
 
         L_ret = sum_j w_j L_j
 
-    Members that read the same cache with the same batch size, seed and forward share each batch and its forward, up to
+    Members that read the same cache with the same batch size, seed and reading share each batch and its forward, up to
     the deepest layer that any of them needs; others run theirs one after the other, and all their graphs live until the
     backward.
 
@@ -34,11 +36,13 @@ class CombinedRetention:
             for hidden states.
 
     Raises:
+        TypeError: A member is no closure.
         ValueError: There is no member, a name is unknown, a weight is out of range, or all are zero.
     """
 
-    def __init__(self, members: Mapping[str, AnchorRetention], weights: Mapping[str, float] | None = None) -> None:
-        self.members, given = dict(members), dict(weights or {})
+    def __init__(self, members: Mapping[str, Retention], weights: Mapping[str, float] | None = None) -> None:
+        given = dict(weights or {})
+        self.members = {name: as_retention(member, f"members[{name!r}]") for name, member in members.items()}
         if not self.members:
             raise ValueError("`members` must name at least one closure. Found none.")
         if unknown := sorted(set(given) - set(self.members)):
@@ -46,10 +50,10 @@ class CombinedRetention:
         self.weights = {name: float(given.get(name, 1.0)) for name in self.members}
         if not all(0.0 <= w < float("inf") for w in self.weights.values()) or not any(self.weights.values()):
             raise ValueError(f"`weights` must be finite and >= 0, and not all zero. Found {self.weights}.")
-        groups: dict[Any, dict[str, AnchorRetention]] = {}
+        groups: dict[Any, dict[str, Retention]] = {}
         for name, member in self.members.items():
             groups.setdefault(_shared_by(member), {})[name] = member
-        self._parts: list[tuple[float, AnchorRetention]] = []
+        self._parts: list[tuple[float, Retention]] = []
         for group in groups.values():
             cached = {name: m for name, m in group.items() if isinstance(m, CachedRetention)}
             if len(cached) > 1:
@@ -58,85 +62,91 @@ class CombinedRetention:
                 self._parts += [(self.weights[name], member) for name, member in group.items()]
 
     @property
-    def position(self) -> int:
-        """Number of batches drawn so far; see `AnchorRetention`."""
-        return self._parts[0][1].position
+    def tolerance(self) -> float:  # type: ignore[override]
+        """The weighted sum of the members'."""
+        return sum(weight * self.members[name].tolerance for name, weight in self.weights.items() if weight)
 
-    @position.setter
-    def position(self, value: int) -> None:
-        for _, part in self._parts:
-            part.position = value
-
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """All parameters that the backward may reach."""
         return list({id(p): p for _, part in self._parts for p in part.parameters()}.values())
 
-    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
+    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor]) -> None:
         """See `AnchorRetention.shard`."""
+        super().shard(rank, world_size, mean)
         for _, part in self._parts:
             part.shard(rank, world_size, mean)
 
-    def __call__(self) -> Tensor:
-        """The sum on the next anchors: a float32 scalar with a graph. Advances `position` if it succeeds."""
-        start = self.position
-        try:
-            losses = [part() if weight == 1.0 else weight * part() for weight, part in self._parts]
-        except BaseException:
-            self.position = start
-            raise
+    def loss(self, number: int) -> Tensor:
+        """The sum on the anchors of a pass: a float32 scalar with a graph."""
+        losses = [part.loss(number) if weight == 1.0 else weight * part.loss(number) for weight, part in self._parts]
         return losses[0] if len(losses) == 1 else torch.stack([x.to(losses[0].device) for x in losses]).sum()
 
-    def drifts(self) -> dict[str, float]:
-        """Each member's own drift on all its anchors, without weight."""
-        members: dict[str, Any] = dict(self.members)
-        return {name: member.drift() for name, member in members.items()}
+    def drifts(self, anchors: AnchorCache | None = None, count: int | None = None) -> dict[str, float]:
+        """Each member's own `drift`, without weight."""
+        return {name: member.drift(anchors, count) for name, member in self.members.items()}
 
-    def drift(self, cache: AnchorCache | None = None) -> float:
-        """The weighted sum over whole caches, without gradients.
+    def drift(self, anchors: AnchorCache | None = None, count: int | None = None) -> float:
+        """The weighted sum of the members' drifts, without gradients.
 
         Args:
-            cache: Held-out anchors, for all members. None: each member's own.
+            anchors: Held-out anchors, for all members. None: each member's own.
+            count: On at most so many, see `AnchorRetention.drift`.
         """
-        members: dict[str, Any] = dict(self.members)
-        return float(sum(self.weights[name] * member.drift(cache) for name, member in members.items()))
+        return float(sum(self.weights[name] * drift for name, drift in self.drifts(anchors, count).items()))
+
+    def examples(self, count: int) -> list[Any]:
+        """Examples of the first member."""
+        return next(iter(self.members.values())).examples(count)
 
 
-def _shared_by(member: AnchorRetention) -> Any:
-    """What members must have in common to share a forward."""
+def _shared_by(member: Retention) -> Any:
+    """A key that is the same for members that can share a forward."""
     if not isinstance(member, CachedRetention):
         return id(member)
+    reading, sampler = member.reading, member._sampler
     return (
-        id(member.model), id(member.cache), member.batch_size, member.seed, member.forward, member.autocast,
-        member.device, member._ahead.workers, member._placed, member._sampler.rank, member._sampler.world_size,
+        id(member.model), id(member.cache), member.batch_size, member.seed, sampler.rank, sampler.world_size,
+        reading.forward, reading.autocast, member.device, member.workers,
     )  # fmt: skip
 
 
 class SharedPass(CachedRetention):
-    """Members on one cache, with one forward. Their terms are named "member:term"."""
+    """Members on one cache, with one forward. Their terms are named "member:term".
+
+    Args:
+        members: Name -> closure; with the same model, cache, batch size, seed and reading.
+        weights: Name -> w_j.
+    """
 
     def __init__(self, members: Mapping[str, CachedRetention], weights: Mapping[str, float]) -> None:
-        first = next(iter(members.values()))
-        placed = {"rank": first._sampler.rank, "world_size": first._sampler.world_size} if first._placed else {}
-        self._members = dict(members)
-        self._weights = {name: weights[name] for name in members}
-        self.layers = tuple(dict.fromkeys(layer for member in members.values() for layer in member.layers))
+        first, own = next(iter(members.values())), members.values()
+        self._members, self._weights = dict(members), {name: weights[name] for name in members}
+        self.layers = tuple(dict.fromkeys(layer for member in own for layer in member.layers))
+        self._features = [name for member in own for name in member._features]
+        self._output = any(member._output for member in own)
         super().__init__(
             first.model,
             first.cache,
             first.batch_size,
-            workers=first._ahead.workers,
-            forward=first.forward,
+            reading=first.reading,
+            workers=first.workers,
             seed=first.seed,
-            autocast=first.autocast,
+            strict=False,  # the members check
             device=first._device,
-            **placed,
         )
+        self._sampler, self._mean, self.shared = first._sampler, first._mean, first.shared
 
-    def _features(self) -> list[str]:
-        return [name for member in self._members.values() for name in member._features()]
+    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
+        """See `AnchorRetention.shard`."""
+        super().shard(rank, world_size, mean)
+        for member in self._members.values():
+            member.shard(rank, world_size, mean)
 
-    def _compares_output(self) -> bool:
-        return any(member._compares_output() for member in self._members.values())
+    def _put_together(self, terms: Mapping[str, Any]) -> DriftOfEach:
+        parts = {name: member._put_together(self._of(name, terms)) for name, member in self._members.items()}
+        weighted = [(self._weights[name], part) for name, part in parts.items()]
+        each = torch.stack([weight * part.each for weight, part in weighted]).sum(0)
+        return DriftOfEach(sum(weight * part.value for weight, part in weighted), each, parts)
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         return {
@@ -145,17 +155,16 @@ class SharedPass(CachedRetention):
             for term, value in member._compare(outcome, batch).items()
         }
 
-    def _of(self, name: str, terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _of(self, name: str, terms: Mapping[str, Any]) -> dict[str, Any]:
         return {key.removeprefix(f"{name}:"): x for key, x in terms.items() if key.startswith(f"{name}:")}
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         parts = [self._weights[name] * self._members[name]._combine(self._of(name, terms)) for name in self._members]
         return torch.stack(parts).sum()
 
-    def _check_first(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
+    def _check_once(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
         for name, member in self._members.items():
-            member._mean = self._mean
-            member._check_first(self._of(name, values), batch)
+            member._check_once(self._of(name, values), batch)
 
     def _check_kind(self, cache: AnchorCache) -> None:
         for member in self._members.values():

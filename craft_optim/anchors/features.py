@@ -1,4 +1,4 @@
-"""What the teacher says about a batch of anchors, in the form in which a cache keeps it."""
+"""The teacher's outputs for a batch of anchors, in the form in which a cache keeps them."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .capture import Layer, Spans, default_spans, pool, positions
+from .capture import Layer, default_spans, pool, positions
 from .forwards import AnchorForward, Outcome
-from .generation import Generate
 from .manifest import FeatureSpec, tap_key
-from .masks import IGNORED, Mask, valid_positions
-from .passes import Forward, autocast_to, isolated_rng, to_device
+from .masks import IGNORED, valid_positions
+from .passes import autocast_to, isolated_rng, to_device
+from .reading import Reading
 from .sampling import mixed_seed
 from .structure import Inputs
 
@@ -21,10 +21,10 @@ __all__ = ["Extractor", "Taught"]
 
 
 class Taught(NamedTuple):
-    """Of one batch.
+    """One batch with the teacher's outputs.
 
     Attributes:
-        inputs: What the model was run on: the batch, or what it has made of it by generating.
+        inputs: Inputs that the model was run on: the batch, or the batch continued by generating.
         features: By name, on the CPU.
         joined: Names of those that hold the positions of their mask only, one after another.
         classes: Size of the logits' last dimension; None without logits.
@@ -37,32 +37,19 @@ class Taught(NamedTuple):
 
 
 class Extractor:
-    """Runs the teacher and keeps what `spec` asks for.
+    """Runs the teacher as `reading` says and keeps what `spec` asks for.
 
-    The first batch runs without gradients, the others in inference mode: what a model makes at its first forward and
-    keeps, such as tables of positions, would be unusable in training if it were made in inference mode.
+    Not in inference mode: it saves 2 % of a forward, and what a model makes in it and keeps, such as tables of
+    positions, cannot be used in training.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        spec: FeatureSpec,
-        dtype: torch.dtype,
-        *,
-        forward: Forward | None,
-        spans: Spans | None,
-        mask: Mask | None,
-        generate: Generate | None,
-        autocast: torch.dtype | None,
-        inference: bool,
+        self, model: nn.Module, device: torch.device, spec: FeatureSpec, dtype: torch.dtype, reading: Reading
     ) -> None:
-        self.model, self.device, self.spec, self.dtype = model, device, spec, dtype
-        self.spans, self.mask, self.autocast = spans or default_spans, mask, autocast
-        self.generate = generate
-        self._inference, self._warm = inference, False
-        self._wants_output = spec.logits is not None or generate is not None
-        self._run = AnchorForward(model, forward, spec.layers, self._wants_output, spec.frozen)
+        self.model, self.device, self.spec, self.dtype, self.reading = model, device, spec, dtype, reading
+        self.generate = reading.generate
+        self._wants_output = spec.logits is not None or self.generate is not None
+        self._run = AnchorForward(model, reading.forward, spec.layers, self._wants_output, spec.frozen)
 
     def __call__(self, inputs: Inputs, size: int, first: int) -> Taught:
         """The features of `size` anchors, of which the first has the number `first`. Within `steady(model)`."""
@@ -70,11 +57,8 @@ class Extractor:
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
         classes = None
-        with (
-            torch.inference_mode() if self._inference and self._warm else torch.no_grad(),
-            isolated_rng(self.device, mixed_seed(0, first)),
-        ):
-            with autocast_to(self.device, self.autocast):
+        with torch.no_grad(), isolated_rng(self.device, mixed_seed(0, first)):
+            with autocast_to(self.device, self.reading.autocast):
                 if self.generate is not None:
                     inputs, labels = self.generate(self.model, inputs)
                 valid = self._valid(inputs, labels) if self._wants_output else None
@@ -91,7 +75,6 @@ class Extractor:
             for name, x in outcome.frozen.items():
                 features[name] = self._round(x, f"output {name!r}") if x.is_floating_point() else x
             features = {key: x.cpu() for key, x in features.items()}
-        self._warm = True
         return Taught(inputs, features, frozenset(joined), classes)
 
     def _round(self, values: Tensor, what: str) -> Tensor:
@@ -123,7 +106,7 @@ class Extractor:
         return logits
 
     def _valid(self, inputs: Inputs, labels: Tensor | None) -> Tensor | None:
-        return valid_positions(inputs, self.mask) if labels is None else (labels != IGNORED).cpu()
+        return valid_positions(inputs, self.reading.mask) if labels is None else (labels != IGNORED).cpu()
 
     def _of_output(
         self,
@@ -134,10 +117,10 @@ class Extractor:
         first: int,
         joined: set[str],
     ) -> dict[str, Tensor]:
-        """What is kept of the logits: those of the valid positions, if these fit; else of all."""
+        """The part of the logits that is kept: at the valid positions, if these fit; else all."""
         features: dict[str, Tensor] = {}
         if valid is not None and tuple(valid.shape) != shape:
-            if self.mask is not None or labels is not None:
+            if self.reading.mask is not None or labels is not None:
                 source = self.spec.mask or self.spec.tokens
                 raise ValueError(f"The logits' mask must have shape {shape}. {source!r} has {tuple(valid.shape)}.")
             valid = None
@@ -173,7 +156,8 @@ class Extractor:
         self, hidden: Mapping[Layer, Tensor], inputs: Inputs, size: int, first: int, joined: set[str]
     ) -> dict[str, Tensor]:
         features: dict[str, Tensor] = {}
-        spans = {span: x.to(self.device).bool() for span, x in self.spans(self.model, inputs).items()}
+        told = (self.reading.spans or default_spans)(self.model, inputs)
+        spans = {span: x.to(self.device).bool() for span, x in told.items()}
         for layer, value in hidden.items():
             states = positions(value, self.spec.batch_dim)
             if len(states) != size:

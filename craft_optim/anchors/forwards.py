@@ -22,14 +22,14 @@ class FrozenMismatchError(ValueError):
 
 
 class Outcome(NamedTuple):
-    """Of a forward on anchors.
+    """Results of a forward on anchors.
 
     Attributes:
-        output: What the model returned; None if only hidden states are wanted.
+        output: Return value of the model; None if only hidden states are wanted.
         logits: `[positions, V]`: those of the valid positions, or of all; None if the output has none.
-        shape: Of the logits before the selection, without the classes.
+        shape: Shape of the logits before the selection, without the classes.
         hidden: Layer -> hidden states.
-        frozen: What was recorded of the frozen modules, if they ran.
+        frozen: Outputs of the frozen modules, if they ran.
     """
 
     output: Any
@@ -40,12 +40,12 @@ class Outcome(NamedTuple):
 
 
 def outcome_of(output: Any, logits: Tensor | None, hidden: dict[Layer, Tensor], valid: Tensor | None) -> Outcome:
-    """Of a whole forward; logits at the positions that are valid, or at all if that does not fit them."""
+    """Results of a whole forward; logits at the valid positions, or at all if these do not fit."""
     if logits is None:
         return Outcome(output, None, (), hidden, {})
     shape = tuple(logits.shape[:-1])
     fits = valid is not None and tuple(valid.shape) == shape
-    return Outcome(output, rows(logits, valid if fits else None), shape, hidden, {})
+    return Outcome(output, rows(logits, valid) if fits else logits.flatten(0, -2), shape, hidden, {})
 
 
 class AnchorForward:
@@ -58,7 +58,7 @@ class AnchorForward:
         model: In a state that the caller sees to (`passes.steady`).
         forward: Instead of the model's call, or None.
         layers: Hidden states that are wanted.
-        output: Whether the output is wanted.
+        output: The output is wanted.
         frozen: Names of modules that do not train.
     """
 
@@ -88,7 +88,7 @@ class AnchorForward:
             inputs: On the model's device.
             size: Number of anchors.
             valid: Positions of the logits that count, on the CPU; None: all.
-            stored: What a cache has of the frozen modules; None, or nothing, has them run.
+            stored: Outputs of the frozen modules in a cache; None, or none, has them run.
 
         Raises:
             FrozenMismatchError: The first time, frozen modules return something else than what is stored.
@@ -120,7 +120,7 @@ class AnchorForward:
         return outcome_of(output, logits, hidden, valid)
 
     def _can_pack(self, inputs: Inputs, valid: Tensor) -> bool:
-        """Whether to: the model's logits stay the same, and there is something to save in this batch."""
+        """True if the model's logits stay the same, and there is something to save in this batch."""
         if self._packs is None:
             # On one anchor, and on every process alike, whatever its mask: forwards may need all of them
             probe = torch.ones((1, *valid.shape[1:]), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What the teacher writes: greedy generation, and its result as inputs of a forward that predicts each token."""
+"""Greedy generation by the teacher, and its result as inputs of a forward that predicts each token."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,22 +1,25 @@
 """Retention of a model's hidden states: their distance from the cached ones."""
 
 from collections.abc import Iterable, Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from . import losses
 from .cache import AnchorBatch, AnchorCache
+from .cached import CachedRetention, CachedSettings
 from .capture import Layer, Spans, pool, positions, resolve_layers
 from .forwards import Outcome
 from .manifest import tap_key
 from .masks import rows, select, within
-from .passes import Forward, to_device
-from .retention import AnchorMismatchError, CachedRetention
+from .passes import to_device
+from .reading import AnchorMismatchError
 
 __all__ = ["HiddenRetention"]
 
-_DISTANCES = ("mse", "cosine", "l1")
+_SHARES = "shares of the teacher's"
+_UNITS = {"mse": f"{_SHARES} variance", "cosine": "cosine distance", "l1": f"{_SHARES} deviation"}
 
 
 class HiddenRetention(CachedRetention):
@@ -29,28 +32,19 @@ class HiddenRetention(CachedRetention):
     the layers after it are free to move.
 
     Args:
-        model: The model in training, on its device, in either mode.
-        cache: Built with `layers` from the same model.
-        batch_size: Anchors per call (and rank).
+        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold layers. With "l1" the tolerance
+            by precision is its square root.
         loss: "mse" and "l1" in units of the teacher's variance and standard deviation, or "cosine".
         layers: Some of the cached layers. None: all of them.
         weights: Layer, or (layer, span), -> weight >= 0; 1 for those not named.
-        forward: As in `build`.
-        spans: As in `build`, instead of the cached masks of the spans.
-        seed: Of the order of the anchors and of what the forward draws.
-        strict: Check at the first call that the model reproduces the cache.
-        autocast: Dtype of autocast in the pass, as in `build`. None: as the caller has it.
-        workers: Threads that read the next batches ahead; see `LogitRetention`.
-        device: Where inputs go. None: where the model's first parameter is.
-        tolerance: Largest drift that the first call accepts. None: by precision, as for `LogitRetention`; its square
-            root for "l1".
-        rank: Place of this process among those that share the anchors; see `LogitRetention`.
-        world_size: Their number.
+        spans: As `Reading` takes them, to compare at some of the cached positions of the spans only.
 
     Raises:
         ValueError: The cache has no such layers, their features do not vary over the anchors, a weight is out of range,
             or there are fewer anchors than a batch.
     """
+
+    _output = False
 
     def __init__(
         self,
@@ -61,42 +55,21 @@ class HiddenRetention(CachedRetention):
         loss: str = "mse",
         layers: Iterable[Layer] | None = None,
         weights: Mapping[Layer | tuple[Layer, str], float] | None = None,
-        forward: Forward | None = None,
         spans: Spans | None = None,
-        seed: int = 0,
-        strict: bool = True,
-        autocast: torch.dtype | None = None,
-        workers: int = 1,
-        device: torch.device | str | None = None,
-        tolerance: float | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
+        **settings: Unpack[CachedSettings],
     ) -> None:
-        if loss not in _DISTANCES:
-            raise ValueError(f"`loss` must be one of {_DISTANCES}. Found {loss!r}.")
-        self.distance, self.spans = loss, spans
+        if loss not in _UNITS:
+            raise ValueError(f"`loss` must be one of {tuple(_UNITS)}. Found {loss!r}.")
+        self.distance, self.unit, self.spans = loss, _UNITS[loss], spans
         # An imported cache may count layers from the end
         self._cached = dict(zip(resolve_layers(model, cache.features.layers), cache.features.layers, strict=True))
         self.layers = tuple(self._cached) if layers is None else resolve_layers(model, layers)
         self.pooling = dict(cache.features.pooling)
-        self._check_kind(cache)
+        super().__init__(model, cache, batch_size, **settings)
         if not self.layers:
             raise ValueError("`layers` must name at least one layer. Found none.")
         self.weights = self._weights(dict(weights or {}))
-        super().__init__(
-            model,
-            cache,
-            batch_size,
-            forward=forward,
-            seed=seed,
-            strict=strict,
-            autocast=autocast,
-            workers=workers,
-            device=device,
-            tolerance=tolerance,
-            rank=rank,
-            world_size=world_size,
-        )
+        self._features = [*self.weights, *(f"span.{span}" for span in self.pooling)]
         flat = [key for key in self.weights if not cache.features.variances.get(key, 0.0) > 0.0]
         if flat and loss != "cosine":
             raise ValueError(
@@ -129,19 +102,13 @@ class HiddenRetention(CachedRetention):
                 "`layers=`."
             )
 
-    def _default_tolerance(self) -> float:
-        squared = super()._default_tolerance()
+    def _by_precision(self) -> float:
+        squared = super()._by_precision()
         return squared**0.5 if self.distance == "l1" else squared
 
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         weighted = [self.weights[name] * value for name, value in terms.items()]
         return torch.stack(weighted).sum(0) / sum(self.weights[name] for name in terms)
-
-    def _features(self) -> list[str]:
-        return [*self.weights, *(f"span.{span}" for span in self.pooling)]
-
-    def _compares_output(self) -> bool:
-        return False
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         cached = {k.removeprefix("span."): x for k, x in batch.features.items() if k.startswith("span.")}
@@ -167,7 +134,7 @@ class HiddenRetention(CachedRetention):
     def _distance(
         self, key: str, states: Tensor, mask: Tensor | None, cached: Tensor | None, mode: str, teacher: Tensor
     ) -> tuple[Tensor, int]:
-        """Of one layer and span.
+        """Distance at one layer and span, and the number of vectors compared.
 
         Args:
             key: Its name.

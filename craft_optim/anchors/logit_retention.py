@@ -1,16 +1,17 @@
 """Retention of a model's logits: the KL divergence from the cached distribution."""
 
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from . import losses
 from .cache import AnchorBatch, AnchorCache
+from .cached import CachedRetention, CachedSettings
 from .forwards import Outcome
 from .masks import Mask, select, valid_positions, within
-from .passes import Forward
-from .retention import AnchorMismatchError, CachedRetention
+from .reading import AnchorMismatchError
 
 __all__ = ["LogitRetention", "kl_term"]
 
@@ -30,13 +31,8 @@ def kl_term(student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int
     with torch.autocast(student.device.type, enabled=False):
         if "logprobs" in teacher:
             return losses.kl_divergence(student, teacher["logprobs"]), len(student)
-        value = losses.topk_kl_divergence(
-            student,
-            teacher["topk_logprobs"],
-            teacher["topk_indices"],
-            teacher_rest_logprob=teacher.get("rest_logprob"),
-        )
-    return value, len(student)
+        top, indices, rest = teacher["topk_logprobs"], teacher["topk_indices"], teacher.get("rest_logprob")
+        return losses.topk_kl_divergence(student, top, indices, teacher_rest_logprob=rest), len(student)
 
 
 class LogitRetention(CachedRetention):
@@ -53,25 +49,15 @@ class LogitRetention(CachedRetention):
         retention().backward()
 
     Args:
-        model: The model in training, on its device, in either mode.
-        cache: Built with logits from the same model.
-        batch_size: Anchors per call (and rank).
-        forward: As in `build`.
-        mask: As in `build`, to compare at some of the cached positions only.
-        seed: Of the order of the anchors and of what the forward draws.
-        strict: Check at the first call that the model reproduces the cache.
-        autocast: Dtype of autocast in the pass, as in `build`. None: as the caller has it.
-        workers: Threads that read the next batches ahead while the task step runs; 0 reads when called.
-        device: Where inputs go. None: where the model's first parameter is.
-        tolerance: Largest drift that the first call accepts. None: by precision; 1e-4 for float32, 1e-3 for float16,
-            5e-3 for bfloat16, whichever of storage and computation is coarsest.
-        rank: Place of this process among those that share the anchors. None, for both: `CraftOptimizer` finds out, see
-            `shard`; a single process until then.
-        world_size: Their number; together they draw what one process with the whole batch would.
+        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold logits.
+        mask: As `Reading` takes it, to compare at some of the cached positions only.
 
     Raises:
         ValueError: The cache has no logits, or fewer anchors than a batch.
     """
+
+    unit = "nats per position (KL)"
+    _features = (*LOGITS, "mask")
 
     def __init__(
         self,
@@ -79,22 +65,10 @@ class LogitRetention(CachedRetention):
         cache: AnchorCache,
         batch_size: int = 16,
         *,
-        forward: Forward | None = None,
         mask: Mask | None = None,
-        seed: int = 0,
-        strict: bool = True,
-        autocast: torch.dtype | None = None,
-        workers: int = 1,
-        device: torch.device | str | None = None,
-        tolerance: float | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
+        **settings: Unpack[CachedSettings],
     ) -> None:
-        self._check_kind(cache)
-        super().__init__(
-            model, cache, batch_size, forward=forward, seed=seed, strict=strict, autocast=autocast,
-            workers=workers, device=device, tolerance=tolerance, rank=rank, world_size=world_size,
-        )  # fmt: skip
+        super().__init__(model, cache, batch_size, **settings)
         self.mask = mask
 
     def _check_kind(self, cache: AnchorCache) -> None:
@@ -103,12 +77,6 @@ class LogitRetention(CachedRetention):
                 f"LogitRetention needs a cache with logits. {cache.path} has {cache.describe()}: use "
                 "HiddenRetention, or build it with logits=True or top_k."
             )
-
-    def _features(self) -> list[str]:
-        return [*LOGITS, "mask"]
-
-    def _compares_output(self) -> bool:
-        return True
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         student = outcome.logits

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from .cache import AnchorBatch, AnchorCache
 from .logit_retention import kl_term
-from .masks import IGNORED, Mask, rows, valid_positions
-from .passes import Forward, call, device_of, is_encoder_decoder, isolated_rng, logits_of, to_device
-from .retention import AnchorMismatchError, AnchorRetention, Anchors
+from .masks import IGNORED, rows, valid_positions
+from .passes import call, device_of, is_encoder_decoder, isolated_rng, logits_of, to_device
+from .reading import AnchorMismatchError, Reading, require_functions
+from .retention import AnchorRetention, Anchors, Settings
 from .structure import Inputs, flatten
 from .teachers import adapters_off, find_adapters
 
@@ -29,8 +30,8 @@ class OnlineRetention(AnchorRetention):
 
         L_ret = mean over valid positions i of  sum_v p_iv (log p_iv - log q_iv)
 
-    p is the teacher's distribution, q the model's now. With adapters (PEFT) the teacher is the same model with its
-    adapters switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are the same, to the bit.
+    p is the teacher's distribution, q the model's now. With adapters (PEFT) the teacher is the model with its adapters
+    switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are the same, to the bit.
 
     Example:
         model = peft.get_peft_model(base, peft.LoraConfig(...))
@@ -38,36 +39,31 @@ class OnlineRetention(AnchorRetention):
         retention().backward()
 
     Cost: a forward of the teacher without gradients, on top of the model's forward and backward; memory for the
-    teacher's logits of one batch. `LogitRetention` pays for the teacher once, and with disk.
+    teacher's logits of one batch. `LogitRetention` pays for the teacher once, and with disk. A deep copy shares the
+    anchors, and a teacher that is a module.
 
     Args:
         model: The model in training, on its device, in either mode.
         anchors: Single examples, as a `DataLoader` takes them: a map-style dataset or a sequence; or an `AnchorCache`,
             of which the inputs are used. `labels` are not passed to models of transformers: their loss is not needed.
-        batch_size: Anchors per call (and rank).
+        batch_size: Anchors per pass (and process).
         teacher: None: the model with its adapters switched off. A module: a frozen copy, on any device. A function
             that returns a context manager: the model within that; `Snapshot(model)`, made before fine-tuning, is one
             that keeps the old weights on the CPU.
         collate: Makes a batch of a list of examples, as for a `DataLoader`; a batch is what `build` takes. None:
             torch's `default_collate`.
-        forward: As in `build`; also called with the teacher, if that is a module.
-        mask: `mask(batch) -> bool`, or an input's name: positions that count. None: `attention_mask` (of an
-            encoder-decoder model `decoder_attention_mask`, else its labels that are not -100) where its shape fits,
-            else all.
-        seed: Of the order of the anchors, of what `anchors` and `collate` draw, and of what the forward draws: the same
-            for teacher and model.
-        strict: Check at the first call that model and teacher are the same.
-        autocast: Dtype of autocast in both passes. None: as the caller has it.
-        device: Where inputs go. None: where the model's first parameter is.
-        tolerance: Largest drift that the first call accepts. None: by precision, as for `LogitRetention`.
-        rank: Place of this process among those that share the anchors; see `LogitRetention`.
-        world_size: Their number.
+        reading: Its `forward`, also called with the teacher, if that is a module; its `mask`, by default
+            `attention_mask` (of an encoder-decoder model `decoder_attention_mask`, else its labels that are not -100)
+            where its shape fits, else all; its `autocast`. None: a cache's own.
+        **settings: See `AnchorRetention`. `seed` is also of what `anchors` and `collate` draw.
 
     Raises:
         TypeError: `anchors` are not a sequence of examples, or `teacher` is none of the three.
         ValueError: There is no teacher (no adapters, a learned prompt), it shares trainable parameters with the model,
             or there are fewer anchors than a batch. In a call also: see `teachers.adapters_off`.
     """
+
+    unit = "nats per position (KL)"
 
     def __init__(
         self,
@@ -77,21 +73,14 @@ class OnlineRetention(AnchorRetention):
         *,
         teacher: Teacher | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
-        forward: Forward | None = None,
-        mask: Mask | None = None,
-        seed: int = 0,
-        strict: bool = True,
-        autocast: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        tolerance: float | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
+        reading: Reading | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
-        self.teacher, self.collate, self.mask = teacher, collate, mask
-        super().__init__(
-            model, self._source(anchors), batch_size, forward=forward, seed=seed, strict=strict, autocast=autocast,
-            device=device, tolerance=tolerance, rank=rank, world_size=world_size,
-        )  # fmt: skip
+        if reading is None and isinstance(anchors, AnchorCache):
+            reading = anchors.reading
+            require_functions(anchors, reading, "forward", "mask")
+        self.teacher, self.collate = teacher, collate
+        super().__init__(model, self._source(anchors), batch_size, reading=reading, **settings)
         if teacher is None:
             find_adapters(model)
         elif isinstance(teacher, nn.Module):
@@ -102,28 +91,19 @@ class OnlineRetention(AnchorRetention):
                 f"{type(teacher).__name__}."
             )
 
-    def drift(self, anchors: Examples | None = None, batch_size: int | None = None) -> float:
-        """The same loss over all anchors, without gradients; held-out ones, if they are given.
-
-        The mean is over all their valid positions, whatever the batches. Advances nothing. Of several processes each
-        measures it as a whole.
-
-        Args:
-            anchors: As for the class. None: this closure's.
-            batch_size: Anchors per forward. None: this closure's.
-
-        Raises:
-            ValueError: There are no anchors, or none of their positions is valid.
-        """
-        drift: float = self._drift(self._anchors if anchors is None else self._source(anchors), batch_size)
-        return drift
+    def __deepcopy__(self, memo: dict[int, Any]) -> AnchorRetention:
+        if isinstance(self.teacher, nn.Module):
+            memo[id(self.teacher)] = self.teacher
+        return super().__deepcopy__(memo)
 
     def _source(self, anchors: Examples) -> Anchors:
         if isinstance(anchors, AnchorCache):
-            return _InputsOf(anchors)
+            return anchors
         return _Collated(anchors, default_collate if self.collate is None else self.collate)
 
     def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
+        if isinstance(anchors, AnchorCache):
+            return anchors.read(indices, features=False)
         with isolated_rng(self.device, seed), _isolated_host_rng(seed):
             return anchors.read(indices)
 
@@ -139,9 +119,9 @@ class OnlineRetention(AnchorRetention):
             return batch._replace(features={"logprobs": self._logits(batch.inputs, other)})
 
     def _logits(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
-        """Of the model, or of a teacher that is a module of its own."""
+        """Logits of the model, or of a teacher that is a module of its own."""
         model, device = (self.model, self.device) if other is None else (other, device_of(other))
-        output = call(model, to_device(inputs, device), self.forward)
+        output = call(model, to_device(inputs, device), self.reading.forward)
         logits = logits_of(output)
         if logits is None:
             raise ValueError(f"The model must give logits. Found {type(output).__name__}: pass `forward=`.")
@@ -154,8 +134,9 @@ class OnlineRetention(AnchorRetention):
                 f"The model gives logits of shape {tuple(logits.shape)}, its teacher {tuple(teacher.shape)}. If one of "
                 "them has positions of its own, such as a learned prompt's, leave these out in `forward=`."
             )
-        valid = self._default_mask(batch.inputs) if self.mask is None else valid_positions(batch.inputs, self.mask)
-        if self.mask is None and valid is not None and valid.shape != logits.shape[:-1]:
+        mask = self.reading.mask
+        valid = self._default_mask(batch.inputs) if mask is None else valid_positions(batch.inputs, mask)
+        if mask is None and valid is not None and valid.shape != logits.shape[:-1]:
             valid = None
         return {"kl": kl_term(rows(logits, valid), {"logprobs": rows(teacher, valid)})}
 
@@ -184,9 +165,6 @@ class OnlineRetention(AnchorRetention):
         others = self.teacher.parameters() if isinstance(self.teacher, nn.Module) else ()
         return [*super()._precisions(), *(p.dtype for p in others if p.is_floating_point())]
 
-    def _teacher_in_words(self) -> str:
-        return "its teacher"
-
     def _cause(self, batch: AnchorBatch) -> str:
         if self.teacher is None:
             return (
@@ -198,19 +176,6 @@ class OnlineRetention(AnchorRetention):
             "Likely: the teacher has other weights or another precision than the model before its first step, or "
             "outputs are random in a place that is not recognised as dropout."
         )
-
-
-class _InputsOf:
-    """The anchors of a cache without what a teacher said about them."""
-
-    def __init__(self, cache: AnchorCache) -> None:
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def read(self, indices: Sequence[int] | Tensor) -> AnchorBatch:
-        return self.cache.read(indices, features=False)
 
 
 class _Collated:

@@ -1,56 +1,36 @@
-"""What all retention closures share: how far the model has drifted from its own snapshot, on the next anchors.
+"""Retention on anchors: how far a model has drifted from its teacher, on the batch of anchors of a pass or on all."""
 
-Made once (`retention = LogitRetention(model, cache)`), then
-
-    loss = retention()          # on the next batch of anchors, with a graph
-    retention.drift()           # on all of them, without
-
-`CraftOptimizer` calls it; so may any other loop.
-"""
-
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from craft_optim.retention import Retention
 
-from .ahead import Ahead, to_device_ahead, wait_for
-from .cache import AnchorBatch, AnchorCache
-from .capture import Layer
-from .fingerprint import compare_fingerprints, fingerprint
-from .forwards import AnchorForward, FrozenMismatchError, Outcome
-from .images import Encoding, decode
-from .manifest import dtype_name, is_mask
-from .passes import Forward, Statistics, autocast_dtype, autocast_to, device_of, isolated_rng, steady, to_device
-from .sampling import AnchorSampler, mixed_seed
-from .single import single_anchors
-from .structure import flatten
+from .cache import AnchorBatch
+from .passes import Statistics, autocast_dtype, autocast_to, device_of, isolated_rng, steady
+from .reading import AnchorMismatchError, Reading
+from .sampling import AnchorSampler, mixed_seed, spread
 
-__all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "CachedRetention"]
+__all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "Settings"]
 
 # Largest drift that counts as rounding, by the coarsest precision involved. Measured on small models on a CPU, rounding
 # to storage alone: float32 1e-7, float16 1e-6, bfloat16 6e-5. The margin is for accelerators, which compute in other
 # orders.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-
-# Of a cache: tensors by key, how to decode images among them, and what to wait for
-_Prepared = tuple[AnchorCache, dict[str, Tensor], dict[str, Encoding], Any]
+_FIXED = frozenset(("model", "reading", "batch_size", "seed", "cache", "workers", "layers", "pooling", "distance"))
 
 _NOTHING_VALID = (
     "No position of these anchors is valid: `mask` (or `spans`) selects none of them. Leave such anchors out."
 )
 
 
-class AnchorMismatchError(ValueError):
-    """The model does not reproduce its teacher at the start: drift measured against it would mean nothing."""
-
-
 class Anchors(Protocol):
-    """Where batches come from: `AnchorCache`, or anything of its kind."""
+    """A source of batches: `AnchorCache`, or anything of its kind."""
 
     def __len__(self) -> int: ...
 
@@ -59,13 +39,40 @@ class Anchors(Protocol):
         ...
 
 
-class AnchorRetention(Retention):
-    """What all retention closures share; see `LogitRetention`, `HiddenRetention` and `OnlineRetention`.
+class Settings(TypedDict, total=False):
+    """Arguments of every closure on anchors; `AnchorRetention` explains them."""
 
-    Attributes:
-        position: Number of batches drawn so far, by all processes together; setting it determines which anchors come
-            next. It is all the state there is. On another number of processes a batch has another number of anchors,
-            so that a run resumed there sees other anchors, all of them valid.
+    seed: int
+    strict: bool
+    device: torch.device | str | None
+    tolerance: float | None
+
+
+class AnchorRetention(Retention):
+    """Retention on anchors; see `LogitRetention`, `HiddenRetention`, `TokenRetention` and `OnlineRetention`.
+
+    Which anchors pass `number` takes, and what its forward draws, depend on `number`, `seed` and `shard` alone. On
+    another number of processes a batch has another number of anchors: a run resumed there sees other ones, all of them
+    valid. A deep copy of a closure with its model runs the copied model on the same anchors.
+
+    A child compares. `_terms(batch)`, the forward and its comparison, it must have; unless it is a `CachedRetention`,
+    which has `_compare` and `_check_kind` instead, and the class attributes `_features` and `_output`. The rest has
+    defaults: `_source` takes what `drift` is given, `_read` makes batches, `_taught` adds what the teacher says,
+    `_combine` makes one number of the terms, `_precisions`, `_teacher_in_words` and `_cause` serve the check of pass 0.
+
+    Args:
+        model: The model in training, on its device, in either mode.
+        anchors: Its anchors.
+        batch_size: Anchors per pass (and process).
+        reading: How the model is run. None: by its own call; on a cache, as its teacher was.
+        seed: Seed of the order of the anchors and of what the forward draws.
+        strict: Check in pass 0, until it agrees once, that the model is its teacher.
+        device: Device of the inputs. None: that of the model's first parameter.
+        tolerance: Largest |L_ret| that this check accepts. None: by precision; 1e-4 for float32, 1e-3 for float16, 5e-3
+            for bfloat16, whichever of storage and computation is coarsest.
+
+    Raises:
+        ValueError: There are fewer anchors than a batch, or a number is out of range.
     """
 
     def __init__(
@@ -74,49 +81,42 @@ class AnchorRetention(Retention):
         anchors: Anchors,
         batch_size: int = 16,
         *,
-        forward: Forward | None = None,
+        reading: Reading | None = None,
         seed: int = 0,
         strict: bool = True,
-        autocast: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tolerance: float | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
     ) -> None:
         if tolerance is not None and not tolerance >= 0.0:
             raise ValueError(f"`tolerance` must be >= 0. Found tolerance={tolerance!r}.")
-        if (rank is None) != (world_size is None):
-            raise ValueError(
-                f"`rank` and `world_size` belong together: pass both, or neither. Found rank={rank}, "
-                f"world_size={world_size}."
-            )
-        self.model, self.batch_size = model, batch_size
-        self.forward, self.seed, self.strict = forward, seed, strict
-        self.autocast, self._tolerance_given = autocast, tolerance
-        self._anchors = anchors
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.reading = Reading() if reading is None else reading
+        self._anchors, self._tolerance = anchors, tolerance
+        self._sampler = AnchorSampler(len(anchors), batch_size, seed)
         self._device = None if device is None else torch.device(device)
-        self._placed = rank is not None
-        self._sampler = AnchorSampler(
-            len(anchors), batch_size, seed, rank or 0, 1 if world_size is None else world_size
-        )
         self._mean: Callable[[Tensor], Tensor] | None = None
-        self._position = 0
-        self._statistics = Statistics(model) if strict else None
+        self._unchecked, self._statistics = strict, Statistics(model) if strict else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(f"`{name}` of a closure is fixed. Make another closure with it.")
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorRetention":
+        memo |= {id(x): x for x in (self._anchors, self._mean)}  # neither copied nor moved
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go. Asked anew at every pass: frameworks move a model after its optimizer is made."""
+        """Device of the inputs, asked anew at every pass: frameworks move a model after its optimizer is made."""
         return device_of(self.model) if self._device is None else self._device
 
     @property
-    def position(self) -> int:
-        return self._position
-
-    @position.setter
-    def position(self, value: int) -> None:
-        if int(value) != value or value < 0:
-            raise ValueError(f"`position` must be a whole number >= 0. Found position={value!r}.")
-        self._position = int(value)
+    def tolerance(self) -> float:  # type: ignore[override]
+        """Largest |L_ret| of an unchanged model that is rounding: as given, or by the precisions now."""
+        return self._by_precision() if self._tolerance is None else self._tolerance
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that the backward may reach, whoever owns them."""
@@ -127,84 +127,58 @@ class AnchorRetention(Retention):
 
         Each draws `batch_size` anchors of its own. With `mean`, losses are weighted by their numbers of valid
         positions, n_r / mean(n), so that the mean over processes of loss and gradient is what one process with the
-        whole batch would have. `position` is untouched.
-
-        Args:
-            rank: Place of this process among them. Ignored, like the next, if the constructor was given them.
-            world_size: Their number.
-            mean: Averages a small tensor over all processes and returns it, on each the same. Every process must make
-                the same calls: one per pass, and one more at the first if `strict`.
+        whole batch would have; `mean` is called once per pass, and once more at the check of pass 0.
 
         Raises:
             ValueError: There are fewer anchors than all processes' batches take together, or `rank` is out of range.
         """
-        if not self._placed:
-            self._sampler = AnchorSampler(len(self._anchors), self.batch_size, self.seed, rank, world_size)
-        self._mean = mean
+        self._sampler = AnchorSampler(len(self._anchors), self.batch_size, self.seed, rank, world_size)
+        self._mean, self.shared = mean, world_size > 1
 
     # A compiled training step must not trace into reading files and setting hooks
-    def loss(self, number: int) -> Tensor:
-        kept, self._position = self._position, number
-        try:
-            return self._loss()
-        finally:
-            self._position = kept
-
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
-    def _loss(self) -> Tensor:
-        """The loss on the next batch of anchors: a float32 scalar with a graph. Advances `position` if it succeeds.
+    def loss(self, number: int) -> Tensor:
+        """L_ret on the anchors of pass `number`: a float32 scalar with a graph.
 
-        The first call (`position` 0) checks that the model agrees with its teacher, unless `strict` is False. The loss
-        needs a backward of its own: until that is done, activation checkpointing would repeat other passes without
+        It needs a backward of its own: until that is done, activation checkpointing would repeat other passes without
         dropout.
 
         Raises:
-            AnchorMismatchError: The model's outputs have other shapes than the teacher's; or, at the first call, other
-                values.
+            AnchorMismatchError: The model's outputs have other shapes than the teacher's; in pass 0 also other values.
             ValueError: No position of the batch is valid; with the `mean` of `shard`, the loss is NaN if that is so on
                 every process.
         """
-        seed = self._seed(self._position)
-        batch = self._next(self._position)
+        seed = self._seed(number)
+        batch = self._batch(number)
         with torch.enable_grad():
             batch = self._taught(batch, seed)
             with self._pass(seed) as remember:
                 values = self._weighted(self._terms(batch))
                 loss = remember(self._combine(values))
-        if self._position == 0 and not getattr(self, "_agreed", False):
-            self._check_first({name: value.detach() for name, value in values.items()}, batch)
-            self._agreed = True
+        if number == 0:
+            self._check_once({name: value.detach() for name, value in values.items()}, batch)
         return loss
 
-    def _seed(self, position: int) -> int:
-        several = self._sampler.world_size > 1
-        return mixed_seed(self.seed, position, *([self._sampler.rank] if several else []))
-
-    def _next(self, position: int) -> AnchorBatch:
-        """The anchors of a position."""
-        return self._read(self._anchors, self._sampler.indices(position), self._seed(position))
-
-    def _weighted(self, terms: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """Of each term what its mean over all processes needs from this one."""
-        if self._mean is None:
-            if not all(weight for _, weight in terms.values()):
-                raise ValueError(_NOTHING_VALID)
-            return {name: value for name, (value, _) in terms.items()}
-        mine = torch.tensor([float(weight) for _, weight in terms.values()]).to(self.device, non_blocking=True)
-        shares = mine / self._mean(mine)
-        return {
-            name: value * share.to(value.device)
-            for (name, (value, _)), share in zip(terms.items(), shares.unbind(), strict=True)
-        }
-
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
-    def _drift(self, source: Anchors | Iterable[AnchorBatch], batch_size: int | None) -> float:
-        size = self.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise ValueError(f"`batch_size` must be >= 1. Found batch_size={size}.")
+    def drift(self, anchors: Any = None, count: int | None = None, *, batch_size: int | None = None) -> float:
+        """L_ret over all anchors, without gradients; over held-out ones, if they are given.
+
+        The mean is over all their valid positions (or anchors), whatever the batches. Advances nothing. Of several
+        processes each measures the whole.
+
+        Args:
+            anchors: Others of the same kind: a cache, or batches as `AnchorCache.read` gives them; of `OnlineRetention`
+                examples. None: its own.
+            count: On at most so many, evenly apart and the same at every call. None: on all.
+            batch_size: Anchors per forward. None: the closure's.
+
+        Raises:
+            ValueError: The anchors are of another kind, there are none, or none of their positions is valid; or a
+                number is out of range.
+        """
         totals: dict[str, Tensor] = {}
         weights: dict[str, int] = {}
-        for batch, seed in self._all_of(source, size):
+        for batch, seed in self._batches(anchors, count, batch_size):
             with torch.no_grad():
                 batch = self._taught(batch, seed)
                 with self._pass(seed):
@@ -217,15 +191,45 @@ class AnchorRetention(Retention):
             raise ValueError(_NOTHING_VALID)
         return float(self._combine({name: total / weights[name] for name, total in totals.items()}))
 
-    def _all_of(self, source: Anchors | Iterable[AnchorBatch], size: int) -> Iterator[tuple[AnchorBatch, int]]:
+    def examples(self, count: int) -> list[Any]:
+        """Inputs of at most `count` anchors, evenly apart, each a batch of one."""
+        return [self._read(self._anchors, [place], 0).inputs for place in spread(len(self._anchors), count)]
+
+    def _seed(self, number: int) -> int:
+        return mixed_seed(self.seed, number, *([self._sampler.rank] if self.shared else []))
+
+    def _batch(self, number: int) -> AnchorBatch:
+        return self._read(self._anchors, self._sampler.indices(number), self._seed(number))
+
+    def _batches(self, anchors: Any, count: int | None, size: int | None) -> Iterator[tuple[AnchorBatch, int]]:
         """Batches in order, each with its seed; the same on every process."""
+        source = self._anchors if anchors is None else self._source(anchors)
+        size = self.batch_size if size is None else size
+        for name, value in (("batch_size", size), ("count", count)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be >= 1. Found {name}={value}.")
         if isinstance(source, Iterable):
-            for number, batch in enumerate(source):
-                yield batch, mixed_seed(self.seed, number)
+            if count is not None:
+                raise ValueError("`count` goes with a cache. Found batches: leave it out, and pass fewer of them.")
+            yield from ((batch, mixed_seed(self.seed, number)) for number, batch in enumerate(source))
             return
-        for number, start in enumerate(range(0, len(source), size)):
+        places = range(len(source)) if count is None else spread(len(source), count)
+        for number, start in enumerate(range(0, len(places), size)):
             seed = mixed_seed(self.seed, number)
-            yield self._read(source, range(start, min(start + size, len(source))), seed), seed
+            yield self._read(source, places[start : start + size], seed), seed
+
+    def _weighted(self, terms: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
+        """Each term's share in its mean over all processes."""
+        if self._mean is None:
+            if not all(weight for _, weight in terms.values()):
+                raise ValueError(_NOTHING_VALID)
+            return {name: value for name, (value, _) in terms.items()}
+        mine = torch.tensor([float(weight) for _, weight in terms.values()]).to(self.device, non_blocking=True)
+        shares = mine / self._mean(mine)
+        return {
+            name: value * share.to(value.device)
+            for (name, (value, _)), share in zip(terms.items(), shares.unbind(), strict=True)
+        }
 
     @contextmanager
     def _pass(self, seed: int, model: nn.Module | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -234,12 +238,16 @@ class AnchorRetention(Retention):
         with (
             steady(self.model if model is None else model) as remember,
             isolated_rng(device, seed),
-            autocast_to(device, self.autocast),
+            autocast_to(device, self.reading.autocast),
         ):
             yield remember
             if not torch.is_grad_enabled() and torch.is_autocast_enabled(device.type):
                 # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
                 torch.clear_autocast_cache()
+
+    def _source(self, anchors: Any) -> Any:
+        """`Anchors`, or an iterable of batches."""
+        return anchors
 
     def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
         return anchors.read(indices)
@@ -255,212 +263,45 @@ class AnchorRetention(Retention):
     def _combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         return next(iter(terms.values()))
 
+    # -- the check of pass 0 -------------------------------------------------------------------------------------------
+
     def _precisions(self) -> list[torch.dtype]:
-        """Those that the model computes in."""
+        """Dtypes that the model computes in."""
         dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
-        running = autocast_dtype(self.device, self.autocast)
+        running = autocast_dtype(self.device, self.reading.autocast)
         return dtypes if running is None else [*dtypes, running]
 
-    def _default_tolerance(self) -> float:
-        """By the coarsest of the precisions that the teacher's outputs are stored in and the model computes in."""
+    def _by_precision(self) -> float:
         return max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in self._precisions())
 
-    def _check_first(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
-        """Raises unless model and teacher agree, before the first step."""
-        if not self.strict:
-            return
-        measured = self._combine(values)
-        drift = float(measured if self._mean is None else self._mean(measured))
-        tolerance = self._default_tolerance() if self._tolerance_given is None else self._tolerance_given
-        if abs(drift) <= tolerance:
-            return
-        if self._statistics is not None and self._statistics.moved():
-            # The task's forward, which came first, has moved them: what has to agree is the model before it
-            statistics, self._statistics = self._statistics, None
-            with torch.no_grad(), statistics.back():
-                with self._pass(self._seed(self._position)):
+    def _check_once(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
+        """Raises unless model and teacher agree; not again once they have: a line search runs pass 0 several times."""
+        if self._unchecked:
+            self._check(values, batch)
+            self._unchecked, self._statistics = False, None
+
+    def _check(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
+        tolerance, drift, statistics = self.tolerance, self._over_all(self._combine(values)), self._statistics
+        moved = not abs(drift) <= tolerance and statistics is not None and statistics.moved()
+        # The task's forward, which came first, may have moved them: what has to agree is the model before it
+        with torch.no_grad(), statistics.back() if moved and statistics is not None else nullcontext():
+            if moved:
+                with self._pass(self._seed(0)):
                     terms = self._terms(batch)
-                self._check_first({name: value for name, (value, _) in terms.items()}, batch)
-            return
-        raise AnchorMismatchError(
-            f"The model does not reproduce {self._teacher_in_words()} before the first step: its drift is {drift:.3g} "
-            f"where at most {tolerance:.3g} is rounding. {self._cause(batch)} A run that continues from a fine-tuned "
-            "checkpoint sets `position`, or strict=False."
-        )
+                drift = self._over_all(self._combine({name: value for name, (value, _) in terms.items()}))
+            if not abs(drift) <= tolerance:
+                raise AnchorMismatchError(
+                    f"The model does not reproduce {self._teacher_in_words()} before the first step: its drift is "
+                    f"{drift:.3g} where at most {tolerance:.3g} is rounding. {self._cause(batch)} A run that continues "
+                    "from a fine-tuned checkpoint loads its optimizer's state, or passes strict=False."
+                )
 
-    @abstractmethod
-    def _teacher_in_words(self) -> str: ...
-
-    @abstractmethod
-    def _cause(self, batch: AnchorBatch) -> str:
-        """Why the first call found a drift, as far as it can be told, and what to do."""
-
-
-class CachedRetention(AnchorRetention):
-    """Retention whose teacher is an `AnchorCache`; see `LogitRetention`, `HiddenRetention` and `TokenRetention`.
-
-    While the task step runs, `workers` threads read the next batches and bring them to the model's device.
-    """
-
-    layers: tuple[Layer, ...] = ()
-
-    def __init__(
-        self, model: nn.Module, cache: AnchorCache, batch_size: int = 16, *, workers: int = 1, **settings: Any
-    ) -> None:
-        if workers < 0:
-            raise ValueError(f"`workers` must be >= 0. Found workers={workers}.")
-        super().__init__(model, cache, batch_size, **settings)
-        self.cache = cache
-        self._ahead = Ahead(self._prepare, workers)
-        self._run: AnchorForward | None = None
-        self._destination = torch.device("cpu")
-
-    def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().shard(rank, world_size, mean)
-        self._ahead = Ahead(self._prepare, self._ahead.workers)  # what was read ahead is another process' now
-
-    def _prepare(self, position: int) -> _Prepared:
-        """Reads a batch and starts its copy to the device; runs in another thread."""
-        return self._on_device(self.cache, self._sampler.indices(position), self._destination)
-
-    def _on_device(self, cache: AnchorCache, indices: Sequence[int] | Tensor, device: torch.device) -> _Prepared:
-        tensors, encodings = cache.gather(indices, self._wanted(cache), pin_memory=device.type == "cuda")
-        if device.type == "cpu":  # decoded ahead, too; elsewhere bytes travel, and are decoded there
-            decoded = {key: decode(tensors[key], *encodings[key]) for key in encodings}
-            return cache, tensors | decoded, {}, None
-        there, event = to_device_ahead({k: x for k, x in tensors.items() if not _stays(k)}, device)
-        return cache, tensors | there, encodings, event
-
-    def _next(self, position: int) -> AnchorBatch:
-        self._destination = self.device  # the other thread must not walk the model, which FSDP1 changes as it runs
-        return _arrived(self._ahead.get(position))
-
-    def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
-        return _arrived(self._on_device(cast(AnchorCache, anchors), indices, self.device))
-
-    def drift(
-        self, cache_or_batches: AnchorCache | Iterable[AnchorBatch] | None = None, batch_size: int | None = None
-    ) -> float:
-        """The same loss over a whole cache, without gradients; held-out anchors included, if they are given.
-
-        Means are over all valid positions (or anchors) of the cache, whatever the batches. Advances nothing. Of several
-        processes each measures it as a whole.
-
-        Args:
-            cache_or_batches: A cache of the same kind, or batches as `AnchorCache.read` gives them. None: this
-                closure's cache.
-            batch_size: Anchors per forward. None: this closure's.
-
-        Raises:
-            ValueError: The cache is of another kind, there is no batch, or no position is valid.
-        """
-        source = self.cache if cache_or_batches is None else cache_or_batches
-        if isinstance(source, AnchorCache):
-            self._check_kind(source)
-        drift: float = self._drift(source, batch_size)
-        return drift
-
-    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
-    def _of_each(self, indices: Sequence[int], number: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """The terms of each of these anchors alone, by one forward without gradients.
-
-        Args:
-            indices: Of the cache; at least one.
-            number: Which batch this is: as in `drift`, what the forward draws depends on it.
-
-        Returns:
-            Name -> values, float64 `[anchors]`, and numbers of positions in these means, int64 `[anchors]`, on the CPU;
-            (0, 0) for a mean over none.
-        """
-        seed, first = mixed_seed(self.seed, number), self._run is None
-        with torch.no_grad():
-            batch = self._read(self.cache, indices, seed)
-            with self._pass(seed):
-                outcome = self._outcome(batch)
-                if first:
-                    self._compare(outcome, batch)  # of the whole: another model is refused in its own words
-                parts = single_anchors(outcome, batch, self.cache.joined_features, self.cache.features.batch_dim)
-                terms = [self._compare(*part) for part in parts]
-        return {
-            name: (torch.stack([x[name][0] for x in terms]).cpu().double(), torch.tensor([x[name][1] for x in terms]))
-            for name in terms[0]
-        }
-
-    def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
-        return self._compare(self._outcome(batch), batch)
-
-    def _outcome(self, batch: AnchorBatch) -> Outcome:
-        if self._run is None:  # `layers` are known by now
-            self._run = AnchorForward(
-                self.model, self.forward, self.layers, self._compares_output(), self.cache.features.frozen
-            )
-        inputs = to_device(batch.inputs, self.device)
-        size = flatten(inputs)[2]
-        try:
-            return self._run(inputs, size, batch.features.get("mask"), batch.features)
-        except FrozenMismatchError as error:
-            raise AnchorMismatchError(f"{error} The cache is {self.cache.path}.") from error
-
-    def _wanted(self, cache: AnchorCache) -> list[str]:
-        """Names of the features to read."""
-        return [*self._features(), *cache.frozen_features]
-
-    @abstractmethod
-    def _features(self) -> list[str]:
-        """Names of the features that are compared."""
-
-    @abstractmethod
-    def _compares_output(self) -> bool:
-        """Whether the model's output is needed, not only hidden states."""
-
-    @abstractmethod
-    def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
-        """As `_terms`, of a forward's results."""
-
-    @abstractmethod
-    def _check_kind(self, cache: AnchorCache) -> None:
-        """Raises unless the cache holds what this closure compares."""
-
-    def _precisions(self) -> list[torch.dtype]:
-        return [*super()._precisions(), getattr(torch, self.cache.features.dtype)]
+    def _over_all(self, value: Tensor) -> float:
+        return float(value if self._mean is None else self._mean(value))
 
     def _teacher_in_words(self) -> str:
-        return f"the cache {self.cache.path}"
+        return "its teacher"
 
     def _cause(self, batch: AnchorBatch) -> str:
-        built_by = self.cache.fingerprint
-        if built_by is not None and (why := compare_fingerprints(built_by, fingerprint(self.model))):
-            return f"Cause: {why}. Load the weights that the cache was built with, or build it with these."
-        with torch.no_grad():
-            values = []
-            for number in (0, 1):
-                with self._pass(mixed_seed(self.seed, number)):
-                    values.append({name: float(value) for name, (value, _) in self._terms(batch).items()})
-        if values[0] != values[1]:
-            return (
-                "Cause: the weights are the same, but the model's outputs are random: dropout or noise that is "
-                "active in train mode, in a place that is not recognised as such. Turn it off in `forward=`."
-            )
-        built, running = self.cache.features.autocast, autocast_dtype(self.device, self.autocast)
-        now = None if running is None else dtype_name(running)
-        if built != now:
-            return (
-                f"Cause: the cache was built under autocast {built}, this pass runs under {now}. Pass the same "
-                "`autocast=`."
-            )
-        return (
-            "Cause: the weights are the same, but not what is computed with them. Likely: another `forward=`, "
-            "mask or precision (autocast inside of the model's forward) than in `build`, another attention "
-            "implementation, or inputs that were changed after the cache was built."
-        )
-
-
-def _stays(key: str) -> bool:
-    """Masks select positions on the host: an accelerator need not be waited for."""
-    return is_mask(key.removeprefix("features."))
-
-
-def _arrived(prepared: _Prepared) -> AnchorBatch:
-    cache, tensors, encodings, event = prepared
-    wait_for(tensors, event)
-    return cache.batch(tensors, encodings)
+        """Why pass 0 has a drift, as far as it can be told, and what to do."""
+        return ""

@@ -1,4 +1,4 @@
-"""Which anchors come next: shuffled, endless, resumable, split over ranks. A pure function of the position."""
+"""Which anchors come next: shuffled, endless, resumable, split over ranks. A pure function of the pass' number."""
 
 import hashlib
 from functools import lru_cache
@@ -6,13 +6,19 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["AnchorSampler", "mixed_seed"]
+__all__ = ["AnchorSampler", "mixed_seed", "spread"]
 
 
 def mixed_seed(*parts: int) -> int:
     """One 63-bit seed from several integers: neighbouring parts give unrelated seeds, on every platform the same."""
     text = ":".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` numbers in [0, total), evenly apart, the same at every call; all of them if there are no more."""
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 @lru_cache(maxsize=4)  # a batch needs one epoch's permutation, at most a few where it straddles epochs
@@ -31,7 +37,7 @@ class AnchorSampler:
     Args:
         n: Number of anchors.
         batch_size: Anchors per batch and rank.
-        seed: Of the permutations.
+        seed: Seed of the permutations.
         rank: This process' place in [0, world_size).
         world_size: Number of processes that draw together.
 

@@ -1,13 +1,12 @@
 """A batch after its forward, taken apart into single anchors: one forward, and a comparison of each."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor
 
 from .cache import AnchorBatch
 from .forwards import Outcome
-from .manifest import cover
+from .manifest import cover, is_mask
 from .structure import flatten, map_tensors
 
 __all__ = ["single_anchors"]
@@ -22,39 +21,20 @@ def single_anchors(
     in a batch of its own.
 
     Args:
-        outcome: Of the whole batch; its logits and hidden states have one entry per anchor.
+        outcome: Results of the whole batch; its logits and hidden states have one entry per anchor.
         batch: As the cache gives it.
         joined: Names of the features that hold the valid positions only, anchor after anchor.
-        batch_dim: Where the anchors are in hidden states `[B, T, D]`.
+        batch_dim: Dimension of the anchors in hidden states `[B, T, D]`.
     """
-    logits = None if outcome.logits is None else torch.split(outcome.logits, _rows(outcome, batch.features))
-    features = {name: _parts(name, batch.features, name in joined) for name in batch.features}
-    for i in range(flatten(batch.inputs)[2]):
+    size, features = flatten(batch.inputs)[2], batch.features
+    counts = {name: x.flatten(1).sum(1).tolist() for name, x in features.items() if is_mask(name)}  # of valid positions
+    covers = {name: cover(name) if name in joined else None for name in features}
+    parts = {name: torch.split(x, counts.get(covers[name] or "", 1)) for name, x in features.items()}
+    logits = outcome.logits
+    split = None if logits is None else torch.split(logits, counts.get("mask", [len(logits) // size] * size))
+    for i in range(size):
         hidden = {layer: x.narrow(batch_dim if x.ndim == 3 else 0, i, 1) for layer, x in outcome.hidden.items()}
-        part = outcome._replace(
-            logits=None if logits is None else logits[i],
-            shape=(1, *outcome.shape[1:]) if outcome.shape else (),
-            hidden=hidden,
-        )
+        shape = (1, *outcome.shape[1:]) if outcome.shape else ()
         inputs = map_tensors(lambda x, i=i: x[i : i + 1], batch.inputs)  # type: ignore[misc]
-        yield part, AnchorBatch(inputs, {name: parts[i] for name, parts in features.items()})
-
-
-def _rows(outcome: Outcome, features: Mapping[str, Tensor]) -> list[int]:
-    """How many of the logits' rows each anchor has: those of its valid positions, or of all where there is no mask."""
-    valid = features.get("mask")
-    if valid is not None:
-        return _counts(valid)
-    assert outcome.logits is not None
-    return [len(outcome.logits) // outcome.shape[0]] * outcome.shape[0]
-
-
-def _parts(name: str, features: Mapping[str, Tensor], joined: bool) -> tuple[Tensor, ...]:
-    mask = cover(name) if joined else None
-    return torch.split(features[name], 1 if mask is None else _counts(features[mask]))
-
-
-def _counts(mask: Tensor) -> list[int]:
-    """Of each anchor the number of valid positions; masks are on the CPU."""
-    counts: list[int] = mask.flatten(1).sum(1).tolist()
-    return counts
+        part = outcome._replace(logits=None if split is None else split[i], shape=shape, hidden=hidden)
+        yield part, AnchorBatch(inputs, {name: x[i] for name, x in parts.items()})

@@ -71,7 +71,7 @@ class Snapshot:
             _reshard(self.model)
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What of the model's tensors is on this process, and the snapshot of each."""
+        """The model's tensors on this process, and the snapshot of each."""
         parameters, buffers = dict(self.model.named_parameters()), _persistent_buffers(self.model)
         here = {id(p) for p in parameters.values()}
         known = {id(p) for _, p, _ in self._parameters}

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .cache import AnchorBatch, AnchorCache
+from .cached import CachedRetention
 from .forwards import Outcome
-from .passes import Forward
-from .retention import AnchorMismatchError, CachedRetention
+from .reading import AnchorMismatchError
 
 __all__ = ["TokenRetention"]
 
@@ -18,7 +18,7 @@ _AGREEMENT = 0.9  # of greedy tokens, the least share that must be the model's l
 
 
 class TokenRetention(CachedRetention):
-    """How much less likely the teacher's tokens have become, in nats per token.
+    """Loss of likelihood of the teacher's own tokens, in nats per token.
 
         L_ret = mean over tokens i of  log p(y_i) - log q(y_i)
 
@@ -31,45 +31,21 @@ class TokenRetention(CachedRetention):
     disk, and the teacher's own words as inputs.
 
     Args:
-        model: The model in training, on its device, in either mode.
-        cache: Built with `tokens` from the same model, or converted.
-        batch_size: Anchors per call (and rank).
-        forward: As in `build`.
-        seed: Of the order of the anchors and of what the forward draws.
-        strict: Check at the first call that the model agrees with the cache.
-        autocast: Dtype of autocast in the pass, as in `build`. None: as the caller has it.
-        workers: Threads that read the next batches ahead; see `LogitRetention`.
-        device: Where inputs go. None: where the model's first parameter is.
-        tolerance: Largest |L_ret| that the first call accepts. None: by precision, the square root of that for
-            `LogitRetention`: rounding enters linearly here. Without log p, 9 of 10 tokens must be the likeliest ones.
-        rank: Place of this process among those that share the anchors; see `LogitRetention`.
-        world_size: Their number.
+        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold tokens. The tolerance by
+            precision is its square root: rounding enters linearly here. Without log p the check of pass 0 wants 9 of 10
+            tokens to be the likeliest ones.
 
     Raises:
         ValueError: The cache has no tokens, or fewer anchors than a batch.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        cache: AnchorCache,
-        batch_size: int = 16,
-        *,
-        forward: Forward | None = None,
-        seed: int = 0,
-        strict: bool = True,
-        autocast: torch.dtype | None = None,
-        workers: int = 1,
-        device: torch.device | str | None = None,
-        tolerance: float | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ) -> None:
-        self._check_kind(cache)
-        super().__init__(
-            model, cache, batch_size, forward=forward, seed=seed, strict=strict, autocast=autocast,
-            workers=workers, device=device, tolerance=tolerance, rank=rank, world_size=world_size,
-        )  # fmt: skip
+    _features = ("mask", "tokens", "token_logprobs")
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """Unit of L_ret, in words."""
+        known = any(name == "features.token_logprobs" for name, *_ in self.cache.tensors())
+        return "nats per token" if known else "nats per token, the teacher's own entropy among them"
 
     def _check_kind(self, cache: AnchorCache) -> None:
         if cache.features.tokens is None:
@@ -78,14 +54,8 @@ class TokenRetention(CachedRetention):
                 "`tokens=`, or use LogitRetention or HiddenRetention."
             )
 
-    def _features(self) -> list[str]:
-        return ["mask", "tokens", "token_logprobs"]
-
-    def _compares_output(self) -> bool:
-        return True
-
-    def _default_tolerance(self) -> float:
-        return math.sqrt(super()._default_tolerance())
+    def _by_precision(self) -> float:
+        return math.sqrt(super()._by_precision())
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         student, tokens = self._student(outcome, batch), batch.features["tokens"]
@@ -109,18 +79,19 @@ class TokenRetention(CachedRetention):
             )
         return outcome.logits
 
-    def _check_first(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
-        if "token_logprobs" in batch.features or not self.strict:
-            super()._check_first(values, batch)
+    def _check(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
+        if "token_logprobs" in batch.features:
+            super()._check(values, batch)
             return
         with torch.no_grad(), self._pass(self._seed(0)):
             student = self._student(self._outcome(batch), batch)
         tokens = batch.features["tokens"].to(student.device)
         share = (student.argmax(-1) == tokens).float().mean() if len(tokens) else torch.ones((), device=student.device)
-        agreement = float(share if self._mean is None else self._mean(share))
+        agreement = self._over_all(share)
         if not agreement >= _AGREEMENT:
             raise AnchorMismatchError(
                 f"Of the tokens in {self.cache.path} only {agreement:.0%} are the ones that the model would give "
                 "before the first step. Other weights, another processor, or another alignment of labels and logits "
-                "(`forward=`). A run that continues from a fine-tuned checkpoint sets `position`, or strict=False."
+                "(`forward=`). A run that continues from a fine-tuned checkpoint loads its optimizer's state, or "
+                "passes strict=False."
             )

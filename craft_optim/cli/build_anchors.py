@@ -4,12 +4,13 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from craft_optim.anchors import AnchorCache
+from craft_optim.anchors import AnchorCache, Reading
 from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.cli.options import (
     AddCommand,
@@ -25,7 +26,7 @@ from craft_optim.cli.options import (
 from craft_optim.cli.output import print_code, print_table
 from craft_optim.cli.sources import Source, factory_source, policy_source
 from craft_optim.episodes import parse_episodes
-from craft_optim.inspection import bytes_in_words, retention_kinds
+from craft_optim.inspection import bytes_in_words
 
 __all__ = ["add", "add_frames", "check_build", "source_of"]
 
@@ -133,10 +134,7 @@ def _build(args: argparse.Namespace) -> None:
     settings = {
         "layers": args.layers,
         "top_k": args.top_k,
-        "tokens": args.tokens,
-        "frozen": args.frozen,
         "dtype": args.dtype and getattr(torch, args.dtype),
-        "autocast": args.autocast and getattr(torch, args.autocast),
         "shard_size": args.shard_size,
         "overwrite": args.overwrite or None,
         "resume": False if args.no_resume else None,
@@ -144,9 +142,16 @@ def _build(args: argparse.Namespace) -> None:
     started, finished = time.monotonic(), (Path(args.out) / MANIFEST).is_file() and not args.overwrite
     with joined_processes() as first:
         source = source_of(args)
-        cache = source.build(args.out, **{name: value for name, value in settings.items() if value is not None})
+        autocast = args.autocast and getattr(torch, args.autocast)
+        changed = _given({"tokens": args.tokens, "frozen": args.frozen, "autocast": autocast})
+        settings["reading"] = replace(source.reading or Reading(), **changed)
+        cache = source.build(args.out, **_given(settings))
         if first:
             _print_built(cache, source, None if finished else time.monotonic() - started)
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def check_build(args: argparse.Namespace) -> None:
@@ -166,9 +171,7 @@ def check_build(args: argparse.Namespace) -> None:
         if args.top_k:
             raise UsageError(f"--top-k needs a dataset with actions: of {args.prompts} no logits are kept")
     elif not (args.repo_id or args.root):
-        raise UsageError(
-            "--policy.path needs the anchors: pass --dataset.repo_id or --dataset.root, or a .jsonl as --prompts"
-        )
+        raise UsageError("which anchors? pass --dataset.repo_id or --dataset.root, or a .jsonl as --prompts")
     if args.root and not args.repo_id and not any(Path(args.root).rglob("meta/info.json")):
         raise UsageError(f"--dataset.root={args.root} is no LeRobotDataset: there is no meta/info.json in it or below")
     if args.tokens:
@@ -183,23 +186,11 @@ def source_of(args: argparse.Namespace) -> Source:
     """The model and its anchors, as the options say."""
     if args.factory:
         return factory_source(args.factory, None if args.device == "auto" else args.device)
-    return policy_source(
-        args.policy,
-        device=device_of(args.device),
-        keep=args.keep,
-        repo_id=args.repo_id,
-        root=args.root,
-        episodes=args.episodes,
-        rename_map=args.rename_map,
-        count=args.count,
-        batch_size=args.batch_size or 16,
-        prompts=args.prompts,
-        workers=args.workers or 0,
-    )
+    return policy_source(args, device_of(args.device))
 
 
 def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> None:
-    closure = next(iter(retention_kinds(cache).values())).__name__
+    kind = f", {cache.kinds[0]!r}" if len(cache.kinds) > 1 else ""
     print_table(
         f"Built {cache.path}" if seconds is not None else f"{cache.path} was finished already",
         [
@@ -209,5 +200,5 @@ def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> N
             *([] if seconds is None else [("Time", f"{seconds:.1f} s")]),
         ],
     )
-    usage = source.usage.format(cache=str(cache.path), closure=closure)
+    usage = source.usage.format(cache=str(cache.path), kind=kind)
     print_code(f"{usage}\noptimizer = CraftOptimizer(optimizer, retention, epsilon=...)")

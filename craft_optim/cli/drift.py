@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craft_optim.anchors import AnchorCache
+from craft_optim.anchors import AnchorCache, Reading
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.manifest import MANIFEST
-from craft_optim.anchors.passes import Forward
+from craft_optim.anchors.sampling import spread
 from craft_optim.cli.build_anchors import add_frames, check_build, source_of
 from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, require_folders, whole
 from craft_optim.cli.output import emit_json, print_grid
-from craft_optim.cli.sources import factory_source, load_policy, policy_forward
+from craft_optim.cli.sources import factory_source, load_policy, policy_reading
 from craft_optim.evaluation.actions import action_drift, predicted_actions
 from craft_optim.evaluation.checkpoints import Checkpoint, layer_name, record, short_names
 from craft_optim.evaluation.drift import QUANTILES, Drift, drifts, spread_over
 from craft_optim.evaluation.plots import draw_checkpoints, require_matplotlib
-from craft_optim.inspection import retention_kinds, spread
 
 __all__ = ["add"]
 
@@ -103,9 +102,9 @@ def _drift(args: argparse.Namespace) -> None:
         _free()
         found = []
         for path, name in zip(models, short_names(models), strict=True):
-            model, forward = _loaded(args, path, device, cache)
-            found.append(_measured(model, forward, path, name, cache, places, expected, acting))
-            del model, forward
+            model, reading = _loaded(args, path, device, cache)
+            found.append(_measured(model, reading, path, name, cache, places, expected, acting))
+            del model, reading
             _free()
         about = {
             "cache": None if args.kept is None and args.cache is None else str(cache.path),
@@ -179,7 +178,7 @@ def _epsilons(given: Sequence[str]) -> dict[str, float]:
 
 def _resolved(given: Mapping[str, float], cache: AnchorCache, actions: bool) -> dict[str, float]:
     """Each epsilon by its kind."""
-    kinds, found = list(retention_kinds(cache)), dict(given)
+    kinds, found = cache.kinds, dict(given)
     if "" in found:
         if len(kinds) > 1 or kinds[0] in found:
             raise UsageError(
@@ -215,17 +214,17 @@ def _opened(args: argparse.Namespace, device: str) -> Iterator[tuple[AnchorCache
         yield cache, teacher
 
 
-def _loaded(args: argparse.Namespace, path: str, device: str, cache: AnchorCache) -> tuple[Any, Forward | None]:
+def _loaded(args: argparse.Namespace, path: str, device: str, cache: AnchorCache) -> tuple[Any, Reading | None]:
     if args.policies:
         policy = load_policy(path, device)
-        return policy, policy_forward(policy, cache)
+        return policy, policy_reading(policy, cache)
     source = factory_source(path, None if args.device == "auto" else device)
-    return source.model.eval(), source.forward
+    return source.model.eval(), source.reading
 
 
 def _measured(
     model: Any,
-    forward: Forward | None,
+    reading: Reading | None,
     path: str,
     name: str,
     cache: AnchorCache,
@@ -234,7 +233,7 @@ def _measured(
     acting: dict[str, Any],
 ) -> Checkpoint:
     size = acting["batch_size"]
-    measured = drifts(model, cache, places, forward=forward, batch_size=size, progress=None, title=name)
+    measured = drifts(model, cache, places, reading=reading, batch_size=size, progress=None, title=name)
     if expected is None:
         return Checkpoint(path, name, measured)
     actions = predicted_actions(model, cache, places, title=name, **acting)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from craft_optim import __version__
+from craft_optim.anchors.sampling import spread
 from craft_optim.cli.options import AddCommand, UsageError, device_of, existing_file, whole
 from craft_optim.cli.output import emit_json, print_table
 from craft_optim.cli.sources import user_function
-from craft_optim.inspection import spread
 
 __all__ = ["add"]
 
@@ -98,11 +98,8 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise UsageError(f"--json must be a file in a folder that is there. Found {args.json}")
     if any(_is_function(name) for name in names):
-        given = {
-            "--template": args.template,
-            "--batch-size": args.batch_size,
-            "--device": args.device != "auto" or None,
-        }
+        device = None if args.device == "auto" else args.device
+        given = {"--template": args.template, "--batch-size": args.batch_size, "--device": device}
         for option, value in given.items():
             if value is not None:
                 raise UsageError(f"{option} goes with a checkpoint: of FILE:FUNCTION the function chooses it")
@@ -124,9 +121,8 @@ def _scorer(name: str, args: argparse.Namespace) -> Any:
     if not _is_function(name):
         from craft_optim.evaluation import load_scorer
 
-        return load_scorer(
-            name, device=device_of(args.device), template=args.template, batch_size=args.batch_size or 16
-        )
+        size = args.batch_size or 16
+        return load_scorer(name, device=device_of(args.device), template=args.template, batch_size=size)
     scorer = user_function(name, "--model")()
     if not callable(scorer):
         raise UsageError(f"{name}: the function must return a scorer, a function of a question. Found {scorer!r}.")

@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from craft_optim.anchors import AnchorCache
-from craft_optim.anchors.passes import Forward
+from craft_optim.anchors import AnchorCache, Reading
+from craft_optim.anchors.sampling import spread
 from craft_optim.cli.options import AddCommand, add_model, device_of, require_one_model, whole
 from craft_optim.cli.output import print_table
-from craft_optim.cli.sources import factory_source, load_policy, policy_forward, tokenizer_of
+from craft_optim.cli.sources import factory_source, load_policy, policy_reading, tokenizer_of
 from craft_optim.evaluation.drift import Drift, drifts, verdict
-from craft_optim.inspection import bytes_in_words, facts, lengths, spread, tensors
+from craft_optim.inspection import bytes_in_words, facts, lengths, tensors
 
 __all__ = ["add"]
 
@@ -50,12 +50,12 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.policy or args.factory:
         if args.policy:
             model = load_policy(args.policy, device_of(args.device))
-            forward: Forward | None = policy_forward(model, cache)
+            reading: Reading | None = policy_reading(model, cache)
             tokenizer = tokenizer or getattr(model.config, "text_tokenizer_name", None)
         else:
             source = factory_source(args.factory, None if args.device == "auto" else args.device)
-            model, forward = source.model, source.forward
-        measured = drifts(model, cache, indices, forward=forward)
+            model, reading = source.model, source.reading
+        measured = drifts(model, cache, indices, reading=reading)
         judged = verdict(cache, model, measured)
         rows = [(drift.kind, f"{drift.value:.3g} {drift.unit}, worst {max(drift.each):.3g}") for drift in measured]
         print_table(f"Drift on {len(indices)} of {len(cache)} anchors", rows)

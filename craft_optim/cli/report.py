@@ -1,4 +1,4 @@
-"""craft-optim report: a run's metrics as a page, as pictures, or live in the terminal."""
+"""craft-optim report: a run's metrics as a page, and as pictures."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,6 @@ _EXAMPLES = """\
   craft-optim report outputs/train/new_task                       # of lerobot-train with retention; writes report.html
   craft-optim report adamw=runs/a/metrics.jsonl craft=runs/b/metrics.jsonl --out=both.html --title="Both"
   craft-optim report examples/out/runs --png=pictures/
-  craft-optim report runs/ --follow                               # in the terminal, while they train
 
 A run is a file (.jsonl of craft_optim.metrics, trainer_state.json of the Hugging Face Trainer), a folder with
 such files in it, at any depth, or either of them behind NAME=. Runs of one method under several seeds are drawn
@@ -27,76 +26,43 @@ def add(command: AddCommand) -> None:
     about = "Draw what runs have logged, and say whether drift was held at epsilon."
     add = command("report", _report, about, _EXAMPLES).add_argument
     add("runs", nargs="*", metavar="RUN", help="a file, a folder, or NAME= before either")
-    add("--out", metavar="FILE", help="the page (default: report.html)")
+    add("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
     add("--png", metavar="DIR", help="also every chart as a picture; needs matplotlib")
-    add("--title", default=None, metavar="TEXT", help="on top of the page (default: the names of what is in it)")
-    add("--follow", action="store_true", help="show the last values here until stopped; writes nothing")
-    add("--every", type=_seconds, default=1.0, metavar="S", help="of --follow: seconds between looks (default: 1)")
-
-
-def _seconds(text: str) -> float:
-    """A number > 0."""
-    try:
-        if float(text) > 0.0:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a number > 0. Found {text!r}.")
+    add("--title", metavar="TEXT", help="on top of the page (default: the names of what is in it)")
 
 
 def _report(args: argparse.Namespace) -> None:
     if not args.runs:
         raise UsageError("name at least one RUN: a file, or a folder with metrics.jsonl in it")
-    if args.follow:
-        _follow(args)
-        return
     from craft_optim.evaluation.plots import require_matplotlib
     from craft_optim.report import judge, read_runs, render, summarise
     from craft_optim.report.summary import in_text
 
-    out = Path(args.out or "report.html")
+    out = Path(args.out)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out={out} cannot be written: there is no folder {out.parent}")
     if args.png:
         require_matplotlib()
     runs = read_runs(args.runs)
-    title = args.title or ", ".join(dict.fromkeys(map(_shown, args.runs)))
-    page = render(runs, title)
+    page = render(runs, args.title or ", ".join(dict.fromkeys(map(_shown, args.runs))))
     out.write_text(page, encoding="utf-8")
 
-    rows, verdicts = [], []
+    rows, sentences = [], []
     for run in runs:
         summary = summarise(run)
         verdict = judge(summary)
-        drift, ratio = in_text(summary.drift), in_text(summary.ratio, ".2f")
-        rows.append([run.name, f"{summary.steps}", drift, ratio, verdict.kind])
-        verdicts.append(verdict)
+        rows.append([run.name, f"{summary.steps}", in_text(summary.drift), in_text(summary.ratio, ".2f"), verdict.kind])
+        sentences.append(" ".join([f"  {run.name}: {verdict.words}", *run.notes]))
     print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "verdict"], rows)
-    print()
-    for run, verdict in zip(runs, verdicts, strict=True):
-        print(f"  {run.name}: {verdict.words}", *run.notes, sep=" ")
+    print("", *sentences, sep="\n")
     print(f"\nPage: {out} ({bytes_in_words(len(page.encode()))})")
     if args.png:
         from craft_optim.report.pictures import draw
 
-        files = draw(runs, Path(args.png))
-        print(f"Pictures: {len(files)} in {args.png}")
+        print(f"Pictures: {len(draw(runs, Path(args.png)))} in {args.png}")
 
 
 def _shown(spec: str) -> str:
     """The name of a RUN in the heading of the page."""
     name, place = named(spec)
     return name or Path(place).resolve().name
-
-
-def _follow(args: argparse.Namespace) -> None:
-    if args.out or args.png or args.title:
-        raise UsageError("--follow writes nothing: leave --out, --png and --title out")
-    try:
-        from craft_optim.report.follow import follow
-    except ImportError as error:
-        raise ImportError(f"--follow needs rich ({error}): pip install 'craft-optim[report]'.") from error
-    try:
-        follow(args.runs, every=args.every)
-    except KeyboardInterrupt:  # the way to end it
-        print()

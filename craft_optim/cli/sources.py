@@ -1,5 +1,6 @@
-"""Where a command's model and anchors come from: a lerobot policy and a dataset, or a function of the user's."""
+"""Sources of a command's model and anchors: a lerobot policy and a dataset, or a function of the user's."""
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -12,15 +13,14 @@ from typing import Any
 from torch import nn
 
 from craft_optim import anchors
-from craft_optim.anchors import AnchorCache
-from craft_optim.anchors.passes import Forward
+from craft_optim.anchors import AnchorCache, Reading
 
 __all__ = [
     "Source",
     "UsageError",
     "factory_source",
     "load_policy",
-    "policy_forward",
+    "policy_reading",
     "policy_source",
     "tokenizer_of",
     "user_function",
@@ -33,28 +33,27 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and how a cache of it is built.
+    """A teacher, and how a cache of it is built.
 
     Attributes:
-        model: The teacher.
         build: `anchors.build` of it and its batches; takes the path and further settings.
-        forward: As `anchors.build` takes it.
-        usage: The next lines of code, with "{cache}" and "{closure}" to be filled in.
+        reading: As `anchors.build` takes it.
+        usage: The next lines of code, with "{cache}" and "{kind}" to be filled in.
     """
 
     model: nn.Module
     build: Callable[..., AnchorCache]
-    forward: Forward | None
+    reading: Reading | None
     usage: str
 
 
 def factory_source(spec: str, device: str | None) -> Source:
-    """What the function of `script.py:function` or `package.module:function` returns.
+    """Source from the function of `script.py:function` or `package.module:function`.
 
     Args:
-        spec: Where the function is; it takes no arguments and returns `(model, batches)` or `(model, batches,
+        spec: Place of the function; it takes no arguments and returns `(model, batches)` or `(model, batches,
             settings)`, settings those of `anchors.build`.
-        device: Where to move the model; None: it stays where it is.
+        device: Device to move the model to; None: it stays.
 
     Raises:
         UsageError: There is no such file, module or function, or it returns something else.
@@ -71,24 +70,19 @@ def factory_source(spec: str, device: str | None) -> Source:
         raise UsageError(f"--factory={spec}: settings must be a dict. Found {type(settings).__name__}.")
     if device is not None:
         model.to(device)
-    forward = settings.get("forward")
-    name = getattr(forward, "__name__", "")
-    how = "" if forward is None else f", forward={name if name.isidentifier() else 'forward'}"
+    reading = settings.get("reading")
     return Source(
         model,
         lambda path, **more: anchors.build(model, batches, path, **{**settings, **more}),
-        forward,
-        "from craft_optim.anchors import AnchorCache, {closure}\n"
-        f"retention = {{closure}}(model, AnchorCache.open({{cache!r}}){how})",
+        reading,
+        "from craft_optim.anchors import AnchorCache\n"
+        f"cache = AnchorCache.open({{cache!r}}{'' if reading is None else ', reading'})\n"
+        "retention = cache.retention(model{kind})",
     )
 
 
 def user_function(spec: str, option: str = "--factory") -> Callable[[], Any]:
-    """The function of `script.py:function` or `package.module:function`.
-
-    Args:
-        spec: Where it is.
-        option: That named it, for messages.
+    """The function of `script.py:function` or `package.module:function`, as an option names it.
 
     Raises:
         UsageError: There is no such file, module or function.
@@ -132,87 +126,54 @@ def load_policy(path: str, device: str) -> Any:
         UsageError: lerobot is not installed.
         ValueError: The checkpoint cannot be used.
     """
-    _require_lerobot()
-    from craft_optim.lerobot.pretrained import load_policy as load
-
+    try:
+        from craft_optim.lerobot.pretrained import load_policy as load
+    except ImportError as error:
+        raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
     return load(path, device)
 
 
-def _require_lerobot() -> None:
-    try:
-        import craft_optim.lerobot  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
-
-
-def policy_source(
-    path: str,
-    *,
-    device: str,
-    keep: str | None,
-    repo_id: str | None,
-    root: str | None,
-    episodes: str | None,
-    rename_map: Mapping[str, str] | None,
-    count: int | None,
-    batch_size: int,
-    prompts: str | None,
-    workers: int,
-) -> Source:
-    """A lerobot policy, and frames after the policy's saved preprocessor; of LeRobotDatasets, or of a .jsonl.
+def policy_source(args: argparse.Namespace, device: str) -> Source:
+    """A lerobot policy, and frames after its saved preprocessor, as the options of build-anchors name them.
 
     Raises:
         UsageError: lerobot is not installed.
         ValueError: The policy or the frames cannot be used, or do not fit together.
     """
-    _require_lerobot()
-    from craft_optim.lerobot import adapter_for, anchor_batches, open_frames, spread_frames
-    from craft_optim.lerobot.pretrained import load_config, load_preprocessor
-
-    config = load_config(path)
-    preprocessor = load_preprocessor(config, path, device)
-    frames = open_frames(
-        config,
-        preprocessor,
-        repo_id=repo_id,
-        root=root,
-        episodes=episodes,
-        rename_map=rename_map,
-        prompts=prompts,
-        keep=keep,
-    )
+    try:
+        from craft_optim.lerobot import adapter_for, anchor_batches, open_frames, spread_frames
+        from craft_optim.lerobot.frames import SOURCES
+        from craft_optim.lerobot.pretrained import load_config, load_preprocessor
+    except ImportError as error:
+        raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
+    config = load_config(args.policy)
+    preprocessor = load_preprocessor(config, args.policy, device)
+    frames = open_frames(config, preprocessor, **{name: getattr(args, name) for name in SOURCES})
     dataset = frames.dataset
-    rows = list(range(len(dataset))) if count is None else spread_frames(dataset, count)
-    policy = load_policy(path, device)  # after what can be refused in seconds
+    rows = list(range(len(dataset))) if args.count is None else spread_frames(dataset, args.count)
+    policy = load_policy(args.policy, device)  # after what can be refused in seconds
     adapter = adapter_for(policy, frames.keep)
-    batches = anchor_batches(
-        dataset,
-        preprocessor,
-        adapter,
-        batch_size=batch_size,
-        indices=rows,
-        prompts=frames.prompts,
-        workers=workers,
-    )
+    how: dict[str, Any] = {"batch_size": args.batch_size or 16, "workers": args.workers or 0, "prompts": frames.prompts}
+    batches = anchor_batches(dataset, preprocessor, adapter, indices=rows, **how)
     return Source(
         policy,
-        partial(adapter.build, policy, batches, model_id=path),
-        adapter.forward,
+        partial(adapter.build, policy, batches, model_id=args.policy),
+        adapter.reading,
         "from craft_optim.anchors import AnchorCache\n"
         "from craft_optim.lerobot import adapter_for\n"
         f"retention = adapter_for(policy, {adapter.keep!r}).retention(policy, AnchorCache.open({{cache!r}}))",
     )
 
 
-def policy_forward(policy: nn.Module, cache: AnchorCache) -> Forward:
-    """The forward of the adapter that the cache was built with.
+def policy_reading(policy: nn.Module, cache: AnchorCache) -> Reading:
+    """The reading of the adapter that the cache was built with.
 
     Raises:
         ValueError: None of this policy's was.
     """
     from craft_optim.lerobot.adapters import adapter_of
 
-    return adapter_of(policy, cache).forward
+    return adapter_of(policy, cache).reading
 
 
 def tokenizer_of(name: str) -> Callable[[list[int]], str]:

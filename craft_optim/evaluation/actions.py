@@ -40,8 +40,7 @@ def action_drift(teacher: Tensor, student: Tensor) -> ActionDrift:
     """How far the student's actions are from the teacher's.
 
     Args:
-        teacher: `[anchors, steps, dimensions]`.
-        student: The same.
+        teacher: `[anchors, steps, dimensions]`, as `student`.
 
     Raises:
         ValueError: The shapes differ, or are others.
@@ -85,12 +84,8 @@ def predicted_actions(
 
     Args:
         policy: With `predict_action_chunk`, on its device.
-        cache: Cache of preprocessed frames.
         indices: Places of the anchors; at least one. None: all.
-        batch_size: Anchors per call.
-        seed: Seed of the policy's noise.
         progress: Show a bar. None: only on a terminal.
-        title: Name of the policy beside the bar.
 
     Returns:
         `[anchors, steps, dimensions]`, float32, on the CPU.
@@ -100,9 +95,7 @@ def predicted_actions(
     """
     predict = getattr(policy, "predict_action_chunk", None)
     if predict is None:
-        raise ValueError(
-            f"`policy` must be a policy of lerobot, with `predict_action_chunk`. Found {type(policy).__name__}."
-        )
+        raise ValueError(f"`policy` must have `predict_action_chunk`, as lerobot's. Found {type(policy).__name__}.")
     places = list(range(len(cache))) if indices is None else list(indices)
     if not places or batch_size < 1:
         raise ValueError(f"`indices` and `batch_size` must be at least one. Found {len(places)} and {batch_size}.")

@@ -43,9 +43,6 @@ def answer_tokens(
         heads: Beginning of the choice in its row's text.
         lasts: Its end; None: the text ends with it.
 
-    Returns:
-        The places of the tokens.
-
     Raises:
         ValueError: A choice has no token, nothing is before it, or two choices are the same tokens.
 
@@ -62,10 +59,7 @@ def answer_tokens(
             raise ValueError(f"The tokenizer leaves nothing of choice {row}: it does not know its characters.")
         firsts.append(places[0])
         stops.append(places[-1] + 1)
-    start = next(
-        (place for place in range(min(firsts)) if len({row[place] for row in rows}) > 1),
-        min(firsts),
-    )
+    start = next((place for place in range(min(firsts)) if len({row[place] for row in rows}) > 1), min(firsts))
     if start == 0:
         raise ValueError("There is no token before the choices: the template must have words before {choice}.")
     answers = [tuple(row[start:stop]) for row, stop in zip(rows, stops, strict=True)]
@@ -79,15 +73,12 @@ def answer_tokens(
 
 
 def log_likelihoods(logits: Tensor, targets: Tensor, lengths: Sequence[int]) -> list[ChoiceScore]:
-    """The sum over each row's tokens of log p(token | what is before).
+    """The sum over each row's tokens of log p(token | what is before), for each row.
 
     Args:
         logits: `[B, L, vocabulary]`; entry i of a row is for entry i of its targets.
         targets: Token ids, `[B, L]`.
         lengths: Number of tokens of each row that count.
-
-    Returns:
-        A score for each row.
 
     Raises:
         ValueError: The rows' first distributions differ though their contexts are the same: the model looks ahead.

@@ -18,7 +18,6 @@ class Checkpoint:
 
     Attributes:
         path: Folder or hub id that it came from.
-        name: A short name for tables.
         drifts: By kind.
         actions: Against its teacher's; None if they were not compared.
     """
@@ -58,13 +57,12 @@ def layer_name(layer: int | str, span: str) -> str:
 def record(
     checkpoints: Sequence[Checkpoint], places: Sequence[int], epsilon: Mapping[str, float], worst: int = 5
 ) -> list[dict[str, Any]]:
-    """Everything that was measured, in the types of JSON; numbers that are not finite are None.
+    """Everything measured on the anchors at these places, with the `worst` named, in the types of JSON.
+
+    Numbers that are not finite are None.
 
     Args:
-        checkpoints: All measured on the same anchors.
-        places: The anchors' places in the cache.
         epsilon: Kind, or "actions", -> threshold.
-        worst: Number of the worst anchors to name.
     """
 
     def numbers(value: float | None, each: Sequence[float], kind: str) -> dict[str, Any]:

@@ -1,22 +1,18 @@
-"""How far a model has drifted from what its teacher said about anchors: on the whole, per layer, and of each anchor."""
+"""Drift of a model from its teacher's outputs on anchors: on the whole, per layer, and of each anchor."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from craft_optim.anchors import AnchorCache
+from craft_optim.anchors import AnchorCache, Reading
+from craft_optim.anchors.cached import DriftOfEach
 from craft_optim.anchors.combined import SharedPass
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.manifest import tap_key
-from craft_optim.anchors.passes import Forward
 from craft_optim.anchors.progress import anchor_bar
-from craft_optim.anchors.retention import CachedRetention
-from craft_optim.inspection import retention_kinds
 
 __all__ = ["QUANTILES", "Drift", "LayerDrift", "Spread", "drifts", "spread_over", "verdict"]
 
@@ -30,7 +26,7 @@ class LayerDrift:
     Attributes:
         layer: Its number or the module's name, as in the cache.
         span: Name of the span.
-        pooling: What became of the span's positions.
+        pooling: Pooling of the span's positions.
         value: Mean over all vectors that are compared: one per anchor where they are pooled.
         each: The same of each anchor, in their order.
     """
@@ -44,17 +40,17 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a model is from a cache, by one of the retention closures.
+    """Drift of a model from a cache, by one of the retention closures.
 
     Attributes:
         kind: "logits", "hidden" or "tokens".
-        unit: Of all numbers here, in words.
+        unit: Unit of all numbers here, in words.
         value: Mean over the valid positions of all anchors measured, a long anchor counting more than a short one: what
             the closure's `drift()` returns, and what a training holds at epsilon. Of hidden states the mean over layers
             and spans, each of which is such a mean.
         each: The same of each anchor alone, in their order.
-        tolerance: What counts as rounding; None if the teacher itself is not at 0.
-        layers: Of hidden states, each layer and span by itself.
+        tolerance: Largest drift that is rounding; None if the teacher itself is not at 0.
+        layers: Each layer and span of hidden states by itself.
     """
 
     kind: str
@@ -67,7 +63,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Spread:
-    """How numbers of single anchors are spread, every anchor counting once.
+    """Spread of the numbers of single anchors, every anchor counting once.
 
     Attributes:
         anchor_mean: Their mean.
@@ -87,27 +83,27 @@ def drifts(
     cache: AnchorCache,
     indices: Sequence[int] | None = None,
     *,
-    forward: Forward | None = None,
+    reading: Reading | None = None,
     batch_size: int = 16,
     progress: bool | None = False,
     title: str = "the model",
 ) -> list[Drift]:
-    """How far the model is from the cache on these anchors, for each kind that the cache holds.
+    """Drift of the model from the cache on these anchors, for each kind that the cache holds.
 
     Hidden states are compared by "mse", in units of the teacher's variance, or by "cosine" where that is zero.
 
     Args:
         model: On its device; its flags are left as they are.
-        cache: Of this model or an earlier state of it.
+        cache: Anchors of this model or an earlier state of it.
         indices: Places of the anchors; at least one. None: all.
-        forward: As in `build`.
+        reading: That of `build`. None: the cache's own.
         batch_size: Anchors per forward.
         progress: Show a bar. None: only on a terminal.
-        title: What the bar calls the model.
+        title: Name of the model on the bar.
 
     Raises:
-        ValueError: The model does not fit the cache (`AnchorMismatchError`: other shapes than its teacher's), or an
-            anchor has no valid position.
+        ValueError: The model does not fit the cache (`AnchorMismatchError`: other shapes than its teacher's, another
+            reading), or an anchor has no valid position.
 
     Cost: one forward without gradients per batch, up to the deepest layer where only hidden states are compared, and
     the comparison of each anchor. Memory: as for `drift()` of the closures.
@@ -115,81 +111,45 @@ def drifts(
     places = list(range(len(cache))) if indices is None else list(indices)
     if not places or batch_size < 1:
         raise ValueError(f"`indices` and `batch_size` must be at least one. Found {len(places)} and {batch_size}.")
+    settings = {"reading": reading, "workers": 0, "strict": False}
     varies = all(variance > 0.0 for variance in cache.features.variances.values())
-    members = _closures(model, cache, forward, "mse" if varies else "cosine")
-    shared = SharedPass(members, dict.fromkeys(members, 1.0))
-    batches = []
+    own = {"hidden": {"loss": "mse" if varies else "cosine"}}
+    members = {kind: cache.retention(model, kind, 1, **settings, **own.get(kind, {})) for kind in cache.kinds}
     with anchor_bar(progress, title) as (bar, _):
-        for number, start in enumerate(range(0, len(places), batch_size)):
-            batch = places[start : start + batch_size]
-            batches.append(shared._of_each(batch, number))
-            bar(len(batch), len(places))
-    values = {name: torch.cat([batch[name][0] for batch in batches]) for name in batches[0]}
-    weights = {name: torch.cat([batch[name][1] for batch in batches]) for name in batches[0]}
-    for name, counts in weights.items():
-        if empty := [place for place, count in zip(places, counts.tolist(), strict=True) if not count]:
-            raise ValueError(
-                f"No position of the anchors {str(empty[:5])[1:-1]} in {cache.path} is valid ({name}): nothing of them "
-                "can be compared. Leave such anchors out."
-            )
-    units = {
-        "logits": "nats per position (KL)",
-        "hidden": "of the teacher's variance" if varies else "cosine distance",
-        "tokens": "nats per token",
-    }
-    found = []
-    for kind, member in members.items():
-        each = {name.removeprefix(f"{kind}:"): x for name, x in values.items() if name.startswith(f"{kind}:")}
-        means = {name: _mean(x, weights[f"{kind}:{name}"]) for name, x in each.items()}
-        unit, tolerance = units[kind], member._default_tolerance()
-        surprise = kind == "tokens" and all(name != "features.token_logprobs" for name, *_ in cache.tensors())
-        found.append(
-            Drift(
-                kind,
-                f"{unit}, the teacher's own entropy among them" if surprise else unit,
-                float(member._combine(means)),
-                member._combine(each).tolist(),
-                None if surprise else tolerance,
-                _layers(cache, means, each) if kind == "hidden" else (),
-            )
+        shared = SharedPass(members, dict.fromkeys(members, 1.0))
+        measured = shared.drift_of_each(places, batch_size, lambda size: bar(size, len(places))).parts
+    known = any(name == "features.token_logprobs" for name, *_ in cache.tensors())
+    return [
+        Drift(
+            kind,
+            members[kind].unit,
+            of.value,
+            of.each.tolist(),
+            members[kind].tolerance if kind != "tokens" or known else None,
+            _layers(cache, of) if kind == "hidden" else (),
         )
-    return found
+        for kind, of in measured.items()
+    ]
 
 
-def _closures(
-    model: nn.Module, cache: AnchorCache, forward: Forward | None, distance: str
-) -> dict[str, CachedRetention]:
-    autocast = None if cache.features.autocast is None else getattr(torch, cache.features.autocast)
-    settings: dict[str, Any] = {"forward": forward, "autocast": autocast, "workers": 0, "strict": False}
-    own: dict[str, dict[str, Any]] = {"hidden": {"loss": distance}}
-    return {
-        kind: closure(model, cache, 1, **settings, **own.get(kind, {}))
-        for kind, closure in retention_kinds(cache).items()
-    }
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum()
-
-
-def _layers(cache: AnchorCache, means: Mapping[str, Tensor], each: Mapping[str, Tensor]) -> tuple[LayerDrift, ...]:
+def _layers(cache: AnchorCache, measured: DriftOfEach) -> tuple[LayerDrift, ...]:
     return tuple(
-        LayerDrift(layer, span, pooling, float(means[key]), each[key].tolist())
+        LayerDrift(layer, span, pooling, part.value, part.each.tolist())
         for layer in cache.features.layers
         for span, pooling in cache.features.pooling.items()
-        for key in [tap_key(layer, span)]
+        for part in [measured.parts[tap_key(layer, span)]]
     )
 
 
 def spread_over(
     each: Sequence[float], places: Sequence[int] | None = None, threshold: float | None = None, worst: int = 5
 ) -> Spread:
-    """How the numbers of single anchors are spread.
+    """Spread of the numbers of single anchors.
 
     Args:
         each: One number per anchor; at least one.
         places: The anchors' places in the cache. None: 0, 1, 2, ...
-        threshold: What to count the anchors above.
+        threshold: Anchors above it are counted.
         worst: How many of the worst anchors to name.
 
     Example:
@@ -209,7 +169,7 @@ def spread_over(
 
 
 def verdict(cache: AnchorCache, model: nn.Module, measured: Sequence[Drift]) -> tuple[bool, str]:
-    """Whether the model agrees with the cache, and a sentence about it."""
+    """True if the model agrees with the cache, and a sentence about it."""
     why = None if cache.fingerprint is None else compare_fingerprints(cache.fingerprint, fingerprint(model))
     known = [drift for drift in measured if drift.tolerance is not None]
     if not known:

@@ -14,7 +14,7 @@ from craft_optim.anchors.passes import device_of, is_encoder_decoder, steady
 from craft_optim.evaluation.answer_tokens import answer_tokens, log_likelihoods
 from craft_optim.evaluation.mcq import ChoiceScore
 from craft_optim.evaluation.questions import Question, open_picture
-from craft_optim.evaluation.templates import ANSWER_EN, CHAT, QUESTION_ANSWER, parse_template
+from craft_optim.evaluation.templates import ANSWER_EN, CHAT, QUESTION_ANSWER, Template, parse_template
 
 __all__ = ["LanguageModelScorer", "VisionLanguageScorer"]
 
@@ -25,7 +25,6 @@ class _Encoded(NamedTuple):
     """Some choices of a question, each after the prompt, as the model takes them.
 
     Attributes:
-        inputs: Inputs of the model; padded on the right.
         ends: End of each token in its text, `[B, T]`, as `answer_tokens` takes it.
         heads: Beginning of each choice in its text.
         lasts: Its end.
@@ -35,6 +34,10 @@ class _Encoded(NamedTuple):
     ends: Tensor
     heads: list[int]
     lasts: list[int]
+
+    def valid(self, x: Tensor) -> list[list[int]]:
+        """The entries of each row `[B, T]` that are no padding."""
+        return [row[there].tolist() for row, there in zip(x, self.inputs["attention_mask"].bool(), strict=True)]
 
 
 class _TransformersScorer(ABC):
@@ -63,16 +66,10 @@ class _TransformersScorer(ABC):
         """Scores the choices, at most a batch of them in one forward."""
         size, choices = self._batch_size, question.choices
         batches = [self._encode(question, choices[at : at + size]) for at in range(0, len(choices), size)]
-        rows: list[list[int]] = []
-        ends: list[list[int]] = []
-        heads: list[int] = []
-        lasts: list[int] = []
-        for batch in batches:
-            valid = batch.inputs["attention_mask"].bool()
-            rows += [ids[there].tolist() for ids, there in zip(batch.inputs["input_ids"], valid, strict=True)]
-            ends += [own[there].tolist() for own, there in zip(batch.ends, valid, strict=True)]
-            heads += batch.heads
-            lasts += batch.lasts
+        rows = [row for batch in batches for row in batch.valid(batch.inputs["input_ids"])]
+        ends = [row for batch in batches for row in batch.valid(batch.ends)]
+        heads = [head for batch in batches for head in batch.heads]
+        lasts = [last for batch in batches for last in batch.lasts]
         if len(set(heads)) > 1:
             raise ValueError("The tokenizer leaves characters of some choices out: it does not know them.")
         start, stops = answer_tokens(rows, ends, heads, lasts)
@@ -98,10 +95,7 @@ class _TransformersScorer(ABC):
             if name in self._accepted and name != "labels"
         }
         with steady(self._model):
-            logits = self._model(
-                **passed,
-                **{name: value for name, value in settings.items() if name in self._accepted},
-            ).logits
+            logits = self._model(**passed, **{k: x for k, x in settings.items() if k in self._accepted}).logits
         return log_likelihoods(logits[:, -keep:-1], ids[:, start:], lengths)
 
     def _check_length(self, length: int) -> None:
@@ -117,32 +111,26 @@ class _TransformersScorer(ABC):
 
 
 class LanguageModelScorer(_TransformersScorer):
-    """Scores the choices of questions without pictures by a causal language model.
+    """Scores the choices of questions without pictures by a causal language model, `batch_size` in one forward.
 
     Args:
-        model: Such as AutoModelForCausalLM's.
-        tokenizer: Its own; a fast one.
         template: Text for `parse_template`, or "chat" for the tokenizer's chat template.
-        batch_size: At most so many choices in one forward.
 
     Raises:
-        ValueError: The model is none of that, or the template cannot be used.
+        ValueError: The model is none of that, its tokenizer is not a fast one, or the template cannot be used.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, template: str = QUESTION_ANSWER, batch_size: int = 16
     ) -> None:
         super().__init__(model, tokenizer, batch_size)
-        self._template = None if template == CHAT else parse_template(template)
-        if self._template is None and not tokenizer.chat_template:
-            raise ValueError(
-                f"template={CHAT!r} needs a tokenizer with a chat template. Found {type(tokenizer).__name__}."
-            )
+        self._template = _parsed(template, tokenizer)
 
     def _encode(self, question: Question, choices: Sequence[str]) -> _Encoded:
         if question.image is not None:
             raise ValueError(f"{type(self._model).__name__} reads text only. Found a picture, {question.image}.")
-        head = self._head(question.text)
+        named = self._template
+        head = _chat_head(self._tokenizer, question.text, _MARK) if named is None else named.head(question.text)
         found = self._tokenizer(
             [head + choice for choice in choices],
             add_special_tokens=self._adds_specials(head),
@@ -161,28 +149,20 @@ class LanguageModelScorer(_TransformersScorer):
             [len(head + choice) for choice in choices],
         )
 
-    def _head(self, question: str) -> str:
-        if self._template is not None:
-            return self._template.head(question)
-        return _chat_head(self._tokenizer, question, _MARK)
-
 
 class VisionLanguageScorer(_TransformersScorer):
-    """Scores the choices of questions about pictures, or none, by a vision-language model.
+    """Scores the choices of questions about pictures, or none, by a vision-language model, `batch_size` in one forward.
 
     Pictures go through the processor: it scales them as the model wants them, and makes room for them in the text. In
     PaliGemma the prompt is attended in both directions and the choice causally, as in its training.
 
     Args:
-        model: Such as AutoModelForImageTextToText's.
-        processor: Its own, with a fast tokenizer.
         template: Text for `parse_template`, or "chat" for the processor's chat template. None: that, where there is
             one; else "answer en {question}" for PaliGemma, and "Question: {question}\\nAnswer:" for others. The
             processor's image token is put in front where a template does not have it.
-        batch_size: At most so many choices in one forward.
 
     Raises:
-        ValueError: The model is none of that, or the template cannot be used.
+        ValueError: The model is none of that, its tokenizer is not a fast one, or the template cannot be used.
     """
 
     def __init__(self, model: nn.Module, processor: Any, *, template: str | None = None, batch_size: int = 16) -> None:
@@ -193,16 +173,9 @@ class VisionLanguageScorer(_TransformersScorer):
         self._is_paligemma = getattr(self._config, "model_type", None) == "paligemma"
         if template is None:
             template = CHAT if processor.chat_template else ANSWER_EN if self._is_paligemma else QUESTION_ANSWER
-        self._template = None if template == CHAT else parse_template(template)
-        if self._template is None and not processor.chat_template:
-            raise ValueError(
-                f"template={CHAT!r} needs a processor with a chat template. Found {type(processor).__name__}."
-            )
+        self._template = _parsed(template, processor)
         if self._is_paligemma and (self._template is None or not self._template.after.endswith("\n")):
-            raise ValueError(
-                "PaliGemma's prompts end with a new line: `template` must have one before {choice}. Found "
-                f"{template!r}."
-            )
+            raise ValueError(f"`template` of PaliGemma must have a new line before {{choice}}. Found {template!r}.")
 
     def _encode(self, question: Question, choices: Sequence[str]) -> _Encoded:
         head = self._head(question)
@@ -244,6 +217,15 @@ class VisionLanguageScorer(_TransformersScorer):
             return _chat_head(self._processor, content, [{"type": "text", "text": _MARK}])
         head, token = self._template.head(question.text), getattr(self._processor, "image_token", None)
         return head if question.image is None or token is None or token in head else f"{token}{head}"
+
+
+def _parsed(template: str, renderer: Any) -> Template | None:
+    """The template in parts; None for the chat template, which the tokenizer or processor must have."""
+    if template != CHAT:
+        return parse_template(template)
+    if not renderer.chat_template:
+        raise ValueError(f"template={CHAT!r} needs a chat template. Found none in {type(renderer).__name__}.")
+    return None
 
 
 def _chat_head(renderer: Any, question: Any, mark: Any) -> str:

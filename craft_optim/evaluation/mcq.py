@@ -66,9 +66,7 @@ class Result:
     """The scores of one question.
 
     Attributes:
-        question: The question.
-        scores: Scores of its choices; none if it could not be scored.
-        failure: Why it could not; None if it could.
+        failure: Why it could not be scored, then without scores; None if it could.
     """
 
     question: Question
@@ -90,15 +88,11 @@ class Result:
 
 
 def evaluate(questions: Iterable[Question], scorer: Scorer) -> list[Result]:
-    """Scores all questions. One that cannot be scored is a result, too: with the reason why.
+    """Scores all questions, in their order. One that cannot be scored is a result, too: with the reason why.
 
     Args:
-        questions: Any iterable: a progress bar around a list is one.
         scorer: Scorer of a model. Its ValueErrors (a missing picture, a question too long, ...) and scores that are not
             finite are failures of the question; other errors are raised.
-
-    Returns:
-        A result for each question, in their order.
 
     Raises:
         ValueError: The scorer returns what cannot be scores at all.
@@ -118,9 +112,7 @@ def _result(question: Question, scorer: Scorer) -> Result:
     except ValueError as error:
         return Result(question, failure=str(error))
     if len(scores) != len(question.choices):
-        raise ValueError(
-            f"The scorer must return a score for each of {len(question.choices)} choices. Found {len(scores)}."
-        )
+        raise ValueError(f"The scorer must score each of {len(question.choices)} choices. Found {len(scores)}.")
     for choice, score in zip(question.choices, scores, strict=True):
         if score.tokens < 1 or score.log_likelihood > 0.0:
             raise ValueError(
@@ -160,7 +152,6 @@ class Summary:
     """Accuracy and margin of a model.
 
     Attributes:
-        questions: Number of questions.
         failed: Number of those that could not be scored.
         chance: The accuracy that guessing would have.
         normalized: By the mean over a choice's tokens.
@@ -181,12 +172,8 @@ class Summary:
 def summarise(results: Sequence[Result]) -> Summary:
     """Accuracy and margin, with their intervals.
 
-    Args:
-        results: From `evaluate`; at least one.
-
     Raises:
-        ValueError: There are none.
-        ImportError: scipy is not installed.
+        ValueError: There are no results.
     """
     if not results:
         raise ValueError("`results` must have at least one question. Found none.")
@@ -248,11 +235,9 @@ def compare(first: Sequence[Result], second: Sequence[Result], score: Score = "n
     Args:
         first: From `evaluate`: before fine-tuning, say.
         second: On the same questions in the same order.
-        score: Which scores decide.
 
     Raises:
         ValueError: The questions are not the same, there are none, or there is no such score.
-        ImportError: scipy is not installed.
     """
     if score not in get_args(Score):
         raise ValueError(f"`score` must be one of {get_args(Score)}. Found {score!r}.")

@@ -72,14 +72,7 @@ def as_json(
     change: Comparison | None,
     score: Score,
 ) -> dict[str, Any]:
-    """All of it, as `json.dumps` takes it.
-
-    Args:
-        names: Names of the models.
-        results: Results of each model, on the same questions.
-        summaries: Summary of each model.
-        change: The second against the first; None for one model.
-        score: Which scores decide.
+    """Everything about one model, or two and the change, as `json.dumps` takes it.
 
     Returns:
         "score"; "models", each with "name" and "summary"; "comparison"; and "questions": each with its entries of the

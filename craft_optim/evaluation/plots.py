@@ -30,7 +30,6 @@ def draw_checkpoints(checkpoints: Sequence[Checkpoint], epsilon: Mapping[str, fl
     Args:
         checkpoints: At least one; all with the same kinds.
         epsilon: Kind, or "actions", -> threshold; drawn where there is one.
-        path: The picture, in a format that its ending names.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -20,7 +20,6 @@ class Question:
         choices: At least two answers, all different, without blanks around them.
         answer: Place of the right one.
         image: File of the picture that it is about; None for a question about none.
-        id: A name for it, for reports.
 
     Raises:
         ValueError: It is none of that.
@@ -46,9 +45,7 @@ class Question:
             if choice in self.choices[:place]:
                 raise ValueError(f"choices must differ. Found {choice!r} twice.")
         if not 0 <= self.answer < len(self.choices):
-            raise ValueError(
-                f"the answer must be the place of a choice, in [0, {len(self.choices) - 1}]. Found {self.answer}."
-            )
+            raise ValueError(f"the answer must be a place in [0, {len(self.choices) - 1}]. Found {self.answer}.")
 
 
 def read_questions(path: str | Path) -> list[Question]:

@@ -18,10 +18,8 @@ def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, 
     Args:
         path: Folder or hub id: a pi0_fast of lerobot; a causal language model, or a vision-language model, of
             transformers; or adapters of PEFT for one of these.
-        device: Device of the model.
         template: Template of the scorers, `LanguageModelScorer`, `VisionLanguageScorer` and
             `craft_optim.lerobot.answers.PI0FastScorer`. None: the scorer's own.
-        batch_size: At most so many choices in one forward.
 
     Raises:
         ValueError: It is none of these, or cannot be loaded.
@@ -37,9 +35,6 @@ def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, 
 def require_checkpoint(path: str) -> dict[str, Any]:
     """The config.json of a checkpoint, or the adapter_config.json of adapters; loads no weights.
 
-    Args:
-        path: Folder or hub id.
-
     Raises:
         ValueError: It has none of them, or is a policy without words.
         ImportError: Neither lerobot nor transformers is installed.
@@ -48,9 +43,7 @@ def require_checkpoint(path: str) -> dict[str, Any]:
     if not config:
         raise ValueError(f"{path} is no checkpoint: it has neither config.json nor {_ADAPTERS}.")
     if config.get("type", "pi0_fast") != "pi0_fast":
-        raise ValueError(
-            f"{path} must be a pi0_fast: of lerobot's policies it alone has a head for words. Found {config['type']!r}."
-        )
+        raise ValueError(f"{path} must be a pi0_fast, which has a head for words. Found {config['type']!r}.")
     return config
 
 

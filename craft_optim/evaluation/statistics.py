@@ -1,4 +1,4 @@
-"""Intervals and paired tests for counts and means of a sample. Needs scipy, the extra `evaluation`."""
+"""Intervals and paired tests for counts and means of a sample. All need scipy, the extra `evaluation`."""
 
 import math
 from collections.abc import Sequence
@@ -15,17 +15,11 @@ Interval = tuple[float, float]
 def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """The Wilson score interval of a proportion.
 
-    Args:
-        successes: How many of the trials succeeded.
-        trials: At least one.
-        confidence: In (0, 1).
-
     Returns:
         Both ends, in [0, 1].
 
     Raises:
         ValueError: There are no trials, or the successes are not among them.
-        ImportError: scipy is not installed.
 
     Example:
         >>> low, high = wilson(8, 10)
@@ -33,9 +27,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
         0.49 to 0.94
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(
-            f"`trials` must be >= 1 and `successes` in [0, trials]. Found successes={successes}, trials={trials}."
-        )
+        raise ValueError(f"`trials` must be >= 1 and `successes` in [0, trials]. Found {successes=}, {trials=}.")
     interval = _stats().binomtest(successes, trials).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -45,13 +37,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
     Args:
         values: Independent measurements, finite.
-        confidence: In (0, 1).
 
     Returns:
         Both ends; None for fewer than two values, which do not tell how much they vary.
-
-    Raises:
-        ImportError: scipy is not installed.
     """
     if len(values) < 2:
         return None
@@ -72,7 +60,6 @@ def mcnemar(lost: int, won: int) -> float:
 
     Raises:
         ValueError: A number is negative.
-        ImportError: scipy is not installed.
     """
     if min(lost, won) < 0:
         raise ValueError(f"`lost` and `won` must be >= 0. Found lost={lost}, won={won}.")
@@ -90,14 +77,12 @@ def paired_difference(both: int, lost: int, won: int, neither: int, confidence: 
         lost: Only the first did.
         won: Only the second did.
         neither: None did.
-        confidence: In (0, 1).
 
     Returns:
         Both ends, in [-1, 1].
 
     Raises:
         ValueError: A number is negative, or there are no trials.
-        ImportError: scipy is not installed.
     """
     if min(both, lost, won, neither) < 0 or not (trials := both + lost + won + neither):
         raise ValueError(f"Counts must be >= 0, and one of them > 0. Found {(both, lost, won, neither)}.")
@@ -120,7 +105,5 @@ def _stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise ImportError(
-            f"Intervals and tests need scipy ({error}): pip install 'craft-optim[evaluation]'."
-        ) from error
+        raise ImportError(f"Intervals need scipy ({error}): pip install 'craft-optim[evaluation]'.") from error
     return stats

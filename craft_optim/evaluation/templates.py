@@ -16,12 +16,7 @@ CHAT = "chat"
 
 @dataclass(frozen=True)
 class Template:
-    """A template in parts.
-
-    Attributes:
-        before: Text before the question.
-        after: Text between it and the choice.
-    """
+    """A template in parts: the text before the question, and that between it and the choice."""
 
     before: str
     after: str

@@ -34,8 +34,6 @@ def run_paligemma(policy: Any, embeddings: Tensor, valid: Tensor, attention: Ten
     """Embedded tokens through the PaliGemma decoder of the pi0 family; no action expert.
 
     Args:
-        policy: pi0, pi05 or pi0_fast.
-        embeddings: `[B, T, D]`.
         valid: Bool `[B, T]`.
         attention: Bool `[B, T, T]`: who attends to whom.
 

@@ -1,4 +1,4 @@
-"""Shared parts of the adapters: batch keys, noise that stays the same, masks over a prefix."""
+"""Shared parts of the adapters: batch keys, noise that stays the same, masks over a prefix, what hooks see."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,8 +26,10 @@ __all__ = [
     "find_policy",
     "in_eval_mode",
     "observations",
+    "observed",
     "only",
     "policy_of",
+    "real_actions",
     "spans_of",
     "with_noise",
 ]
@@ -116,7 +118,6 @@ def with_noise(
     the anchor holds besides pictures: the same frame has the same noise in every batch, on every machine.
 
     Args:
-        policy: Of lerobot.
         inputs: With actions `[B, chunk, action]`.
         chunk: Number of actions. None: `policy.config.chunk_size`.
         draw: Noise `[1, chunk, ...]` and time `[1]` from the CPU's random numbers. None: those of flow matching,
@@ -180,3 +181,38 @@ def spans_of(parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     names = dict.fromkeys(owners)
     images = [name for name in names if name.startswith("image.")]
     return {name: positions_of(name) for name in names} | {"image": positions_of(*images), "all": everything}
+
+
+@contextmanager
+def observed(module: nn.Module, view: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block hooks that were on the module before it see `view(output)`; its callers get the output.
+
+    Args:
+        view: A slice: it must keep no tensor for the backward, because activation checkpointing repeats forwards
+            without it.
+    """
+    whole: list[Tensor] = []
+
+    def show(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        whole[:] = [output]
+        return view(output)
+
+    def restore(module: nn.Module, args: Any, shown: Tensor) -> Tensor:
+        return whole.pop()
+
+    # The first and the last of the module's hooks
+    handles = module.register_forward_hook(show, prepend=True), module.register_forward_hook(restore)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def real_actions(batch: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Velocities `[B, chunk, max_action_dim]` -> those of the action dimensions that the anchors have.
+
+    The others are padding, and no loss of lerobot's looks at them: they may go where they like.
+    """
+    width = batch[ACTION].shape[-1]
+    return lambda velocities: velocities[..., :width]

@@ -9,15 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from craft_optim.lerobot._shared import (
-    ACTION_IS_PAD,
-    IMAGES,
-    action_spans,
-    in_eval_mode,
-    observations,
-    only,
-    policy_of,
-)
+from craft_optim.lerobot._shared import ACTION_IS_PAD, IMAGES, action_spans, in_eval_mode, observations, only, policy_of
 
 __all__ = ["action_inputs", "action_spans", "run_actions"]
 

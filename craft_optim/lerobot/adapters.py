@@ -18,18 +18,16 @@ What is kept of a policy:
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from craft_optim import anchors
-from craft_optim.anchors.capture import Layer, Spans, find_decoder
-from craft_optim.anchors.generation import Generate
-from craft_optim.anchors.masks import Mask
+from craft_optim.anchors import Reading
+from craft_optim.anchors.capture import Layer, find_decoder
 from craft_optim.anchors.names import plain_name
-from craft_optim.anchors.passes import Forward
 from craft_optim.lerobot import _statistics, act, diffusion, pi0, pi0_fast, smolvla
 from craft_optim.lerobot._shared import find_policy, policy_of
 
@@ -39,7 +37,7 @@ _log = logging.getLogger("craft_optim")
 
 
 class _Known(NamedTuple):
-    """Of a policy: its module here, what can be kept of it (the default first), and names of modules within it.
+    """A policy: its module here, choices of what to keep (the default first), and names of modules within it.
 
     `head` is the one whose output are its actions, `backbone` its vision-language model.
     """
@@ -61,42 +59,27 @@ _POLICIES = {
 }
 
 
-_RETENTION: dict[str, Callable[..., anchors.AnchorRetention]] = {
-    "logits": anchors.LogitRetention,
-    "tokens": anchors.TokenRetention,
-    "hidden": anchors.HiddenRetention,
-}
-
-
 @dataclass(frozen=True)
 class Adapter:
-    """How a policy is anchored. `dataclasses.replace` changes a part.
+    """The way in which a policy is anchored. `dataclasses.replace` changes a part.
 
     Attributes:
         policy: Its name in lerobot.
         keep: "logits", "tokens", "actions" or "prefix".
         kind: "logits", "tokens" or "hidden": which retention measures it.
-        forward: As `anchors.build` takes it.
-        inputs: Preprocessed batch -> the tensors that `forward` reads, and that are stored.
+        inputs: Preprocessed batch -> the tensors that `reading.forward` reads, and that are stored.
+        reading: As `anchors.build` takes it. Spans of a prefix: "image.<key>" for each camera, "image", "text", "all",
+            and for smolvla "state".
         layers: As `anchors.build` takes them; none for logits.
-        pooling: As `anchors.build` takes it.
-        spans: As `anchors.build` takes them. Of a prefix: "image.<key>" for each camera, "image", "text", "all", and
-            for smolvla "state".
-        mask: As `anchors.build` takes it.
-        tokens: As `anchors.build` takes them.
         frozen: Names of the outermost modules of which nothing is trained, such as the vision tower.
     """
 
     policy: str
     keep: str
     kind: str
-    forward: Forward
     inputs: Callable[[Mapping[str, Any]], dict[str, Tensor]]
+    reading: Reading
     layers: tuple[Layer, ...] = ()
-    pooling: Mapping[str, str] = field(default_factory=dict)
-    spans: Spans | None = None
-    mask: Mask | None = None
-    tokens: Generate | None = None
     frozen: tuple[str, ...] = ()
 
     def build(
@@ -106,19 +89,11 @@ class Adapter:
 
         Args:
             model: The policy, before it is fine-tuned.
-            batches: What `inputs` returns; `anchor_batches` makes them.
+            batches: Results of `inputs`; `anchor_batches` makes them.
             path: The cache's folder.
-            **settings: Of `anchors.build`.
+            **settings: Arguments of `anchors.build`.
         """
-        own = {
-            "forward": self.forward,
-            "logits": self.kind == "logits",
-            "layers": self.layers,
-            "pooling": self.pooling or None,
-            "spans": self.spans,
-            "mask": self.mask,
-            "tokens": self.tokens,
-        }
+        own = {"reading": self.reading, "logits": self.kind == "logits", "layers": self.layers}
         return anchors.build(model, batches, path, **{**own, **settings})
 
     def retention(
@@ -129,13 +104,13 @@ class Adapter:
         Args:
             model: The policy in training.
             cache: From `build`.
-            freeze_statistics: Whether batch normalisation (in lerobot: diffusion's, unless `use_group_norm`) keeps its
-                running statistics from now on, see `craft_optim.lerobot.freeze_statistics`.
-            **settings: Of `LogitRetention`, `TokenRetention` or `HiddenRetention`.
+            freeze_statistics: Batch normalisation (in lerobot: diffusion's, unless `use_group_norm`) keeps its running
+                statistics from now on, see `craft_optim.lerobot.freeze_statistics`.
+            **settings: Arguments of `LogitRetention`, `TokenRetention` or `HiddenRetention`.
         """
         if freeze_statistics and (frozen := _statistics.freeze_statistics(model)):
             _log.info("Running statistics of %d normalisations stay as they are from now on.", len(frozen))
-        return _RETENTION[self.kind](model, cache, **{"forward": self.forward, **settings})
+        return cache.retention(model, self.kind, **{"reading": self.reading, **settings})
 
 
 def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
@@ -171,30 +146,27 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
         )
     about = {"policy": name, "keep": keep, "frozen": _frozen(model)}
     if keep == "prefix":
+        pooling = {"image": "masked_mean", "text": "masked_mean"}
         return Adapter(
             **about,
             kind="hidden",
-            forward=source.run_prefix,
             inputs=partial(source.prefix_inputs, policy),
+            reading=Reading(source.run_prefix, spans=source.prefix_spans, pooling=pooling),
             layers=(len(find_decoder(policy).layers) // 2, -1),
-            pooling={"image": "masked_mean", "text": "masked_mean"},
-            spans=source.prefix_spans,
         )
     if keep == "tokens":
-        inputs = partial(source.prefix_inputs, policy)
-        generate = source.generated_actions
-        return Adapter(**about, kind="tokens", forward=source.action_logits, inputs=inputs, tokens=generate)
+        reading = Reading(source.action_logits, tokens=source.generated_actions)
+        return Adapter(**about, kind="tokens", inputs=partial(source.prefix_inputs, policy), reading=reading)
     inputs = partial(source.action_inputs, policy)
     if keep == "logits":
-        return Adapter(**about, kind="logits", forward=source.action_logits, inputs=inputs, mask=source.action_mask)
+        reading = Reading(source.action_logits, mask=source.action_mask)
+        return Adapter(**about, kind="logits", inputs=inputs, reading=reading)
     return Adapter(
         **about,
         kind="hidden",
-        forward=source.run_actions,
         inputs=inputs,
+        reading=Reading(source.run_actions, spans=source.action_spans, pooling={"all": "none"}),
         layers=(".".join(filter(None, (plain_name(place), head))),),
-        pooling={"all": "none"},
-        spans=source.action_spans,
     )
 
 
@@ -208,19 +180,18 @@ def adapter_of(model: nn.Module, cache: anchors.AnchorCache) -> Adapter:
     Raises:
         ValueError: None of this policy's was.
     """
-    kinds = {"logits": cache.features.logits, "tokens": cache.features.tokens, "hidden": cache.features.layers or None}
     for keep in ("logits", "tokens", "actions", "prefix"):
         try:
             adapter = adapter_for(model, keep)
         except ValueError:
             continue
-        if getattr(adapter.forward, "__qualname__", None) == cache.features.forward and kinds[adapter.kind] is not None:
+        if adapter.reading.in_words()["forward"] == cache.features.forward and adapter.kind in cache.kinds:
             return adapter
     name = getattr(policy_of(model), "name", "this policy")
     raise ValueError(
         f"The cache {cache.path} was built with forward={cache.features.forward}, which is not one of "
         f"craft_optim.lerobot for {name}: build it with `craft-optim build-anchors --policy.path=...`. To inspect or "
-        "measure it, --factory takes a function that returns the model and its `forward`."
+        "measure it, --factory takes a function that returns the model and its `reading`."
     )
 
 

@@ -31,12 +31,9 @@ class PI0FastScorer:
     absent, and masked, as lerobot has them. Dropout is off; the policy's flags are afterwards what they were.
 
     Args:
-        model: A `lerobot.policies.pi0_fast.PI0FastPolicy`, wrapped or not.
-        preprocessor: The policy's own, from its checkpoint.
         template: As `parse_template` takes it. The default is how PaliGemma was taught to answer, and where its
             knowledge can be found. How robots ask is "Task: {question}, State: 128 128;\\n{choice}".
         camera: Key of the camera that shows the picture; None: the policy's first.
-        batch_size: At most so many choices in one forward.
 
     Raises:
         ValueError: The model is no pi0_fast, the preprocessor has no tokenizer, or another argument cannot be used.
@@ -53,9 +50,7 @@ class PI0FastScorer:
     ) -> None:
         policy = policy_of(model)
         if policy.name != "pi0_fast":
-            raise ValueError(
-                f"`model` must be a pi0_fast: of lerobot's policies it alone has a head for words. Found {policy.name}."
-            )
+            raise ValueError(f"`model` must be a pi0_fast, which has a head for words. Found {policy.name}.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be >= 1. Found batch_size={batch_size}.")
         cameras = [key for key in policy.config.image_features if ".empty_camera_" not in key]
@@ -96,9 +91,8 @@ class PI0FastScorer:
         rows = found["input_ids"]
         ends = [[end for _, end in row] for row in found["offset_mapping"]]
         start, stops = answer_tokens(rows, ends, [len(head)] * len(rows))
-        return torch.tensor(rows[0][:start]), [
-            torch.tensor(row[start:stop]) for row, stop in zip(rows, stops, strict=True)
-        ]
+        answers = [torch.tensor(row[start:stop]) for row, stop in zip(rows, stops, strict=True)]
+        return torch.tensor(rows[0][:start]), answers
 
     @torch.no_grad()
     def _score(self, picture: Tensor, prompt: Tensor, answers: list[Tensor]) -> list[ChoiceScore]:

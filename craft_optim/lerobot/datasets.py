@@ -75,7 +75,6 @@ def spread_frames(dataset: Any, count: int) -> list[int]:
 
     Args:
         dataset: A LeRobotDataset, or anything with a length; without `hf_dataset` its frames count as one task.
-        count: Number of frames.
 
     Returns:
         Places in the dataset, in ascending order.
@@ -113,8 +112,6 @@ def anchor_batches(
         dataset: From `open_dataset`, or a LeRobotDataset with `delta_timestamps` that fit the policy. Every camera of
             the policy that it has is used.
         preprocessor: The teacher's own, with the statistics it was trained with: prompts and states depend on them.
-        adapter: From `adapter_for`.
-        batch_size: Anchors per batch; the last may have fewer.
         count: So many frames, see `spread_frames`. None, with `indices` None: all.
         indices: Frames by their places, instead.
         prompts: Instructions that take the place of the frames' own, in turn.
@@ -132,13 +129,10 @@ def anchor_batches(
     if indices is None:
         indices = range(len(dataset)) if count is None else spread_frames(dataset, count)
     rows = list(indices)
-    return _batches(_in_order(dataset, rows, workers), image_keys(dataset), preprocessor, adapter, batch_size, prompts)
-
-
-def _in_order(dataset: Any, rows: Sequence[int], workers: int) -> Iterator[Any]:
-    if not workers:
-        return (dataset[row] for row in rows)
-    return iter(DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers))
+    samples: Iterator[Any] = (dataset[row] for row in rows)
+    if workers:
+        samples = iter(DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers))
+    return _batches(samples, image_keys(dataset), preprocessor, adapter, batch_size, prompts)
 
 
 def _batches(

@@ -15,7 +15,9 @@ from craft_optim.lerobot.datasets import prompts as read_prompts
 from craft_optim.lerobot.frames_file import FramesFile, mean_state
 from craft_optim.lerobot.opening import open_dataset
 
-__all__ = ["AnchorFrames", "keep_without_actions", "open_frames"]
+__all__ = ["SOURCES", "AnchorFrames", "keep_without_actions", "open_frames"]
+
+SOURCES = ("repo_id", "root", "episodes", "rename_map", "prompts", "keep")  # arguments of `open_frames`
 
 # What can be kept of a policy without demonstrated actions, the default first; of those not named here, the prefix
 _WITHOUT_ACTIONS = {"pi0_fast": ("tokens", "prefix"), "act": ("actions",), "diffusion": ()}
@@ -30,7 +32,6 @@ class AnchorFrames:
     Attributes:
         dataset: A LeRobotDataset, what `open_dataset` returns, or a `FramesFile`.
         prompts: Instructions that take the place of the frames' own; None: there are none.
-        keep: As `adapter_for` takes it.
     """
 
     dataset: Any
@@ -49,15 +50,9 @@ def open_frames(
     prompts: str | os.PathLike[str] | None = None,
     keep: str | None = None,
 ) -> AnchorFrames:
-    """Frames of datasets, or those of a .jsonl file; neither needs the policy's weights.
+    """Frames of datasets, which are named as for `open_dataset`, or of a .jsonl; neither needs the policy's weights.
 
     Args:
-        config: The policy's.
-        preprocessor: The policy's own.
-        repo_id: As `open_dataset` takes it.
-        root: As `open_dataset` takes it.
-        episodes: As `open_dataset` takes them.
-        rename_map: As `open_dataset` takes it.
         prompts: A .jsonl is a `FramesFile`, in the place of a dataset; any other file has instructions for the
             dataset's frames, one per line, in turn.
         keep: What to keep of the policy; None: by the policy, and by what the frames have.
@@ -87,7 +82,6 @@ def keep_without_actions(policy: str, keep: str | None = None) -> str:
     """The kind of anchors of a policy at frames without demonstrated actions.
 
     Args:
-        policy: Its name in lerobot.
         keep: What was asked for. None: the first that there is.
 
     Raises:

@@ -65,19 +65,15 @@ class FramesFile:
 
     def __init__(self, path: str | os.PathLike[str], config: Any, state: Tensor | None = None) -> None:
         self._config = config
-        folder, about = Path(path).parent, f"{path}, line "
+        folder = Path(path).parent
         if config.env_state_feature is not None:
             raise ValueError(
                 f"{config.type} reads the state of its environment, which {path} cannot hold: use a dataset."
             )
-        numbered = enumerate(_text(Path(path)).split("\n"), 1)
-        self._lines = [
-            _line(text, f"{about}{number}", folder, config, state) for number, text in numbered if text.strip()
-        ]
+        numbered = [(f"{path}, line {i}", text) for i, text in enumerate(_text(Path(path)).split("\n"), 1)]
+        self._lines = [_line(text, where, folder, config, state) for where, text in numbered if text.strip()]
         if not self._lines:
-            raise ValueError(
-                f"{path} is empty: it must hold a JSON object per line, with task and images or image_path."
-            )
+            raise ValueError(f"{path} is empty: write a JSON object per line, with task and images or image_path.")
         first = self._lines[0]
         self._sizes = {key: _size(file, f"{first.where}: {key}") for key, file in first.pictures.items()}
         for line in self._lines[1:]:
@@ -132,9 +128,7 @@ def _line(text: str, where: str, folder: Path, config: Any, state: Tensor | None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is no JSON object ({error}): write one object per line.") from error
     if not isinstance(read, dict):
-        raise ValueError(
-            f'{where} must be a JSON object such as {{"task": ..., "image_path": ...}}. Found {text[:80]}.'
-        )
+        raise ValueError(f'{where} must be a JSON object such as {{"task": ..., "images": ...}}. Found {text[:80]}.')
     if unknown := sorted(read.keys() - _KEYS):
         raise ValueError(f"{where}: keys must be among {sorted(_KEYS)}. Found {unknown[0]!r}.")
     task = read.get("task")
@@ -159,19 +153,13 @@ def _pictures(read: Mapping[str, Any], where: str, config: Any) -> dict[str, str
         images: Any = {known[0]: read["image_path"]}
     else:
         images = read["images"]
-    if (
-        not isinstance(images, dict)
-        or not images
-        or not all(isinstance(file, str) and file for file in images.values())
-    ):
+    if not isinstance(images, dict) or not images or not all(isinstance(x, str) and x for x in images.values()):
         raise ValueError(f"{where}: images must have a path for each camera of {known}. Found {images!r}.")
     if unknown := [key for key in images if key not in known]:
         raise ValueError(f"{where}: the policy has the cameras {known}. Found {unknown[0]!r}.")
-    missing = [key for key in known if key not in images]
-    if missing and config.type in ("act", "diffusion"):
-        raise ValueError(
-            f"{where}: {config.type} needs a picture of every camera, {known}. Found none of {missing[0]!r}."
-        )
+    absent = [key for key in known if key not in images]
+    if absent and config.type in ("act", "diffusion"):
+        raise ValueError(f"{where}: {config.type} needs a picture of every camera, {known}, has none of {absent[0]!r}.")
     return dict(images)
 
 
@@ -201,9 +189,7 @@ def _size(file: Path, where: str) -> tuple[int, int]:
             turned = image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) != 1
             mode, size = image.mode, image.size
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{where}: there is no file {file}. Paths are relative to the file that has them."
-        ) from None
+        raise FileNotFoundError(f"{where}: there is no file {file}. Paths are relative to the .jsonl.") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: {file} is no picture that can be read ({error}).") from error
     if mode not in _MODES:

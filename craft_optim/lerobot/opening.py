@@ -1,4 +1,4 @@
-"""Which LeRobotDatasets and episodes are read, and under which names a policy finds them."""
+"""LeRobotDatasets and their episodes, opened under the names that a policy knows."""
 
 import os
 import re
@@ -40,7 +40,6 @@ def open_dataset(
     "agent_pos") become those that lerobot gives them in rollouts.
 
     Args:
-        config: The policy's.
         repo_id: Hub id of a LeRobotDataset.
         root: Its folder, if it is local. Or a folder that holds several LeRobotDatasets, however deep below it, as
             lerobot-eval leaves them: they are read as one, in the order of their paths.

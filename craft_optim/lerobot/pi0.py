@@ -11,7 +11,6 @@ from typing import Any
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from torch import Tensor, nn
 
-from craft_optim.lerobot._observed import observed, real_actions
 from craft_optim.lerobot._paligemma import prefix_spans, run_paligemma
 from craft_optim.lerobot._shared import (
     ACTION,
@@ -22,8 +21,10 @@ from craft_optim.lerobot._shared import (
     TOKENS,
     TOKENS_MASK,
     action_spans,
+    observed,
     only,
     policy_of,
+    real_actions,
     with_noise,
 )
 

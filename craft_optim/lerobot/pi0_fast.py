@@ -6,8 +6,8 @@ processors: the prompt holds the discretised, normalised state, so other statist
 
 Example:
     batches = (anchor_inputs(preprocessor(batch)) for batch in dataloader)
-    cache = anchors.build(policy, batches, "anchors/", forward=action_logits, mask=action_mask)
-    retention = anchors.LogitRetention(policy, cache, forward=action_logits)
+    cache = anchors.build(policy, batches, "anchors/", anchors.Reading(action_logits, action_mask))
+    retention = cache.retention(policy)
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,6 @@ def action_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     `action.tokens[:, i + 1]`.
 
     Args:
-        model: A `lerobot.policies.pi0_fast.PI0FastPolicy`, wrapped or not.
         batch: A preprocessed batch with action tokens of shape `[B, T]`.
 
     Returns:
@@ -92,10 +91,9 @@ def action_mask(batch: Mapping[str, Tensor]) -> Tensor:
 def generated_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """The policy's own action tokens, decoded at temperature 0, in the place of the demonstrated ones.
 
-    For `anchors.build(..., forward=action_logits, tokens=generated_actions)`: frames without actions are anchors, too.
+    For `anchors.Reading(action_logits, tokens=generated_actions)`: frames without actions are anchors, too.
 
     Args:
-        model: A `lerobot.policies.pi0_fast.PI0FastPolicy`, wrapped or not.
         batch: A preprocessed batch; action tokens in it are ignored.
 
     Returns:
@@ -131,8 +129,6 @@ def last_hidden(policy: Any, batch: Mapping[str, Tensor], suffix: Tensor | None,
     """Images, prompt and, if given, the tokens after it through the decoder, which attends to these causally.
 
     Args:
-        policy: The `PI0FastPolicy` itself.
-        batch: A preprocessed batch.
         suffix: Token ids, `[B, T]`: of actions in training, of any text elsewhere.
         mask: Which of them are no padding: bool `[B, T]`.
 

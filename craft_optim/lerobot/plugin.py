@@ -34,10 +34,7 @@ REPLACED = (
 
 
 def install(arguments: Sequence[str]) -> None:
-    """Replaces what lerobot's training script calls. A second time: nothing.
-
-    Args:
-        arguments: The command line, without the program.
+    """Replaces what lerobot's training script calls, for a command line without its program. A second time: nothing.
 
     Raises:
         SystemExit: A setting cannot be, or lerobot's script is not the one that this was written for.

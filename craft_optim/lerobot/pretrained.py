@@ -18,17 +18,10 @@ WEIGHTS = "model.safetensors"
 
 
 def load_policy(path: str, device: str) -> Any:
-    """A lerobot policy by its own `from_pretrained`, in eval mode.
+    """The policy in a folder or on the hub by its own `from_pretrained`, in eval mode.
 
     A checkpoint of `lerobot-train --peft...` holds adapters only: the policy that they belong to is loaded, and they
     are merged into it, so that modules have the names of the policy without adapters.
-
-    Args:
-        path: Folder or hub id of a checkpoint.
-        device: Where the policy goes.
-
-    Returns:
-        The policy.
 
     Raises:
         ImportError: The checkpoint holds adapters, and peft is not installed.
@@ -47,11 +40,8 @@ def load_policy(path: str, device: str) -> Any:
 def load_config(path: str) -> Any:
     """The config of a checkpoint's policy: what it sees and how far it looks, without its weights.
 
-    Args:
-        path: Folder or hub id of a checkpoint.
-
     Raises:
-        ValueError: It can be neither.
+        ValueError: The path is neither a folder nor a hub id.
         OSError: There is no such checkpoint.
     """
     try:
@@ -61,15 +51,10 @@ def load_config(path: str) -> Any:
 
 
 def load_preprocessor(policy: Any, path: str, device: str) -> Any:
-    """The preprocessor that a checkpoint of this policy holds, with the statistics it was trained with.
+    """The preprocessor that a checkpoint of this policy holds, with the statistics it was trained with; takes a batch.
 
     Args:
         policy: From `load_policy`, or its config.
-        path: Folder or hub id of the checkpoint.
-        device: Where its outputs go.
-
-    Returns:
-        A function of a batch.
     """
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": device}}
     config = getattr(policy, "config", policy)

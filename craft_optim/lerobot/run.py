@@ -33,7 +33,6 @@ from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anch
 from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings
 from craft_optim.metrics import METRICS, JSONLWriter
 from craft_optim.optimizer import CraftOptimizer
-from craft_optim.sampled_drift import drift_on
 
 __all__ = ["FOLDER", "STATE_FILE", "CraftRun"]
 
@@ -112,7 +111,7 @@ class CraftRun:
         Args:
             cfg: lerobot's TrainPipelineConfig, validated.
             policy: On its device, not yet prepared by accelerate.
-            base: What lerobot's factory returns.
+            base: Result of lerobot's factory.
 
         Raises:
             SettingsError: The run is none that can be constrained, or a setting cannot be.
@@ -179,11 +178,9 @@ class CraftRun:
             model,
             found.cache,
             batch_size=min(settings.batch_size or cfg.batch_size, len(found.cache) // accelerator.num_processes),
-            autocast=autocast,
             strict=not cfg.resume,
             **loss,
         )
-        self.retention.position = int(optimizer.param_groups[0]["craft_anchor_position"])
         optimizer.retention_closure = self.retention
         if cfg.resume:
             # lerobot restores it earlier; making the data loader draws from it
@@ -222,7 +219,7 @@ class CraftRun:
         assert self.retention is not None
         caches = {"drift_anchors": self._anchors.cache, "drift_heldout": self._anchors.heldout}
         return {
-            name: drift_on(self.retention, cache, self.settings.drift_anchors)
+            name: self.retention.drift(cache, self.settings.drift_anchors)
             for name, cache in caches.items()
             if cache is not None
         }
@@ -313,7 +310,7 @@ def _same_folder(one: Path, other: Path) -> bool:
 
 
 def _share_episodes(anchors: str | None, trained: Sequence[int] | None) -> bool:
-    """Whether some episodes are surely in both; parts that are counted from the end are not known yet."""
+    """True if some episodes are surely in both; parts that are counted from the end are not known yet."""
     if anchors is None or trained is None:
         return True
     wanted = parse_episodes(anchors)
@@ -367,7 +364,7 @@ def _path_or_none(text: str | None) -> Path | None:
 
 
 def _moved(saved: Mapping[str, Any], checkpoint: Path) -> Path:
-    """Where the anchors of a checkpoint are: at the same place seen from it, if it was moved with them."""
+    """Folder of a checkpoint's anchors: at the same place seen from it, if it was moved with them."""
     beside = (Path(checkpoint).resolve() / saved["anchors_from_here"]).resolve()
     return beside if beside.is_dir() else Path(saved["anchors"])
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from craft_optim.anchors import AnchorCache
-from craft_optim.inspection import spread
+from craft_optim.anchors.sampling import spread
 from craft_optim.lerobot._shared import policy_of
 from craft_optim.lerobot.adapters import Adapter, adapter_for, adapter_of
 from craft_optim.lerobot.datasets import anchor_batches, spread_frames
-from craft_optim.lerobot.frames import open_frames
+from craft_optim.lerobot.frames import SOURCES, open_frames
 from craft_optim.lerobot.pretrained import load_preprocessor
 from craft_optim.lerobot.settings import PREFIX, AnchorSettings, SettingsError
 from craft_optim.lerobot.sharded import is_sharded, within_wrapper
@@ -29,7 +29,7 @@ __all__ = ["Part", "RunAnchors", "build_anchors", "heldout_folder", "open_anchor
 
 @dataclass(frozen=True)
 class RunAnchors:
-    """What a run is held to.
+    """The anchors of a run.
 
     Attributes:
         adapter: How the policy is anchored.
@@ -62,7 +62,7 @@ class Part:
 
 
 def heldout_folder(folder: Path) -> Path:
-    """Where the held-out anchors of a cache are: beside it."""
+    """Folder of a cache's held-out anchors: beside it."""
     return folder.with_name(f"{folder.name}-heldout")
 
 
@@ -71,7 +71,7 @@ def split_episodes(dataset: Any, share: float) -> tuple[Part, Part | None]:
 
     Args:
         dataset: With the column "episode_index" in its `hf_dataset`.
-        share: Of the episodes to hold out, rounded up, evenly apart; at least one stays.
+        share: Share of the episodes to hold out, rounded up, evenly apart; at least one stays.
 
     Returns:
         Both parts; None for the second if `share` is 0 or there is one episode only.
@@ -100,9 +100,9 @@ def build_anchors(
     Args:
         model: The policy, with the weights that it is not to forget.
         settings: With a source.
-        folder: Of the cache; the held-out one goes beside it.
+        folder: Folder of the cache; the held-out one goes beside it.
         pretrained: Folder or hub id of the checkpoint that the policy comes from, for its preprocessor.
-        device: Where the policy is.
+        device: Device of the policy.
         autocast: Dtype that training runs under; None for none.
         heldout_count: At most so many held-out frames are kept.
 
@@ -111,16 +111,7 @@ def build_anchors(
     """
     policy = policy_of(model)
     prepare = load_preprocessor(policy, pretrained, str(device))
-    found = open_frames(
-        policy.config,
-        prepare,
-        repo_id=settings.repo_id,
-        root=settings.root,
-        episodes=settings.episodes,
-        rename_map=settings.rename_map,
-        prompts=settings.prompts,
-        keep=settings.keep,
-    )
+    found = open_frames(policy.config, prepare, **{name: getattr(settings, name) for name in SOURCES})
     adapter = _reaching_all(adapter_for(model, found.keep), model)
     if settings.layers is not None:
         adapter = replace(adapter, layers=tuple(int(x) if x.lstrip("-").isdecimal() else x for x in settings.layers))
@@ -139,7 +130,8 @@ def build_anchors(
             workers=settings.workers,
         )
         dtype = getattr(torch, settings.dtype)
-        return adapter.build(model, batches, path, model_id=pretrained, dtype=dtype, autocast=autocast, **more)
+        reading = replace(adapter.reading, autocast=autocast)
+        return adapter.build(model, batches, path, reading=reading, model_id=pretrained, dtype=dtype, **more)
 
     heldout = None
     if held is not None:
@@ -152,8 +144,8 @@ def open_anchors(model: nn.Module, folder: Path, fingerprint: str | None = None)
 
     Args:
         model: The policy.
-        folder: Of the cache.
-        fingerprint: Of its teacher, if it is known.
+        folder: Folder of the cache.
+        fingerprint: Fingerprint of its teacher, if it is known.
 
     Raises:
         SettingsError: There is no cache, or it is another teacher's.
@@ -177,4 +169,7 @@ def open_anchors(model: nn.Module, folder: Path, fingerprint: str | None = None)
 
 
 def _reaching_all(adapter: Adapter, model: nn.Module) -> Adapter:
-    return replace(adapter, forward=within_wrapper(adapter.forward)) if is_sharded(model) else adapter
+    if not is_sharded(model):
+        return adapter
+    assert adapter.reading.forward is not None
+    return replace(adapter, reading=replace(adapter.reading, forward=within_wrapper(adapter.reading.forward)))

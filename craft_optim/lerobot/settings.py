@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,6 @@ __all__ = ["PREFIX", "AnchorSettings", "CraftSettings", "SettingsError", "own_fl
 
 PREFIX = "--craft."
 _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
-_STATISTICS = ("dataset", "pretrained")
 
 
 class SettingsError(ValueError):
@@ -112,12 +112,12 @@ class CraftSettings(Rules):
         """Raises SettingsError for what is wrong in itself; `CraftOptimizer` and `anchors.build` check the rest."""
         choices: dict[str, tuple[object, ...]] = {
             "epsilon_schedule": (None, *_SCHEDULES),
-            "statistics": _STATISTICS,
+            "statistics": ("dataset", "pretrained"),
             "loss": ("mse", "cosine", "l1"),
             "anchors.dtype": ("float16", "bfloat16", "float32"),
         }
         for name, allowed in choices.items():
-            found = _get(self, name)
+            found = attrgetter(name)(self)
             if found not in allowed:
                 known = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise SettingsError(f"{PREFIX}{name} must be one of {known}. Found {found}.")
@@ -125,7 +125,7 @@ class CraftSettings(Rules):
             "batch_size": 1, "epsilon_steps": 1, "drift_every": 0, "drift_anchors": 1, "anchors.count": 1,
             "anchors.batch_size": 1, "anchors.workers": 0, "anchors.top_k": 1,
         }.items():  # fmt: skip
-            found = _get(self, name)
+            found = attrgetter(name)(self)
             if found is not None and found < least:
                 raise SettingsError(f"{PREFIX}{name} must be a whole number >= {least}. Found {found}.")
         if not 0.0 <= self.anchors.heldout < 1.0:
@@ -137,11 +137,7 @@ class CraftSettings(Rules):
             )
 
     def schedule(self, steps: int) -> float | Schedule:
-        """`epsilon` as `CraftOptimizer` takes it.
-
-        Args:
-            steps: Length of the training.
-        """
+        """`epsilon` as `CraftOptimizer` takes it, for a training of so many steps."""
         if self.epsilon_schedule is None:
             return self.epsilon
         length = self.epsilon_steps or max(1, steps // 2)
@@ -165,13 +161,6 @@ class CraftSettings(Rules):
         """As JSON holds it."""
         encoded: dict[str, Any] = draccus.encode(self)
         return encoded
-
-
-def _get(settings: Any, name: str) -> Any:
-    """The value of a dotted name."""
-    for part in name.split("."):
-        settings = getattr(settings, part)
-    return settings
 
 
 def own_flags(arguments: Sequence[str]) -> list[str]:
@@ -221,7 +210,10 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
     for flag in arguments:
         name, _, text = flag.removeprefix("--").partition("=")
         if name != "config":
-            _merge(merged, _nested(name, _value(name, text)))
+            value = _value(name, text)
+            for part in reversed(name.split(".")):
+                value = {part: value}
+            _merge(merged, value)
     anchors = merged.get("anchors")
     if isinstance(anchors, dict) and isinstance(anchors.get("episodes"), int | list):  # as a file may have it
         anchors["episodes"] = str(anchors["episodes"])
@@ -258,12 +250,6 @@ def _names(kind: Any) -> list[str]:
     for name, of in get_type_hints(kind).items():
         names += [f"{name}.{inner}" for inner in _names(of)] if is_dataclass(of) else [name]
     return names
-
-
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return dict(value)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from craft_optim.lerobot._observed import observed, real_actions
 from craft_optim.lerobot._shared import (
     ACTION,
     ACTION_IS_PAD,
@@ -25,8 +24,10 @@ from craft_optim.lerobot._shared import (
     TOKENS_MASK,
     action_spans,
     cameras,
+    observed,
     only,
     policy_of,
+    real_actions,
     spans_of,
     with_noise,
 )

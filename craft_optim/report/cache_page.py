@@ -39,11 +39,8 @@ def render(
     """The page.
 
     Args:
-        cache: The cache.
         indices: Anchors to show; those with the largest drift come first, if one was measured.
-        verified: True if the checksums have been compared.
-        measured: From `evaluation.drift.drifts`, on the same anchors.
-        verdict: From `evaluation.drift.verdict`.
+        measured: From `evaluation.drift.drifts`, on the same anchors; `verdict` from `evaluation.drift.verdict`.
         decode: Token ids -> text. None: ids are shown as numbers.
 
     Raises:
@@ -67,6 +64,8 @@ def render(
         ]
         cards.append(tag("article", *(part for part in card if part)))
 
+    which = f"All {len(cache)}" if len(indices) == len(cache) else f"{len(indices)} of {len(cache)}, evenly spread"
+    caption = f"{which}; the largest drift first." if measured else f"{which}."
     named = [*facts(cache), ("Checksums", "verified" if verified else "not compared (--verify does)")]
     about = [part for label, text in named for part in (tag("dt", label), tag("dd", text))]
     sections = [
@@ -74,19 +73,9 @@ def render(
         _drift_section(measured, verdict),
         tag("section", tag("h2", "What it is"), tag("dl", *about)),
         tag("section", tag("h2", "Tensors"), _tensors(cache)),
-        tag(
-            "section",
-            tag("h2", "Anchors"),
-            tag("p", _caption(len(indices), len(cache), bool(measured)), class_="quiet"),
-            tag("div", *cards, class_="cards"),
-        ),
+        tag("section", tag("h2", "Anchors"), tag("p", caption, class_="quiet"), tag("div", *cards, class_="cards")),
     ]
     return page(f"Anchors: {cache.path.resolve().name}", sections, asset("cache.css"))
-
-
-def _caption(shown: int, total: int, by_drift: bool) -> str:
-    which = f"All {total}" if shown == total else f"{shown} of {total}, evenly spread"
-    return f"{which}; the largest drift first." if by_drift else f"{which}."
 
 
 def _tensors(cache: AnchorCache) -> Markup:
@@ -209,9 +198,7 @@ def _data_uri(picture: Tensor, black: float, white: float) -> str:
     try:
         from PIL import Image
     except ImportError:
-        raise ImportError(
-            "Pictures on the page need Pillow, which is not installed: pip install 'craft-optim[report]'."
-        ) from None
+        raise ImportError("Pictures on the page need Pillow: pip install 'craft-optim[report]'.") from None
     scaled = ((picture - black) / (white - black)).nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
     pixels = scaled.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
     kind = "PNG" if max(pixels.shape[:2]) <= 96 else "JPEG"  # of small pictures every pixel matters
@@ -228,7 +215,7 @@ def _rows(inputs: Mapping[str, Tensor], pictures: set[str], decode: Decode | Non
     for name, x in inputs.items():
         if name in pictures or x.dtype == torch.bool or "mask" in name.lower():
             continue
-        text = _text(name, x, decode) if _are_ids(name, x) else _numbers(x)
+        text = _text(_trimmed(x.tolist()), decode) if _are_ids(name, x) else _numbers(x)
         parts += [tag("dt", name), tag("dd", text, class_="text" if _are_ids(name, x) and decode else "numbers")]
     return tag("dl", *parts, class_="inputs") if parts else Markup("")
 
@@ -249,14 +236,9 @@ def _trimmed(ids: list[int]) -> list[int]:
     return ids
 
 
-def _text(name: str, x: Tensor, decode: Decode | None) -> str:
-    ids = [i for i in _trimmed(x.tolist()) if i >= 0]
-    if decode is not None:
-        return _clipped(decode(ids), 600)
-    return _clipped(" ".join(map(str, ids)), 240)
-
-
-def _clipped(text: str, longest: int) -> str:
+def _text(ids: list[int], decode: Decode | None) -> str:
+    ids = [i for i in ids if i >= 0]
+    text, longest = (" ".join(map(str, ids)), 240) if decode is None else (decode(ids), 600)
     return text if len(text) <= longest else text[:longest] + " ..."
 
 
@@ -277,19 +259,18 @@ def _number(value: Any) -> str:
 def _teacher(features: Mapping[str, Tensor], decode: Decode | None) -> Markup:
     """The likeliest classes at the first positions that count, or what the teacher wrote."""
     lines = []
-    for position, guesses in enumerate(_predictions(features)):
+    predictions, total = _predictions(features)
+    for position, guesses in enumerate(predictions):
         words = [
             tag("span", tag("code", _class(number, decode)), f" {chance:.0%}", style=f"--p:{100 * chance:.0f}%")
             for number, chance in guesses
             if chance >= 0.005 or number == guesses[0][0]
         ]
         lines.append(tag("li", tag("small", str(position)), *words))
-    total = _count(features)
     heading = "The teacher" if total == 1 else f"The teacher, first {len(lines)} of {total} positions"
     parts = [tag("h4", heading), tag("ol", *lines)] if lines else []
     if "tokens" in features:
-        ids = features["tokens"].reshape(-1).tolist()
-        written = _clipped(decode(ids) if decode else " ".join(map(str, ids)), 600)
+        written = _text(features["tokens"].reshape(-1).tolist(), decode)
         parts += [tag("h4", "The teacher wrote"), tag("p", written, class_="text")]
     return tag("div", *parts, class_="teacher") if parts else Markup("")
 
@@ -298,23 +279,16 @@ def _class(number: int, decode: Decode | None) -> str:
     return str(number) if decode is None else repr(decode([number]))[1:-1] or str(number)
 
 
-def _predictions(features: Mapping[str, Tensor]) -> list[list[tuple[int, float]]]:
-    """(class, probability) of the three likeliest, at each of the first positions."""
+def _predictions(features: Mapping[str, Tensor]) -> tuple[list[list[tuple[int, float]]], int]:
+    """(class, probability) of the three likeliest at each of the first positions, and the number of positions."""
     if "logprobs" in features:
-        logprobs = features["logprobs"].flatten(0, -2)[:_POSITIONS].float()
-        best = logprobs.topk(min(3, logprobs.shape[-1]))
-        values, classes = best.values, best.indices
+        logprobs = features["logprobs"].flatten(0, -2)
+        values, classes = logprobs[:_POSITIONS].float().topk(min(3, logprobs.shape[-1]))
     elif "topk_logprobs" in features:
-        values = features["topk_logprobs"].flatten(0, -2)[:_POSITIONS, :3].float()
+        logprobs = features["topk_logprobs"].flatten(0, -2)
+        values = logprobs[:_POSITIONS, :3].float()
         classes = features["topk_indices"].flatten(0, -2)[:_POSITIONS, :3]
     else:
-        return []
-    return [
-        list(zip(row, chances, strict=True))
-        for row, chances in zip(classes.tolist(), values.exp().tolist(), strict=True)
-    ]
-
-
-def _count(features: Mapping[str, Tensor]) -> int:
-    first = next((features[name] for name in ("logprobs", "topk_logprobs") if name in features), None)
-    return 0 if first is None else first.flatten(0, -2).shape[0]
+        return [], 0
+    pairs = zip(classes.tolist(), values.exp().tolist(), strict=True)
+    return [list(zip(*pair, strict=True)) for pair in pairs], len(logprobs)

@@ -24,21 +24,17 @@ def tag(name: str, /, *children: str, **attributes: object) -> Markup:
     """An element.
 
     Args:
-        name: Name of the element.
         children: Text is escaped, `Markup` is not.
-        attributes: An underscore at the end is dropped (`class_`), others become hyphens. None: without the attribute.
+        attributes: An underscore at the end is dropped (`class_`), others become hyphens.
 
     Example:
         >>> tag("p", "a < b", tag("b", "!"), class_="quiet")
         '<p class="quiet">a &lt; b<b>!</b></p>'
     """
     inner = "".join(x if isinstance(x, Markup) else html.escape(x) for x in children)
-    named = {
-        key.rstrip("_").replace("_", "-"): html.escape(str(value))
-        for key, value in attributes.items()
-        if value is not None
-    }
-    words = "".join(f' {key}="{value}"' for key, value in named.items())
+    words = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
+    )
     return Markup(f"<{name}{words}>" if name in _VOID else f"<{name}{words}>{inner}</{name}>")
 
 
@@ -53,15 +49,11 @@ def page(title: str, sections: Sequence[str], style: str = "", scripts: Sequence
     """A whole page, light or dark as the reader's system is.
 
     Args:
-        title: Title of the window.
         sections: HTML, from top to bottom.
-        style: CSS beyond that of all pages.
         scripts: JavaScript to run when everything else is there; no text of users may be in it.
     """
     allowed = "".join(f" '{_hash(script)}'" for script in scripts)
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'" + (
-        f"; script-src{allowed}" if scripts else ""
-    )
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'{'; script-src' if scripts else ''}{allowed}"
     head = [
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),

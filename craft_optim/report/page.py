@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from craft_optim.report.colours import DARK, LIGHT, ink
 from craft_optim.report.markup import Markup, asset, page, table, tag
 from craft_optim.report.panels import POINTS, Curve, Group, Panel, groups, panels
 from craft_optim.report.runs import Column, Run
 from craft_optim.report.summary import BAND, Summary, in_text, judge, judge_all, summarise
 
-__all__ = ["render"]
+__all__ = ["COLOURS", "render"]
+
+_ON_WHITE = "1b6ca8 d95f02 1b9e77 8a5cc0 c2185b 7a6a00 00838f 6d4c41 3f51b5 558b2f ad1457 546e7a"
+_ON_BLACK = "5fb0f0 ff9a4d 4fd1a5 b69af0 f472a8 d8c44a 4dd0e1 c9a294 9fa8ff 9ccc65 ff80ab b0bec5"
+
+COLOURS = [f"#{colour}" for colour in _ON_WHITE.split()]
+"""Those of methods, on white, in the order in which they are given out; beyond the last one they begin anew"""
 
 _BADGES = {"held": "held", "inactive": "held, with room", "not held": "not held", "free": "not constrained"}
 _FACTS = {
@@ -29,42 +34,28 @@ _FACTS = {
 
 
 def render(runs: Sequence[Run], title: str = "Training report") -> str:
-    """The page.
-
-    Args:
-        runs: From `read_runs`; at least one.
-        title: Heading of the page.
-    """
+    """The page of at least one run."""
     found = groups(runs)
     drawn = panels(found)
     summaries = [[summarise(run) for run in group.runs] for group in found]
+    longest = max(int(run.steps[-1]) for run in runs)
+    about = f"{len(runs)} run{'' if len(runs) == 1 else 's'}, up to step {longest:,}"
     sections = [
-        tag("header", tag("p", "craft-optim report", class_="kind"), tag("h1", title), _about(runs)),
+        tag("header", tag("p", "craft-optim report", class_="kind"), tag("h1", title), tag("p", about, class_="quiet")),
         _verdicts(found, summaries),
         _charts(found, drawn),
         _table(found, summaries),
     ]
-    light, dark = (f":root {{ {_variables(colours)}}}" for colours in (LIGHT, DARK))
+    light, dark = _variables(_ON_WHITE), _variables(_ON_BLACK)
     style = [asset("uPlot.min.css"), light, f"@media (prefers-color-scheme: dark) {{ {dark} }}", asset("report.css")]
-    return page(title, sections, "\n".join(style), _scripts())
+    # uPlot with its licence, which wants to be in every copy; and ours
+    scripts = (f"/*\n{asset('uPlot.LICENSE')}\n*/\n{asset('uPlot.iife.min.js')}", asset("charts.js"))
+    return page(title, sections, "\n".join(style), scripts)
 
 
-def _variables(colours: Sequence[str]) -> str:
-    return "".join(f"--g{number}: {colour}; " for number, colour in enumerate(colours))
-
-
-def _scripts() -> tuple[str, ...]:
-    """uPlot with its licence, which wants to be in every copy; and ours."""
-    return f"/*\n{asset('uPlot.LICENSE')}\n*/\n{asset('uPlot.iife.min.js')}", asset("charts.js")
-
-
-def _about(runs: Sequence[Run]) -> Markup:
-    longest = max(int(run.steps[-1]) for run in runs)
-    return tag("p", f"{_count(len(runs), 'run')}, up to step {longest:,}", class_="quiet")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _variables(colours: str) -> str:
+    """The colours as CSS, of which the page takes those of the reader's light or dark."""
+    return f":root {{ {''.join(f'--g{number}: #{colour}; ' for number, colour in enumerate(colours.split()))}}}"
 
 
 def _verdicts(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) -> Markup:
@@ -95,7 +86,7 @@ def _card(place: int, name: str, summaries: Sequence[Summary]) -> Markup:
 
 
 def _swatch(place: int) -> Markup:
-    return tag("i", class_="swatch", style=f"--c:{ink(place)}")
+    return tag("i", class_="swatch", style=f"--c:var(--g{place % len(COLOURS)})")
 
 
 def _typical(summaries: Sequence[Summary], name: str) -> float | None:
@@ -124,7 +115,7 @@ def _charts(found: Sequence[Group], drawn: Sequence[Panel]) -> Markup:
     steps = [run.steps for run in runs]
     data = {
         "groups": [group.name for group in found],
-        "inks": len(LIGHT),
+        "inks": len(COLOURS),
         "panels": [_numbers(panel) for panel in drawn],
         "first": float(min(x[0] for x in steps)),
         "last": float(max(x[-1] for x in steps)),

@@ -26,8 +26,6 @@ class Group:
     """A method: runs that differ in nothing but the seed.
 
     Attributes:
-        name: Name of the method.
-        runs: At least one.
         constrained: True if they have an epsilon.
     """
 
@@ -47,10 +45,7 @@ class Curve:
         group: Place of its method among the groups.
         label: Name beside the method's name; "" for the panel's own.
         style: "solid", "dashed", "dotted" or "faint".
-        x: Steps.
-        y: Values.
-        low: Lower end of the range; as long as y.
-        high: Upper end.
+        low: Lower end of the range, `high` the upper one; as long as y.
     """
 
     group: int
@@ -68,8 +63,6 @@ class Limit:
 
     Attributes:
         group: Whose it is; None if all constrained methods have it.
-        x: Steps.
-        y: Values.
     """
 
     group: int | None
@@ -82,14 +75,10 @@ class Panel:
     """One chart.
 
     Attributes:
-        key: Short, for files.
-        title: In words.
         caption: How to read it.
         log: True for a logarithmic axis.
-        curves: At least one.
         limits: Epsilons to draw with the band around them.
-        bottom: Lower end of the axis; None: that of the values.
-        top: Upper end.
+        bottom: Lower end of the axis, `top` the upper one; None: that of the values.
     """
 
     key: str
@@ -205,7 +194,6 @@ def panels(found: Sequence[Group], points: int = POINTS) -> list[Panel]:
     """The charts that the runs have values for.
 
     Args:
-        found: From `groups`.
         points: The most that a curve may have, >= 2.
     """
     made = []

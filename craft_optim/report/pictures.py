@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_optim.evaluation.plots import require_matplotlib
-from craft_optim.report.colours import LIGHT
+from craft_optim.report.page import COLOURS
 from craft_optim.report.panels import Group, Panel, groups, panels
 from craft_optim.report.runs import Run
 from craft_optim.report.summary import BAND
@@ -16,14 +16,7 @@ _STYLES = {"solid": "-", "dashed": "--", "dotted": ":", "faint": "-"}
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """A picture of each chart, and `overview.png` with all of the runs'.
-
-    Args:
-        runs: From `read_runs`.
-        folder: Made if it is not there.
-
-    Returns:
-        The files.
+    """Draws each chart, and `overview.png` with all of them, into a folder, which is made; returns the files.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -43,21 +36,18 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     if drawn:
         rows = (len(drawn) + 1) // 2
         figure = Figure(figsize=(11, 3.1 * rows), layout="constrained")
-        axes = figure.subplots(rows, 2, squeeze=False).flat
-        for number, axis in enumerate(axes):
-            if number < len(drawn):
-                _draw_panel(
-                    axis, drawn[number], found, legend=number == 0 or any(curve.label for curve in drawn[number].curves)
-                )
-            else:
-                axis.set_axis_off()
+        axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+        for panel, axis in zip(drawn, axes, strict=False):
+            _draw_panel(axis, panel, found, legend=panel is drawn[0] or any(curve.label for curve in panel.curves))
+        for axis in axes[len(drawn) :]:
+            axis.set_axis_off()
         files.append(folder / "overview.png")
         figure.savefig(files[-1], dpi=110)
     return files
 
 
 def _colour(group: int | None) -> str:
-    return "black" if group is None else LIGHT[group % len(LIGHT)]
+    return "black" if group is None else COLOURS[group % len(COLOURS)]
 
 
 def _draw_panel(axis: Any, panel: Panel, found: Sequence[Group], legend: bool) -> None:

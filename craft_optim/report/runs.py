@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from craft_optim.metrics import METRICS
 
-__all__ = ["Column", "Run", "canonical", "files_of", "lines", "name_of", "named", "parsed", "read_file", "read_runs"]
+__all__ = ["Column", "Run", "files_of", "named", "read_file", "read_runs"]
 
 Column = NDArray[np.float64]
 """One value per step; NaN where there is none"""
@@ -34,7 +34,6 @@ class Run:
         name: Unique in a report.
         method: Name that it shares with its repetitions under other seeds.
         seed: None if neither rows nor name say it.
-        file: The file that it was read from.
         columns: Name -> values; "step" increases, "seconds" is the time of a step. Values that a row kept from an
             earlier step are NaN.
         notes: Sentences about rows that were left out.
@@ -62,16 +61,7 @@ class Run:
         return self.steps[there], self[name][there]
 
 
-def lines(path: Path, last: int | None = None) -> Iterator[bytes]:
-    """The lines of a file; with `last`, those that begin in its last so many bytes."""
-    with path.open("rb") as file:
-        if last is not None and path.stat().st_size > last:
-            file.seek(-last, os.SEEK_END)
-            file.readline()
-        yield from file
-
-
-def parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line as a JSON object; None if it is no such thing."""
     try:
         row = json.loads(line)
@@ -80,7 +70,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def canonical(row: Mapping[str, Any]) -> dict[str, float]:
+def _canonical(row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row with its `step`; empty if it has none.
 
     A tracker's prefix goes; null becomes NaN; what a row kept from an earlier step (`fresh` = 0) is left out.
@@ -152,7 +142,6 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
     """The runs in one file, by the `method` and `seed` of their rows; one, if rows have none.
 
     Args:
-        path: JSONL, or a Trainer's `trainer_state.json`.
         name: Name of the run; None: its folder's, or the file's.
 
     Raises:
@@ -162,7 +151,7 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
     tables: dict[tuple[str | None, int | None], _Table] = {}
     notes: list[str] = []
     for row in _state_rows(path) if path.suffix == ".json" else _jsonl_rows(path, notes):
-        if values := canonical(row):
+        if values := _canonical(row):
             seed, method = row.get("seed"), row.get("method")
             key = (None if method is None else str(method), int(seed) if isinstance(seed, int | float) else None)
             tables.setdefault(key, _Table()).append(values)
@@ -172,7 +161,7 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
         if not any(np.isfinite(column).any() for key, column in columns.items() if key not in ("step", "seed")):
             continue
         repeated = f"{again} row(s) of steps that a resumed run did again were left out."
-        own = name or name_of(path)
+        own = name or _name_of(path)
         shown = method or own
         if method is None and seed is None and (ending := _SEED.search(own)):
             shown, seed = own[: ending.start()] or own, int(ending[1])
@@ -213,21 +202,20 @@ def _state_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _jsonl_rows(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of a file; a last line without an end is one, too, if it is whole. Notes say what was left out."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
     unreadable = 0
-    for line in lines(path):
-        if (row := parsed(line)) is not None:
-            yield row
-        elif not line.endswith(b"\n"):
-            notes.append("The last line is not complete: the run was killed in it, or is being written.")
-        else:
-            unreadable += bool(line.strip())
+    with path.open("rb") as file:
+        for line in file:
+            if (row := _parsed(line)) is not None:
+                yield row
+            elif not line.endswith(b"\n"):
+                notes.append("The last line is not complete: the run was killed in it, or is being written.")
+            else:
+                unreadable += bool(line.strip())
     if unreadable:
         notes.append(f"{unreadable} line(s) that are no JSON were left out.")
 
 
-def name_of(path: Path) -> str:
+def _name_of(path: Path) -> str:
     """A file's own name; its folder's if it is called as all are, and the run's folder for one of lerobot-train."""
     if path.stem not in ("metrics", "trainer_state"):
         return path.stem
@@ -259,8 +247,9 @@ def files_of(place: Path) -> list[Path]:
     return found
 
 
-def _begins_like_a_run(file: Path) -> bool:
-    return len(canonical(parsed(next(lines(file), b"")) or {})) > 1
+def _begins_like_a_run(path: Path) -> bool:
+    with path.open("rb") as file:
+        return len(_canonical(_parsed(file.readline()) or {})) > 1
 
 
 def read_runs(specs: Sequence[str]) -> list[Run]:

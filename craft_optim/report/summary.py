@@ -24,14 +24,10 @@ class Summary:
     """The numbers of one run; None where its rows do not tell.
 
     Attributes:
-        name: Name of the run.
-        steps: Number of the last step.
-        retention_steps: Steps that ran retention.
         loss: Task loss, mean over the end.
         drift: At the end, as measured over many anchors; else the median of the last anchor batches.
         over_anchors: True if `drift` is the former.
         heldout: Drift on held-out anchors, where last measured.
-        epsilon: At the end.
         violated: Share of the retention steps with L_ret > epsilon.
         capped: Share with lambda at its cap.
         stuck: Number with both.

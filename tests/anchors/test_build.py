@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from craft_optim.anchors import AnchorCache, AnchorCacheError, HiddenRetention, build
+from craft_optim.anchors import AnchorCache, AnchorCacheError, HiddenRetention, Reading, build
 
 Batches = Callable[..., list[dict[str, Any]]]
 
@@ -98,7 +98,7 @@ def test_other_anchors_for_a_finished_cache_are_pointed_out(
         ({"layers": ("1",)}, "features.layers"),
         ({"shard_size": 8}, "shard_size is 16 there and 8 here"),
         ({"model_id": "b"}, "model_id is 'a' there and 'b' here"),
-        ({"autocast": torch.bfloat16}, "features.autocast is None there and 'bfloat16' here"),
+        ({"reading": Reading(autocast=torch.bfloat16)}, "features.autocast is None there and 'bfloat16' here"),
     ],
 )
 def test_a_folder_of_another_build_is_refused(
@@ -244,7 +244,7 @@ def test_anchors_without_valid_positions_are_refused(llama: nn.Module, token_bat
         build(llama, batches, tmp_path)
     with pytest.raises(ValueError, match=r"'all'.*anchor 5"):
         build(llama, batches, tmp_path, logits=False, layers=(1,))
-    build(llama, batches, tmp_path, mask=lambda batch: torch.ones_like(batch["input_ids"]).bool())
+    build(llama, batches, tmp_path, Reading(mask=lambda batch: torch.ones_like(batch["input_ids"]).bool()))
 
 
 def test_masks_come_from_names_functions_or_the_attention(
@@ -264,22 +264,22 @@ def test_masks_come_from_names_functions_or_the_attention(
         if expected is None:
             batch["input_ids"][:, 0] = 31
             expected = batch["input_ids"] > 30
-        cache = build(llama, [batch], tmp_path, forward=forward, mask=mask, overwrite=True)
+        cache = build(llama, [batch], tmp_path, Reading(forward, mask), overwrite=True)
         features = cache.read(range(4)).features
         assert torch.equal(features["mask"], expected)
         assert features["logprobs"].shape == (int(expected.sum()), 60)  # nothing is kept of the others
     with pytest.raises(ValueError, match="'nothing'"):
-        build(llama, [batch], tmp_path, forward=forward, mask="nothing", overwrite=True)
+        build(llama, [batch], tmp_path, Reading(forward, "nothing"), overwrite=True)
     with pytest.raises(ValueError, match="shape"):
-        build(llama, [batch], tmp_path, forward=forward, mask=lambda b: torch.ones(4, 7), overwrite=True)
+        build(llama, [batch], tmp_path, Reading(forward, lambda b: torch.ones(4, 7)), overwrite=True)
 
 
 def test_spans_of_a_vision_language_model(
     vlm: nn.Module, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     cache = build(
-        vlm, image_text_batches, tmp_path, logits=False, layers=(2, -1), dtype=torch.float32,
-        pooling={"image": "masked_mean", "text": "last"},
+        vlm, image_text_batches, tmp_path, Reading(pooling={"image": "masked_mean", "text": "last"}),
+        logits=False, layers=(2, -1), dtype=torch.float32,
     )  # fmt: skip
     assert sorted(cache.features.variances) == ["hidden.2.image", "hidden.2.text", "hidden.3.image", "hidden.3.text"]
     inputs, features = cache.read(range(4))
@@ -290,7 +290,7 @@ def test_spans_of_a_vision_language_model(
     assert isinstance(inputs, dict)
     assert torch.equal(inputs["pixel_values"], image_text_batches[0]["pixel_values"])
     with pytest.raises(ValueError, match=r"'wrist'.*\['all', 'image', 'text'\]"):
-        build(vlm, image_text_batches, tmp_path / "b", layers=(2,), pooling={"wrist": "first"})
+        build(vlm, image_text_batches, tmp_path / "b", Reading(pooling={"wrist": "first"}), layers=(2,))
 
 
 def test_custom_spans(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_custom_spans(llama: nn.Module, token_batches: Batches, tmp_path: Path) 
         return {"head": torch.arange(6).expand(4, 6) < 2}
 
     cache = build(
-        llama, batches, tmp_path, logits=False, layers=(1,), pooling={"head": "masked_mean"}, spans=spans,
+        llama, batches, tmp_path, Reading(spans=spans, pooling={"head": "masked_mean"}), logits=False, layers=(1,),
         dtype=torch.float32,
     )  # fmt: skip
     llama.eval()
@@ -308,8 +308,8 @@ def test_custom_spans(llama: nn.Module, token_batches: Batches, tmp_path: Path) 
     torch.testing.assert_close(cache.read(range(4)).features["hidden.1.head"], hidden[:, :2].mean(1))
     with pytest.raises(ValueError, match="masks that fit"):
         build(
-            llama, batches, tmp_path / "b", layers=(1,), pooling={"x": "first"},
-            spans=lambda m, b: {"x": torch.ones(4, 5).bool()},
+            llama, batches, tmp_path / "b", layers=(1,),
+            reading=Reading(spans=lambda m, b: {"x": torch.ones(4, 5).bool()}, pooling={"x": "first"}),
         )  # fmt: skip
 
 
@@ -334,10 +334,8 @@ def test_feature_maps_and_vectors_are_pooled_as_they_can_be(tmp_path: Path) -> N
         ({"top_k": 5}, "top_k=5, 4 classes"),
         ({"top_k": 2, "logits": False, "layers": ("1",)}, "logits=False"),
         ({"logits": False}, "Nothing to cache"),
-        ({"layers": ("1",), "pooling": {"all": "median"}}, "'median'"),
-        ({"layers": ("1",), "pooling": {}}, "pooling"),
-        ({"forward": lambda m, b: None}, "NoneType"),
-        ({"forward": lambda m, b: m(b)[:3]}, r"\(3, 4\)"),
+        ({"reading": Reading(lambda m, b: None)}, "NoneType"),
+        ({"reading": Reading(lambda m, b: m(b)[:3])}, r"\(3, 4\)"),
     ],
 )
 def test_arguments_out_of_range_are_refused(
@@ -357,7 +355,7 @@ def test_batches_that_do_not_fit_together_are_refused(classifier: nn.Module, poi
 
 
 def test_autocast_is_entered_and_recorded(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
-    cache = build(classifier, [points], tmp_path, autocast=torch.bfloat16, dtype=torch.float32)
+    cache = build(classifier, [points], tmp_path, Reading(autocast=torch.bfloat16), dtype=torch.float32)
     assert cache.features.autocast == "bfloat16"
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = classifier(points).float().log_softmax(-1)
@@ -427,18 +425,16 @@ def test_what_a_model_keeps_from_the_teachers_pass_can_be_trained_with(token_bat
         model(**batch).sum().backward()
 
 
-def test_teachers_run_in_inference_mode_after_the_first_batch(
-    classifier: nn.Module, points: Tensor, tmp_path: Path
-) -> None:
+def test_teachers_run_without_gradients(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     seen = []
 
     def forward(model: nn.Module, batch: Tensor) -> Tensor:
-        seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        seen.append(torch.is_grad_enabled())
         out: Tensor = model(batch)
         return out
 
-    build(classifier, points.split(20), tmp_path, forward=forward)
-    assert seen == [(False, False), (True, False), (True, False)]
+    build(classifier, points.split(20), tmp_path, Reading(forward))
+    assert seen == [False, False, False]
 
 
 def test_layers_that_work_with_the_batch_second(tmp_path: Path) -> None:
@@ -449,7 +445,7 @@ def test_layers_that_work_with_the_batch_second(tmp_path: Path) -> None:
         model(batch.transpose(0, 1))
 
     cache = build(
-        model, x.split(4), tmp_path, forward=forward, logits=False, layers=("layers.0",), batch_dim=1,
+        model, x.split(4), tmp_path, Reading(forward, batch_dim=1), logits=False, layers=("layers.0",),
         dtype=torch.float32,
     )  # fmt: skip
     model.eval()
@@ -458,10 +454,10 @@ def test_layers_that_work_with_the_batch_second(tmp_path: Path) -> None:
     features = cache.read(range(6)).features["hidden.module:layers.0.all"]
     torch.testing.assert_close(features, expected)
     model.train()
-    retention = HiddenRetention(model, cache, 3, forward=forward)
+    retention = HiddenRetention(model, cache, 3)
     assert retention().item() < 1e-6
     with pytest.raises(ValueError, match="batch_dim=2"):
-        build(model, [x], tmp_path / "b", batch_dim=2)
+        build(model, [x], tmp_path / "b", Reading(batch_dim=2))
 
 
 def test_a_disk_that_is_too_small_is_foreseen(

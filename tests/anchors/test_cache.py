@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from craft_optim.anchors import AnchorCache, AnchorCacheError, build
+from craft_optim.anchors import AnchorCache, AnchorCacheError, Reading, build
 from craft_optim.anchors.manifest import manifest_text
 from craft_optim.anchors.structure import flatten
 
@@ -68,7 +68,7 @@ def test_inputs_of_every_dtype_and_shape(dtype: torch.dtype, tmp_path: Path) -> 
         return (torch.randn(shape) * 100).to(dtype)
 
     batch = (values(5), None, values(5, 3), values(5, 2, 1, 3, 2), values(5, 0), values(3, 5).t())
-    cache = build(nn.Linear(2, 2), [batch], tmp_path, forward=lambda m, b: m(torch.ones(5, 2)), shard_size=2)
+    cache = build(nn.Linear(2, 2), [batch], tmp_path, Reading(lambda m, b: m(torch.ones(5, 2))), shard_size=2)
     inputs, _ = cache.read([4, 1, 2])
     assert isinstance(inputs, tuple)
     assert inputs[1] is None
@@ -88,7 +88,7 @@ def test_mappings_come_back_without_what_is_no_tensor(tmp_path: Path) -> None:
         out: Tensor = model(inputs["observation.state"])
         return out
 
-    cache = build(nn.Linear(3, 2), [batch], tmp_path, forward=forward)
+    cache = build(nn.Linear(3, 2), [batch], tmp_path, Reading(forward))
     assert seen == [["observation.state"]]  # the teacher sees what a retention pass will see
     assert cache.structure.skipped == ("task", "none")
     inputs = cache.read([2]).inputs
@@ -98,7 +98,7 @@ def test_mappings_come_back_without_what_is_no_tensor(tmp_path: Path) -> None:
 
 def test_nan_inputs_survive(tmp_path: Path) -> None:
     x = torch.tensor([[1.0, torch.nan, -0.0, torch.inf]])
-    cache = build(nn.Linear(2, 2), [x], tmp_path, forward=lambda m, b: m(torch.ones(1, 2)))
+    cache = build(nn.Linear(2, 2), [x], tmp_path, Reading(lambda m, b: m(torch.ones(1, 2))))
     got = cache.read([0]).inputs
     assert isinstance(got, Tensor)
     assert torch.equal(got.view(torch.int32), x.view(torch.int32))
@@ -157,7 +157,7 @@ def test_lengths_may_differ_under_a_mask(
     llama: nn.Module, token_batches: Batches, tmp_path: Path, shard_size: int
 ) -> None:
     batches = token_batches((3, 9), (4, 12), (2, 7))
-    cache = build(llama, batches, tmp_path, shard_size=shard_size, layers=(1,), pooling={"all": "none"})
+    cache = build(llama, batches, tmp_path, Reading(pooling={"all": "none"}), shard_size=shard_size, layers=(1,))
     rows = [(batch, i) for batch in batches for i in range(len(batch["input_ids"]))]
     alone = [cache.read([i]).features for i in range(9)]
     for chosen in ([0, 8, 4], [7, 8], [2, 1], list(range(9))):
@@ -185,14 +185,14 @@ def test_lengths_that_nothing_covers_are_refused(llama: nn.Module, token_batches
     with pytest.raises(ValueError, match="attention_mask"):
         build(llama, batches, tmp_path / "a")
     with pytest.raises(ValueError, match="'mean'"):
-        build(llama, token_batches((3, 9), (4, 12)), tmp_path / "b", layers=(1,), pooling={"all": "mean"})
+        build(llama, token_batches((3, 9), (4, 12)), tmp_path / "b", Reading(pooling={"all": "mean"}), layers=(1,))
     lengths = iter((3, 5))
     with pytest.raises(ValueError, match="no mask says"):
         build(
             nn.Linear(6, 2),
             torch.randn(4, 6).split(2),
             tmp_path / "c",
-            forward=lambda m, b: torch.ones(2, next(lengths), 4),
+            Reading(lambda m, b: torch.ones(2, next(lengths), 4)),
         )
 
 
@@ -379,7 +379,7 @@ def test_clips_of_images_may_differ_in_length(tmp_path: Path) -> None:
         out: Tensor = model(batch["clip"].flatten(2))
         return out
 
-    cache = build(model, batches, tmp_path, forward=forward, mask="valid", shard_size=4)
+    cache = build(model, batches, tmp_path, Reading(forward, "valid"), shard_size=4)
     assert stored_dtypes(tmp_path, "inputs.clip") == [torch.uint8, torch.uint8]
     inputs = cache.read([0, 3, 5]).inputs
     assert isinstance(inputs, dict)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from craft_optim.anchors import AnchorMismatchError, HiddenRetention, LogitRetention, build
+from craft_optim.anchors import AnchorMismatchError, HiddenRetention, LogitRetention, Reading, build
 
 Batches = Callable[..., list[dict[str, Any]]]
 TOWER = "model.vision_tower"
@@ -42,7 +42,7 @@ def test_a_frozen_tower_runs_once_and_never_again(
     model = frozen_vlm
     settings: dict[str, Any] = {"layers": (2,), "logits": kind == "logits", "dtype": torch.float32}
     with_tower = build(model, image_text_batches, tmp_path / "a", **settings)
-    without = build(model, image_text_batches, tmp_path / "b", frozen=[TOWER], **settings)
+    without = build(model, image_text_batches, tmp_path / "b", Reading(frozen=[TOWER]), **settings)
     assert without.features.frozen == (TOWER,)
     assert without.frozen_features
     make = LogitRetention if kind == "logits" else HiddenRetention
@@ -68,7 +68,7 @@ def test_a_frozen_tower_runs_once_and_never_again(
 
 
 def test_a_tower_that_trains_is_run(vlm: Any, image_text_batches: list[dict[str, Tensor]], tmp_path: Path) -> None:
-    cache = build(vlm, image_text_batches, tmp_path, frozen=[TOWER], dtype=torch.float32)
+    cache = build(vlm, image_text_batches, tmp_path, Reading(frozen=[TOWER]), dtype=torch.float32)
     retention = LogitRetention(vlm, cache, 4)
     retention()
     disturb(vlm, only="vision_tower")
@@ -81,7 +81,7 @@ def test_a_tower_that_trains_is_run(vlm: Any, image_text_batches: list[dict[str,
 def test_a_tower_that_has_changed_is_found_out(
     frozen_vlm: Any, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    cache = build(frozen_vlm, image_text_batches, tmp_path, frozen=[TOWER])
+    cache = build(frozen_vlm, image_text_batches, tmp_path, Reading(frozen=[TOWER]))
     with torch.no_grad():
         next(frozen_vlm.get_submodule(TOWER).parameters()).mul_(1.5)
     with pytest.raises(AnchorMismatchError, match=rf"'{TOWER}' does not return what the cache holds.*cache is"):
@@ -91,7 +91,7 @@ def test_a_tower_that_has_changed_is_found_out(
 def test_rounded_towers_stay_within_rounding(
     frozen_vlm: Any, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    cache = build(frozen_vlm, image_text_batches, tmp_path, frozen=[TOWER])
+    cache = build(frozen_vlm, image_text_batches, tmp_path, Reading(frozen=[TOWER]))
     retention = LogitRetention(frozen_vlm, cache, 4)
     assert retention().item() < 1e-3
     assert retention().item() < 1e-3  # this one is replayed
@@ -100,7 +100,7 @@ def test_rounded_towers_stay_within_rounding(
 
 def test_unknown_modules_are_refused(vlm: Any, image_text_batches: list[dict[str, Tensor]], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no module 'tower'"):
-        build(vlm, image_text_batches, tmp_path, frozen=["tower"])
+        build(vlm, image_text_batches, tmp_path, Reading(frozen=["tower"]))
     assert not list(tmp_path.iterdir())
 
 
@@ -115,9 +115,9 @@ def test_the_head_runs_where_logits_are_compared(llama: nn.Module, token_batches
 
     widths: list[int] = []
     llama.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[:2].numel()))
-    cache = build(llama, batches, tmp_path / "a", forward=without_answer, mask="answer", dtype=torch.float32)
+    cache = build(llama, batches, tmp_path / "a", Reading(without_answer, mask="answer"), dtype=torch.float32)
     widths.clear()
-    retention = LogitRetention(llama, cache, 5, forward=without_answer)
+    retention = LogitRetention(llama, cache, 5)
     retention()
     disturb(llama)
     widths.clear()
@@ -144,7 +144,7 @@ def test_labels_are_a_mask_and_no_loss_is_computed(
         raise AssertionError("a loss was computed")
 
     monkeypatch.setattr(type(llama), "loss_function", property(lambda self: no_loss))
-    cache = build(llama, [batch], tmp_path, mask="labels")
+    cache = build(llama, [batch], tmp_path, Reading(mask="labels"))
     # the logits before each of the labels 5 to 8
     assert cache.read([0]).features["mask"].nonzero()[:, 1].tolist() == [4, 5, 6, 7]
     assert LogitRetention(llama, cache, 6)().item() < 1e-3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from craft_optim.anchors import AnchorCache, AnchorCacheError, HiddenRetention
+from craft_optim.anchors import AnchorCache, AnchorCacheError, HiddenRetention, Reading
 from craft_optim.anchors.importers import convert
 
 PROMPT = 6  # tokens, padding included
@@ -256,7 +256,7 @@ def test_layers_are_those_of_hugging_face(llama: nn.Module, tmp_path: Path, laye
 
     write_features(tmp_path / "old", "mean_masked", torch.float32, layer, features=pooled)
     cache = convert(tmp_path / "old", tmp_path / "new", layers=None if name is None else [name])
-    retention = HiddenRetention(llama, cache, batch_size=5, forward=forward)
+    retention = HiddenRetention(llama, cache, batch_size=5, reading=Reading(forward))
     assert retention.drift() < 1e-6
     with torch.no_grad():
         for parameter in llama.parameters():

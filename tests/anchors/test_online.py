@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from craft_optim import CraftOptimizer
-from craft_optim.anchors import AnchorMismatchError, LogitRetention, OnlineRetention, build
+from craft_optim.anchors import AnchorMismatchError, LogitRetention, OnlineRetention, Reading, build
 
 Batches = Callable[..., list[dict[str, Any]]]
 
@@ -120,7 +120,7 @@ def test_nothing_around_a_pass_notices(fails: bool, noisy: Any, points: Tensor) 
         return [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
 
     drawn: list[float] = []
-    retention = OnlineRetention(noisy, Drawing(), 16, teacher=teacher, forward=forward)
+    retention = OnlineRetention(noisy, Drawing(), 16, teacher=teacher, reading=Reading(forward))
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
@@ -155,7 +155,8 @@ def test_which_positions_count(llama: nn.Module, token_batches: Batches) -> None
     kl = (p.exp() * (p - q)).sum(-1)
 
     def drift(rows: list[Any], mask: Any = None, collate: Any = None) -> float:
-        return OnlineRetention(llama, rows, 3, teacher=teacher, mask=mask, collate=collate, strict=False).drift()
+        settings: dict[str, Any] = {"reading": Reading(mask=mask), "collate": collate, "strict": False}
+        return OnlineRetention(llama, rows, 3, teacher=teacher, **settings).drift()
 
     rows = examples(batches)
     attended = batches[0]["attention_mask"].bool()
@@ -198,7 +199,8 @@ def test_a_collator_of_transformers(llama: nn.Module) -> None:
     masks = {"attended": None, "answers": lambda batch: batch["labels"] != -100}
     drifts = {}
     for name, mask in masks.items():
-        retention = OnlineRetention(llama, rows, 2, teacher=teacher, collate=collate, mask=mask, strict=False)
+        settings: dict[str, Any] = {"reading": Reading(mask=mask), "collate": collate, "strict": False}
+        retention = OnlineRetention(llama, rows, 2, teacher=teacher, **settings)
         assert retention().requires_grad
         drifts[name] = retention.drift()
     assert all("labels" not in names and "input_ids" in names for names in seen)
@@ -245,9 +247,8 @@ def test_autocast_leaves_the_model_its_graph(use_autocast: bool, classifier: nn.
     def original() -> Iterator[None]:
         yield
 
-    retention = OnlineRetention(
-        classifier, points, 16, teacher=original, autocast=torch.bfloat16 if use_autocast else None
-    )
+    reading = Reading(autocast=torch.bfloat16 if use_autocast else None)
+    retention = OnlineRetention(classifier, points, 16, teacher=original, reading=reading)
     with torch.autocast("cpu", torch.bfloat16, enabled=not use_autocast):
         retention().backward()
     assert all(p.grad is not None for p in classifier.parameters())
@@ -310,7 +311,7 @@ def test_outputs_that_do_not_fit(classifier: nn.Module, points: Tensor) -> None:
     with pytest.raises(AnchorMismatchError, match=r"\(16, 4\), its teacher \(16, 5\)"):
         OnlineRetention(classifier, points, 16, teacher=wide)()
     with pytest.raises(ValueError, match=r"must give logits\. Found NoneType"):
-        OnlineRetention(classifier, points, 16, teacher=wide, forward=lambda m, x: None)()
+        OnlineRetention(classifier, points, 16, teacher=wide, reading=Reading(lambda m, x: None))()
 
 
 def test_anchors_that_are_not_examples(classifier: nn.Module, points: Tensor) -> None:

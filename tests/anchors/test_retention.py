@@ -16,12 +16,22 @@ from craft_optim.anchors import (
     AnchorRetention,
     HiddenRetention,
     LogitRetention,
+    Reading,
     build,
 )
 from craft_optim.anchors.importers import write_cache
 from craft_optim.anchors.manifest import FeatureSpec
 
 Batches = Callable[..., list[dict[str, Any]]]
+
+
+def reads(change: Callable[[Tensor], Any] = lambda x: x, after: Callable[[Tensor], Any] = lambda out: out) -> Reading:
+    """Readings that have one name, as a function has that was changed since the cache was built."""
+
+    def forward(model: nn.Module, x: Tensor) -> Any:
+        return after(model(change(x)))
+
+    return Reading(forward)
 
 
 def disturb(model: nn.Module, scale: float = 0.05) -> None:
@@ -32,7 +42,8 @@ def disturb(model: nn.Module, scale: float = 0.05) -> None:
 
 @pytest.fixture
 def cache(classifier: nn.Module, points: Tensor, tmp_path: Path) -> AnchorCache:
-    return build(classifier, points.split(7), tmp_path / "cache", shard_size=16, layers=("1",), dtype=torch.float32)
+    settings: dict[str, Any] = {"shard_size": 16, "layers": ("1",), "dtype": torch.float32}
+    return build(classifier, points.split(7), tmp_path / "cache", reads(), **settings)
 
 
 def make(kind: str, model: nn.Module, cache: AnchorCache, batch_size: int = 16, **kwargs: Any) -> AnchorRetention:
@@ -114,7 +125,13 @@ def test_positions_determine_the_anchors(classifier: nn.Module, cache: AnchorCac
 def test_ranks_draw_different_anchors(classifier: nn.Module, cache: AnchorCache) -> None:
     disturb(classifier)
     whole = LogitRetention(classifier, cache, 16, strict=False)().item()
-    parts = [LogitRetention(classifier, cache, 8, strict=False, rank=r, world_size=2)().item() for r in (0, 1)]
+    parts = []
+    for rank in (0, 1):
+        retention = LogitRetention(classifier, cache, 8, strict=False)
+        assert not retention.shared
+        retention.shard(rank, 2)
+        assert retention.shared
+        parts.append(retention().item())
     assert parts[0] != parts[1]
     assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
 
@@ -147,17 +164,21 @@ def test_nothing_around_a_pass_notices(
 ) -> None:
     noisy.train(training)
     noisy.head.bias.requires_grad_(False)
-    cache = build(noisy, [points], tmp_path, layers=("attention",), dtype=torch.float32)
+    failing = False
 
     def forward(model: nn.Module, x: Tensor) -> Tensor:
         torch.rand(3)
+        if failing and kind == "mse":
+            raise RuntimeError("out of memory")
         out: Tensor = model(x)
-        if fails:
+        if failing:
             raise RuntimeError("out of memory")
         return out
 
+    cache = build(noisy, [points], tmp_path, Reading(forward), layers=("attention",), dtype=torch.float32)
+    failing = fails
     layers = {} if kind == "kl" else {"layers": ("attention",)}
-    retention = make(kind, noisy, cache, forward=forward if kind == "kl" or not fails else failing, **layers)
+    retention = make(kind, noisy, cache, **layers)
 
     def state() -> list[Any]:
         return [
@@ -195,10 +216,6 @@ def test_nothing_around_a_pass_notices(
         assert any(p.grad is not None for p in noisy.parameters())
 
 
-def failing(model: nn.Module, x: Tensor) -> Tensor:
-    raise RuntimeError("out of memory")
-
-
 def test_dropout_in_the_pass_is_off_but_training_goes_on(noisy: Any, points: Tensor, tmp_path: Path) -> None:
     """Without that, dropout puts a floor under the drift, and the task draws other masks than without retention."""
     noisy.body[1].eval()  # its statistics would drift with the task's batches
@@ -214,11 +231,8 @@ def test_dropout_in_the_pass_is_off_but_training_goes_on(noisy: Any, points: Ten
 
 
 def test_passes_that_draw_random_numbers_are_reproducible(classifier: nn.Module, cache: AnchorCache) -> None:
-    def forward(model: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = model(x + torch.randn_like(x))
-        return out
-
-    retention = LogitRetention(classifier, cache, 16, forward=forward, strict=False)
+    reading = reads(lambda x: x + torch.randn_like(x))
+    retention = LogitRetention(classifier, cache, 16, reading=reading, strict=False)
     first = [retention().item(), retention().item()]
     retention.position = 0
     torch.manual_seed(99)
@@ -233,12 +247,12 @@ def test_rounding_stays_far_below_the_tolerance(
 ) -> None:
     if compute == "bfloat16":
         llama.bfloat16()
-    autocast = torch.bfloat16 if compute == "autocast" else None
-    cache = build(llama, token_batches((9, 12)), tmp_path, top_k=top_k, layers=(1, -1), dtype=dtype, autocast=autocast)
+    reading = Reading(autocast=torch.bfloat16 if compute == "autocast" else None)
+    cache = build(llama, token_batches((9, 12)), tmp_path, reading, top_k=top_k, layers=(1, -1), dtype=dtype)
     for kind in KINDS:
-        retention = make(kind, llama, cache, 4, autocast=autocast)
+        retention = make(kind, llama, cache, 4)
         drift = retention().item()
-        assert drift <= retention._default_tolerance() / 10
+        assert drift <= retention.tolerance / 10
         assert drift > -1e-6
 
 
@@ -278,7 +292,8 @@ def test_hidden_states_of_a_vision_language_model(
     mode: str, vlm: nn.Module, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     pooling = {"image": mode, "text": mode}
-    cache = build(vlm, image_text_batches, tmp_path, logits=False, layers=(1, -1), pooling=pooling, dtype=torch.float32)
+    settings: dict[str, Any] = {"logits": False, "layers": (1, -1), "dtype": torch.float32}
+    cache = build(vlm, image_text_batches, tmp_path, Reading(pooling=pooling), **settings)
     retention = HiddenRetention(vlm, cache, 5, weights={1: 2.0, (3, "text"): 0.0})
     assert retention().item() < 1e-6
     teacher = copy.deepcopy(vlm).eval()
@@ -358,8 +373,7 @@ def test_other_weights_are_named(kind: str, classifier: nn.Module, cache: Anchor
     with pytest.raises(AnchorMismatchError, match="other weights"):
         retention()
     assert retention.position == 0
-    retention.strict = False
-    retention()
+    make(kind, classifier, cache, strict=False)()
 
 
 def test_a_fine_tuned_checkpoint_may_continue(classifier: nn.Module, cache: AnchorCache) -> None:
@@ -373,33 +387,36 @@ def test_another_dtype_is_named(classifier: nn.Module, cache: AnchorCache) -> No
     with torch.no_grad():
         classifier[2].weight.mul_(1000)
     with pytest.raises(AnchorMismatchError, match="dtype"):
-        LogitRetention(classifier.double(), cache, forward=lambda m, x: m(x.double()))()
+        LogitRetention(classifier.double(), cache, reading=reads(Tensor.double))()
 
 
 def test_active_dropout_is_named(classifier: nn.Module, cache: AnchorCache) -> None:
-    def forward(model: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = model(nn.functional.dropout(x, 0.5))
-        return out
-
     with pytest.raises(AnchorMismatchError, match="random: dropout"):
-        LogitRetention(classifier, cache, forward=forward)()
+        LogitRetention(classifier, cache, reading=reads(nn.functional.dropout))()
 
 
 def test_other_autocast_is_named(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     with torch.no_grad():
         classifier[2].weight.mul_(30)
-    cache = build(classifier, [points], tmp_path, autocast=torch.bfloat16)
-    with pytest.raises(AnchorMismatchError, match="under autocast bfloat16, this pass runs under None"):
-        LogitRetention(classifier, cache, tolerance=1e-6)()
-    assert abs(LogitRetention(classifier, cache, autocast=torch.bfloat16)().item()) < 1e-4
+    cache = build(classifier, [points], tmp_path / "a", Reading(autocast=torch.bfloat16))
+    with pytest.raises(AnchorMismatchError, match=r"built with autocast='bfloat16'\. Found autocast='float16'"):
+        LogitRetention(classifier, cache, reading=Reading(autocast=torch.float16))
+    for reading in (None, Reading(), Reading(autocast=torch.bfloat16)):
+        assert abs(LogitRetention(classifier, cache, reading=reading)().item()) < 1e-4
     with torch.autocast("cpu", torch.bfloat16):
         assert abs(LogitRetention(classifier, cache)().item()) < 1e-4
+    plain = build(classifier, [points], tmp_path / "b")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(AnchorMismatchError, match="under autocast None, this pass runs under bfloat16"),
+    ):
+        LogitRetention(classifier, plain, tolerance=1e-6)()
 
 
 def test_another_path_through_the_model_is_named(classifier: nn.Module, cache: AnchorCache) -> None:
     """An extra token, another processor: the same weights see other inputs."""
     with pytest.raises(AnchorMismatchError, match=r"weights are the same.*forward="):
-        LogitRetention(classifier, cache, forward=lambda m, x: m(x.flip(1)))()
+        LogitRetention(classifier, cache, reading=reads(lambda x: x.flip(1)))()
 
 
 def test_another_layer_of_the_same_number_is_named(
@@ -419,7 +436,7 @@ def test_outputs_of_another_shape_are_named(classifier: nn.Module, cache: Anchor
         with pytest.raises(AnchorMismatchError, match=r"\(16, 5\).*\(16, 4\)"):
             LogitRetention(wide, cache, strict=strict)()
     with pytest.raises(AnchorMismatchError, match="NoneType"):
-        LogitRetention(classifier, cache, forward=lambda m, x: None)()
+        LogitRetention(classifier, cache, reading=reads(after=lambda out: None))()
 
 
 def test_the_tolerance_can_be_set(classifier: nn.Module, cache: AnchorCache) -> None:
@@ -431,7 +448,7 @@ def test_the_tolerance_can_be_set(classifier: nn.Module, cache: AnchorCache) -> 
 
 def test_a_drift_that_is_not_a_number_is_a_mismatch(classifier: nn.Module, cache: AnchorCache) -> None:
     with pytest.raises(AnchorMismatchError, match="nan"):
-        LogitRetention(classifier, cache, forward=lambda m, x: m(x) * torch.nan)()
+        LogitRetention(classifier, cache, reading=reads(after=lambda out: out * torch.nan))()
 
 
 # Caches that do not serve

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from craft_optim.anchors import AnchorCache, AnchorCacheError, LogitRetention, build
+from craft_optim.anchors import AnchorCache, AnchorCacheError, LogitRetention, Reading, build
 from craft_optim.anchors.manifest import manifest_text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -82,8 +82,8 @@ def build_conversations(
         return out
 
     return build(
-        model, conversations(count), path, forward=forward, mask="attention_mask", layers=("embed",),
-        pooling={"all": "none"}, shard_size=3, progress=False, **settings,
+        model, conversations(count), path, Reading(forward, mask="attention_mask", pooling={"all": "none"}),
+        layers=("embed",), shard_size=3, progress=False, **settings,
     )  # fmt: skip
 
 
@@ -440,11 +440,11 @@ def test_a_hundred_thousand_anchors(tmp_path: Path) -> None:
     assert cache.nbytes > 300e6
 
     retention = LogitRetention(nn.Linear(768, 8), cache, 16)
-    retention._next(0)  # threads, and the permutation of all anchors
+    retention._batch(0)  # threads, and the permutation of all anchors
     before = {kind: memory(kind) for kind in ("VmRSS", "RssFile")}
     seen = 0
     for position in range(1, 2001):
-        batch = retention._next(position)
+        batch = retention._batch(position)
         if position % 100 == 0:
             rows = retention._sampler.indices(position)
             assert torch.equal(batch.inputs, block[rows % 2000] + (rows // 2000).unsqueeze(1))  # type: ignore[arg-type]
@@ -487,7 +487,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_anything_runs(
 
     (tmp_path / "file").touch()
     with pytest.raises(AnchorCacheError, match=r"file/c cannot be written \(Not a directory\).*another `path`"):
-        build(nn.Linear(6, 4), [torch.randn(4, 6)], tmp_path / "file" / "c", forward=never)
+        build(nn.Linear(6, 4), [torch.randn(4, 6)], tmp_path / "file" / "c", Reading(never))
 
     folder, really = tmp_path / "c", os.open
     folder.mkdir()
@@ -499,7 +499,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_anything_runs(
 
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(AnchorCacheError, match=r"Read-only file system.*Make the folder writable"):
-        build(nn.Linear(6, 4), [torch.randn(4, 6)], folder, forward=never)
+        build(nn.Linear(6, 4), [torch.randn(4, 6)], folder, Reading(never))
     assert not contents(folder)
 
 
@@ -615,13 +615,13 @@ def test_a_forked_process_reads_ahead_for_itself(tmp_path: Path) -> None:
     x = torch.randn(32, 6)
     model = nn.Linear(6, 3)
     retention = LogitRetention(model, build(model, [x], tmp_path, progress=False), 4)
-    retention._next(0)
+    retention._batch(0)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(600)  # a process that waits for ever for a thread, however busy the machine
-        os.write(writer, retention._next(1).inputs.numpy().tobytes())  # type: ignore[union-attr]
+        os.write(writer, retention._batch(1).inputs.numpy().tobytes())  # type: ignore[union-attr]
         os._exit(0)
     found = os.read(reader, 4 * 6 * 4)
     assert os.waitpid(child, 0)[1] == 0
-    assert found == retention._next(1).inputs.numpy().tobytes()  # type: ignore[union-attr]
+    assert found == retention._batch(1).inputs.numpy().tobytes()  # type: ignore[union-attr]

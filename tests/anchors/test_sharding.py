@@ -16,9 +16,11 @@ from craft_optim.anchors import (
     AnchorCache,
     AnchorMismatchError,
     AnchorRetention,
+    AnchorSampler,
     HiddenRetention,
     LogitRetention,
     OnlineRetention,
+    Reading,
     build,
 )
 
@@ -83,9 +85,9 @@ def first_half_only(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 @pytest.fixture
 def caches(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> dict[str, AnchorCache]:
     batches = token_batches((8, 7), (9, 11))
-    full = {"dtype": torch.float32, "layers": (1, -1), "spans": first_half_only}
+    reading = Reading(spans=first_half_only, pooling={"early": "none", "all": "masked_mean"})
     return {
-        "full": build(llama, batches, tmp_path / "full", **full, pooling={"early": "none", "all": "masked_mean"}),
+        "full": build(llama, batches, tmp_path / "full", reading, layers=(1, -1), dtype=torch.float32),
         "top_k": build(llama, batches, tmp_path / "top_k", top_k=5, dtype=torch.float32),
     }
 
@@ -97,7 +99,8 @@ def closures(
         if kind == "hidden":
             return HiddenRetention(model, caches["full"], batch_size, weights={1: 3.0}, **kwargs)
         if kind == "online":
-            return OnlineRetention(model, caches["full"], batch_size, teacher=teacher, mask=ragged, **kwargs)
+            reading = Reading(mask=ragged)
+            return OnlineRetention(model, caches["full"], batch_size, teacher=teacher, reading=reading, **kwargs)
         return LogitRetention(model, caches[kind], batch_size, mask=ragged, **kwargs)
 
     teacher = copy.deepcopy(model)
@@ -146,7 +149,8 @@ def test_a_rank_without_a_valid_position_takes_part(llama: nn.Module, caches: di
     for a, b in zip(averaged, gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     # alone it is an error, and nowhere at all it is not a number on every rank
-    lonely = LogitRetention(llama, caches["full"], 1, strict=False, mask=mask, rank=1, world_size=2)
+    lonely = LogitRetention(llama, caches["full"], 1, strict=False, mask=mask)
+    lonely.shard(1, 2)
     with pytest.raises(ValueError, match="selects none"):
         lonely()
     assert lonely.position == 0
@@ -156,7 +160,7 @@ def test_a_rank_without_a_valid_position_takes_part(llama: nn.Module, caches: di
 
 
 def test_hidden_states_of_a_rank_without_positions(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
-    cache = build(llama, token_batches((6, 7)), tmp_path, logits=False, layers=(1, 2), pooling={"all": "none"})
+    cache = build(llama, token_batches((6, 7)), tmp_path, Reading(pooling={"all": "none"}), logits=False, layers=(1, 2))
     first = cache.read([0]).inputs["input_ids"]
 
     def spans(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -195,28 +199,21 @@ def test_all_ranks_find_a_mismatch_together(classifier: nn.Module, points: Tenso
                 assert len(calls) == 3, "the check is one call more, at the first pass only"
 
 
-def test_what_the_constructor_was_given_stays(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+def test_a_place_can_be_given_anew(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     cache = build(classifier, [points], tmp_path)
-    fixed = LogitRetention(classifier, cache, 8, strict=False, rank=1, world_size=3)
-    expected = fixed._sampler.indices(2).tolist()
-    fixed.shard(0, 2)
-    assert fixed._sampler.indices(2).tolist() == expected
     free = LogitRetention(classifier, cache, 8, strict=False)
     free.position = 4
     free.shard(1, 3)
-    assert free._sampler.indices(2).tolist() == expected
+    assert free._sampler.indices(2).tolist() == AnchorSampler(50, 8, 0, 1, 3).indices(2).tolist()
     assert free.position == 4
     free.shard(0, 1)
     assert free._sampler.indices(0).tolist() == LogitRetention(classifier, cache, 8)._sampler.indices(0).tolist()
     with pytest.raises(ValueError, match=r"batch_size=8, world_size=7 and 50 anchors: use batch_size <= 7"):
         free.shard(0, 7)
-    with pytest.raises(ValueError, match=r"pass both, or neither\. Found rank=1, world_size=None"):
-        LogitRetention(classifier, cache, 8, rank=1)
 
 
 def test_ranks_draw_random_numbers_of_their_own(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     """But all of them the same ones where they measure the same anchors."""
-    cache = build(classifier, [points], tmp_path, dtype=torch.float32)
     drawn: list[float] = []
 
     def forward(model: nn.Module, x: Tensor) -> Tensor:
@@ -224,15 +221,16 @@ def test_ranks_draw_random_numbers_of_their_own(classifier: nn.Module, points: T
         out: Tensor = model(x)
         return out
 
+    cache = build(classifier, [points], tmp_path, Reading(forward), dtype=torch.float32)
+    drawn.clear()
     for rank, world_size in ((0, 1), (0, 2), (1, 2)):
-        retention = LogitRetention(classifier, cache, 8, forward=forward, strict=False)
+        retention = LogitRetention(classifier, cache, 8, strict=False)
         retention.shard(rank, world_size)
         retention()
     assert len(set(drawn)) == 3
     drawn.clear()
     for rank in (0, 1):
-        retention = LogitRetention(classifier, cache, 50, forward=forward)
-        retention.batch_size = 25
+        retention = LogitRetention(classifier, cache, 25)
         retention.shard(rank, 2)
         retention.drift()
     assert drawn[:2] == drawn[2:]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer
-from craft_optim.anchors import OnlineRetention, teachers
+from craft_optim.anchors import OnlineRetention, Reading, teachers
 from craft_optim.anchors.teachers import Snapshot
 
 
@@ -112,7 +112,7 @@ def test_an_exception_leaves_the_current_weights(error: type[BaseException], noi
             raise error
         return out
 
-    retention = OnlineRetention(noisy, points, 16, teacher=Snapshot(noisy), forward=forward, strict=False)
+    retention = OnlineRetention(noisy, points, 16, teacher=Snapshot(noisy), reading=Reading(forward), strict=False)
     disturb(noisy)
     noisy(points).sum().backward()
     current = frozen(noisy)

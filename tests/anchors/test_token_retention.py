@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from craft_optim.anchors import AnchorCacheError, AnchorMismatchError, LogitRetention, TokenRetention, build
+from craft_optim.anchors import AnchorCacheError, AnchorMismatchError, LogitRetention, Reading, TokenRetention, build
 from craft_optim.anchors.generation import greedy
 from craft_optim.anchors.importers import write_cache
 from craft_optim.anchors.manifest import FeatureSpec
@@ -62,7 +62,7 @@ def test_tokens_are_those_of_greedy_decoding(
         for batch in batches:
             order = batch["attention_mask"].sort(dim=1, stable=True).indices
             batch.update({key: x.gather(1, order) for key, x in batch.items()})
-    cache = build(model, batches, tmp_path, tokens=6, shard_size=3)
+    cache = build(model, batches, tmp_path, Reading(tokens=6), shard_size=3)
     inputs, features = cache.read(range(7))
     for row, (prompt, said) in enumerate(zip(prompts, expected, strict=True)):
         length = len(prompt) + len(said)
@@ -75,7 +75,7 @@ def test_tokens_are_those_of_greedy_decoding(
     assert features["tokens"].tolist() == said
     assert features["logprobs"].shape == (len(said), 60)
     assert model.training
-    again = build(model, batches, tmp_path, tokens=6, shard_size=3)  # finished: nothing runs
+    again = build(model, batches, tmp_path, Reading(tokens=6), shard_size=3)  # finished: nothing runs
     assert len(again) == 7
 
 
@@ -83,7 +83,7 @@ def test_a_vision_language_model_sees_its_answer_as_it_gave_it(
     vlm: nn.Module, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     stopping(vlm)
-    cache = build(vlm, image_text_batches[:1], tmp_path, tokens=4, logits=False, dtype=torch.float32)
+    cache = build(vlm, image_text_batches[:1], tmp_path, Reading(tokens=4), logits=False, dtype=torch.float32)
     inputs, features = cache.read(range(4))
     batch = image_text_batches[0]
     said = []
@@ -99,7 +99,8 @@ def test_a_vision_language_model_sees_its_answer_as_it_gave_it(
 def test_the_loss_is_the_cross_entropy_beyond_the_teachers(
     llama: nn.Module, token_batches: Batches, tmp_path: Path
 ) -> None:
-    cache = build(llama, token_batches((6, 7), (4, 5)), tmp_path, tokens=5, dtype=torch.float32, logits=False)
+    settings: dict[str, Any] = {"dtype": torch.float32, "logits": False}
+    cache = build(llama, token_batches((6, 7), (4, 5)), tmp_path, Reading(tokens=5), **settings)
     retention = TokenRetention(llama, cache, 10)
     assert retention().item() == pytest.approx(0.0, abs=1e-6)
     assert retention.drift() == pytest.approx(0.0, abs=1e-6)
@@ -122,7 +123,7 @@ def test_the_loss_is_the_cross_entropy_beyond_the_teachers(
 
 
 def test_one_cache_serves_distributions_and_tokens(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
-    cache = build(llama, token_batches((6, 7)), tmp_path, tokens=5, top_k=4)
+    cache = build(llama, token_batches((6, 7)), tmp_path, Reading(tokens=5), top_k=4)
     assert cache.describe() == ("6 anchors, the top 4 of 60 logits and tokens (greedy, at most 5) as float16")
     for kind in (TokenRetention, LogitRetention):
         assert abs(kind(llama, cache, 6)().item()) < 1e-3
@@ -139,13 +140,13 @@ def test_a_resumed_build_does_not_generate_again(llama: nn.Module, token_batches
         return inner(model, batch)
 
     with pytest.raises(KeyboardInterrupt):
-        build(llama, batches, tmp_path / "half", tokens=generate, shard_size=4)
+        build(llama, batches, tmp_path / "half", Reading(tokens=generate), shard_size=4)
     other = [{key: x.flip(0) for key, x in batch.items()} for batch in batches]
     with pytest.raises(AnchorCacheError, match="number 0 differs"):
-        build(llama, other, tmp_path / "half", tokens=generate, shard_size=4)
-    build(llama, batches, tmp_path / "half", tokens=generate, shard_size=4)
+        build(llama, other, tmp_path / "half", Reading(tokens=generate), shard_size=4)
+    build(llama, batches, tmp_path / "half", Reading(tokens=generate), shard_size=4)
     assert len(calls) == 4, "the batches of the two complete shards are not continued a second time"
-    whole = build(llama, batches, tmp_path / "whole", tokens=generate, shard_size=4)
+    whole = build(llama, batches, tmp_path / "whole", Reading(tokens=generate), shard_size=4)
     for name in ("cache.json", "shard-00000.safetensors", "shard-00002.safetensors"):
         assert (tmp_path / "half" / name).read_bytes() == (whole.path / name).read_bytes()
 
@@ -172,12 +173,12 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     batches = token_batches((4, 7))
     with pytest.raises(ValueError, match="tokens=0"):
-        build(llama, batches, tmp_path / "a", tokens=0)
+        build(llama, batches, tmp_path / "a", Reading(tokens=0))
     with pytest.raises(ValueError, match="exclude each other"):
-        build(llama, batches, tmp_path / "b", tokens=3, mask="attention_mask")
+        build(llama, batches, tmp_path / "b", Reading(tokens=3, mask="attention_mask"))
     with pytest.raises(ValueError, match=r"needs a decoder with `generate`.*Sequential"):
-        build(classifier, [points], tmp_path / "c", tokens=3)
+        build(classifier, [points], tmp_path / "c", Reading(tokens=3))
     with pytest.raises(ValueError, match="'other'"):
-        build(llama, [{**batches[0], "other": batches[0]["input_ids"]}], tmp_path / "d", tokens=3)
+        build(llama, [{**batches[0], "other": batches[0]["input_ids"]}], tmp_path / "d", Reading(tokens=3))
     with pytest.raises(ValueError, match=r"needs a cache with tokens.*full logits"):
         TokenRetention(llama, build(llama, batches, tmp_path / "e"), 2)

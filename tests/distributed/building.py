@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from craft_optim.anchors import build
+from craft_optim.anchors import Reading, build
 
 SETTINGS = {"layers": ["blocks.0"], "shard_size": 6, "progress": False}
 
@@ -61,9 +61,9 @@ def build_one(path, parallel="plain", seeds=None, count=None, **settings):
     calls: list[int] = []
     given = batches(1 if seeds is None else seeds[dist.get_rank()])[: count and count[dist.get_rank()]]
 
-    forward = Counting(calls)
-    cache = build(model, given, path, forward=forward, **{**SETTINGS, **settings})
-    assert len(cache) == len(build(model, given, path, forward=forward, **{**SETTINGS, **settings}))  # finished
+    reading = Reading(Counting(calls))
+    cache = build(model, given, path, reading, **{**SETTINGS, **settings})
+    assert len(cache) == len(build(model, given, path, reading, **{**SETTINGS, **settings}))  # finished
     return len(calls)
 
 
@@ -89,7 +89,7 @@ def one_fails(path):
             model,
             batches(),
             path,
-            forward=Counting([], fails_at=3 if rank == 1 else None),
+            Reading(Counting([], fails_at=3 if rank == 1 else None)),
             **{**SETTINGS, "shard_size": 5},
         )
     except Exception as error:

@@ -57,6 +57,8 @@ class Processes:
                     succeeded, answers[rank] = False, "the process died"
                 if not succeeded:  # the others may wait for it for ever
                     self.stop()
+                    if "no attribute 'record_event'" in answers[rank]:
+                        pytest.skip("FSDP2 of torch 2.6 does not run on CPUs")
                     pytest.fail(f"{case} on rank {rank} of {world_size}:\n{answers[rank]}")
         return [answers[rank] for rank in range(world_size)]
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from craft_optim import CraftOptimizer
-from craft_optim.anchors import AnchorCache, LogitRetention, OnlineRetention
+from craft_optim.anchors import AnchorCache, LogitRetention, OnlineRetention, Reading
 
 STEPS = 6
 
@@ -58,9 +58,7 @@ def _start(cache):
     }
     model = WithLoss()
     share = dist.get_world_size()
-    return model, LogitRetention(
-        model, AnchorCache.open(cache), ANCHORS // share, forward=lambda model, x: model(x)["logits"], tolerance=1.0
-    )
+    return model, LogitRetention(model, AnchorCache.open(cache), ANCHORS // share, tolerance=1.0)
 
 
 def accelerate(cache):
@@ -169,7 +167,8 @@ def peft(parallel):
             fully_shard(module)
     share = dist.get_world_size()
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
-    retention = OnlineRetention(model, inputs, ANCHORS // share, mask=lambda x: x[:, 0] > 0.3)
+    reading = Reading(mask=lambda x: x[:, 0] > 0.3)
+    retention = OnlineRetention(model, inputs, ANCHORS // share, reading=reading)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = CraftOptimizer(BASES["adamw"](trainable), retention, epsilon=1e-3)
     metrics = []

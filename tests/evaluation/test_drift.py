@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from craft_optim import anchors
+from craft_optim.anchors import Reading
 from craft_optim.anchors.cache import AnchorCache
 from craft_optim.cli import main
 from craft_optim.evaluation.actions import action_drift, predicted_actions
@@ -75,13 +76,19 @@ def unmasked():
 
 
 HELD = {
-    "all kinds": {"layers": ["body"], "tokens": written, "shard_size": 4},
-    "top k": {"top_k": 3},
-    "one vector of logits": {"forward": pooled, "dtype": torch.float32},
-    "spans": {"logits": False, "layers": ["embed", "body"], "pooling": {"first": "mean", "rest": "last"}},
-    "spans, every position": {"logits": False, "layers": ["body"], "pooling": {"first": "none", "rest": "none"}},
-    "maps": {"logits": False, "layers": ["map"], "pooling": {"all": "none"}},
-    "anchors second": {"logits": False, "layers": ["turned"], "batch_dim": 1},
+    "all kinds": (Reading(forward, tokens=written), {"layers": ["body"], "shard_size": 4}),
+    "top k": (Reading(forward), {"top_k": 3}),
+    "one vector of logits": (Reading(pooled), {"dtype": torch.float32}),
+    "spans": (
+        Reading(forward, spans=halves, pooling={"first": "mean", "rest": "last"}),
+        {"logits": False, "layers": ["embed", "body"]},
+    ),
+    "spans, every position": (
+        Reading(forward, spans=halves, pooling={"first": "none", "rest": "none"}),
+        {"logits": False, "layers": ["body"]},
+    ),
+    "maps": (Reading(forward, pooling={"all": "none"}), {"logits": False, "layers": ["map"]}),
+    "anchors second": (Reading(forward, batch_dim=1), {"logits": False, "layers": ["turned"]}),
 }
 
 
@@ -92,10 +99,9 @@ def model():
 
 
 def hold(model, path, what):
-    settings = {"forward": forward, "dtype": torch.float16, **HELD[what]}
-    if "first" in settings.get("pooling", {}):
-        settings["spans"] = halves
-    return anchors.build(model, unmasked() if what == "maps" else batches(), path, **settings), settings["forward"]
+    reading, settings = HELD[what]
+    settings = {"dtype": torch.float16, **settings}
+    return anchors.build(model, unmasked() if what == "maps" else batches(), path, reading, **settings)
 
 
 def move(model):
@@ -107,15 +113,15 @@ def move(model):
 
 @pytest.mark.parametrize("what", HELD)
 def test_it_is_the_closures_own_drift_and_that_of_each_anchor_alone(model, tmp_path, what):
-    cache, run = hold(model, tmp_path, what)
-    assert all(abs(drift.value) < 1e-4 for drift in drifts(model, cache, forward=run))
+    cache = hold(model, tmp_path, what)
+    assert all(abs(drift.value) < 1e-4 for drift in drifts(model, cache))
     move(model)
-    found = drifts(model, cache, forward=run, batch_size=4)
+    found = drifts(model, cache, batch_size=4)
     assert [drift.kind for drift in found] == (
         ["logits", "hidden", "tokens"] if what == "all kinds" else [found[0].kind]
     )
     for drift in found:
-        retention = CLOSURES[drift.kind](model, cache, 4, forward=run, strict=False)
+        retention = CLOSURES[drift.kind](model, cache, 4, strict=False)
         assert drift.value > 0.001
         assert drift.value == pytest.approx(retention.drift(), rel=1e-5)
         alone = [retention.drift([cache.read([i])]) for i in range(COUNT)]
@@ -125,27 +131,27 @@ def test_it_is_the_closures_own_drift_and_that_of_each_anchor_alone(model, tmp_p
                 "layers": [part.layer],
                 "weights": {(part.layer, s): s == part.span for s in cache.features.pooling},
             }
-            own = anchors.HiddenRetention(model, cache, 4, forward=run, strict=False, **names)
+            own = anchors.HiddenRetention(model, cache, 4, strict=False, **names)
             assert part.value == pytest.approx(own.drift(), rel=1e-5)
             assert part.each[3] == pytest.approx(own.drift([cache.read([3])]), rel=1e-4)
         assert len(drift.layers) == len(cache.features.variances) * (drift.kind == "hidden")
 
 
 def test_some_anchors_in_an_order_of_their_own(model, tmp_path):
-    cache, run = hold(model, tmp_path, "all kinds")
+    cache = hold(model, tmp_path, "all kinds")
     move(model)
-    whole = drifts(model, cache, forward=run)
-    for some, drift in zip(drifts(model, cache, [7, 2, 9], forward=run, batch_size=2), whole, strict=True):
+    whole = drifts(model, cache)
+    for some, drift in zip(drifts(model, cache, [7, 2, 9], batch_size=2), whole, strict=True):
         assert some.each == pytest.approx([drift.each[i] for i in (7, 2, 9)], rel=1e-4, abs=1e-6)
-    retention = anchors.LogitRetention(model, cache, 4, forward=run, strict=False)
-    some = drifts(model, cache, [7, 2, 9], forward=run)[0]
+    retention = anchors.LogitRetention(model, cache, 4, strict=False)
+    some = drifts(model, cache, [7, 2, 9])[0]
     assert some.value == pytest.approx(retention.drift([cache.read([7, 2, 9])]), rel=1e-5)
 
 
 def test_long_anchors_weigh_more_in_the_mean_and_not_in_the_mean_per_anchor(model, tmp_path):
-    cache, run = hold(model, tmp_path, "all kinds")
+    cache = hold(model, tmp_path, "all kinds")
     move(model)
-    drift = drifts(model, cache, forward=run)[0]
+    drift = drifts(model, cache)[0]
     compared = LENGTHS - 1  # all tokens but the first were written
     by_hand = sum(x * n for x, n in zip(drift.each, compared.tolist(), strict=True)) / int(compared.sum())
     assert drift.value == pytest.approx(by_hand, rel=1e-6)
@@ -175,16 +181,16 @@ def test_a_scaled_layer_moves_itself_and_the_later_ones_by_what_can_be_computed(
         assert found[name].value == pytest.approx(float(expected.mean()), rel=1e-4)
         assert found[name].each == pytest.approx(expected.mean(1).tolist(), rel=1e-4)
     assert drift.value == pytest.approx((found["b"].value + found["c"].value) / 3)
-    assert drift.unit == "of the teacher's variance"
+    assert drift.unit == "shares of the teacher's variance"
 
 
 def test_the_model_is_left_as_it_was(model, tmp_path):
-    cache, run = hold(model, tmp_path, "all kinds")
+    cache = hold(model, tmp_path, "all kinds")
     model.train()
     model.body.eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    drifts(model, cache, forward=run)
+    drifts(model, cache)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
@@ -192,14 +198,19 @@ def test_the_model_is_left_as_it_was(model, tmp_path):
 
 
 def test_another_model_is_refused_in_the_closures_words(model, tmp_path):
-    cache, run = hold(model, tmp_path, "top k")
+    cache = hold(model, tmp_path, "top k")
+
+    def changed(model, batch):
+        return pooled(model, batch)
+
+    changed.__qualname__ = "forward"
     model.head = nn.Linear(8, 21)
     with pytest.raises(anchors.AnchorMismatchError, match="another model, or another `forward=`"):
-        drifts(model, cache, forward=run)
+        drifts(model, cache)
     with pytest.raises(anchors.AnchorMismatchError, match="another model, or another `forward=`"):
-        drifts(model, cache, forward=pooled)
+        drifts(model, cache, reading=Reading(changed))
     with pytest.raises(ValueError, match="Found 0 and 16"):
-        drifts(model, cache, [], forward=run)
+        drifts(model, cache, [])
 
 
 def test_anchors_without_a_valid_position_are_named(tmp_path):
@@ -213,7 +224,7 @@ def test_anchors_without_a_valid_position_are_named(tmp_path):
     (old / "metadata.json").write_text(json.dumps({"num_shards": 1, "num_anchors": 3}))
     cache = anchors.convert(old, tmp_path / "new")
     with pytest.raises(ValueError, match=r"No position of the anchors 1 in .*new is valid"):
-        drifts(Reader(), cache, forward=forward)
+        drifts(Reader(), cache, reading=Reading(forward))
 
 
 def test_spread_over_anchors():
@@ -267,7 +278,8 @@ def states(tmp_path):
     torch.manual_seed(0)
     batches = [{"state": torch.randn(5, 4), "task": torch.ones(5)} for _ in range(2)]
     actor = Actor()
-    return anchors.build(actor, batches, tmp_path / "s", forward=lambda m, b: m.body(b["state"]), dtype=torch.float32)
+    reading = Reading(lambda m, b: m.body(b["state"]))
+    return anchors.build(actor, batches, tmp_path / "s", reading, dtype=torch.float32)
 
 
 def test_actions_are_compared_under_the_same_noise(states):
@@ -456,7 +468,7 @@ def test_a_picture_of_one_checkpoint_and_actions(tmp_path, states):
     pytest.importorskip("matplotlib", reason="pip install 'craft-optim[report]'")
     apart = action_drift(torch.zeros(10, 2, 3), torch.ones(10, 2, 3))
     actor = Actor()
-    measured = drifts(actor, states, forward=lambda m, b: m.body(b["state"]))
+    measured = drifts(actor, states)
     draw_checkpoints([Checkpoint("p", "p", measured, apart)], {"actions": 0.5}, tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 5000
 

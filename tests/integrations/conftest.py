@@ -1,3 +1,4 @@
+import functools
 import sys
 from pathlib import Path
 
@@ -7,8 +8,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `runs`, which the tests he
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Anchors of `runs.network()`, which is the same network every time it is called."""
+def caches(tmp_path_factory):
+    """Of a dtype of autocast, or None: anchors of `runs.network()`, which is the same network every time."""
     from runs import build_cache
 
-    return build_cache(tmp_path_factory.mktemp("anchors"))
+    return functools.cache(lambda autocast: build_cache(tmp_path_factory.mktemp("anchors"), autocast))
+
+
+@pytest.fixture(scope="session")
+def cache(caches):
+    return caches(None)

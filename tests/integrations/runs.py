@@ -32,9 +32,10 @@ def small_llama(**config: Any) -> nn.Module:
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
 
 
-def build_cache(path):
+def build_cache(path, autocast=None):
     inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
-    return anchors.build(network(), inputs.split(16), path, dtype=torch.float32, progress=False)
+    reading = anchors.Reading(autocast=autocast)
+    return anchors.build(network(), inputs.split(16), path, reading, dtype=torch.float32, progress=False)
 
 
 def batch(step: int, size: int = 12) -> tuple[Tensor, Tensor]:
@@ -52,9 +53,9 @@ class Counted(anchors.LogitRetention):
 
     calls = 0
 
-    def __call__(self) -> Tensor:
+    def loss(self, number: int) -> Tensor:
         self.calls += 1
-        return super().__call__()
+        return super().loss(number)
 
 
 @dataclass
@@ -84,7 +85,6 @@ class Run:
                 "model": dict(self.model.state_dict()),
                 "optimizer": optimizer,
                 "scheduler": self.scheduler.state_dict(),
-                "position": self.retention.position,
                 "rng": torch.get_rng_state(),  # of the dropout masks
                 "metrics": self.optimizer.metrics,
             }
@@ -103,11 +103,11 @@ def bare(base, retention, **craft):
     return base
 
 
-def new_run(cache, base: str = "AdamW", wrap=CraftOptimizer, autocast: torch.dtype | None = None, **craft: Any) -> Run:
+def new_run(cache, base: str = "AdamW", wrap=CraftOptimizer, **craft: Any) -> Run:
     """With these rates and this epsilon some steps project and others do not. Seeds the generator."""
     torch.manual_seed(7)
     model = network()
-    retention = Counted(model, cache, 16, autocast=autocast)
+    retention = Counted(model, cache, 16)
     optimizer = wrap(BASES[base](model.parameters()), retention, **{"epsilon": 0.01} | craft)
     return Run(model, retention, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40))
 

@@ -167,7 +167,7 @@ def test_a_saved_and_loaded_run_goes_on_bit_for_bit(cache, tmp_path, name):
     model, retention, craft = begin()
     model.load_state_dict(saved["model"])
     craft.load_state_dict(saved["optimizer"])
-    assert retention.position == 6
+    assert craft.param_groups[0]["craft_anchor_position"] == 6
     assert_same(expected, go_on(model, retention, craft, 6, 12))
 
 
@@ -209,7 +209,7 @@ def test_eval_and_train_between_the_steps_of_a_schedule_free_base(cache, name):
             with pytest.raises(Exception, match="not in train mode"):
                 craft.step()
             assert craft.state_dict()["param_groups"] == groups
-            assert closure.position == step + 1
+            assert craft.param_groups[0]["craft_anchor_position"] == step + 1
             craft.train()
             base.train()
         assert_same(dict(by_hand.state_dict()), dict(model.state_dict()), f"step {step}")
@@ -261,7 +261,7 @@ def test_muon_for_the_matrices_and_adamw_for_the_rest_are_two_wrappers(cache):
             other.step()
         assert_same(dict(by_hand.state_dict()), dict(model.state_dict()), f"step {step}")
     assert crafts[0].metrics["lambda"] != crafts[1].metrics["lambda"]
-    assert [craft.retention_closure.position for craft in crafts] == [steps, steps]
+    assert [craft.param_groups[0]["craft_anchor_position"] for craft in crafts] == [steps, steps]
     drift = [LogitRetention(m, cache, 16, strict=False).drift() for m in (model, free)]
     assert drift[0] < 2 * epsilon
     assert drift[1] > 10 * epsilon

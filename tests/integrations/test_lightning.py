@@ -98,15 +98,15 @@ PRECISIONS = {"32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float1
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("clip", [None, 0.05])
-def test_it_trains_as_the_plain_loop_does(cache, tmp_path, precision, accumulate, clip):
+def test_it_trains_as_the_plain_loop_does(caches, tmp_path, precision, accumulate, clip):
     autocast = PRECISIONS[precision]
 
     def scaler():
         return torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "16-mixed" else None
 
-    expected = plain(new_run(cache, autocast=autocast), accumulate, clip, autocast, scaler()).everything()
+    expected = plain(new_run(caches(autocast)), accumulate, clip, autocast, scaler()).everything()
 
-    run = new_run(cache, autocast=autocast)
+    run = new_run(caches(autocast))
     how = {"precision": precision}
     if precision == "16-mixed":  # of the name alone Lightning makes bf16 on a CPU
         how = {"plugins": [MixedPrecision(precision, "cpu", scaler())]}
@@ -135,9 +135,9 @@ def test_manual_optimisation(cache, tmp_path):
 
 @pytest.mark.parametrize("base", ["AdamW", "SGD", "Adafactor"])
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
-def test_a_run_resumed_from_a_checkpoint_is_the_straight_one(cache, tmp_path, base, precision):
+def test_a_run_resumed_from_a_checkpoint_is_the_straight_one(caches, tmp_path, base, precision):
     def begin():
-        return new_run(cache, base, autocast=PRECISIONS[precision])
+        return new_run(caches(PRECISIONS[precision]), base)
 
     straight = begin()
     fit(straight, tmp_path, epochs=3, precision=precision)
@@ -148,7 +148,8 @@ def test_a_run_resumed_from_a_checkpoint_is_the_straight_one(cache, tmp_path, ba
     resumed = begin()
     fit(resumed, tmp_path, epochs=3, load=tmp_path / "run.ckpt", precision=precision)
     assert resumed.retention.calls == BATCHES
-    assert resumed.retention.position == resumed.optimizer.param_groups[0]["craft_step"] == 3 * BATCHES
+    group = resumed.optimizer.param_groups[0]
+    assert group["craft_anchor_position"] == group["craft_step"] == 3 * BATCHES
     assert_same(expected, resumed.everything())
 
 

@@ -10,7 +10,7 @@ from runs import small_llama
 from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer
-from craft_optim.anchors import AnchorMismatchError, OnlineRetention
+from craft_optim.anchors import AnchorMismatchError, OnlineRetention, Reading
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -131,7 +131,7 @@ def test_adapters_are_on_again_after_an_exception(where: str, anchors: list[dict
             raise RuntimeError("out of memory")
         return output
 
-    retention = OnlineRetention(model, anchors, 4, forward=forward)
+    retention = OnlineRetention(model, anchors, 4, reading=Reading(forward))
     for run in (retention, retention.drift):
         with pytest.raises(RuntimeError, match="out of memory"):
             run()
@@ -193,7 +193,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool, anchor
 @pytest.mark.parametrize("outside", [False, True])
 def test_autocast(outside: bool, anchors: list[dict[str, Tensor]]) -> None:
     model = adapted().train()
-    retention = OnlineRetention(model, anchors, 4, autocast=None if outside else torch.bfloat16)
+    reading = Reading(autocast=None if outside else torch.bfloat16)
+    retention = OnlineRetention(model, anchors, 4, reading=reading)
     with torch.autocast("cpu", torch.bfloat16, enabled=outside):
         assert retention().item() == 0.0
     disturb(model)
@@ -264,7 +265,8 @@ def test_a_learned_prompt_with_a_teacher_and_a_forward(anchors: list[dict[str, T
 
     with pytest.raises(AnchorMismatchError, match=r"\(4, 11, 40\), its teacher \(4, 8, 40\).*learned prompt"):
         OnlineRetention(model, anchors, 4, teacher=model.disable_adapter, strict=False)()
-    retention = OnlineRetention(model, anchors, 4, teacher=model.disable_adapter, forward=forward, strict=False)
+    settings: dict[str, Any] = {"teacher": model.disable_adapter, "reading": Reading(forward), "strict": False}
+    retention = OnlineRetention(model, anchors, 4, **settings)
     loss = retention()
     assert loss.item() > 0
     loss.backward()
@@ -310,7 +312,6 @@ def test_adapters_are_saved_and_loaded(anchors: list[dict[str, Tensor]], tmp_pat
         assert torch.equal(p, model.get_parameter(name))
     retention = OnlineRetention(loaded, anchors, 8)
     assert retention.drift() == drift > 0
-    with pytest.raises(AnchorMismatchError, match="sets `position`, or strict=False"):
+    with pytest.raises(AnchorMismatchError, match="loads its optimizer's state, or passes strict=False"):
         retention()
-    retention.position = 10  # as a checkpoint of the optimizer does
-    retention()
+    retention.loss(10)  # as with a checkpoint of the optimizer

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from craft_optim.retention import Retention  # noqa: E402
 from craft_optim.transformers import CraftCallback, craft_optimizer  # noqa: E402
 
 # The constraint is never active: what the base steps on is the task gradient, to the bit.
@@ -58,7 +59,7 @@ def arguments(folder: Path, **kwargs: Any) -> Any:
     return TrainingArguments(**(settings | kwargs))
 
 
-class Job:
+class Job(Retention):
     """A Trainer, its model, and a retention closure that counts its calls."""
 
     def __init__(
@@ -72,9 +73,7 @@ class Job:
         **kwargs: Any,
     ) -> None:
         self.model, self.args = model(), arguments(folder, **kwargs)
-        self.retention = LogitRetention(
-            self.model, cache, 8, strict=strict, autocast=torch.bfloat16 if self.args.bf16 else None
-        )
+        self.retention = LogitRetention(self.model, cache, 8, strict=strict)
         self.passes = 0
         craft = {"epsilon": 0.01} if craft is None else craft
         given: dict[str, Any] = {}
@@ -97,20 +96,17 @@ class Job:
             **given,
         )
 
-    def __call__(self) -> Tensor:
+    def loss(self, number: int) -> Tensor:
         self.passes += 1
-        return self.retention()
+        return self.retention.loss(number)
 
     def parameters(self) -> list[nn.Parameter]:
         return self.retention.parameters()
 
     @property
-    def position(self) -> int:
-        return self.retention.position
-
-    @position.setter
-    def position(self, value: int) -> None:
-        self.retention.position = value
+    def drawn(self) -> float:
+        """Batches of anchors."""
+        return self.craft.param_groups[0]["craft_anchor_position"]
 
     def train(self, resume: Path | None = None) -> "Job":
         self.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -131,7 +127,7 @@ def test_it_trains_and_logs(how: str, cache: AnchorCache, tmp_path: Path) -> Non
     start = copy.deepcopy(model().state_dict())
     job = Job(tmp_path, cache, how).train()
     assert isinstance(job.craft, CraftOptimizer)
-    assert job.passes == 8 == job.position == job.retention.position
+    assert job.passes == 8 == job.drawn
     assert [row["craft/retention_step"] for row in job.logs] == list(range(8))
     assert job.logs[0]["craft/retention_loss"] == pytest.approx(0.0, abs=1e-5)
     assert all(type(value) is float for row in job.logs for name, value in row.items() if name.startswith("craft/"))
@@ -247,7 +243,6 @@ def everything(job: Job) -> dict[str, Any]:
             "model": dict(job.model.state_dict()),
             "optimizer": job.craft.state_dict(),
             "metrics": job.craft.metrics,
-            "position": job.retention.position,
             "rates": job.trainer.lr_scheduler.get_last_lr(),
         }
     )
@@ -260,7 +255,7 @@ def test_a_resumed_run_is_the_straight_run(how: str, cache: AnchorCache, tmp_pat
     assert (group["craft_step"], group["craft_anchor_position"]) == (8.0, 8.0)
     resumed = Job(tmp_path / "resumed", cache, how).train(tmp_path / "straight" / "checkpoint-5")
     assert resumed.passes == 3
-    assert resumed.retention.position == 8
+    assert resumed.drawn == 8
     assert_same(everything(resumed), everything(straight))
     assert resumed.logs[5:] == straight.logs[5:]
     # and the state that made it so is needed
@@ -323,7 +318,7 @@ def test_retention_shifts_neither_data_nor_dropout(kind: str, cache: AnchorCache
 def test_the_trainers_settings(kwargs: dict[str, Any], cache: AnchorCache, tmp_path: Path) -> None:
     """Each runs retention once per step of the optimizer and keeps the drift finite and measured from zero."""
     job = Job(tmp_path, cache, "factory", max_steps=4, strict=not kwargs.get("bf16"), **kwargs).train()
-    assert job.passes == 4 == job.retention.position
+    assert job.passes == 4 == job.drawn
     assert [row["craft/retention_step"] for row in job.logs] == [0, 1, 2, 3]
     assert all(row["craft/skipped"] == 0 for row in job.logs)
     assert job.logs[0]["craft/retention_loss"] < 5e-3

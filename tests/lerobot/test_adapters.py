@@ -15,7 +15,7 @@ from craft_optim import anchors
 from craft_optim.anchors.capture import resolve_layers, run
 from craft_optim.anchors.passes import steady
 from craft_optim.lerobot import act, adapter_for, anchor_batches, diffusion, freeze_statistics, pi0, smolvla
-from craft_optim.lerobot._observed import observed
+from craft_optim.lerobot._shared import observed
 
 ABSENT, TOP, WRIST = small.ABSENT, small.TOP, small.WRIST
 FLOW = {"pi0": pi0, "pi05": pi0, "smolvla": smolvla}
@@ -159,7 +159,7 @@ def test_velocities_are_those_of_the_policys_own_loss(make, prepared, name):
     batch.pop("action_is_pad")
     adapter = adapter_for(policy)
     inputs = adapter.inputs(batch)
-    _, hidden = run(policy, inputs, forward=adapter.forward, layers=adapter.layers, output=False)
+    _, hidden = run(policy, inputs, forward=adapter.reading.forward, layers=adapter.layers, output=False)
     drawn = {"sample_noise": inputs["anchor.noise"], "sample_time": inputs["anchor.time"]}
     with mock.patch.multiple(policy.model, **{key: mock.Mock(return_value=value) for key, value in drawn.items()}):
         expected, _ = policy.forward(batch | inputs)
@@ -193,7 +193,7 @@ def test_a_forward_to_its_end_gives_the_same(make, prepared, name):
     adapter = adapter_for(policy)
     inputs = adapter.inputs(prepared(name))
     short, whole = (
-        run(policy, inputs, forward=adapter.forward, layers=adapter.layers, output=output)[1]
+        run(policy, inputs, forward=adapter.reading.forward, layers=adapter.layers, output=output)[1]
         for output in (False, True)  # as under FSDP: the policy goes on with velocities of all dimensions
     )
     assert torch.equal(short[adapter.layers[0]], whole[adapter.layers[0]])
@@ -271,7 +271,9 @@ def test_smolvlas_marks_around_images_and_its_fixed_length(make, prepared):
 
 def test_smolvlas_positions_do_not_depend_on_the_longest_prompt_of_a_batch(make, prepared, tmp_path):
     policy = make("smolvla", train_expert_only=False)
-    adapter = replace(adapter_for(policy, "prefix"), pooling={"text": "masked_mean", "state": "masked_mean"})
+    adapter = adapter_for(policy, "prefix")
+    pooling = {"text": "masked_mean", "state": "masked_mean"}
+    adapter = replace(adapter, reading=replace(adapter.reading, pooling=pooling))
     batch = prepared("smolvla")
     lengths = batch["observation.language.attention_mask"].sum(1)
     assert lengths.min() < lengths.max(), "prompts of one length show nothing"
@@ -580,9 +582,9 @@ def test_what_is_not_known_is_refused_with_a_way_out(make):
 def test_arguments_of_the_caller_come_first(make, prepared, tmp_path):
     policy = make("act")
     adapter = adapter_for(policy)
-    cache = adapter.build(
-        policy, [adapter.inputs(prepared("act"))], tmp_path / "anchors", pooling={"all": "masked_mean"}
-    )
+    reading = replace(adapter.reading, pooling={"all": "masked_mean"})
+    cache = adapter.build(policy, [adapter.inputs(prepared("act"))], tmp_path / "anchors", reading=reading)
+    adapter = replace(adapter, reading=reading)
     retention = adapter.retention(policy, cache, batch_size=4, loss="cosine")
     assert isinstance(retention, anchors.HiddenRetention)
-    assert (retention.loss, retention.pooling) == ("cosine", {"all": "masked_mean"})
+    assert (retention.distance, retention.pooling) == ("cosine", {"all": "masked_mean"})

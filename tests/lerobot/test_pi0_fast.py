@@ -84,12 +84,17 @@ def test_spans_count_every_camera_and_leave_padding_out(policy, batch):
 
 def build(policy, batches, path, kind):
     if kind == "logits":
-        cache = anchors.build(policy, batches, path, forward=action_logits, mask=action_mask)
-        return anchors.LogitRetention(policy, cache, batch_size=16, forward=action_logits)
+        cache = anchors.build(policy, batches, path, anchors.Reading(action_logits, action_mask))
+        return anchors.LogitRetention(policy, cache, batch_size=16)
     cache = anchors.build(
-        policy, batches, path, forward=run_prefix, logits=False, layers=(2, -1), pooling=POOLING, spans=prefix_spans
+        policy,
+        batches,
+        path,
+        anchors.Reading(run_prefix, spans=prefix_spans, pooling=POOLING),
+        logits=False,
+        layers=(2, -1),
     )
-    return anchors.HiddenRetention(policy, cache, batch_size=16, forward=run_prefix)
+    return anchors.HiddenRetention(policy, cache, batch_size=16)
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden"])
@@ -107,7 +112,7 @@ def test_drift_is_zero_then_grows_and_is_held(policy, shipped, old_batches, tmp_
     base = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     optimizer = CraftOptimizer(base, retention, epsilon=epsilon)
     train_on_new(policy, shipped, optimizer, 40)
-    assert retention.position == 40
+    assert optimizer.param_groups[0]["craft_anchor_position"] == 40
     assert retention.drift() < 0.5 * unconstrained
 
 

@@ -171,7 +171,7 @@ def test_it_goes_on_after_a_part_without_it(act, finished_run, tmp_path):
     assert {name for name in run.optimizer.param_groups[0] if name.startswith("craft_dual_")} == {
         f"craft_dual_{name}" for name in run.optimizer.constraints[None].controller.initial_state()
     }
-    assert run.retention.position == 3
+    assert run.optimizer.param_groups[0]["craft_anchor_position"] == 3
     train("act", act, *resume(out, 3, "--steps=5"), with_plugin=False)
     anchors = finished_run / "craft" / "anchors"
     train("act", act, *resume(out, 5, "--steps=6"), f"--craft.anchors.path={anchors}")
@@ -256,7 +256,7 @@ def test_adapters(pi0_fast, tmp_path):
 
 def test_mixed_precision(act, tmp_path):
     run = train("act", act, *arguments(act, tmp_path / "out", "--policy.use_amp=true"), *CRAFT)
-    assert run.retention.autocast == torch.bfloat16
+    assert run.retention.reading.autocast == torch.bfloat16
     assert run.retention.cache.features.autocast == "bfloat16"
     assert rows(tmp_path / "out")[0]["retention_loss"] < 1e-3
 

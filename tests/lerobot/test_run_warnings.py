@@ -61,9 +61,9 @@ def test_which_anchors_are_of_the_new_task(data, chosen, warns):
 
 
 def test_drift_that_runs_away_is_told_once(act, tmp_path, monkeypatch):
-    def drift_on(retention, cache, count):
+    def drift(retention, cache, count):
         return 0.5 if cache.path.name.endswith("-heldout") else 0.01
 
-    monkeypatch.setattr("craft_optim.lerobot.run.drift_on", drift_on)
+    monkeypatch.setattr("craft_optim.anchors.AnchorRetention.drift", drift)
     (said,) = told(act, tmp_path / "out", "--craft.drift_every=1")
     assert "Drift is 0.5 on held-out anchors, 0.01 on those that are trained on" in said

@@ -41,9 +41,6 @@ def test_all_options(runs_folder, tmp_path, capsys):
     ("options", "said"),
     [
         ([], "name at least one RUN"),
-        (["--follow"], "name at least one RUN"),
-        (["runs", "--follow", "--title=x"], "--follow writes nothing"),
-        (["runs", "--follow", "--every=0"], "must be a number > 0"),
         (["runs", "--out=no/where.html"], "there is no folder no"),
     ],
 )
@@ -70,24 +67,6 @@ def test_what_is_not_installed(runs_folder, tmp_path, monkeypatch, capsys):
     assert "pip install 'craft-optim[report]'" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
     assert main(["report", "runs"]) == 0, "the page needs none"
-    for name in [name for name in sys.modules if name == "rich" or name.startswith("rich.")]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "craft_optim.report.follow", raising=False)
-    assert main(["report", "runs", "--follow"]) == 1
-    assert "--follow needs rich" in capsys.readouterr().err
-
-
-def test_following_ends_with_a_key(runs_folder, monkeypatch, capsys):
-    pauses = []
-
-    def pause(seconds):
-        pauses.append(seconds)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("craft_optim.report.follow.time.sleep", pause)
-    assert main(["report", str(runs_folder), "--follow", "--every=0.5"]) == 0
-    assert "craft-seed0" in capsys.readouterr().out
-    assert pauses == [0.5]
 
 
 def test_pictures_show_what_is_there(runs_folder, tmp_path):
