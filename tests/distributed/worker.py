@@ -20,7 +20,6 @@ def serve(rank: int, requests: Connection) -> None:
     """Answers (number of ranks, store, "module.function", arguments) with (succeeded, result or traceback)."""
     while True:
         world_size, store, name, arguments = pickle.loads(requests.recv_bytes())
-        gc.freeze()  # a run searches all objects that are not for its DDP and FSDP modules: for them alone, it is quick
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size, timeout=HANG
         )
@@ -34,6 +33,11 @@ def serve(rank: int, requests: Connection) -> None:
             dist.barrier()
         requests.send_bytes(pickle.dumps(answer))  # `send` would share the memory of tensors
         dist.destroy_process_group()
+        del answer
+        # A run searches all objects that are not frozen for its DDP and FSDP modules: among its own it is quick. What
+        # the last one has left, threads among it, must not be frozen with the rest.
+        gc.collect()
+        gc.freeze()
 
 
 def main(modules: str, *descriptors: str) -> None:
@@ -41,6 +45,7 @@ def main(modules: str, *descriptors: str) -> None:
     for module in modules.split(","):
         with suppress(ImportError):  # the test says what it needs
             importlib.import_module(module)
+    gc.freeze()
     for rank, descriptor in enumerate(descriptors):
         if os.fork() == 0:
             with suppress(EOFError):
