@@ -103,12 +103,20 @@ def bare(base, retention, **craft):
     return base
 
 
-def new_run(cache, base: str = "AdamW", wrap=CraftOptimizer, **craft: Any) -> Run:
-    """With these rates and this epsilon some steps project and others do not. Seeds the generator."""
+def new_run(cache, base: str = "AdamW", wrap=CraftOptimizer, closures=None, **craft: Any) -> Run:
+    """With these rates and this epsilon some steps project and others do not. Seeds the generator.
+
+    Args:
+        closures: What `wrap` is given, made of the run's own closure; None for that alone.
+    """
     torch.manual_seed(7)
     model = network()
     retention = Counted(model, cache, 16)
-    optimizer = wrap(BASES[base](model.parameters()), retention, **{"epsilon": 0.01} | craft)
+    if closures is None:
+        given, craft = retention, {"epsilon": 0.01} | craft
+    else:
+        given = closures(retention)
+    optimizer = wrap(BASES[base](model.parameters()), given, **craft)
     return Run(model, retention, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40))
 
 

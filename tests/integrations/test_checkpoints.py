@@ -1,6 +1,14 @@
-"""Stop, save, load into fresh objects, go on: by every route the run that was never stopped, bit for bit."""
+"""Stop, save, load into fresh objects, go on: the run that was never stopped, bit for bit.
+
+By every route, for every base, and whatever else is switched on; frameworks with routes of their own have their tests
+beside this file. What is saved is the same for all, so that routes need not be crossed with options.
+"""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from craft_optim import CraftOptimizer
+from craft_optim import Constraint, CraftOptimizer, schedules
+from craft_optim.anchors import CombinedRetention, LogitRetention
 
 HALF, END = 12, 20
 
@@ -159,6 +168,88 @@ def test_a_resumed_run_is_the_straight_one(cache, tmp_path, route, base):
     assert resumed.optimizer.param_groups[0]["craft_anchor_position"] == HALF
     assert resumed.optimizer.param_groups[0]["craft_step"] == HALF
     assert_same(expected, go_on(resumed, before), "resumed")
+
+
+# -- options: what they keep besides is in the optimizer's state, too --------------------------------------------------
+
+
+def _two_constraints(closure):
+    other = LogitRetention(closure.model, closure.cache, 8, seed=3)
+    return {"many": Constraint(closure, 0.01), "few": Constraint(other, 0.02, "ascent")}
+
+
+def _two_closures(closure):
+    return CombinedRetention({"many": closure, "few": LogitRetention(closure.model, closure.cache, 8, seed=3)})
+
+
+OPTIONS = {
+    "every third step": {"retention_every": 3},
+    "ascent": {"dual": "ascent"},
+    "nupi": {"dual": "nupi"},
+    "augmented Lagrangian": {"dual": "augmented_lagrangian"},
+    "a schedule": {"epsilon": schedules.Linear(0.02, 0.005, 16)},
+    "a clipped norm": {"max_grad_norm": 0.5, "merge": "equal", "projection": "always"},
+    "gradients that wait in bfloat16": {"gradient_memory": "bfloat16"},
+    "two constraints": {"closures": _two_constraints},
+    "two closures under one epsilon": {"closures": _two_closures, "epsilon": 0.01},
+}
+
+
+def _resumed(cache, tmp_path, **options):
+    """A straight run and one that was stopped, by torch.save."""
+    expected = new_run(cache, **options).train(0, END).everything()
+    first = new_run(cache, **options).train(0, HALF)
+    before = first.everything()
+    _torch_save(first, tmp_path)
+    resumed = new_run(cache, **options)
+    _torch_load(resumed, tmp_path)
+    return expected, go_on(resumed, before)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_resumed_run_is_the_straight_one_with(cache, tmp_path, option):
+    expected, resumed = _resumed(cache, tmp_path, **OPTIONS[option])
+    assert_same(expected, resumed)
+    plain = new_run(cache).train(0, END).everything()
+    assert not torch.equal(plain["model"]["5.weight"], expected["model"]["5.weight"]), "the option does something"
+
+
+def test_a_resumed_run_is_the_straight_one_in_float16(caches, tmp_path):
+    expected, resumed = _resumed(caches(torch.float16), tmp_path)
+    assert_same(expected, resumed)
+    (group,) = resumed["optimizer"]["param_groups"]
+    assert group["craft_scale_passes"] == END, "its scale is of the whole run"
+
+
+NEW_PROCESS = """
+import sys
+import torch
+from runs import new_run
+from craft_optim.anchors import AnchorCache
+torch.set_num_threads(1)
+cache, last, *files = sys.argv[1:]
+for file in files:
+    saved = torch.load(file, weights_only=True)
+    run = new_run(AnchorCache.open(cache), **saved["options"])
+    for part in ("model", "optimizer", "scheduler"):
+        getattr(run, part).load_state_dict(saved[part])
+    torch.set_rng_state(saved["rng"])
+    torch.save(run.train(saved["step"], int(last)).everything(), file)
+"""
+
+
+def test_a_run_resumed_in_a_new_process_is_the_straight_one(cache, tmp_path):
+    runs = [{}, {"retention_every": 3}]
+    files = [tmp_path / f"{number}.pt" for number in range(len(runs))]
+    for options, file in zip(runs, files, strict=True):
+        saved = new_run(cache, **options).train(0, HALF).everything()
+        torch.save(saved | {"options": options, "step": HALF}, file)
+    command = [sys.executable, "-c", NEW_PROCESS, str(cache.path), str(END), *map(str, files)]
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": here}, check=True)
+    for options, file in zip(runs, files, strict=True):
+        expected = new_run(cache, **options).train(0, END).everything()
+        assert_same(expected, torch.load(file, weights_only=True))
 
 
 @pytest.mark.parametrize("base", BASES)
