@@ -169,18 +169,6 @@ def test_names_that_the_hook_replaces():
     assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(replaced)
 
 
-def test_fields_of_the_checkpoint():
-    section = read(LEROBOT).split("## Checkpoints and resuming")[1].split("\n## ")[0]
-    named = {x for row in re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE) for x in re.findall(r"`(\w+)`", row)}
-    (written,) = [
-        {key.value for key in node.keys}
-        for node in ast.walk(tree("lerobot", "run.py"))
-        if isinstance(node, ast.Dict)
-        and any(isinstance(k, ast.Constant) and k.value == "fingerprint" for k in node.keys)
-    ]
-    assert named == written
-
-
 # Flags and commands
 
 

@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any
 
@@ -139,7 +140,7 @@ class RolloutPool:
             raise ValueError(f"`workers` must be at least 1. Found {workers}.")
         self.workers = workers
         self._executor = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(use_gl(),)
+            workers, mp_context=_context(), initializer=_start_worker, initargs=(use_gl(),)
         )
         # Start the workers at once: they import their libraries while the caller trains.
         self._started = [self._executor.submit(os.getpid) for _ in range(workers)]
@@ -195,6 +196,15 @@ class RolloutPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _context() -> BaseContext:
+    """New processes; where one can, forks of one that has imported what takes them seconds."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["lerobot.policies.pi0_fast.modeling_pi0_fast", "lerobot.processor"])
+    return context
 
 
 def _start_worker(backend: str) -> None:

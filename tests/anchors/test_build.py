@@ -1,7 +1,6 @@
 """Building: what is stored, what is refused, and what a kill leaves behind."""
 
 import logging
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,38 +146,6 @@ def test_a_build_that_was_stopped_goes_on(noisy: Any, tmp_path: Path, after: int
     complete = after * 10 // 16 * 16
     assert noisy.calls == 7 - complete // 10
     assert contents(tmp_path / "half") == contents(whole.path)
-
-
-def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:
-    """SIGKILL in the middle of writing a shard."""
-    script = """
-import os, signal, sys
-import torch, safetensors.torch
-from torch import nn
-from craft_optim.anchors import build
-torch.manual_seed(0); torch.set_num_threads(1)
-model, batches = nn.Linear(6, 4), list(torch.randn(70, 6).split(10))
-save, calls = safetensors.torch.save_file, []
-def dying(tensors, path):
-    calls.append(1)
-    save(tensors, path)
-    if len(calls) == int(sys.argv[2]):
-        with open(path, "rb+") as file:
-            file.truncate(100)
-        os.kill(os.getpid(), signal.SIGKILL)
-safetensors.torch.save_file = dying
-build(model, batches, sys.argv[1], shard_size=16)
-"""
-
-    def run(name: str, dies_at: int) -> int:
-        command = [sys.executable, "-c", script, str(tmp_path / name), str(dies_at)]
-        return subprocess.run(command, check=False).returncode
-
-    assert run("whole", 0) == 0
-    assert run("killed", 3) == -9
-    assert "shard-00002.safetensors.tmp" in contents(tmp_path / "killed")
-    assert run("killed", 0) == 0
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_kill_between_a_shard_and_its_record(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:

@@ -65,12 +65,19 @@ def conversations(count: int, seed: int = 0) -> list[Batch]:
     return batches
 
 
-def build_conversations(path: Path, count: int, pause: float = 0.0, **settings: Any) -> AnchorCache:
-    """Everything that a cache can hold of lengths of its own, in shards of 3 anchors."""
+def build_conversations(
+    path: Path, count: int, pause: float = 0.0, wait_at: int | None = None, **settings: Any
+) -> AnchorCache:
+    """Everything that a cache can hold of lengths of its own, in shards of 3 anchors.
+
+    With `wait_at` it waits, once there are so many shards, for the file `go`, or to be killed: on a busy machine, long.
+    """
     model = Talker()
 
     def forward(model: nn.Module, batch: Batch) -> Tensor:
         time.sleep(pause)
+        while wait_at is not None and complete(path) >= wait_at and not path.with_name("go").exists():
+            time.sleep(0.01)
         out: Tensor = model(**batch)
         return out
 
@@ -83,9 +90,11 @@ def build_conversations(path: Path, count: int, pause: float = 0.0, **settings: 
 # The processes to kill
 
 
-def rank_of_several(path: str, count: int, pause: float, rank: int, world_size: int, store: str) -> None:
+def rank_of_several(
+    path: str, count: int, pause: float, wait_at: int | None, rank: int, world_size: int, store: str
+) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    build_conversations(Path(path), count, pause)
+    build_conversations(Path(path), count, pause, wait_at)
     distributed.barrier()
 
 
@@ -108,8 +117,8 @@ def dies_before_change(path: str, count: int, number: int) -> None:
     build_conversations(Path(path), count)
 
 
-def builds(path: str, count: int, pause: float = 0.0) -> None:
-    build_conversations(Path(path), count, pause)
+def builds(path: str, count: int, pause: float = 0.0, wait_at: int | None = None) -> None:
+    build_conversations(Path(path), count, pause, wait_at)
 
 
 def builds_without_room(path: str, count: int, limit: int) -> None:
@@ -203,10 +212,10 @@ def test_twenty_kills_at_random_moments(
 ) -> None:
     path, draw, progress = tmp_path / "c", random.Random(0), [0]
     for _ in range(20):
-        pid = server.start(builds, str(path), 480, 0.002)
+        pid = server.start(builds, str(path), 480, 0.002, progress[-1] + 7)
         wait_for_shards(path, progress[-1] + draw.randrange(4))
         time.sleep(draw.uniform(0.0, 0.01))
-        assert server.end(pid, kill=True) == signal.SIGKILL, "it was done before it was killed"
+        assert server.end(pid, kill=True) == signal.SIGKILL
         progress.append(complete(path))
     assert progress == sorted(progress), "a resumed build goes on"
     assert len({n for n in progress if 0 < n < 160}) >= 10, progress
@@ -259,17 +268,18 @@ def test_two_processes_killed_together(
 ) -> None:
     path, draw, progress = tmp_path / "c", random.Random(world_size), [0]
 
-    def start(processes: int, pause: float) -> list[int]:
+    def start(processes: int, pause: float, wait_at: int | None = None) -> list[int]:
         store = str(tmp_path / f"store{len(progress)}-{processes}")
-        return [server.start(rank_of_several, str(path), 120, pause, r, processes, store) for r in range(processes)]
+        ranks = range(processes)
+        return [server.start(rank_of_several, str(path), 120, pause, wait_at, r, processes, store) for r in ranks]
 
     for _ in range(2):
-        pids = start(2, 0.005)
+        pids = start(2, 0.005, progress[-1] + 12)
         wait_for_shards(path, progress[-1] + 4)
         time.sleep(draw.uniform(0.0, 0.01))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        assert [server.end(pid) for pid in pids] == [signal.SIGKILL] * 2, "they were done before they were killed"
+        assert [server.end(pid) for pid in pids] == [signal.SIGKILL] * 2
         progress.append(complete(path))
     assert 0 < progress[1] < progress[2] < 40, progress
     assert [server.end(pid) for pid in start(world_size, 0.0)] == [0] * world_size
@@ -497,13 +507,14 @@ def test_two_builders_of_one_folder(
     server: Server, in_peace: Callable[[int], dict[str, bytes]], tmp_path: Path
 ) -> None:
     path = tmp_path / "c"
-    pid = server.start(builds, str(path), 120, 0.02)
+    pid = server.start(builds, str(path), 120, 0.02, 20)
     wait_for_shards(path, 2)
     with pytest.raises(AnchorCacheError, match=r"Another process is building.*Wait for it, or pass another `path`"):
         build_conversations(path, 120)
     with pytest.raises(AnchorCacheError, match="Another process"):
         build_conversations(path, 120, overwrite=True)
     assert not (path / "cache.json").exists(), "at once, not when the other has finished"
+    path.with_name("go").touch()
     assert server.end(pid) == 0
     assert contents(path) == in_peace(120)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from table import Table
 from training import (
     CRAFT,
+    EXAMPLES,
     NEW,
     OLD,
     arguments,
@@ -106,6 +108,13 @@ def test_drift_is_measured_as_often_as_asked(act, tmp_path):
     assert [row["step"] for row in written] == [1, 2, 3, 4]
     assert ["drift_anchors" in row for row in written] == [False, False, True, True]
     assert ["retention_loss" in row for row in written] == [True, False, True, False], "every step has its own"
+
+
+def test_the_fields_of_a_checkpoint_are_those_of_the_documentation(finished_run):
+    page = (EXAMPLES.parent / "docs" / "lerobot.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (`.*?`) \|", page.split("## Checkpoints and resuming")[1].split("\n## ")[0], re.MULTILINE)
+    written = json.loads((finished_run / "checkpoints" / "000004" / "training_state" / "craft.json").read_text())
+    assert {name for row in table for name in re.findall(r"`(\w+)`", row)} == written.keys()
 
 
 # With and without it
