@@ -245,7 +245,8 @@ def make_controller(
             return dual
         raise TypeError(f"`dual` must be a name or a controller object. Found {type(dual).__name__}.")
     if dual not in _CONTROLLERS:
-        raise ValueError(f"`dual` must be one of {', '.join(map(repr, _CONTROLLERS))} or a controller. Found {dual=}.")
+        names = ", ".join(map(repr, _CONTROLLERS))
+        raise ValueError(f"`dual` must be one of {names}, or a controller. Found dual={dual!r}.")
     kind, name_of_gain = _CONTROLLERS[dual]
     given = {"initial": initial, name_of_gain: gain, "maximum": maximum}
     controller: Controller = kind(**{name: value for name, value in given.items() if value is not None})

@@ -63,7 +63,11 @@ def test_all_are_scaled_alike_to_the_bound():
     found = products([0.04, 0.0, 0.0], [0.0, 0.09, 0.0], [0.0, 0.0, 0.16])
     assert found.common_factor([1.0, 1.0], 2.0) == pytest.approx(0.8)  # to 2 * 0.2 from 0.5
     assert found.common_factor([1.0, 1.0], 3.0) == found.common_factor([1.0, 1.0], math.inf) == 1.0
-    assert found.common_factor([0.0, 0.0], 2.0) == 1.0
+    assert (
+        found.common_factor([0.0, 0.0], 2.0)
+        == products([0.0] * 3, *np.eye(3)[1:]).common_factor([0.0, 0.0], 2.0)
+        == 1.0
+    )
     assert products([1.0, 0.0], [0.0, 9.0]).common_factor([1.0], 2.0) == 1.0, "its own cap has seen to it"
 
 
