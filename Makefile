@@ -17,6 +17,9 @@ NEWEST := .venv-newest
 # What lerobot is not needed for: it promises bounds of its own.
 NAMES := transformers evaluation report integrations
 
+# A file's tests run in one process, which makes its fixtures once; conftest.py has the longest begin.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 # OpenMP threads beyond one lose on small tensors and shared machines; MuJoCo renders without a screen.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
@@ -58,26 +61,26 @@ demo: $(FOR_EXAMPLE)  ## fine-tune the small pi0_fast with AdamW and with CRaFT;
 	$(BIN)/python examples/pi0_fast_craft.py
 
 test: lint $(FOR_TESTS)  ## linters, types, documentation, all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest $(TWO)
 
 evidence: $(FOR_TESTS)  ## the tests of benchmarks/evidence that `make test` leaves out
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m evidence tests/evidence
+	$(BIN)/python -m pytest $(TWO) -m evidence tests/evidence
 
 # A third of its time, and nothing in it depends on the version of Python.
 CORE := --ignore=tests/distributed/test_equals_one_process.py
 
 core: $(FOR_CORE)  ## the tests of the core without an extra, on Python 3.11
-	.venv-core/bin/python -m pytest -n 2 --dist loadgroup $(CORE)
+	.venv-core/bin/python -m pytest $(TWO) $(CORE)
 
 lowest: $(FOR_LOWEST)  ## the tests that need no lerobot, on the lower bounds of pyproject.toml (downloads torch 2.6 for CUDA)
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadgroup
+	.venv-lowest/bin/python -m pytest $(TWO)
 
 newest:  ## the tests that need no lerobot, on the newest torch, transformers and others that pip finds
 	@test -d $(NEWEST) || "$$(PYTHON="$(PYTHON)" sh tools/find_python 11)" -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[transformers,evaluation,report]" \
 		--group tests --group integrations expecttest
-	$(NEWEST)/bin/python -m pytest -n 2 --dist loadgroup
+	$(NEWEST)/bin/python -m pytest $(TWO)
 
 lint: ruff types  ## ruff and mypy
 

@@ -18,9 +18,6 @@ DOCS = ROOT / "docs"
 sys.path.append(str(DOCS / "_extensions"))
 from plain_docstrings import restructured  # noqa: E402
 
-# One process builds what these tests look at.
-pytestmark = pytest.mark.xdist_group("docs")
-
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):

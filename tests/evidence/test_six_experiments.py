@@ -30,8 +30,6 @@ from craft_optim.anchors import AnchorCache
 from craft_optim.evaluation import read_questions
 from craft_optim.lerobot.answers import PI0FastScorer
 
-pytestmark = pytest.mark.xdist_group("six experiments")  # one process, one run
-
 TINY = ["--steps=2", "--rollouts=2", "--questions=6", "--anchors=6", "--teaching-steps=2", "--loaders=0"]
 
 

@@ -13,10 +13,7 @@ from craft_optim.report import read_runs, render
 Image = pytest.importorskip("PIL.Image", reason="pip install 'craft-optim[report]'")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome: apt-get install chromium"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome: apt-get install chromium")
 # What the log calls requests of a page; the browser has some of its own, whatever the page
 OF_A_PAGE = re.compile(r'"traffic_annotation":101845102,"url":"([^"]*)"')
 
