@@ -7,6 +7,7 @@ import subprocess
 import sys
 from multiprocessing import Pipe, connection
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ class Processes:
     def __init__(self, folder, modules=("cases",)):
         self.folder, self.modules, self.parent, self.ranks, self.calls = folder, modules, None, [], 0
 
+    running: ClassVar = []
+
     def start(self):
+        self.running.append(self)
         self.ranks, theirs = zip(*(Pipe() for _ in range(RANKS)), strict=True)
         descriptors = [end.fileno() for end in theirs]
         worker = str(Path(__file__).with_name("worker.py"))
@@ -70,11 +74,19 @@ class Processes:
 
     def stop(self):
         if self.parent is not None:
+            self.running.remove(self)
             os.killpg(self.parent.pid, signal.SIGKILL)
             self.parent.wait()
             for rank in self.ranks:
                 rank.close()
         self.parent, self.ranks = None, []
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Ends the ranks where the tests of other folders begin: threads that torch leaves in them never quite rest."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        for pool in [*Processes.running]:
+            pool.stop()
 
 
 @pytest.fixture(scope="session")
