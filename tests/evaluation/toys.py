@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -139,6 +140,8 @@ def llava(chat=True):
 
 
 def paligemma():
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 makes a PaliGemmaProcessor with Gemma's own tokenizer alone")
     pictures = SiglipImageProcessor(size={"height": 16, "width": 16}, image_seq_length=4)
     processor = PaliGemmaProcessor(pictures, tokenizer(extra_special_tokens={"image_token": "<image>"}))
     words = processor.tokenizer

@@ -42,8 +42,7 @@ def test_compiles_to_loads_of_16_bytes(kernel, dtype, architecture):
     source = triton.compiler.ASTSource(
         function,
         {name: SIGNATURE.get(name, "constexpr") for name in function.arg_names},
-        {(function.arg_names.index(name),): value for name, value in constants.items()},
-        {},
+        constants,
     )
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
     assert made.asm["ptx"].count("ld.global.v4.b32") >= 4
