@@ -31,7 +31,7 @@ class ShardBuffer:
     """The anchors of the next shard, and the thread that collects and writes them.
 
     Calls come back at once unless four of them are waiting already. What fails in the thread is raised by a later call.
-    The thread alone touches `_parts`; `_waiting` is the caller's.
+    After that nothing is written any more. The thread alone touches `_parts` and `_failed`; `_waiting` is the caller's.
 
     Args:
         folder: The folder to write to. If another process writes in place of this one, nothing is collected.
@@ -40,6 +40,7 @@ class ShardBuffer:
     def __init__(self, folder: BuildFolder) -> None:
         self._folder = folder
         self._parts: list[_Part] = []
+        self._failed = False
         self._thread = ThreadPoolExecutor(1, "craft_optim-anchors")
         self._waiting: deque[Future[None]] = deque()
 
@@ -58,15 +59,9 @@ class ShardBuffer:
         self._submit(self._flush, shard)
 
     def drain(self) -> None:
-        """Waits for the thread; what follows a failure in it is not run."""
+        """Waits for the thread."""
         while self._waiting:
-            try:
-                self._waiting.popleft().result()
-            except BaseException:
-                for future in self._waiting:
-                    future.cancel()
-                self._waiting.clear()
-                raise
+            self._waiting.popleft().result()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -77,9 +72,16 @@ class ShardBuffer:
             return
         while len(self._waiting) >= _AHEAD:
             self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(function, *args))
+        self._waiting.append(self._thread.submit(self._run, function, *args))
 
     # In the thread
+
+    def _run(self, function: Callable[..., None], *args: Any) -> None:
+        if self._failed:
+            return
+        self._failed = True  # unless it comes to its end
+        function(*args)
+        self._failed = False
 
     def _push(self, tensors: dict[str, Tensor], lengths: dict[str, Tensor], batch: Mapping[str, Tensor]) -> None:
         encodings: dict[str, Encoding] = {}
