@@ -63,6 +63,8 @@ class Processes:
                     self.stop()
                     if "no attribute 'record_event'" in answers[rank]:
                         pytest.skip("FSDP2 of torch 2.6 does not run on CPUs")
+                    if "Cannot writeback when the gradient shape changes" in answers[rank]:
+                        pytest.skip("torch 2.6 cannot collect the parameters of FSDP1 without shards")
                     pytest.fail(f"{case} on rank {rank} of {world_size}:\n{answers[rank]}")
         return [answers[rank] for rank in range(world_size)]
 
