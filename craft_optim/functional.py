@@ -25,6 +25,9 @@ from craft_optim.schedules import epsilon_at
 __all__ = ["Gram", "epsilon_at", "gram", "project_and_merge_", "project_and_merge_several_", "update_multiplier"]
 
 
+_DEFAULT = Rules()
+
+
 def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
     """Inner products of two lists of gradients of equal length; entries may be None (zero).
 
@@ -61,7 +64,7 @@ def project_and_merge_(
     """
     if not lam >= 0.0:
         raise ValueError(f"`lam` must be >= 0. Found lam={lam!r}.")
-    return _merge_(task_grads, [retention_grads], [lam], [project], Rules(**rules)).grams[0]
+    return _merge_(task_grads, [retention_grads], [lam], [project], rules).grams[0]
 
 
 def project_and_merge_several_(
@@ -106,13 +109,14 @@ def project_and_merge_several_(
         )
     if not all(lam >= 0.0 for lam in lams):
         raise ValueError(f"`lams` must be >= 0. Found lams={lams!r}.")
-    return _merge_(task_grads, retention_grads, lams, project, Rules(**rules)).matrix
+    return _merge_(task_grads, retention_grads, lams, project, rules).matrix
 
 
 def _merge_(
-    task: Gradients, retention: Sequence[Gradients], lams: Sequence[float], project: Sequence[bool], rules: Rules
+    task: Gradients, retention: Sequence[Gradients], lams: Sequence[float], project: Sequence[bool], given: Any
 ) -> Products:
     """Writes the merged gradient into the last of `retention`."""
+    rules = Rules(**given) if given else _DEFAULT
     rules.check_for(len(retention))
     sets = GradientSets(task, retention)
     products, _ = sets.inner_products()

@@ -64,7 +64,7 @@ class GradientPairs:
         # Products are added up in segments, one for each share.
         segment_of = {share: segment for segment, share in enumerate(dict.fromkeys(shares or (1.0,)))}
         self.n_segments = len(segment_of)
-        self._shares = np.array([*segment_of])[:, None]
+        self._shares, self._alike = np.array([*segment_of])[:, None], [*segment_of] == [1.0]
         segments = [0] * len(task) if shares is None else [segment_of[share] for share in shares]
         self._compiled: compiled.CompiledPairs | None = None
         self._fused: list[FusedPairs] = []
@@ -114,6 +114,8 @@ class GradientPairs:
 
     def folded(self, sums: Any) -> Any:
         """Sums per segment, `[3, n * n_segments]`, arrays or tensors alike, weighted and added up: `[3, n]`."""
+        if self._alike:  # one segment, of share 1
+            return sums
         shares: Any = self._shares
         if isinstance(sums, Tensor):
             shares = torch.from_numpy(shares).to(sums.device, non_blocking=True)
