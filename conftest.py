@@ -26,7 +26,44 @@ settings.load_profile("fixed")
 
 # By what they need of a processor, so that two processes which share the files end together: `make test` hands them out
 # in this order, then the others in their own.
-LONGEST = ("tests/lerobot/test_train.py",)
+LONGEST = (
+    "tests/lerobot/test_train.py",
+    "tests/evidence/test_six_experiments.py",
+    "tests/examples/test_small_llama.py",
+    # One after the other: in each process they share ranks
+    "tests/distributed/test_equals_one_process.py",
+    "tests/distributed/test_checkpoints.py",
+    "tests/distributed/test_frameworks.py",
+    "tests/distributed/test_building.py",
+    "tests/distributed/test_snapshot.py",
+    "tests/distributed/test_constraints.py",
+    "tests/distributed/test_layout.py",
+    "tests/distributed/test_reach.py",
+    "tests/lerobot/test_plugin.py",
+    "tests/examples/test_metaworld_pi0_fast.py",
+    "tests/examples/test_pi0_fast_craft.py",
+    "tests/anchors/test_robustness.py",
+    "tests/evidence/test_how_many_anchors.py",
+    "tests/integrations/test_transformers.py",
+    "tests/test_docs_build.py",
+    "tests/lerobot/test_pi0_fast.py",
+    "tests/lerobot/test_adapters.py",
+    "tests/integrations/test_checkpoints.py",
+    "tests/anchors/test_compile.py",
+    "tests/lerobot/test_command_line.py",
+    "tests/integrations/test_bases.py",
+    "tests/kernels/test_fused.py",
+    "tests/evidence/test_sweep_epsilon.py",
+    "tests/evidence/test_retention_budget.py",
+    "tests/examples/test_llm_lora_trainer.py",
+    "tests/constraints/test_constraints.py",
+    "tests/test_cli.py",
+    "tests/lerobot/test_drift.py",
+    "tests/lerobot/test_opening.py",
+    "tests/evidence/test_retention_vla.py",
+    "tests/kernels/test_compiled.py",
+    "tests/test_optimizer.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
