@@ -221,7 +221,8 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
         settings: CraftSettings = draccus.decode(CraftSettings, merged)
     except ParsingError as error:
         where = f"in {file} or the flags" if file else "in the flags"
-        raise SettingsError(f"A setting of craft {where} cannot be read: {error}") from error
+        why = error.__cause__ or error  # of a check of `Rules`, which says more
+        raise SettingsError(f"A setting of craft {where} cannot be read: {why}") from error
     settings.check()
     return settings
 

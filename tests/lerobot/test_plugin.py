@@ -303,6 +303,10 @@ def test_whose_statistics_a_checkpoint_holds(act, tmp_path, choice, source):
         (["--craft.anchors.root=null"], "craft needs examples"),
         (["--craft.epsilon_start=1"], "belong together"),
         (["--craft.config=nowhere.yaml"], "nowhere.yaml"),
+        (["--craft.rho=-1"], "`rho` must be > 0, or None. Found rho=-1"),
+        (["--craft.retention_every=0"], "Found retention_every=0"),
+        (["--craft.conflict_threshold=-2"], "must be in [-1, 1]. Found -2"),
+        (["--craft.merge=sum"], "into one of: weighted, equal, task_priority"),
     ],
 )
 def test_wrong_settings(act, tmp_path, capsys, change, words):
