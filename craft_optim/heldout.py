@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from craft_optim._warn import warn
+from craft_optim.metrics import keyed
 from craft_optim.retention import Retention, measurable
 
 __all__ = ["RUNS_AWAY", "HeldOutDrift", "runs_away"]
@@ -98,15 +99,13 @@ class HeldOutDrift:
 
     def measure(self) -> dict[str, float]:
         """Both drifts now, by name. Of several processes each must call it, and each measures the whole."""
-        end = "" if self.name is None else f"/{self.name}"
         return {
-            f"drift_anchors{end}": self.retention.drift(None, self.count),
-            f"drift_heldout{end}": self.retention.drift(self.heldout, self.count),
+            keyed("drift_anchors", self.name): self.retention.drift(None, self.count),
+            keyed("drift_heldout", self.name): self.retention.drift(self.heldout, self.count),
         }
 
     def _judge(self, row: Mapping[str, float]) -> None:
-        end = "" if self.name is None else f"/{self.name}"
-        anchors, heldout, epsilon = (row[f"{what}{end}"] for what in ("drift_anchors", "drift_heldout", "epsilon"))
+        anchors, heldout, epsilon = (row[keyed(x, self.name)] for x in ("drift_anchors", "drift_heldout", "epsilon"))
         said = runs_away(anchors, heldout, epsilon, self.factor)
         if said is not None and not self._warned:
             self._warned = True

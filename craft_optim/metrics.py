@@ -58,6 +58,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def keyed(what: str, name: str | None) -> str:
+    """The name of a constraint's metric, or float of the state: "what/name", "what" if the constraint has none."""
+    return what if name is None else f"{what}/{name}"
+
+
 Sink = Callable[[Mapping[str, float]], Any]
 """A function that `on_metrics` takes"""
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from craft_optim._step.constraint import Constraint, Constraints, constraints_of, initial_state, keyed
+from craft_optim._step.constraint import Constraint, Constraints, constraints_of, initial_state
 from craft_optim._step.gradients import all_zero, gradients_of
 from craft_optim._step.layout import ONE_PROCESS, Layout, layout_of
 from craft_optim._step.rules import Rules
@@ -21,6 +21,7 @@ from craft_optim._step.watch import REACH_AT, CapWatch, warn_of_little_reach
 from craft_optim._warn import warn
 from craft_optim._wrapper import Wrapper
 from craft_optim.dual import Controller, DualAscent, make_controller
+from craft_optim.metrics import keyed
 from craft_optim.retention import RetentionClosure
 from craft_optim.schedules import Linear, Schedule, as_schedule
 

@@ -165,7 +165,7 @@ def measurable(closure: object, name: str = "retention") -> Retention:
     """
     if not isinstance(closure, Retention) or type(closure).drift is Retention.drift:
         raise TypeError(
-            f"`{name}` must be a craft_optim.retention.Retention with a method `drift()` that measures it without "
+            f"`{name}` must be a craft_optim.Retention with a method `drift()` that measures it without "
             "gradients, as the closures of craft_optim.anchors are: others tell their loss on the next anchors only. "
             f"Found {type(closure).__name__}."
         )

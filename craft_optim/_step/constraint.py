@@ -1,8 +1,7 @@
 """Constraint: a retention loss, the drift it may show, the controller of its multiplier; and its pass in one step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from .gradients import Gradients, gradients_of, leaves, put, set_aside
 from .layout import Layout
 from .rules import Projection
 
-__all__ = ["Constraint", "Passed", "RetentionPass", "constraints_of", "initial_state", "keyed", "prefix"]
+__all__ = ["Constraint", "Passed", "RetentionPass", "constraints_of", "initial_state", "prefix"]
 
 _EPSILON, _DUAL = 0.05, "pi"
 
@@ -139,11 +138,6 @@ def initial_state(controller: Controller) -> dict[str, float]:
     return {"craft_lambda": 0.0, "craft_anchor_position": 0.0, **scaling.initial_scale(), **dual}
 
 
-def keyed(what: str, name: str | None) -> str:
-    """The key of a constraint's metric or float of the state."""
-    return what if name is None else f"{what}/{name}"
-
-
 def prefix(name: str | None) -> str:
     """The beginning of a message about a constraint."""
     return "" if name is None else f"Constraint {name!r}: "
@@ -210,7 +204,9 @@ class RetentionPass:
         put(self._parameters, [None] * len(self._parameters))  # they are in the stash
         with self._layout.own_reduction(), torch.enable_grad():
             loss, scale = self._scaled_loss()
-            with self._protected(loss):
+            own = {id(p) for p in self._parameters}
+            reachable = list(self._closure.parameters()) or leaves(loss)
+            with set_aside([p for p in reachable if id(p) not in own]):
                 loss.backward()  # type: ignore[no-untyped-call]
                 retention = gradients_of(self._parameters)
         retention = self._layout.averaged(retention, self._parameters)
@@ -220,14 +216,6 @@ class RetentionPass:
     def count(self) -> None:
         """Writes into the state that the anchors of this step have been used."""
         self.state["craft_anchor_position"] = self._number + 1.0
-
-    @contextmanager
-    def _protected(self, loss: Tensor) -> Iterator[None]:
-        """Within the block the backward reaches no `.grad` that is not the optimizer's own."""
-        own = {id(p) for p in self._parameters}
-        reachable = list(self._closure.parameters()) or leaves(loss)
-        with set_aside([p for p in reachable if id(p) not in own]):
-            yield
 
     def _scaled_loss(self) -> tuple[Tensor, float]:
         """L_ret times the private scale, and the scale."""

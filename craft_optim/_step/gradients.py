@@ -27,16 +27,15 @@ def put(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Non
 
 
 @contextmanager
-def set_aside(parameters: list[Tensor]) -> Iterator[Gradients]:
+def set_aside(parameters: list[Tensor]) -> Iterator[None]:
     """Within the block every `.grad` is None; afterwards, also after an exception, it is what it was.
 
-    Yields the gradients that were set aside. Only pointers move: no memory, no traffic.
+    Only pointers move: no memory, no traffic.
     """
     kept = gradients_of(parameters)
     try:
-        for p in parameters:
-            p.grad = None
-        yield kept
+        put(parameters, [None] * len(parameters))
+        yield
     finally:
         put(parameters, kept)
 

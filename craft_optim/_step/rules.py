@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-__all__ = ["GradientMemory", "Merge", "Projection", "Rules", "check_choice"]
+__all__ = ["GradientMemory", "Merge", "Projection", "Rules"]
 
 Projection = Literal["violated", "always", "never"]
 Merge = Literal["weighted", "equal", "task_priority"]
@@ -53,7 +53,9 @@ class Rules:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), get_args(choices))
+            if (value := getattr(self, name)) not in get_args(choices):
+                allowed = ", ".join(map(repr, get_args(choices)))
+                raise ValueError(f"`{name}` must be one of {allowed}. Found {name}={value!r}.")
         if not -1.0 <= (found := self.conflict_threshold) <= 1.0:
             raise ValueError(f"`conflict_threshold` is a cosine and must be in [-1, 1]. Found {found!r}.")
         if not isinstance(self.retention_every, int) or self.retention_every < 1:
@@ -77,9 +79,3 @@ class Rules:
                 "`conflict_threshold` must be <= 0 with several constraints: to remove what helps one of them may "
                 f"harm another. Found {found!r}."
             )
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raises ValueError unless the value of `name` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}. Found {name}={value!r}.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from craft_optim._warn import warn
-from craft_optim.metrics import METRICS
+from craft_optim.metrics import METRICS, keyed
 
 from .constraint import Constraint, Passed, RetentionPass
 from .decision import Decision, Gram, Products, decide
@@ -283,7 +283,7 @@ def put_together(rows: Mapping[str | None, Mapping[str, float]]) -> dict[str, fl
     for name, row in rows.items():
         if name is not None:
             whole |= {what: max(whole[what], row[what]) for what in worst if METRICS[what].largest}
-            whole |= {f"{what}/{name}": x for what, x in row.items()}
+            whole |= {keyed(what, name): x for what, x in row.items()}
     return whole
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from craft_optim._warn import warn
+from craft_optim.metrics import keyed
 
-from .constraint import keyed, prefix
+from .constraint import prefix
 from .layout import Layout
 from .rules import Rules
 

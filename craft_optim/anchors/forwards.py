@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Layer, run
-from .frozen import Layout, layouts_of, leaves, recorded, replayed
+from .frozen import Form, forms_of, leaves, recorded, replayed
 from .masks import rows
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
 from .structure import Inputs, map_tensors
@@ -72,12 +72,12 @@ class AnchorForward:
     ) -> None:
         self._model, self._forward, self._layers, self._output = model, forward, layers, output
         self._frozen = frozen
-        self._layouts: dict[str, list[Layout]] | None = None
+        self._forms: dict[str, list[Form]] | None = None
         self._packs: bool | None = None
         self._head: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layouts": None}  # another process finds out for itself
+        return {**self.__dict__, "_forms": None}  # another process finds out for itself
 
     def __call__(
         self, inputs: Inputs, size: int, valid: Tensor | None = None, stored: Mapping[str, Tensor] | None = None
@@ -97,8 +97,8 @@ class AnchorForward:
         known = {key: x for key, x in (stored or {}).items() if key.startswith("frozen.")}
         if not self._frozen or (stored is not None and not known):
             return self._run(inputs, valid, packs)
-        if known and self._layouts is not None:
-            with replayed(self._model, known, self._layouts):
+        if known and self._forms is not None:
+            with replayed(self._model, known, self._forms):
                 return self._run(inputs, valid, packs)
         with recorded(self._model, self._frozen) as calls:
             outcome = self._run(inputs, valid, packs)
@@ -106,7 +106,7 @@ class AnchorForward:
         found = leaves(called if known else calls, size)
         if known:
             _compare(found, known)
-            self._layouts = layouts_of(called)
+            self._forms = forms_of(called)
         return outcome._replace(frozen=found)
 
     def _run(self, inputs: Inputs, valid: Tensor | None, packs: bool) -> Outcome:

@@ -5,11 +5,11 @@ At build time, and in the first pass of a process, the modules run:
     with recorded(model, names) as calls:
         ...a forward on anchors
     stored = leaves(calls, size)  # what goes into the cache
-    layouts = layouts_of(calls)  # what does not: how the outputs are put together
+    forms = forms_of(calls)  # what does not: how the outputs are put together
 
 From then on they do not:
 
-    with replayed(model, stored, layouts):
+    with replayed(model, stored, forms):
         ...a forward on the same anchors
 """
 
@@ -26,8 +26,8 @@ from .passes import device_of, eager, saving_hooks
 
 __all__ = [
     "Calls",
-    "Layout",
-    "layouts_of",
+    "Form",
+    "forms_of",
     "leaves",
     "other_forwards",
     "recorded",
@@ -41,7 +41,7 @@ Calls = Mapping[str, list[Any]]
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
-class Layout(NamedTuple):
+class Form(NamedTuple):
     """The form of the output of one call.
 
     Attributes:
@@ -181,15 +181,15 @@ def leaves(calls: Calls, size: int) -> dict[str, Tensor]:
     return named
 
 
-def layouts_of(calls: Calls) -> dict[str, list[Layout]]:
-    """The layouts that `replayed` needs besides the tensors: plain name -> one for each call."""
-    layouts: dict[str, list[Layout]] = {}
+def forms_of(calls: Calls) -> dict[str, list[Form]]:
+    """The forms that `replayed` needs besides the tensors: plain name -> one for each call."""
+    forms: dict[str, list[Form]] = {}
     for name, outputs in calls.items():
-        layouts[name] = []
+        forms[name] = []
         for output in outputs:
             parts, tree = pytree.tree_flatten(output)
-            layouts[name].append(Layout(tree, tuple(x.dtype if isinstance(x, Tensor) else x for x in parts)))
-    return layouts
+            forms[name].append(Form(tree, tuple(x.dtype if isinstance(x, Tensor) else x for x in parts)))
+    return forms
 
 
 def _key(name: str, number: int, place: int) -> str:
@@ -197,7 +197,7 @@ def _key(name: str, number: int, place: int) -> str:
 
 
 @contextmanager
-def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[str, list[Layout]]) -> Iterator[None]:
+def replayed(model: nn.Module, stored: Mapping[str, Tensor], forms: Mapping[str, list[Form]]) -> Iterator[None]:
     """Within the block, modules return what is stored instead of running; those that train now run all the same.
 
     They return copies, on the device of the module's input and in the dtype that it had. A call within a
@@ -207,19 +207,19 @@ def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[st
         model: Unmodified; each module's own forward is back at the end, whatever happens.
         stored: The `leaves` of the anchors in the forward, in any floating dtype, on any device. Other keys are
             ignored.
-        layouts: From a forward with the same calls. A module that it ended before is not replayed.
+        forms: From a forward with the same calls. A module that it ended before is not replayed.
 
     Raises:
-        ValueError: The stored tensors are not those of the layouts; or, in the forward, a module is called more often
+        ValueError: The stored tensors are not those of the forms; or, in the forward, a module is called more often
             than it was recorded, or its input requires gradients.
     """
-    resolved = resolve_frozen(model, layouts)
-    modules = {name: module for name, module in resolved.items() if layouts[name] and not trains(module)}
+    resolved = resolve_frozen(model, forms)
+    modules = {name: module for name, module in resolved.items() if forms[name] and not trains(module)}
     for name in modules:
         expected = {
             _key(name, number, place)
-            for number, layout in enumerate(layouts[name])
-            for place, part in enumerate(layout.parts)
+            for number, form in enumerate(forms[name])
+            for place, part in enumerate(form.parts)
             if isinstance(part, torch.dtype)
         }
         # A module's name may begin another's: what follows it are two numbers
@@ -238,12 +238,12 @@ def replayed(model: nn.Module, stored: Mapping[str, Tensor], layouts: Mapping[st
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal done
             _refuse_gradients(name, (args, kwargs))
-            if done == len(layouts[name]):
+            if done == len(forms[name]):
                 raise ValueError(
                     f"The forward calls {name!r} more often than the {done} times that were recorded: another "
                     "`forward=` than in `build`, or several forwards in one pass."
                 )
-            tree, parts = layouts[name][done]
+            tree, parts = forms[name][done]
             done += 1
             if saving_hooks() != outside:
                 return own(*args, **kwargs)

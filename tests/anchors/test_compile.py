@@ -185,7 +185,7 @@ def test_the_head_and_frozen_modules_of_a_compiled_model(how: str) -> None:
             whole = model(x)
         assert ran
         ran.clear()
-        with frozen.replayed(model, frozen.leaves(calls, 2), frozen.layouts_of(calls)):
+        with frozen.replayed(model, frozen.leaves(calls, 2), frozen.forms_of(calls)):
             assert torch.equal(model(x), whole)
     assert not ran
 

@@ -64,7 +64,7 @@ def test_a_vision_tower_is_not_run_and_nothing_else_changes(
         vlm(**batch)
     stored = frozen.leaves(calls, 4)
     assert f"frozen.{TOWER}.0.0" in stored
-    layouts = frozen.layouts_of(calls)
+    forms = frozen.forms_of(calls)
 
     def backward() -> dict[str, Tensor]:
         vlm.zero_grad()
@@ -77,13 +77,13 @@ def test_a_vision_tower_is_not_run_and_nothing_else_changes(
     ran: list[bool] = []
     within = next(m for m in vlm.get_submodule(TOWER).modules() if isinstance(m, nn.LayerNorm))
     handle = within.register_forward_pre_hook(lambda *_: ran.append(True))
-    with frozen.replayed(vlm, stored, layouts):
+    with frozen.replayed(vlm, stored, forms):
         found = backward()
     assert not ran
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient)
-    with frozen.replayed(vlm, {k: x + 1.0 for k, x in stored.items()}, layouts):
+    with frozen.replayed(vlm, {k: x + 1.0 for k, x in stored.items()}, forms):
         assert not torch.equal(backward()["loss"], expected["loss"])  # what is stored counts
     backward()
     assert ran
@@ -100,13 +100,13 @@ def test_every_call_gets_its_own_output_in_its_own_dtype(cameras: Cameras, dtype
         assert sorted(stored) == [f"frozen.tower.{i}.{j}" for i in (0, 1) for j in (0, 2)]  # the others are constants
         assert stored["frozen.tower.1.0"].dtype == dtype
         wide = {k: x.double() if x.is_floating_point() else x.int() for k, x in stored.items()}  # a cache's own dtypes
-        layouts, runs = frozen.layouts_of(calls), cameras.tower.runs
+        forms, runs = frozen.forms_of(calls), cameras.tower.runs
         others = {"frozen.tower.inner.0.0": torch.ones(1), "mask": torch.ones(1)}
         for given in (wide | others, stored, stored):  # what the model changes in place is not what is stored
-            with frozen.replayed(cameras, given, layouts):
+            with frozen.replayed(cameras, given, forms):
                 assert torch.equal(cameras(images), whole)
         rows = [4, 1]
-        with frozen.replayed(cameras, {k: x[rows] for k, x in stored.items()}, layouts):
+        with frozen.replayed(cameras, {k: x[rows] for k, x in stored.items()}, forms):
             torch.testing.assert_close(cameras(images[rows]), whole[rows])
     assert cameras.tower.runs == runs
     assert "forward" not in vars(cameras.tower)
@@ -134,9 +134,9 @@ def test_calls_within_a_checkpoint(vlm: nn.Module, reentrant: bool) -> None:
     first.backward()
     expected = gradients(projector)
     projector.zero_grad()
-    stored, layouts = frozen.leaves(calls, 3), frozen.layouts_of(calls)
-    assert len(layouts["tower"]) == 2
-    with passes.steady(model) as remember, frozen.replayed(model, stored, layouts):
+    stored, forms = frozen.leaves(calls, 3), frozen.forms_of(calls)
+    assert len(forms["tower"]) == 2
+    with passes.steady(model) as remember, frozen.replayed(model, stored, forms):
         again = remember(loss())
     again.backward()
     assert torch.equal(again, first)
@@ -149,12 +149,12 @@ def test_what_trains_runs(cameras: Cameras) -> None:
     images = torch.randn(6, 2, 5)
     with passes.steady(cameras), frozen.recorded(cameras, ["tower"]) as calls:
         cameras(images)
-    stored, layouts = frozen.leaves(calls, 6), frozen.layouts_of(calls)
+    stored, forms = frozen.leaves(calls, 6), frozen.forms_of(calls)
     assert not frozen.trains(cameras.tower)
     cameras.tower.inner.bias.requires_grad_(True)
     assert frozen.trains(cameras.tower)
     runs = cameras.tower.runs
-    with passes.steady(cameras), frozen.replayed(cameras, stored, layouts):
+    with passes.steady(cameras), frozen.replayed(cameras, stored, forms):
         cameras(images).sum().backward()
     assert cameras.tower.runs == runs + 2
     assert cameras.tower.inner.bias.grad is not None
@@ -167,13 +167,13 @@ def test_what_is_no_constant_of_the_anchors_is_refused(cameras: Cameras) -> None
     images = torch.randn(6, 2, 5)
     with passes.steady(cameras), frozen.recorded(cameras, ["tower"]) as calls:
         cameras(images)
-    stored, layouts = frozen.leaves(calls, 6), frozen.layouts_of(calls)
+    stored, forms = frozen.leaves(calls, 6), frozen.forms_of(calls)
     images.requires_grad_(True)  # as after a module that trains
     with pytest.raises(ValueError, match="'tower' is not a constant"), frozen.recorded(cameras, ["tower"]):
         cameras(images)
-    with pytest.raises(ValueError, match="'tower' is not a constant"), frozen.replayed(cameras, stored, layouts):
+    with pytest.raises(ValueError, match="'tower' is not a constant"), frozen.replayed(cameras, stored, forms):
         cameras(images)
-    with torch.no_grad(), frozen.replayed(cameras, stored, layouts):
+    with torch.no_grad(), frozen.replayed(cameras, stored, forms):
         cameras(images)
 
 
@@ -181,15 +181,15 @@ def test_another_forward_than_the_recorded_one_is_refused(cameras: Cameras) -> N
     images = torch.randn(6, 3, 5)
     with passes.steady(cameras), frozen.recorded(cameras, ["tower"]) as calls:
         cameras(images)
-    stored, layouts = frozen.leaves(calls, 6), frozen.layouts_of(calls)
+    stored, forms = frozen.leaves(calls, 6), frozen.forms_of(calls)
     cameras.cameras = 3
-    with pytest.raises(ValueError, match="more often than the 2 times"), frozen.replayed(cameras, stored, layouts):
+    with pytest.raises(ValueError, match="more often than the 2 times"), frozen.replayed(cameras, stored, forms):
         cameras(images)
     assert "forward" not in vars(cameras.tower)
     more: Mapping[str, Tensor] = stored | {"frozen.tower.2.0": torch.ones(6, 4)}
     less: Mapping[str, Tensor] = {k: x for k, x in stored.items() if k != "frozen.tower.1.2"}
     for other in (more, less):
-        with pytest.raises(ValueError, match="stored outputs of 'tower' are"), frozen.replayed(cameras, other, layouts):
+        with pytest.raises(ValueError, match="stored outputs of 'tower' are"), frozen.replayed(cameras, other, forms):
             pass
     # A forward that ended before the module: nothing is known of its outputs
     with frozen.replayed(cameras, stored, {"tower": []}):
