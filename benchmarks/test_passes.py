@@ -93,7 +93,7 @@ def test_logits(compare: Compare, model: nn.Module, tmp_path: Path, left_out: st
 @pytest.mark.benchmark(group="retention pass")
 @pytest.mark.parametrize("layer", [1, 2, 4])
 def test_hidden_states(compare: Compare, model: nn.Module, tmp_path: Path, layer: int) -> None:
-    cache = build(model, batches(), tmp_path / "hidden", logits=False, layers=[layer], progress=False)
+    cache = build(model, batches(), tmp_path / "hidden", output=None, layers=[layer], progress=False)
     compare(
         f"hidden states of layer {layer} of 4 / logits pass with everything",
         one_pass(HiddenRetention(model, cache, 16)),

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (folder,) = broadcast_object_list([tempfile.mkdtemp() if accelerator.is_main_process else ""])
     prompts = torch.split(Problems("reverse", 512, seed=4).input_ids, 64)
     inputs = ({"input_ids": ids} for ids in prompts)
-    cache = anchors.build(model, inputs, folder, anchors.Reading(mask=answers), progress=False)
+    cache = anchors.build(model, inputs, folder, anchors.Reading(mask=answers), progress=False, class_dim=-1)
     retention = anchors.LogitRetention(model, cache, batch_size=32 // share)
 
     optimizer = CraftOptimizer(torch.optim.AdamW(model.parameters(), lr=5e-3), retention, epsilon=options.epsilon)

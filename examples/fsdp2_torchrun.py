@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dist.broadcast_object_list(folder)
     prompts = torch.split(Problems("reverse", 512, seed=4).input_ids, 64)
     inputs = ({"input_ids": ids} for ids in prompts)
-    cache = anchors.build(base, inputs, folder[0], anchors.Reading(mask=answers), progress=False)
+    cache = anchors.build(base, inputs, folder[0], anchors.Reading(mask=answers), progress=False, class_dim=-1)
 
     lines = []
     for name in ("before", "AdamW", "CraftOptimizer(AdamW)"):

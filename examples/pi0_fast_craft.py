@@ -111,7 +111,7 @@ def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Nam
         return anchors.build(policy, batches, path, anchors.Reading(action_logits, action_mask), model_id=name)
     pooling = {"image": "masked_mean", "text": "masked_mean"}
     reading = anchors.Reading(run_prefix, spans=prefix_spans, pooling=pooling)
-    return anchors.build(policy, batches, path, reading, logits=False, layers=args.layers, model_id=name)
+    return anchors.build(policy, batches, path, reading, output=None, layers=args.layers, model_id=name)
 
 
 def retention_of(policy: Any, cache: anchors.AnchorCache, args: argparse.Namespace, seed: int) -> Any:

@@ -59,7 +59,9 @@ def batches():
 @pytest.fixture
 def caches(net, batches, tmp_path):
     """Of 36 anchors and 24 held-out ones."""
-    return anchors.build(net, batches[:3], tmp_path / "a"), anchors.build(net, batches[3:], tmp_path / "held")
+    return anchors.build(net, batches[:3], tmp_path / "a", class_dim=-1), anchors.build(
+        net, batches[3:], tmp_path / "held", class_dim=-1
+    )
 
 
 @pytest.fixture
@@ -240,15 +242,21 @@ class Own(Retention):
 
 
 def closures(net, batches, path):
-    hidden = anchors.build(net, batches, path / "hidden", logits=False, layers=["norm"])
-    logits = anchors.build(net, batches, path / "logits")
-    both = anchors.build(net, batches, path / "both", layers=["norm"])
+    hidden = anchors.build(net, batches, path / "hidden", output=None, layers=["norm"])
+    logits = anchors.build(net, batches, path / "logits", class_dim=-1)
+    both = anchors.build(net, batches, path / "both", layers=["norm"], class_dim=-1)
     yield "hidden cache", hidden, "variance"
     yield "hidden", HiddenRetention(net, hidden, 8, loss="l1"), "deviation"
     yield "top-k cache", anchors.build(net, batches, path / "top", top_k=2), "nats"
     yield (
         "online",
-        OnlineRetention(net, torch.cat(batches), 8, teacher=copy.deepcopy(net).requires_grad_(False)),
+        OnlineRetention(
+            net,
+            torch.cat(batches),
+            8,
+            teacher=copy.deepcopy(net).requires_grad_(False),
+            reading=anchors.Reading(class_dim=-1),
+        ),
         "nats",
     )
     yield "on a cache", OnlineRetention(net, logits, 8, teacher=copy.deepcopy(net).requires_grad_(False)), "nats"
@@ -334,7 +342,7 @@ def test_what_cannot_be_is_refused(net, closure, caches, tmp_path, batches):
     refused(copy.deepcopy(net), closure, "closure of another one")
     refused(net, lambda: None, r"method `drift\(\)`.*Found function", TypeError)
     refused(net, closure, r"`restore`.*Found object", TypeError, restore=[object()])
-    both = anchors.build(net, batches, tmp_path / "both", layers=["norm"])
+    both = anchors.build(net, batches, tmp_path / "both", layers=["norm"], class_dim=-1)
     refused(net, both, r"logits and hidden.*cache.retention\(model, 'logits'\) or cache.retention\(model, 'hidden'\)")
     refused(net, closure, "none has stepped", train_step=lambda: None, steps=(1,))
     refused(net, closure, r"After 3 steps the drift is nan", train_step=Loop(net, lr=math.inf), steps=(3,))
@@ -419,7 +427,9 @@ def test_task_batches_are_looked_through(net, tmp_path):
 
     model = Tokens()
     rows = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0], [6, 0, 0, 0]])
-    cache = anchors.build(model, [{"ids": rows, "mask": rows.ne(0)}], tmp_path / "c", Reading(mask="mask"))
+    cache = anchors.build(
+        model, [{"ids": rows, "mask": rows.ne(0)}], tmp_path / "c", Reading(mask="mask"), class_dim=-1
+    )
     retention = LogitRetention(model, cache, 3)
     shorter = {"ids": rows[1:, :2], "mask": rows[1:, :2].ne(0), "labels": torch.zeros(2, 2)}
     with pytest.warns(CraftWarning, match="2 of 3 anchors"):

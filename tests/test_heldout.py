@@ -21,7 +21,9 @@ def caches(tmp_path):
     torch.manual_seed(0)
     model = make_model()
     few, many = torch.zeros(4, 4), torch.randn(40, 4)
-    return anchors.build(model, [few], tmp_path / "few"), anchors.build(model, [many], tmp_path / "many")
+    return anchors.build(model, [few], tmp_path / "few", class_dim=-1), anchors.build(
+        model, [many], tmp_path / "many", class_dim=-1
+    )
 
 
 def make_model():

@@ -83,7 +83,7 @@ def model():
 @pytest.fixture
 def cache(model, tmp_path):
     settings = {"layers": ["body"], "dtype": torch.float32, "model_id": EVIL, "shard_size": 4}
-    return anchors.build(model, batches(), tmp_path / "cache & <b>", Reading(forward), **settings)
+    return anchors.build(model, batches(), tmp_path / "cache & <b>", Reading(forward), **settings, class_dim=-1)
 
 
 class Page(HTMLParser):
@@ -153,7 +153,10 @@ def test_pictures_are_shown_from_black_to_white(cache, name):
 
 def test_large_pictures_are_made_small(tmp_path):
     cache = anchors.build(
-        nn.Sequential(nn.Flatten(), nn.Linear(3 * 300 * 600, 2)), [torch.rand(2, 3, 300, 600)], tmp_path
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 300 * 600, 2)),
+        [torch.rand(2, 3, 300, 600)],
+        tmp_path,
+        class_dim=-1,
     )
     (picture, _) = Page(render(cache, [0, 1])).all("img")
     assert pixels(picture).shape == (3, 112, 224)
@@ -179,7 +182,7 @@ def test_words_and_numbers_of_an_anchor(cache):
 
 
 def test_what_the_teacher_wrote(model, tmp_path):
-    cache = anchors.build(model, batches(), tmp_path, Reading(forward, tokens=written), logits=False)
+    cache = anchors.build(model, batches(), tmp_path, Reading(forward, tokens=written), output=None)
     words = " ".join(Page(render(cache, [1], decode=lambda ids: "-".join(map(str, ids)))).text)
     assert f"The teacher wrote {'-'.join(map(str, cache.read([1]).features['tokens'].tolist()))}" in words
 
@@ -257,7 +260,7 @@ def test_the_teachers_weights_under_another_forward(cache, model):
 def test_all_kinds_and_features_that_do_not_vary(model, tmp_path):
     reading = Reading(forward, tokens=written, autocast=torch.bfloat16)
     alike = [{name: x[:1] for name, x in next(batches()).items()}]
-    cache = anchors.build(model, alike, tmp_path, reading, layers=["body"], dtype=torch.float32)
+    cache = anchors.build(model, alike, tmp_path, reading, layers=["body"], dtype=torch.float32, class_dim=-1)
     assert cache.features.variances == {"hidden.module:body.all": 0.0}
     found = drifts(model, cache, [0])
     assert {drift.kind: drift.unit for drift in found} == {

@@ -13,7 +13,7 @@ def build(tmp_path, fused=False, autocast=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
     reading = anchors.Reading(autocast=autocast)
-    cache = anchors.build(model, torch.randn(60, 5).split(20), tmp_path, reading, dtype=torch.float32)
+    cache = anchors.build(model, torch.randn(60, 5).split(20), tmp_path, reading, dtype=torch.float32, class_dim=-1)
     retention = anchors.LogitRetention(model, cache, 16)
     base = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     return model, retention, CraftOptimizer(base, retention, epsilon=0.01)

@@ -57,7 +57,7 @@ def inputs(count):
 def what_everyone_has():
     """A model, its anchors, the new task's batches, and a retention on them."""
     model = Classifier()
-    cache = anchors.build(model, inputs(2), "stand-in/", progress=False)
+    cache = anchors.build(model, inputs(2), "stand-in/", progress=False, class_dim=-1)
     return {
         "torch": torch,
         "craft_optim": __import__("craft_optim"),
@@ -66,7 +66,7 @@ def what_everyone_has():
         "held_out_batches": inputs(1),
         "loader": torch.utils.data.DataLoader(examples(64), batch_size=16),
         "anchors": cache,
-        "held_out": anchors.build(model, inputs(1), "stand-in-heldout/", progress=False),
+        "held_out": anchors.build(model, inputs(1), "stand-in-heldout/", progress=False, class_dim=-1),
         "retention": anchors.LogitRetention(model, cache, batch_size=8),
     }
 

@@ -1,5 +1,6 @@
 """Anchors: inputs from the domain to keep, and what the model said about them before it was fine-tuned."""
 
+from .bernoulli_retention import BernoulliRetention
 from .build import build
 from .cache import AnchorBatch, AnchorCache, AnchorCacheError
 from .combined import CombinedRetention
@@ -8,6 +9,7 @@ from .hidden_retention import HiddenRetention
 from .importers import convert
 from .logit_retention import LogitRetention
 from .online import OnlineRetention
+from .output_retention import OutputRetention
 from .reading import AnchorMismatchError, Reading
 from .retention import AnchorRetention
 from .sampling import AnchorSampler
@@ -21,10 +23,12 @@ __all__ = [
     "AnchorMismatchError",
     "AnchorRetention",
     "AnchorSampler",
+    "BernoulliRetention",
     "CombinedRetention",
     "HiddenRetention",
     "LogitRetention",
     "OnlineRetention",
+    "OutputRetention",
     "Reading",
     "Snapshot",
     "TokenRetention",

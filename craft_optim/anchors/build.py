@@ -7,7 +7,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +46,6 @@ def build(
     path: str | os.PathLike[str],
     reading: Reading | None = None,
     *,
-    logits: bool = True,
     top_k: int | None = None,
     layers: Iterable[Layer] = (),
     dtype: torch.dtype = torch.float16,
@@ -57,6 +57,7 @@ def build(
     progress: bool | None = None,
     process_group: "ProcessGroup | Literal[False] | None" = None,
     replicated: bool = True,
+    **fields: Any,
 ) -> AnchorCache:
     """Runs the model over the anchors, before it is fine-tuned, and writes what it says into a folder.
 
@@ -79,13 +80,13 @@ def build(
         model: The teacher; it stays where it is, inputs are moved to its device.
         batches: Any iterable of batches, read once and lazily.
         path: The cache's folder; created if need be.
-        reading: How the model is run on them and what counts, where the calls above do not do. The cache carries it to
-            the closures.
-        logits: Keep the logits, as log-probabilities.
-        top_k: Keep the k likeliest classes and the remaining mass instead of all.
+        reading: How the model is run on them, what its output is, and what counts, where the calls above do not do. The
+            cache carries it to the closures.
+        top_k: Of classes, keep the k likeliest and the remaining mass instead of all.
         layers: Hidden states to keep: numbers (k is the residual that enters decoder layer k; -1 the one before the
             final norm) and names of modules (their outputs).
-        dtype: Dtype of log-probabilities and hidden states on disk: float16, bfloat16 or float32.
+        dtype: Dtype of outputs (of classes, log-probabilities) and hidden states on disk: float16, bfloat16 or
+            float32.
         images: "uint8": floating inputs of four or more dimensions are stored as bytes where that gives back every bit
             (see `images.FORMULAS` for the pipelines that qualify), and as they are otherwise. "keep": always as they
             are.
@@ -98,6 +99,7 @@ def build(
             torch.distributed's, if it is initialised; False: this one alone.
         replicated: All of them are given the same batches. False: each has anchors of its own, which come one
             process after the other.
+        fields: Fields of `Reading` by keyword, instead of those of `reading`: `class_dim`, `output`, `mask` and so on.
 
     Returns:
         The cache, opened.
@@ -106,12 +108,14 @@ def build(
         AnchorCacheError: The folder holds another cache or another half-built one, or `batches` is not what it was
             built from; it cannot be written, another build is writing to it, or another process has failed. Complete
             shards stay.
-        ValueError: An argument is out of range; there are no batches, an anchor without valid positions, batches that
-            do not fit together, or outputs that are not finite, also after rounding to `dtype`. Nothing of the batch is
-            written.
+        TypeError: There is no such argument.
+        ValueError: An argument is out of range; nothing says what the output is, or it is something else; there are no
+            batches, an anchor without valid positions, batches that do not fit together, or outputs that are not
+            finite, also after rounding to `dtype`. Nothing of the batch is written.
 
-    Cost: one forward per batch, up to the deepest of `layers` where logits are not kept. Disk: with float16,
-    2 V bytes per position for full logits, 6 k for the top k, and 2 D per anchor (or position), layer and span.
+    Cost: one forward per batch, up to the deepest of `layers` where the output is not kept. Disk: with float16, 2 V
+    bytes per position for all of V classes, labels or channels, 6 k for the top k, and 2 D per anchor (or position),
+    layer and span.
     """
     if images not in ("uint8", "keep"):
         raise ValueError(f"`images` must be 'uint8' or 'keep'. Found {images!r}.")
@@ -119,11 +123,15 @@ def build(
         raise ValueError(f"`dtype` must be float16, bfloat16 or float32. Found {dtype}.")
     if shard_size < 1:
         raise ValueError(f"`shard_size` must be >= 1. Found shard_size={shard_size}.")
-    if top_k is not None and (top_k < 1 or not logits):
-        raise ValueError(f"`top_k` must be >= 1, with logits=True. Found top_k={top_k}, logits={logits}.")
-    layers, reading = resolve_layers(model, layers), Reading() if reading is None else reading
-    if not logits and not layers and reading.tokens is None:
-        raise ValueError("Nothing to cache: pass logits=True, `layers`, or a reading with `tokens`.")
+    reading = Reading() if reading is None else reading
+    if unknown := sorted(set(fields) - {field.name for field in dataclass_fields(Reading)}):
+        raise TypeError(f"`build` and `Reading` have no `{unknown[0]}`.")
+    reading = replace(reading, **fields)
+    if top_k is not None and (top_k < 1 or reading.output is None):
+        raise ValueError(f"`top_k` must be >= 1, of an output. Found top_k={top_k}, output={reading.output!r}.")
+    layers = resolve_layers(model, layers)
+    if reading.output is None and not layers and reading.tokens is None:
+        raise ValueError("Nothing to cache: leave `output` as it is, or pass `layers` or `tokens`.")
 
     if type(model).__name__ == "DistributedDataParallel":
         model = unwrapped(model)  # its forward broadcasts buffers: every process would need as many of them
@@ -136,7 +144,7 @@ def build(
         "autocast": None if ran_under is None else dtype_name(ran_under),
     }
     spec = FeatureSpec(
-        logits=("full" if top_k is None else "top_k") if logits else None,
+        logits=None if reading.output is None else "full" if top_k is None else "top_k",
         top_k=top_k,
         dtype=dtype_name(dtype),
         layers=layers,
@@ -213,7 +221,7 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
         if extractor.generate is not None:
             structure, inputs, _ = flatten(taught.inputs)
             writer.expect(structure, inputs)
-        writer.add(inputs, taught.features, taught.classes, taught.joined, batch)
+        writer.add(inputs, taught.features, taught.outputs, taught.joined, batch)
         forwards += 1
         if forwards == 1:
             stream.warn_if_too_large(folder.path, inputs, taught.features, size)

@@ -25,8 +25,9 @@ from .fingerprint import compare_fingerprints
 from .folders import is_locked, locked, write_aside, write_json
 from .images import Encoding
 from .manifest import MANIFEST, PROGRESS, dtype_name, manifest_text, tap_key
+from .outputs import feature
 from .processes import Team
-from .shards import AnchorCacheError, Shard, variance
+from .shards import AnchorCacheError, Shard, mean_variance, variances
 from .structure import Structure
 
 __all__ = ["BuildFolder", "building", "clean", "require_same"]
@@ -53,7 +54,7 @@ class BuildFolder:
 
     Attributes:
         complete: This process' shards that were on the disk already: number -> checksums of their anchors.
-        classes: Size of the logits' last dimension; None without logits, or as long as it is not known.
+        outputs: What the model gives, as the manifest has it; None as long as it is not known.
         structure: Structure of the inputs; None as long as it is not known.
     """
 
@@ -61,7 +62,7 @@ class BuildFolder:
         self.path, self.settings, self.team = path, settings, team
         self.replicated = replicated or team.world_size == 1
         self.complete: dict[int, list[str]] = {}
-        self.classes: int | None = None
+        self.outputs: dict[str, Any] | None = None
         self.structure: Structure | None = None
 
     def is_mine(self, shard: int) -> bool:
@@ -72,13 +73,11 @@ class BuildFolder:
         own = "" if self.replicated else f"{self.team.rank if rank is None else rank:03d}-"
         return self.path / f"shard-{own}{shard:05d}.{ending}"
 
-    def same_classes(self, classes: int | None) -> None:
-        """Raises ValueError if the logits had another number of classes so far."""
-        if self.classes is not None and classes != self.classes:
-            raise ValueError(
-                f"All batches must have the same number of classes. Found {self.classes} and then {classes}."
-            )
-        self.classes = classes
+    def same_outputs(self, outputs: dict[str, Any]) -> None:
+        """Raises ValueError if the model gave something else so far."""
+        if self.outputs is not None and outputs != self.outputs:
+            raise ValueError(f"All batches must give the same outputs. Found {self.outputs} and then {outputs}.")
+        self.outputs = outputs
 
     # The beginning
 
@@ -122,10 +121,10 @@ class BuildFolder:
             record = _read_json(file)
             try:
                 self._shard(record)
-                classes, checksums = record["classes"], list(record["sources"])
+                outputs, checksums = record["outputs"], list(record["sources"])
             except (KeyError, TypeError, AttributeError, AnchorCacheError):
                 continue  # the record or its file is damaged: the shard is written again
-            self.same_classes(classes)
+            self.same_outputs(outputs)
             self.complete[int(match[1])] = checksums
         if self.complete:
             _log.info("%s is half built: %d shards of it are complete", self.path, len(self.complete))
@@ -146,7 +145,7 @@ class BuildFolder:
             "bytes": written.size,
             "sha256": written.checksum(),
             "images": images,
-            "classes": self.classes,
+            "outputs": self.outputs,
             "sources": checksums,
             "inputs": asdict(self.structure) if self.structure else None,
         }
@@ -180,13 +179,16 @@ class BuildFolder:
                     f"{file} cannot be read: the file system is not shared, or something else writes to the folder. "
                     "Run the same `build` again."
                 )
-            shared.append([record.pop(key) for key in ("classes", "sources", "inputs")])
-            self.same_classes(shared[-1][0])
+            shared.append([record.pop(key) for key in ("outputs", "sources", "inputs")])
+            self.same_outputs(shared[-1][0])
             records.append(record)
         shards = [self._shard(record) for record in records]
-        features = {**self.settings["features"], "classes": self.classes}
+        outputs = self.outputs or {}
+        features = {**self.settings["features"], "outputs": outputs}
         taps = [tap_key(layer, span) for layer in features["layers"] for span in features["pooling"]]
-        features["variances"] = {tap: variance(shards, f"features.{tap}") for tap in taps}
+        features["variances"] = {tap: mean_variance(shards, f"features.{tap}") for tap in taps}
+        values = {name: feature("values", name) for name, output in outputs.items() if output["kind"] == "values"}
+        features["scales"] = {name: variances(shards, f"features.{key}") for name, key in values.items()}
         manifest = {
             "anchors": sum(shard.count for shard in shards),
             "inputs": shared[-1][2],

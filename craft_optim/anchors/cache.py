@@ -8,15 +8,19 @@
 Features are, where the cache has them:
 
     mask                            [n, ...]      positions whose logits (or tokens) count; absent: all
-    logprobs                        [n, ..., V]   the teacher's log-probabilities
+    logprobs                        [n, ..., V]   the teacher's log-probabilities of classes
     topk_logprobs, topk_indices     [n, ..., k]   its k likeliest classes (indices int32)
     rest_logprob                    [n, ...]      log of the mass of all others
+    logits                          [n, ..., L]   its logits of labels
+    values                          [n, ..., C]   its outputs that are values
     tokens, token_logprobs          [n, ...]      what it generated (int32), and with which log-probability
     hidden.<tap>.<span>             [n, D]        pooled hidden states, or [n, T, D] unpooled
     span.<span>                     [n, T]        positions of a span; absent: all
     frozen.<module>.<call>.<leaf>   [n, ...]      outputs of modules that do not train
 
-Where there is a mask, logits and tokens are those of its positions only, anchor after anchor: [positions, ...]; so are
+Of several outputs these names end in that of the output, such as `logprobs.species`.
+
+Where there is a mask, outputs and tokens are those of its positions only, anchor after anchor: [positions, ...]; so are
 unpooled hidden states of a span. Nothing is ever unpickled.
 """
 
@@ -33,6 +37,7 @@ from torch import Tensor, nn
 
 from .images import Encoding, decode
 from .manifest import Manifest, cover, dtype_name, tap_key
+from .outputs import feature
 from .reading import Reading, reading_of
 from .shards import AnchorCacheError, Place, read_plain
 from .structure import Inputs
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AnchorBatch", "AnchorCache", "AnchorCacheError"]
 
+_OF_ONE = {"classes": "logits", "labels": "labels", "values": "values"}  # kinds of retention of an only output
 _MAX_OPEN = 256  # shards open at a time: each holds a file descriptor, of which a process often has 1024
 
 
@@ -112,15 +118,19 @@ class AnchorCache:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of retention that it serves: "logits", "hidden", "tokens"."""
+        """Kinds of retention that it serves: "logits", "labels", "values", "hidden", "tokens"; of several outputs,
+        their names.
+        """
         f = self.features
-        held = {"logits": f.logits, "hidden": f.layers or None, "tokens": f.tokens}
-        return tuple(kind for kind, what in held.items() if what is not None)
+        others = {"hidden": bool(f.layers), "tokens": f.tokens is not None}
+        outputs = (name or _OF_ONE[output.kind] for name, output in f.outputs.items())
+        return (*outputs, *(kind for kind, held in others.items() if held))
 
     def retention(
         self, model: nn.Module, kind: str | None = None, batch_size: int = 16, **settings: Any
     ) -> "CachedRetention":
-        """The retention closure that fits: `LogitRetention`, `HiddenRetention` or `TokenRetention`.
+        """The retention closure that fits: `LogitRetention`, `BernoulliRetention`, `OutputRetention`, `HiddenRetention`
+        or `TokenRetention`.
 
         Args:
             model: The model in training.
@@ -131,8 +141,10 @@ class AnchorCache:
         Raises:
             ValueError: There is no such kind, or there are several; and as its class.
         """
+        from .bernoulli_retention import BernoulliRetention
         from .hidden_retention import HiddenRetention
         from .logit_retention import LogitRetention
+        from .output_retention import OutputRetention
         from .token_retention import TokenRetention
 
         if kind is None and len(self.kinds) == 1:
@@ -142,17 +154,27 @@ class AnchorCache:
                 f"`kind` must be one of {', '.join(map(repr, self.kinds))}, which {self.path} holds and whose units "
                 f"differ. Found kind={kind!r}."
             )
-        classes: dict[str, Any] = {"logits": LogitRetention, "hidden": HiddenRetention, "tokens": TokenRetention}
+        classes: dict[str, Any] = {
+            "classes": LogitRetention,
+            "labels": BernoulliRetention,
+            "values": OutputRetention,
+            "hidden": HiddenRetention,
+            "tokens": TokenRetention,
+        }
+        outputs = {name or _OF_ONE[output.kind]: (name, output.kind) for name, output in self.features.outputs.items()}
+        if kind in outputs:
+            settings["output"], kind = outputs[kind]
         retention: CachedRetention = classes[kind](model, self, batch_size, **settings)
         return retention
 
     def _check_keys(self, manifest: Manifest) -> list[str]:
         f = self.features
         wanted = {f"inputs.{name}" for name in self.structure.names}
-        if f.logits == "full":
-            wanted.add("features.logprobs")
-        elif f.logits == "top_k":
-            wanted |= {"features.topk_logprobs", "features.topk_indices"}
+        for name, output in f.outputs.items():
+            some = {"labels": ["logits"], "values": ["values"]}.get(output.kind, ["logprobs"])
+            if output.kind == "classes" and f.top_k is not None:
+                some = ["topk_logprobs", "topk_indices"]
+            wanted |= {f"features.{feature(key, name)}" for key in some}
         if f.tokens is not None:
             wanted |= {"features.tokens", "features.mask"}
         wanted |= {f"features.{tap_key(layer, span)}" for layer in f.layers for span in f.pooling}

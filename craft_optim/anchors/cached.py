@@ -14,6 +14,7 @@ from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
 from .images import Encoding, decode
 from .manifest import dtype_name, is_mask
+from .outputs import OutputError, Outputs
 from .passes import autocast_dtype, to_device
 from .reading import AnchorMismatchError, Reading, reading_of, require_functions
 from .retention import AnchorRetention, Anchors, Settings
@@ -70,7 +71,7 @@ class CachedRetention(AnchorRetention):
 
     layers: tuple[Layer, ...] = ()
     _features: Iterable[str]  # names of those that are compared
-    _output: bool = True  # whether the model's is needed, not only hidden states
+    _wants_output: bool = True  # whether the model's is needed, not only hidden states
 
     def __init__(
         self,
@@ -192,12 +193,24 @@ class CachedRetention(AnchorRetention):
     def _outcome(self, batch: AnchorBatch) -> Outcome:
         reading = self.reading
         if self._run is None:  # `layers` are known by now
-            self._run = AnchorForward(self.model, reading.forward, self.layers, self._output, reading.frozen)
+            self._run = AnchorForward(
+                self.model,
+                reading.forward,
+                self.layers,
+                self._outputs() if self._wants_output else None,
+                reading.frozen,
+            )
         inputs = to_device(batch.inputs, self.device)
         try:
             return self._run(inputs, flatten(inputs)[2], batch.features.get("mask"), batch.features)
-        except FrozenMismatchError as error:
+        except (FrozenMismatchError, OutputError) as error:
             raise AnchorMismatchError(f"{error} The cache is {self.cache.path}.") from error
+
+    def _outputs(self) -> Outputs:
+        held = self.cache.features.outputs
+        if not held:  # the teacher's tokens alone
+            return Outputs(self.model, "classes", -1)
+        return Outputs(self.model, {name: output.kind for name, output in held.items()}, known=held)
 
     @abstractmethod
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:

@@ -123,7 +123,7 @@ class SharedPass(CachedRetention):
         self._members, self._weights = dict(members), {name: weights[name] for name in members}
         self.layers = tuple(dict.fromkeys(layer for member in own for layer in member.layers))
         self._features = [name for member in own for name in member._features]
-        self._output = any(member._output for member in own)
+        self._wants_output = any(member._wants_output for member in own)
         super().__init__(
             first.model,
             first.cache,

@@ -9,15 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .capture import Layer, default_spans, pool, positions
-from .forwards import AnchorForward, Outcome
+from .forwards import AnchorForward
 from .manifest import FeatureSpec, tap_key
 from .masks import IGNORED, valid_positions
+from .outputs import Output, Outputs, Rows, feature
 from .passes import autocast_to, isolated_rng, to_device
 from .reading import Reading
 from .sampling import mixed_seed
 from .structure import Inputs
 
 __all__ = ["Extractor", "Taught"]
+
+_COARSE = 1e-5  # share of the variance that may be rounding; float16 has 1e-7 where mean and deviation are alike
 
 
 class Taught(NamedTuple):
@@ -27,13 +30,13 @@ class Taught(NamedTuple):
         inputs: Inputs that the model was run on: the batch, or the batch continued by generating.
         features: By name, on the CPU.
         joined: Names of those that hold the positions of their mask only, one after another.
-        classes: Size of the logits' last dimension; None without logits.
+        outputs: What the model gives, of what is kept.
     """
 
     inputs: Inputs
     features: dict[str, Tensor]
     joined: frozenset[str]
-    classes: int | None
+    outputs: dict[str, Output]
 
 
 class Extractor:
@@ -48,34 +51,38 @@ class Extractor:
     ) -> None:
         self.model, self.device, self.spec, self.dtype, self.reading = model, device, spec, dtype, reading
         self.generate = reading.generate
-        self._wants_output = spec.logits is not None or self.generate is not None
-        self._run = AnchorForward(model, reading.forward, spec.layers, self._wants_output, spec.frozen)
+        self._outputs: Outputs | None = None
+        if spec.logits is not None:
+            certain = self.generate is not None or spec.top_k is not None
+            kinds = "classes" if certain and reading.output == "auto" else reading.output or "auto"
+            self._outputs = Outputs(model, kinds, reading.class_dim)
+        elif self.generate is not None:
+            self._outputs = Outputs(model, "classes", -1)
+        self._run = AnchorForward(model, reading.forward, spec.layers, self._outputs, spec.frozen)
 
     def __call__(self, inputs: Inputs, size: int, first: int) -> Taught:
         """The features of `size` anchors, of which the first has the number `first`. Within `steady(model)`."""
         inputs, labels = to_device(inputs, self.device), None
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
-        classes = None
         with torch.no_grad(), isolated_rng(self.device, mixed_seed(0, first)):
             with autocast_to(self.device, self.reading.autocast):
                 if self.generate is not None:
                     inputs, labels = self.generate(self.model, inputs)
-                valid = self._valid(inputs, labels) if self._wants_output else None
+                valid = None if self._outputs is None else self._valid(inputs, labels)
                 outcome = self._run(inputs, size, valid)
                 if torch.is_autocast_enabled(self.device.type):
                     # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
                     torch.clear_autocast_cache()
-            if self._wants_output:
-                logits = self._checked(outcome, size)
-                classes = logits.shape[-1] if self.spec.logits is not None else None
-                features |= self._of_output(logits, outcome.shape, valid, labels, first, joined)
+            if self._outputs is not None:
+                features |= self._of_outputs(self._outputs, outcome.outputs, valid, labels, first, joined)
             if outcome.hidden:
                 features |= self._hidden(outcome.hidden, inputs, size, first, joined)
             for name, x in outcome.frozen.items():
                 features[name] = self._round(x, f"output {name!r}") if x.is_floating_point() else x
             features = {key: x.cpu() for key, x in features.items()}
-        return Taught(inputs, features, frozenset(joined), classes)
+        kept = {} if self._outputs is None or self.spec.logits is None else self._outputs.known
+        return Taught(inputs, features, frozenset(joined), kept)
 
     def _round(self, values: Tensor, what: str) -> Tensor:
         """`values` in the storage dtype, checked."""
@@ -94,50 +101,61 @@ class Extractor:
             "dtype=torch.bfloat16 or torch.float32."
         )
 
-    def _checked(self, outcome: Outcome, size: int) -> Tensor:
-        logits = outcome.logits
-        if logits is None or not logits.is_floating_point() or not outcome.shape or outcome.shape[0] != size:
-            shape = None if logits is None else (*outcome.shape, logits.shape[-1])
-            found = type(outcome.output).__name__ if logits is None else f"{logits.dtype} of shape {shape}"
-            raise ValueError(
-                f"The model must give logits [B, ..., V] with B = {size} anchors, as a tensor or as `.logits`. "
-                f"Found {found}: pass `forward=`, or logits=False and `layers`."
-            )
-        return logits
-
     def _valid(self, inputs: Inputs, labels: Tensor | None) -> Tensor | None:
-        return valid_positions(inputs, self.reading.mask) if labels is None else (labels != IGNORED).cpu()
+        return valid_positions(self.model, inputs, self.reading.mask) if labels is None else (labels != IGNORED).cpu()
 
-    def _of_output(
+    def _of_outputs(
         self,
-        logits: Tensor,
-        shape: tuple[int, ...],
+        outputs: Outputs,
+        found: Mapping[str, Rows],
         valid: Tensor | None,
         labels: Tensor | None,
         first: int,
         joined: set[str],
     ) -> dict[str, Tensor]:
-        """The part of the logits that is kept: at the valid positions, if these fit; else all."""
+        """What is kept of the outputs: at the valid positions where these fit; else at all."""
         features: dict[str, Tensor] = {}
-        if valid is not None and tuple(valid.shape) != shape:
-            if self.reading.mask is not None or labels is not None:
-                source = self.spec.mask or self.spec.tokens
-                raise ValueError(f"The logits' mask must have shape {shape}. {source!r} has {tuple(valid.shape)}.")
-            valid = None
-        if valid is not None:
-            _require_positions(valid.flatten(1), first, "the logits' mask")
+        fits = {name for name, output in found.items() if valid is not None and tuple(valid.shape) == output.shape}
+        if valid is not None and not fits and (self.reading.mask is not None or labels is not None):
+            shapes = ", ".join(str(output.shape) for output in found.values())
+            source = self.spec.mask or self.spec.tokens
+            raise ValueError(f"The output's mask must have shape {shapes}. {source!r} has {tuple(valid.shape)}.")
+        if valid is not None and fits:
+            _require_positions(valid.flatten(1), first, "the output's mask")
             features["mask"] = valid
-        else:
-            logits = logits.reshape(*shape, -1)
-        logprobs = F.log_softmax(logits.float(), dim=-1)
-        kept = {} if self.spec.logits is None else self._logits(logprobs)
-        if labels is not None:
-            tokens = labels[labels != IGNORED]
-            kept["tokens"] = tokens.int()
-            kept["token_logprobs"] = self._round(logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), "logits")
-        if valid is not None:
-            joined.update(kept)
-        return features | kept
+        for name, output in found.items():
+            values = output.values if name in fits else output.values.reshape(*output.shape, -1)
+            kept = {} if self.spec.logits is None else self._kept(outputs.known[name].kind, values)
+            if labels is not None:
+                tokens, logprobs = labels[labels != IGNORED], F.log_softmax(values.float(), dim=-1)
+                kept["tokens"] = tokens.int()
+                kept["token_logprobs"] = self._round(logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), "logits")
+            kept = {feature(key, name): x for key, x in kept.items()}
+            if name in fits:
+                joined.update(kept)
+            features |= kept
+        return features
+
+    def _kept(self, kind: str, values: Tensor) -> dict[str, Tensor]:
+        if kind == "classes":
+            return self._logits(F.log_softmax(values.float(), dim=-1))
+        if self.spec.top_k is not None:
+            raise ValueError(f"`top_k` needs classes. Found top_k={self.spec.top_k} and an output of {kind}.")
+        if kind == "labels":
+            return {"logits": self._round(values, "logits")}
+        self._check_rounding(values)
+        return {"values": self._round(values, "output")}
+
+    def _check_rounding(self, values: Tensor) -> None:
+        """Raises where the storage dtype is too coarse for how much the values vary."""
+        wide = values.flatten(0, -2).double()
+        spread = float(wide.var(0, correction=0).mean())
+        apart = float((wide - values.to(self.dtype).double()).square().mean())
+        if spread > 0.0 and not apart <= _COARSE * spread:
+            raise ValueError(
+                f"The teacher's output varies so little around its mean that rounding to dtype={self.dtype} alone is a "
+                f"drift of {apart / spread:.2g} of its variance: pass dtype=torch.float32."
+            )
 
     def _logits(self, logprobs: Tensor) -> dict[str, Tensor]:
         classes, k = logprobs.shape[-1], self.spec.top_k

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .capture import Layer, run
 from .frozen import Form, forms_of, leaves, recorded, replayed
-from .masks import rows
+from .outputs import Outputs, Rows, rows_of, whole
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
 from .structure import Inputs, map_tensors
 from .valid_head import head_agrees, head_at, output_head
 
-__all__ = ["AnchorForward", "FrozenMismatchError", "Outcome", "outcome_of"]
+__all__ = ["AnchorForward", "FrozenMismatchError", "Outcome"]
 
 
 class FrozenMismatchError(ValueError):
@@ -25,27 +25,14 @@ class Outcome(NamedTuple):
     """Results of a forward on anchors.
 
     Attributes:
-        output: Return value of the model; None if only hidden states are wanted.
-        logits: `[positions, V]`: those of the valid positions, or of all; None if the output has none.
-        shape: Shape of the logits before the selection, without the classes.
+        outputs: The outputs by name, at the valid positions or at all; empty if only hidden states are wanted.
         hidden: Layer -> hidden states.
         frozen: Outputs of the frozen modules, if they ran.
     """
 
-    output: Any
-    logits: Tensor | None
-    shape: tuple[int, ...]
+    outputs: dict[str, Rows]
     hidden: dict[Layer, Tensor]
     frozen: dict[str, Tensor]
-
-
-def outcome_of(output: Any, logits: Tensor | None, hidden: dict[Layer, Tensor], valid: Tensor | None) -> Outcome:
-    """Results of a whole forward; logits at the valid positions, or at all if these do not fit."""
-    if logits is None:
-        return Outcome(output, None, (), hidden, {})
-    shape = tuple(logits.shape[:-1])
-    fits = valid is not None and tuple(valid.shape) == shape
-    return Outcome(output, rows(logits, valid) if fits else logits.flatten(0, -2), shape, hidden, {})
 
 
 class AnchorForward:
@@ -58,7 +45,7 @@ class AnchorForward:
         model: In a state that the caller sees to (`passes.steady`).
         forward: Instead of the model's call, or None.
         layers: Hidden states that are wanted.
-        output: The output is wanted.
+        outputs: The outputs that are wanted; None for none.
         frozen: Names of modules that do not train.
     """
 
@@ -67,10 +54,10 @@ class AnchorForward:
         model: nn.Module,
         forward: Forward | None,
         layers: tuple[Layer, ...],
-        output: bool,
+        outputs: Outputs | None,
         frozen: tuple[str, ...] = (),
     ) -> None:
-        self._model, self._forward, self._layers, self._output = model, forward, layers, output
+        self._model, self._forward, self._layers, self._outputs = model, forward, layers, outputs
         self._frozen = frozen
         self._forms: dict[str, list[Form]] | None = None
         self._packs: bool | None = None
@@ -92,16 +79,17 @@ class AnchorForward:
 
         Raises:
             FrozenMismatchError: The first time, frozen modules return something else than what is stored.
+            OutputError: The outputs are not what they are said to be, or were before.
         """
-        packs = valid is not None and self._output and self._can_pack(inputs, valid)
+        packs = valid is not None and self._outputs is not None and self._can_pack(inputs, valid, self._outputs)
         known = {key: x for key, x in (stored or {}).items() if key.startswith("frozen.")}
         if not self._frozen or (stored is not None and not known):
-            return self._run(inputs, valid, packs)
+            return self._run(inputs, size, valid, packs)
         if known and self._forms is not None:
             with replayed(self._model, known, self._forms):
-                return self._run(inputs, valid, packs)
+                return self._run(inputs, size, valid, packs)
         with recorded(self._model, self._frozen) as calls:
-            outcome = self._run(inputs, valid, packs)
+            outcome = self._run(inputs, size, valid, packs)
         called = {name: outputs for name, outputs in calls.items() if outputs}
         found = leaves(called if known else calls, size)
         if known:
@@ -109,18 +97,25 @@ class AnchorForward:
             self._forms = forms_of(called)
         return outcome._replace(frozen=found)
 
-    def _run(self, inputs: Inputs, valid: Tensor | None, packs: bool) -> Outcome:
+    def _run(self, inputs: Inputs, size: int, valid: Tensor | None, packs: bool) -> Outcome:
+        wanted = self._outputs is not None
         with head_at(self._model, valid, self._head) if packs and valid is not None else nullcontext() as head:
-            output, hidden = run(self._model, inputs, forward=self._forward, layers=self._layers, output=self._output)
-        logits = logits_of(output) if self._output else None
-        gather = getattr(logits, "full_tensor", None)  # of tensor parallelism
-        logits = logits if gather is None else gather()
-        if logits is not None and head is not None and head.used and valid is not None:
-            return Outcome(output, logits[0], tuple(valid.shape), hidden, {})
-        return outcome_of(output, logits, hidden, valid)
+            output, hidden = run(self._model, inputs, forward=self._forward, layers=self._layers, output=wanted)
+        if self._outputs is None:
+            return Outcome({}, hidden, {})
+        if head is not None and head.used and valid is not None and (logits := logits_of(output)) is not None:
+            return Outcome({"": Rows(whole(logits)[0], tuple(valid.shape))}, hidden, {})
+        found = self._outputs(output, inputs, size, valid)
+        return Outcome({name: rows_of(x, valid) for name, x in found.items()}, hidden, {})
 
-    def _can_pack(self, inputs: Inputs, valid: Tensor) -> bool:
+    def _can_pack(self, inputs: Inputs, valid: Tensor, outputs: Outputs) -> bool:
         """True if the model's logits stay the same, and there is something to save in this batch."""
+        if self._packs is None and output_head(self._model) is not None and not outputs.known:
+            one = map_tensors(lambda x: x[:1], inputs)
+            with isolated_rng(device_of(self._model), None), torch.no_grad():
+                outputs(run(self._model, one, forward=self._forward)[0], one, 1, valid[:1])
+        if self._packs is None and not outputs.one_softmax(valid.ndim):
+            self._packs = False
         if self._packs is None:
             # On one anchor, and on every process alike, whatever its mask: forwards may need all of them
             probe = torch.ones((1, *valid.shape[1:]), dtype=torch.bool)

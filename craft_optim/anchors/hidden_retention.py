@@ -44,7 +44,7 @@ class HiddenRetention(CachedRetention):
             or there are fewer anchors than a batch.
     """
 
-    _output = False
+    _wants_output = False
 
     def __init__(
         self,

@@ -187,7 +187,7 @@ def write_cache(
                 mask = labels != IGNORED
                 features = {"mask": mask, "tokens": labels[mask].int(), **features}
             writer.expect(structure, inputs)
-            writer.add(inputs, features, None, joined)
+            writer.add(inputs, features, {}, joined)
         writer.finish()
         return AnchorCache.open(path)
 

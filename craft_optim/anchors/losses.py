@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["feature_cosine", "feature_l1", "feature_mse", "kl_divergence", "topk_kl_divergence"]
+__all__ = [
+    "bernoulli_kl",
+    "feature_cosine",
+    "feature_l1",
+    "feature_mse",
+    "kl_divergence",
+    "similarity_mse",
+    "topk_kl_divergence",
+]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -125,6 +133,33 @@ def topk_kl_divergence(
     return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
 
 
+def bernoulli_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) of independent labels, in nats, mean over the valid positions and their labels.
+
+        KL = mean_il [ p_il (log p_il - log q_il) + (1 - p_il) (log(1 - p_il) - log(1 - q_il)) ]
+
+    with p = sigmoid(teacher_logits), q = sigmoid(student_logits). Both logarithms are taken of the logits: large ones
+    neither overflow nor lose their gradient.
+
+    Args:
+        student_logits: `[..., L]`, any floating dtype.
+        teacher_logits: `[..., L]`, finite, any floating dtype; gets no gradient.
+        mask: `[...]`, true where a position counts. None: every position.
+
+    Returns:
+        A scalar >= 0 up to rounding, float32 or wider.
+
+    Raises:
+        ValueError: The shapes differ, or `mask` selects nothing.
+    """
+    _same_shape(student_logits, teacher_logits, ("student_logits", "teacher_logits"))
+    z = _wide(_rows(student_logits, mask, "student_logits"))
+    z0 = _wide(_rows(teacher_logits.detach(), mask, "teacher_logits")).to(z.dtype)
+    yes = z0.sigmoid() * (F.logsigmoid(z0) - F.logsigmoid(z))
+    no = (-z0).sigmoid() * (F.logsigmoid(-z0) - F.logsigmoid(-z))
+    return (yes + no).mean()
+
+
 def _features(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     _same_shape(student, teacher, ("student", "teacher"))
     s = _wide(_rows(student, mask, "student"))
@@ -183,3 +218,26 @@ def feature_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     s, t = _features(student, teacher, mask)
     cosine: Tensor = F.cosine_similarity(s, t, dim=-1, eps=1e-12)
     return (1.0 - cosine).mean()
+
+
+def similarity_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared difference of the cosine similarities of all pairs of vectors, in [0, 4].
+
+        mean over i != j of (cos(student_i, student_j) - cos(teacher_i, teacher_j))^2
+
+    The similarities within a batch are kept, the directions are not (Tung and Mori 2019). Memory: three matrices of
+    `[positions, positions]`.
+
+    Args:
+        student: `[..., D]`, any floating dtype; two vectors or more.
+        teacher: `[..., D]`; gets no gradient.
+        mask: `[...]`, true where a position counts. None: every position.
+
+    Raises:
+        ValueError: The shapes differ, or there are fewer than two vectors.
+    """
+    s, t = (F.normalize(x, dim=-1, eps=1e-12) for x in _features(student, teacher, mask))
+    if len(s) < 2:
+        raise ValueError(f"Similarities need two vectors or more. Found {len(s)}.")
+    # The diagonal is 1 for both, but for rounding
+    return (s @ s.T - t @ t.T).fill_diagonal_(0.0).square().sum() / (len(s) * (len(s) - 1))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import images
+from .outputs import KINDS, Output
 from .shards import AnchorCacheError, Shard
 from .structure import Structure
 
@@ -29,7 +30,7 @@ MANIFEST = "cache.json"
 PROGRESS = "build.json"  # there while the cache is being built
 
 _FORMAT = "craft_optim.anchors"
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 
 
 def tap_key(layer: int | str, span: str) -> str:
@@ -59,14 +60,15 @@ class FeatureSpec:
     """The features of a cache: which of the teacher's outputs it holds, and how they came about.
 
     Attributes:
-        logits: "full", "top_k", or None.
+        logits: Of classes, "full" or "top_k"; None if no output is held.
         top_k: k, or None.
-        classes: Size of the logits' last dimension, or None.
-        dtype: Storage dtype of log-probabilities and hidden states, e.g. "float16".
+        outputs: The outputs that are held by name; "" is the name of an only one.
+        dtype: Storage dtype of outputs and hidden states, e.g. "float16".
         layers: Hidden-state taps: layer numbers >= 0 and module names.
         pooling: Span -> pooling mode, the same for every tap.
         variances: Tap key -> variance of that feature over the anchors (and positions), averaged over its last
             dimension.
+        scales: Name of an output of values -> variance of each of its channels over the anchors (and positions).
         mask: Source of the logits' mask: an input's name, a function's name, or None.
         spans: The function that told the spans apart, or None for the default.
         forward: The function that replaced the model's call, or None.
@@ -78,11 +80,12 @@ class FeatureSpec:
 
     logits: str | None = None
     top_k: int | None = None
-    classes: int | None = None
+    outputs: dict[str, Output] = field(default_factory=dict)
     dtype: str = "float16"
     layers: tuple[int | str, ...] = ()
     pooling: dict[str, str] = field(default_factory=dict)
     variances: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, list[float]] = field(default_factory=dict)
     mask: str | None = None
     spans: str | None = None
     forward: str | None = None
@@ -94,10 +97,10 @@ class FeatureSpec:
     def describe(self) -> str:
         """One line for people."""
         parts = []
-        if self.logits == "full":
-            parts.append(f"full logits of {self.classes} classes")
-        if self.logits == "top_k":
-            parts.append(f"the top {self.top_k} of {self.classes} logits")
+        for name, output in self.outputs.items():
+            full = "full logits of" if self.top_k is None else f"the top {self.top_k} of"
+            held = {"classes": full, "labels": "logits of", "values": "values of"}[output.kind]
+            parts.append(f"{f'{name}: ' if name else ''}{held} {output.describe()}")
         if self.tokens:
             parts.append(f"tokens ({self.tokens})")
         if self.layers:
@@ -181,7 +184,7 @@ class Manifest:
             self._get(self.teacher, key, str, optional=True)
         self.first_anchors = self._strings(data, "first_anchors")
         self.settings: dict[str, Any] = {
-            "features": {**asdict(self.features), "classes": None, "variances": {}},
+            "features": {**asdict(self.features), "outputs": {}, "variances": {}, "scales": {}},
             **self._get(data, "built_with", dict),
             "teacher": self.teacher,
         }
@@ -229,14 +232,19 @@ class Manifest:
         }
         if words["logits"] not in (None, "full", "top_k"):
             raise self.error(f"its 'logits' must be 'full', 'top_k' or null. Found {words['logits']!r:.60}")
-        variances = self._get(owner, "variances", dict)
+        variances, scales = self._get(owner, "variances", dict), self._get(owner, "scales", dict)
+        outputs = {name: self._output(x) for name, x in self._get(owner, "outputs", dict).items()}
+        for name, values in scales.items():
+            if name not in outputs or not isinstance(values, list) or len(values) != outputs[name].size:
+                raise self.error(f"its 'scales' must be a number for each channel. Found {values!r:.60}")
         spec = FeatureSpec(
             top_k=self._get(owner, "top_k", int, optional=True),
-            classes=self._get(owner, "classes", int, optional=True),
+            outputs=outputs,
             dtype=self._get(owner, "dtype", str),
             layers=tuple(layers),
             pooling={str(k): str(v) for k, v in self._get(owner, "pooling", dict).items()},
             variances={k: float(self._get(variances, k, float, int)) for k in variances},
+            scales={k: [float(self._get({k: x}, k, float, int)) for x in values] for k, values in scales.items()},
             frozen=self._strings(owner, "frozen"),
             batch_dim=self._get(owner, "batch_dim", int),
             **words,
@@ -244,3 +252,9 @@ class Manifest:
         if spec.dtype not in ("float16", "bfloat16", "float32"):
             raise self.error(f"its 'dtype' must be float16, bfloat16 or float32. Found {spec.dtype!r:.60}")
         return spec
+
+    def _output(self, owner: Any) -> Output:
+        kind, dim, size = self._get(owner, "kind", str), self._get(owner, "dim", int), self._get(owner, "size", int)
+        if kind not in KINDS or dim < 1 or size < 1:
+            raise self.error(f"its 'outputs' must have a kind, a dimension and a size. Found {owner!r:.60}")
+        return Output(kind, dim, size)

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .names import base_model
+from .passes import is_encoder_decoder
 from .structure import Inputs
 
 __all__ = ["IGNORED", "Mask", "rows", "select", "valid_positions", "within"]
@@ -14,30 +16,64 @@ Mask = str | Callable[[Any], Tensor]
 IGNORED = -100  # Hugging Face's labels of positions that do not count
 
 
-def valid_positions(inputs: Inputs, mask: Mask | None) -> Tensor | None:
-    """The positions that a mask selects, or by default `attention_mask`: bool on the CPU; None where there is neither.
+def valid_positions(model: nn.Module, inputs: Inputs, mask: Mask | None) -> Tensor | None:
+    """The positions that a mask selects: bool on the CPU; None where there is none.
+
+    By default `attention_mask`; of an encoder-decoder model `decoder_attention_mask`, else its labels that are not
+    -100.
 
     Args:
+        model: Of transformers, or any other.
         inputs: A batch.
         mask: `mask(batch) -> bool`, or the name of an input: true where a position counts. "labels" are, as everywhere
-            in transformers, -100 where a token does not count, and each position of the logits predicts the next token.
+            in transformers, -100 where a token does not count. The logits at a position predict its own label, or in a
+            language model without an encoder that of the next position.
 
     Raises:
-        ValueError: There is no such input.
+        ValueError: There is no such input, or it is not known which label a position predicts.
     """
     if callable(mask):
         return mask(inputs).bool().cpu()
     if mask is None:
-        found = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-        return None if found is None else found.bool().cpu()
+        return _default(model, inputs)
     if not isinstance(inputs, dict) or mask not in inputs:
         raise ValueError(f"`mask` must be a function, or the name of an input of a mapping. Found {mask!r}.")
     if mask == "labels":
         counts = (inputs[mask] != IGNORED).cpu()
-        valid = counts.roll(-1, 1)
-        valid[:, -1] = False
-        return valid
+        return counts if counts.ndim < 2 or not _predict_the_next(model) else _the_one_before(counts)
     return inputs[mask].bool().cpu()
+
+
+def _default(model: nn.Module, inputs: Inputs) -> Tensor | None:
+    if not isinstance(inputs, dict):
+        return None
+    if not is_encoder_decoder(model):
+        found = inputs.get("attention_mask")
+        return None if found is None else found.bool().cpu()
+    # `attention_mask` is the encoder's there
+    found, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
+    if found is not None:
+        return found.bool().cpu()
+    return None if labels is None else (labels != IGNORED).cpu()
+
+
+def _predict_the_next(model: nn.Module) -> bool:
+    kind = type(base_model(model)).__name__
+    if is_encoder_decoder(model) or any(kind.endswith(end) for end in ("ForMaskedLM", "ForCTC", "Classification")):
+        return False
+    if any(kind.endswith(end) for end in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return True
+    raise ValueError(
+        f'mask="labels" needs a model that says whether its logits at a position predict the label there or the next '
+        f"one. Found {kind}: pass a function, mask=lambda batch: ..., that is true where the logits count."
+    )
+
+
+def _the_one_before(counts: Tensor) -> Tensor:
+    """True at the position before each that counts."""
+    valid = counts.roll(-1, 1)
+    valid[:, -1] = False
+    return valid
 
 
 def rows(logits: Tensor, valid: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-__all__ = ["class_name", "class_names", "modules_by_name", "plain_name", "unwrapped"]
+__all__ = ["base_model", "class_name", "class_names", "modules_by_name", "plain_name", "unwrapped"]
 
 # What DistributedDataParallel, DataParallel, torch.compile, FSDP1 and activation checkpointing insert.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -30,6 +30,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model within its wrappers and adapters."""
+    model = unwrapped(model)
+    within = getattr(model, "get_base_model", None)  # of PEFT
+    return within() if callable(within) else model
 
 
 def class_names(model: nn.Module) -> set[str]:

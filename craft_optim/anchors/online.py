@@ -10,27 +10,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from .bernoulli_retention import BernoulliRetention, bernoulli_term
 from .cache import AnchorBatch, AnchorCache
-from .logit_retention import kl_term
-from .masks import IGNORED, rows, valid_positions
-from .passes import call, device_of, is_encoder_decoder, isolated_rng, logits_of, to_device
+from .logit_retention import LogitRetention, kl_term
+from .masks import rows, valid_positions
+from .output_retention import UNITS, scales_of, values_term
+from .outputs import OutputError, Outputs, rows_of
+from .passes import call, device_of, isolated_rng, to_device
 from .reading import AnchorMismatchError, Reading, require_functions
 from .retention import AnchorRetention, Anchors, Settings
+from .sampling import mixed_seed, spread
 from .structure import Inputs, flatten
 from .teachers import adapters_off, find_adapters
 
 __all__ = ["Examples", "OnlineRetention", "Teacher"]
+
+_TEACHER = "teacher"  # name of the feature that holds what it says
+_UNITS = {"classes": LogitRetention.unit, "labels": BernoulliRetention.unit, "values": UNITS["mse"]}
+_SOME = 256  # anchors that variances are measured on
 
 Teacher = nn.Module | Callable[[], AbstractContextManager[Any]]
 Examples = AnchorCache | Dataset[Any] | Sequence[Any]
 
 
 class OnlineRetention(AnchorRetention):
-    """KL(teacher || model) on the anchors' logits, in nats per valid position, with the teacher computed on the fly.
+    """Drift of the model's output from that of a teacher which is computed on the fly, on the same anchors.
 
-        L_ret = mean over valid positions i of  sum_v p_iv (log p_iv - log q_iv)
-
-    p is the teacher's distribution, q the model's now. With adapters (PEFT) the teacher is the model with its adapters
+    By what the output is (`Reading.output`): of classes KL(teacher || model) in nats per valid position, as
+    `LogitRetention`; of labels as `BernoulliRetention`; of values as `OutputRetention` with "mse", their variances
+    measured once, on at most 256 anchors. With adapters (PEFT) the teacher is the model with its adapters
     switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are the same, to the bit.
 
     Example:
@@ -52,18 +60,17 @@ class OnlineRetention(AnchorRetention):
             that keeps the old weights on the CPU.
         collate: Makes a batch of a list of examples, as for a `DataLoader`; a batch is what `build` takes. None:
             torch's `default_collate`.
-        reading: Its `forward`, also called with the teacher, if that is a module; its `mask`, by default
-            `attention_mask` (of an encoder-decoder model `decoder_attention_mask`, else its labels that are not -100)
-            where its shape fits, else all; its `autocast`. None: a cache's own.
+        reading: Its `forward`, also called with the teacher, if that is a module; its `output` and `class_dim`; its
+            `mask`, by default `attention_mask` (of an encoder-decoder model `decoder_attention_mask`, else its labels
+            that are not -100) where its shape fits, else all; its `autocast`. None: a cache's own.
         **settings: See `AnchorRetention`. `seed` is also of what `anchors` and `collate` draw.
 
     Raises:
         TypeError: `anchors` are not a sequence of examples, or `teacher` is none of the three.
         ValueError: There is no teacher (no adapters, a learned prompt), it shares trainable parameters with the model,
-            or there are fewer anchors than a batch. In a call also: see `teachers.adapters_off`.
+            there are fewer anchors than a batch, or `reading` names several outputs: make one closure of each. In a
+            call: nothing says what the output is, or it is something else; also see `teachers.adapters_off`.
     """
-
-    unit = "nats per position (KL)"
 
     def __init__(
         self,
@@ -81,6 +88,13 @@ class OnlineRetention(AnchorRetention):
             require_functions(anchors, reading, "forward", "mask")
         self.teacher, self.collate = teacher, collate
         super().__init__(model, self._source(anchors), batch_size, reading=reading, **settings)
+        self._scales: Tensor | None = None
+        self._outputs = Outputs(model, self.reading.output or "auto", self.reading.class_dim)
+        if len(names := self._outputs.names) > 1:
+            raise ValueError(
+                f"OnlineRetention compares one output. Found {names}: make one closure of each, "
+                f"Reading(output={{{names[0]!r}: ...}})."
+            )
         if teacher is None:
             find_adapters(model)
         elif isinstance(teacher, nn.Module):
@@ -107,7 +121,32 @@ class OnlineRetention(AnchorRetention):
         with isolated_rng(self.device, seed), _isolated_host_rng(seed):
             return anchors.read(indices)
 
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """Unit of L_ret, in words; of an output that tells its kind at the first pass, of classes before."""
+        return _UNITS[self._kind]
+
     def _taught(self, batch: AnchorBatch, seed: int) -> AnchorBatch:
+        taught = self._by_teacher(batch, seed)
+        if self._kind == "values" and self._scales is None:
+            self._scales = self._measured_scales()
+        return batch._replace(features={_TEACHER: taught})
+
+    def _measured_scales(self) -> Tensor:
+        places, found = spread(len(self._anchors), _SOME), []
+        for number, start in enumerate(range(0, len(places), self.batch_size)):
+            seed = mixed_seed(self.seed, number)
+            batch = self._read(self._anchors, places[start : start + self.batch_size], seed)
+            found.append(rows_of(self._by_teacher(batch, seed), self._valid(batch.inputs)).values.double().cpu())
+        scales = scales_of(torch.cat(found).var(0, correction=0).tolist())
+        if not bool((scales > 0.0).all()):
+            raise ValueError(
+                "The drift of values is measured in units of their variance over the anchors, and the teacher's do not "
+                f"vary over {len(places)} of them: use more, and more varied, anchors."
+            )
+        return scales
+
+    def _by_teacher(self, batch: AnchorBatch, seed: int) -> Tensor:
         teacher, other = self.teacher, None
         switched: AbstractContextManager[Any] = nullcontext()
         if isinstance(teacher, nn.Module):
@@ -116,41 +155,42 @@ class OnlineRetention(AnchorRetention):
         else:
             switched = adapters_off(self.model) if teacher is None else teacher()
         with torch.no_grad(), switched, self._pass(seed, other):
-            return batch._replace(features={"logprobs": self._logits(batch.inputs, other)})
+            return self._output(batch.inputs, other)
 
-    def _logits(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
-        """Logits of the model, or of a teacher that is a module of its own."""
+    def _output(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
+        """Output of the model, or of a teacher that is a module of its own: `[B, ..., V]`."""
         model, device = (self.model, self.device) if other is None else (other, device_of(other))
         output = call(model, to_device(inputs, device), self.reading.forward)
-        logits = logits_of(output)
-        if logits is None:
-            raise ValueError(f"The model must give logits. Found {type(output).__name__}: pass `forward=`.")
-        return logits
+        (found,) = self._outputs(output, inputs, None, self._valid(inputs)).values()
+        return found
+
+    def _valid(self, inputs: Inputs) -> Tensor | None:
+        return valid_positions(self.model, inputs, self.reading.mask)
+
+    @property
+    def _kind(self) -> str:
+        known, (asked,) = list(self._outputs.known.values()), self._outputs.kinds
+        return known[0].kind if known else "classes" if asked == "auto" else asked
 
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
-        logits, teacher = self._logits(batch.inputs), batch.features["logprobs"]
-        if logits.shape != teacher.shape:
+        teacher, valid = batch.features[_TEACHER], self._valid(batch.inputs)
+        try:
+            student = self._output(batch.inputs)
+        except OutputError as error:
+            raise AnchorMismatchError(str(error)) from error
+        if student.shape != teacher.shape:
             raise AnchorMismatchError(
-                f"The model gives logits of shape {tuple(logits.shape)}, its teacher {tuple(teacher.shape)}. If one of "
+                f"The model gives {tuple(student.shape)}, its teacher {tuple(teacher.shape)}. If one of "
                 "them has positions of its own, such as a learned prompt's, leave these out in `forward=`."
             )
-        mask = self.reading.mask
-        valid = self._default_mask(batch.inputs) if mask is None else valid_positions(batch.inputs, mask)
-        if mask is None and valid is not None and valid.shape != logits.shape[:-1]:
+        if self.reading.mask is None and valid is not None and valid.shape != student.shape[:-1]:
             valid = None
-        return {"kl": kl_term(rows(logits, valid), {"logprobs": rows(teacher, valid)})}
-
-    def _default_mask(self, inputs: Inputs) -> Tensor | None:
-        if not isinstance(inputs, dict):
-            return None
-        if not is_encoder_decoder(self.model):
-            mask = inputs.get("attention_mask")
-            return None if mask is None else mask.bool()
-        # `attention_mask` is the encoder's there
-        mask, labels = inputs.get("decoder_attention_mask"), inputs.get("labels")
-        if mask is not None:
-            return mask.bool()
-        return None if labels is None else labels != IGNORED
+        student, teacher = rows(student, valid), rows(teacher, valid)
+        if self._kind == "labels":
+            return {"labels": bernoulli_term(student, teacher)}
+        if self._kind == "values":
+            return {"values": values_term(student, teacher, "mse", self._scales)}
+        return {"classes": kl_term(student, {"logprobs": teacher})}
 
     def _refuse_shared(self, teacher: nn.Module) -> None:
         trainable = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}

@@ -10,6 +10,7 @@ from .capture import POOLINGS, Spans
 from .generation import Generate, greedy
 from .masks import Mask
 from .names import plain_name
+from .outputs import KINDS
 from .passes import Forward
 from .shards import AnchorCacheError
 
@@ -27,8 +28,8 @@ class AnchorMismatchError(ValueError):
 class Reading:
     """The way in which a model is run on anchors, and what is compared; `dataclasses.replace` changes a part.
 
-    Give it to `build`, and to `AnchorCache.open` in later runs; the closures take it from the cache. Without one the
-    model is called on the batch, and what counts is what its `attention_mask` covers.
+    Give it, or its fields by keyword, to `build`, and to `AnchorCache.open` in later runs; the closures take it from
+    the cache. Without one the model is called on the batch, and what counts is what its `attention_mask` covers.
 
     Example:
         reading = Reading(forward=run, mask="answer")
@@ -37,7 +38,7 @@ class Reading:
         retention = cache.retention(model)
 
     Attributes:
-        forward: `forward(model, batch) -> logits or None`, instead of the model's call.
+        forward: `forward(model, batch) -> output or None`, instead of the model's call.
         mask: Positions whose logits count: name of an input, or `mask(batch) -> bool` of the logits' shape without the
             classes. None: `attention_mask` where its shape fits, else all.
         spans: `spans(model, batch) -> {span: bool [B, T]}`. None: "all" (`attention_mask`, else every position) and,
@@ -52,6 +53,14 @@ class Reading:
             and keep what it wrote: for `TokenRetention`, and as inputs of everything else that is kept. Or a function
             `generate(model, batch) -> (inputs, labels)`, see `generation.greedy`.
         autocast: Dtype of autocast. None: as the caller has it; for a cache, what its teacher ran under.
+        output: What the output is: "classes", logits of one softmax; "labels", a logit for each independent label, as
+            of a binary head; "values", numbers such as a regression, a denoiser or an embedding gives. Of several, name
+            -> kind; names are keys or attributes of what the model returns, or places of a tuple. None: it is not
+            wanted. "auto": found out where a config of transformers, log-probabilities or a vocabulary make it certain,
+            and asked for otherwise.
+        class_dim: Dimension of the classes (of values: of the channels), not 0; of several outputs, name -> dimension.
+            None: the last one where there are at most three; for values as torch has channels, 1 of four or more
+            dimensions and else the last.
 
     Raises:
         TypeError, ValueError: A value is of another type, out of range, or excludes another.
@@ -65,6 +74,8 @@ class Reading:
     frozen: tuple[str, ...] = ()
     tokens: int | Generate | None = None
     autocast: torch.dtype | None = None
+    output: str | Mapping[str, str] | None = "auto"
+    class_dim: int | Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_dim not in (0, 1):
@@ -77,6 +88,7 @@ class Reading:
             raise ValueError(f"`pooling` must give each span one of {POOLINGS}. Found {dict(self.pooling)}.")
         if not (self.autocast is None or isinstance(self.autocast, torch.dtype)):
             raise TypeError(f"`autocast` must be a torch.dtype, or None. Found autocast={self.autocast!r}.")
+        self._check_output()
         for name, also in (("forward", ()), ("spans", ()), ("mask", (str,)), ("tokens", (int,))):
             value = getattr(self, name)
             if not (value is None or callable(value) or isinstance(value, also)):
@@ -87,6 +99,33 @@ class Reading:
         if isinstance(self.tokens, int):
             greedy(self.tokens)  # raises now
 
+    def _check_output(self) -> None:
+        """Raises ValueError unless `output` and `class_dim` are what they must be, and go together."""
+        named = isinstance(self.output, Mapping)
+        kinds = dict(self.output) if isinstance(self.output, Mapping) else {"": self.output}
+        known = KINDS if named else (*KINDS, "auto", None)
+        if not kinds or any(kind not in known for kind in kinds.values()):
+            raise ValueError(
+                f"`output` must be one of {', '.join(map(repr, known))}, or name -> kind. Found output={self.output!r}."
+            )
+        if bad := [name for name in kinds if named and (not isinstance(name, str) or not name or name in _NO_NAMES)]:
+            raise ValueError(f"Names in `output` must be texts, other than {_NO_NAMES}. Found {bad[0]!r}.")
+        dims = dict(self.class_dim) if isinstance(self.class_dim, Mapping) else dict.fromkeys(kinds, self.class_dim)
+        for name, dim in dims.items():
+            if dim is not None and (type(dim) is not int or dim == 0):
+                raise ValueError(
+                    "`class_dim` must be a whole number other than 0, the dimension of the anchors. Found "
+                    f"class_dim={self.class_dim!r}."
+                )
+            alone = not named or isinstance(self.class_dim, Mapping)
+            if name not in kinds or (alone and dim is not None and kinds[name] == "labels"):
+                raise ValueError(
+                    "`class_dim` is a dimension of classes, or of values' channels. Found "
+                    f"class_dim={self.class_dim!r} with output={self.output!r}."
+                )
+        if self.tokens is not None and self.output not in ("auto", "classes", None):
+            raise ValueError(f"`tokens` need classes. Found output={self.output!r}: leave one of them out.")
+
     @property
     def generate(self) -> Generate | None:
         """The function that makes the tokens."""
@@ -95,6 +134,8 @@ class Reading:
     def in_words(self) -> dict[str, Any]:
         """All that it sets, as `FeatureSpec` holds it: functions by their names."""
         words = {name: value for name, default in _DEFAULTS.items() if (value := getattr(self, name)) != default}
+        words.pop("output", None)  # a manifest has what was found
+        words.pop("class_dim", None)
         for name in ("forward", "mask", "spans"):
             if callable(words.get(name)):
                 words[name] = name_of(words[name])
@@ -109,6 +150,7 @@ class Reading:
         return words
 
 
+_NO_NAMES = ("hidden", "tokens", "actions")  # kinds of retention
 _DEFAULTS = {field.name: field.default for field in fields(Reading)}
 
 
@@ -135,7 +177,8 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
                 f"The anchors in {cache.path} were built with {name}={there!r}. Found {name}={here!r}: pass the "
                 "`Reading` that they were built with, or build them again with this one."
             )
-    own: dict[str, Any] = {name: getattr(features, name) for name in ("batch_dim", "frozen", "autocast")}
+    own: dict[str, Any] = _output_of(cache, given)
+    own |= {name: getattr(features, name) for name in ("batch_dim", "frozen", "autocast")}
     own["pooling"] = features.pooling or given.pooling
     own["mask"] = features.mask if given.mask is None and features.mask in cache.structure.names else given.mask
     if features.autocast is not None:
@@ -146,6 +189,32 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
         raise AnchorCacheError(
             f"{cache.path} cannot be used: its manifest has an impossible reading. {error}"
         ) from error
+
+
+def _output_of(cache: "AnchorCache", given: Reading) -> dict[str, Any]:
+    """`output` and `class_dim` as the manifest has them.
+
+    Raises:
+        AnchorMismatchError: `given` says something else.
+    """
+    held = cache.features.outputs
+    kinds: Any = {name: output.kind for name, output in held.items()}
+    dims: Any = {name: output.dim for name, output in held.items() if output.kind != "labels"}
+    if not held or "" in held:
+        kinds, dims = kinds.get(""), dims.get("")
+    asked = given.output
+    if asked not in ("auto", kinds) and not (cache.features.tokens and not held and asked == "classes"):
+        raise AnchorMismatchError(
+            f"The anchors in {cache.path} were built with output={kinds!r}. Found output={asked!r}: pass the `Reading` "
+            "that they were built with, or build them again with this one."
+        )
+    told = given.class_dim if isinstance(given.class_dim, Mapping) else {"": given.class_dim}
+    for name, dim in told.items():
+        if name in held and dim is not None and dim > 0 and dim != held[name].dim:  # negative ones depend on the shape
+            raise AnchorMismatchError(
+                f"The anchors in {cache.path} were built with class_dim={held[name].dim}. Found class_dim={dim}."
+            )
+    return {"output": kinds, "class_dim": dims or None}
 
 
 def require_functions(cache: "AnchorCache", reading: Reading, *names: str) -> None:

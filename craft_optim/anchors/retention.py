@@ -22,7 +22,9 @@ __all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "Settings"]
 # to storage alone: float32 1e-7, float16 1e-6, bfloat16 6e-5. The margin is for accelerators, which compute in other
 # orders.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-_FIXED = frozenset(("model", "reading", "batch_size", "seed", "cache", "workers", "layers", "pooling", "distance"))
+_FIXED = frozenset(
+    ("model", "reading", "batch_size", "seed", "cache", "workers", "layers", "pooling", "distance", "output")
+)
 
 _NOTHING_VALID = (
     "No position of these anchors is valid: `mask` (or `spans`) selects none of them. Leave such anchors out."
@@ -56,8 +58,8 @@ class AnchorRetention(Retention):
     valid. A deep copy of a closure with its model runs the copied model on the same anchors.
 
     A child compares. `_terms(batch)`, the forward and its comparison, it must have; unless it is a `CachedRetention`,
-    which has `_compare` and `_check_kind` instead, and the class attributes `_features` and `_output`. The rest has
-    defaults: `_source` takes what `drift` is given, `_read` makes batches, `_taught` adds what the teacher says,
+    which has `_compare` and `_check_kind` instead, and the class attributes `_features` and `_wants_output`. The rest
+    has defaults: `_source` takes what `drift` is given, `_read` makes batches, `_taught` adds what the teacher says,
     `_combine` makes one number of the terms, `_precisions`, `_teacher_in_words` and `_cause` serve the check of pass 0.
 
     Args:

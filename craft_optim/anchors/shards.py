@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import images
 
-__all__ = ["AnchorCacheError", "Place", "Shard", "packed", "read_plain", "variance"]
+__all__ = ["AnchorCacheError", "Place", "Shard", "mean_variance", "packed", "read_plain", "variances"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -311,8 +311,14 @@ def _no_preadv(descriptor: int, parts: Any, offset: int) -> int:
     return 0
 
 
-def variance(shards: Iterable[Shard], key: str) -> float:
-    """The variance of a feature over anchors (and positions), averaged over its last dimension.
+def mean_variance(shards: Iterable[Shard], key: str) -> float:
+    """The variance of a feature over anchors (and positions), averaged over its last dimension."""
+    found = variances(shards, key)
+    return float(f"{sum(found) / len(found):.9g}")
+
+
+def variances(shards: Iterable[Shard], key: str) -> list[float]:
+    """The variance of a feature over anchors (and positions), for each entry of its last dimension.
 
     In float64, shard by shard: means and squared deviations of parts combine exactly (Chan et al. 1979).
     """
@@ -324,7 +330,7 @@ def variance(shards: Iterable[Shard], key: str) -> float:
         deviation = deviation + (values - m).square().sum(0) + (m - mean).square() * (count * n / (count + n))
         mean = mean + (m - mean) * (n / (count + n))
         count += n
-    return float(f"{float((deviation / count).mean()):.9g}")  # the last digits depend on the number of threads
+    return [float(f"{x:.9g}") for x in (deviation / count).tolist()]  # the last digits depend on the number of threads
 
 
 def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:

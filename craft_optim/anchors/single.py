@@ -7,6 +7,7 @@ import torch
 from .cache import AnchorBatch
 from .forwards import Outcome
 from .manifest import cover, is_mask
+from .outputs import Rows
 from .structure import flatten, map_tensors
 
 __all__ = ["single_anchors"]
@@ -21,7 +22,7 @@ def single_anchors(
     in a batch of its own.
 
     Args:
-        outcome: Results of the whole batch; its logits and hidden states have one entry per anchor.
+        outcome: Results of the whole batch; its outputs and hidden states have one entry per anchor.
         batch: As the cache gives it.
         joined: Names of the features that hold the valid positions only, anchor after anchor.
         batch_dim: Dimension of the anchors in hidden states `[B, T, D]`.
@@ -30,11 +31,16 @@ def single_anchors(
     counts = {name: x.flatten(1).sum(1).tolist() for name, x in features.items() if is_mask(name)}  # of valid positions
     covers = {name: cover(name) if name in joined else None for name in features}
     parts = {name: torch.split(x, counts.get(covers[name] or "", 1)) for name, x in features.items()}
-    logits = outcome.logits
-    split = None if logits is None else torch.split(logits, counts.get("mask", [len(logits) // size] * size))
+    mask = features.get("mask")
+    split = {
+        name: torch.split(
+            x.values, counts["mask"] if mask is not None and mask.shape == x.shape else len(x.values) // size
+        )
+        for name, x in outcome.outputs.items()
+    }
     for i in range(size):
         hidden = {layer: x.narrow(batch_dim if x.ndim == 3 else 0, i, 1) for layer, x in outcome.hidden.items()}
-        shape = (1, *outcome.shape[1:]) if outcome.shape else ()
         inputs = map_tensors(lambda x, i=i: x[i : i + 1], batch.inputs)  # type: ignore[misc]
-        part = outcome._replace(logits=None if split is None else split[i], shape=shape, hidden=hidden)
+        outputs = {name: Rows(split[name][i], (1, *x.shape[1:])) for name, x in outcome.outputs.items()}
+        part = outcome._replace(outputs=outputs, hidden=hidden)
         yield part, AnchorBatch(inputs, {name: x[i] for name, x in parts.items()})

@@ -70,14 +70,14 @@ class TokenRetention(CachedRetention):
         return {"tokens": (value, len(tokens))}
 
     def _student(self, outcome: Outcome, batch: AnchorBatch) -> Tensor:
-        expected = tuple(batch.features["mask"].shape)
-        if outcome.logits is None or outcome.shape != expected:
-            found = type(outcome.output).__name__ if outcome.logits is None else f"logits of shape {outcome.shape} x V"
+        expected, found = tuple(batch.features["mask"].shape), outcome.outputs[""]
+        if found.shape != expected:
             raise AnchorMismatchError(
-                f"The model gives {found}, the tokens in {self.cache.path} have positions {expected}. Pass a "
-                "`forward=` whose logits have these positions, each of which predicts the token after it."
+                f"The model gives logits of shape {found.shape} x V, the tokens in {self.cache.path} have positions "
+                f"{expected}. Pass a `forward=` whose logits have these positions, each of which predicts the token "
+                "after it."
             )
-        return outcome.logits
+        return found.values
 
     def _check(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
         if "token_logprobs" in batch.features:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from .build_folder import BuildFolder
 from .fingerprint import anchor_checksums
 from .manifest import cover, is_mask
+from .outputs import Output
 from .shard_buffer import ShardBuffer
 from .shards import AnchorCacheError
 from .structure import Structure
@@ -118,7 +120,7 @@ class Writer:
         self,
         inputs: Mapping[str, Tensor],
         features: Mapping[str, Tensor],
-        classes: int | None,
+        outputs: Mapping[str, Output],
         joined: Collection[str] = (),
         batch: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -127,12 +129,12 @@ class Writer:
         Args:
             inputs: By name, first dimension the anchors, after `expect`. Tensors must not change any more.
             features: By name, on the CPU; first dimension the anchors.
-            classes: Size of the logits' last dimension, or None.
+            outputs: What the model gives, of what is kept.
             joined: Names of features that hold, instead, the positions of their mask (see `cover`) one after another.
             batch: The batch as it was given, if `inputs` were made of it by generating.
         """
         batch = inputs if batch is None else batch
-        self.folder.same_classes(classes)
+        self.folder.same_outputs({name: asdict(output) for name, output in outputs.items()})
         self._same_features(features, joined)
         lengths = {f"features.{name}": features[cover(name) or ""].flatten(1).sum(1).int() for name in joined}
         tensors = {f"inputs.{name}": x.detach().cpu() for name, x in inputs.items()}

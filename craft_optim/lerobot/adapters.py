@@ -93,7 +93,7 @@ class Adapter:
             path: The cache's folder.
             **settings: Arguments of `anchors.build`.
         """
-        own = {"reading": self.reading, "logits": self.kind == "logits", "layers": self.layers}
+        own = {"reading": self.reading, "output": "classes" if self.kind == "logits" else None, "layers": self.layers}
         return anchors.build(model, batches, path, **{**own, **settings})
 
     def retention(

@@ -43,7 +43,7 @@ def test_the_teacher_runs_as_a_retention_pass_does(noisy: Any, points: Tensor, t
     flags = [m.training for m in noisy.modules()]
     statistics, random = noisy.body[1].running_mean.clone(), torch.get_rng_state()
     loader = torch.utils.data.DataLoader(points, batch_size=20, shuffle=True)  # draws random numbers itself
-    cache = build(noisy, loader, tmp_path, dtype=torch.float32)
+    cache = build(noisy, loader, tmp_path, dtype=torch.float32, class_dim=-1)
     assert [m.training for m in noisy.modules()] == flags
     assert torch.equal(noisy.body[1].running_mean, statistics)
     assert torch.equal(torch.get_rng_state(), random)
@@ -65,14 +65,14 @@ def test_tensors_that_the_model_caches_serve_training_later(points: Tensor, tmp_
             return self.linear(x) * self.cached
 
     model = Caching()
-    build(model, [points], tmp_path)
+    build(model, [points], tmp_path, class_dim=-1)
     model(points).sum().backward()
 
 
 def test_a_finished_cache_is_returned_without_running_the_model(noisy: Any, points: Tensor, tmp_path: Path) -> None:
-    build(noisy, points.split(10), tmp_path)
+    build(noisy, points.split(10), tmp_path, class_dim=-1)
     before, noisy.calls = contents(tmp_path), 0
-    cache = build(noisy, points.split(10), tmp_path)
+    cache = build(noisy, points.split(10), tmp_path, class_dim=-1)
     assert noisy.calls == 0
     assert len(cache) == 50
     assert contents(tmp_path) == before
@@ -81,11 +81,11 @@ def test_a_finished_cache_is_returned_without_running_the_model(noisy: Any, poin
 def test_other_anchors_for_a_finished_cache_are_pointed_out(
     classifier: nn.Module, points: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    build(classifier, points.split(10), tmp_path)
+    build(classifier, points.split(10), tmp_path, class_dim=-1)
     with caplog.at_level(logging.WARNING, "craft_optim"):
-        build(classifier, points.split(7), tmp_path)
+        build(classifier, points.split(7), tmp_path, class_dim=-1)
         assert not caplog.records
-        build(classifier, (points + 1).split(10), tmp_path)
+        build(classifier, (points + 1).split(10), tmp_path, class_dim=-1)
     assert "overwrite=True if the anchors have changed" in caplog.text
 
 
@@ -108,41 +108,41 @@ def test_a_folder_of_another_build_is_refused(
     batches = list(points.split(10))
     if half:
         with pytest.raises(KeyboardInterrupt):
-            build(classifier, dying(batches, 4), tmp_path, **settings)
+            build(classifier, dying(batches, 4), tmp_path, **settings, class_dim=-1)
     else:
-        build(classifier, batches, tmp_path, **settings)
+        build(classifier, batches, tmp_path, **settings, class_dim=-1)
     before = contents(tmp_path)
     with pytest.raises(AnchorCacheError, match=f"{words}.*overwrite=True"):
-        build(classifier, batches, tmp_path, **{**settings, **change})
+        build(classifier, batches, tmp_path, **{**settings, **change}, class_dim=-1)
     assert contents(tmp_path) == before
-    cache = build(classifier, batches, tmp_path, **{**settings, **change}, overwrite=True)
-    fresh = build(classifier, batches, tmp_path / "fresh", **{**settings, **change})
+    cache = build(classifier, batches, tmp_path, **{**settings, **change}, overwrite=True, class_dim=-1)
+    fresh = build(classifier, batches, tmp_path / "fresh", **{**settings, **change}, class_dim=-1)
     (tmp_path / "fresh" / "x").touch()
     assert contents(fresh.path).keys() - {"x"} == {p.name for p in cache.path.iterdir() if p.is_file()}
 
 
 def test_another_model_is_refused(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
-    build(classifier, [points], tmp_path)
+    build(classifier, [points], tmp_path, class_dim=-1)
     with torch.no_grad():
         classifier[0].weight.mul_(1.001)
     with pytest.raises(AnchorCacheError, match=r"other weights.*AnchorCache\.open"):
-        build(classifier, [points], tmp_path)
+        build(classifier, [points], tmp_path, class_dim=-1)
 
 
 # A shard holds 16 anchors, a batch 10: batches 2, 4, 5 and 7 complete shards.
 @pytest.mark.parametrize("after", range(8))
 def test_a_build_that_was_stopped_goes_on(noisy: Any, tmp_path: Path, after: int) -> None:
     batches = list(torch.randn(70, 6).split(10))
-    whole = build(noisy, batches, tmp_path / "whole", shard_size=16, layers=("head",))
+    whole = build(noisy, batches, tmp_path / "whole", shard_size=16, layers=("head",), class_dim=-1)
     noisy.calls = 0
     with pytest.raises(KeyboardInterrupt):
-        build(noisy, dying(batches, after), tmp_path / "half", shard_size=16, layers=("head",))
+        build(noisy, dying(batches, after), tmp_path / "half", shard_size=16, layers=("head",), class_dim=-1)
     assert noisy.calls == after
     with pytest.raises(AnchorCacheError, match="no such file"):
         AnchorCache.open(tmp_path / "half")
     noisy.calls = 0
     torch.manual_seed(5)  # the state of the generators does not matter
-    build(noisy, batches, tmp_path / "half", shard_size=16, layers=("head",))
+    build(noisy, batches, tmp_path / "half", shard_size=16, layers=("head",), class_dim=-1)
     complete = after * 10 // 16 * 16
     assert noisy.calls == 7 - complete // 10
     assert contents(tmp_path / "half") == contents(whole.path)
@@ -150,36 +150,36 @@ def test_a_build_that_was_stopped_goes_on(noisy: Any, tmp_path: Path, after: int
 
 def test_a_kill_between_a_shard_and_its_record(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     batches = list(points.split(10))
-    whole = build(classifier, batches, tmp_path / "whole", shard_size=16)
+    whole = build(classifier, batches, tmp_path / "whole", shard_size=16, class_dim=-1)
     with pytest.raises(KeyboardInterrupt):
-        build(classifier, dying(batches, 4), tmp_path / "half", shard_size=16)
+        build(classifier, dying(batches, 4), tmp_path / "half", shard_size=16, class_dim=-1)
     record = (tmp_path / "half" / "build.json").read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        build(classifier, dying(batches, 5), tmp_path / "half", shard_size=16)
+        build(classifier, dying(batches, 5), tmp_path / "half", shard_size=16, class_dim=-1)
     (tmp_path / "half" / "build.json").write_bytes(record)  # a shard more than recorded
-    build(classifier, batches, tmp_path / "half", shard_size=16)
+    build(classifier, batches, tmp_path / "half", shard_size=16, class_dim=-1)
     assert contents(tmp_path / "half") == contents(whole.path)
     (tmp_path / "half" / "build.json").write_bytes(record)  # and a kill right after the manifest
-    assert len(build(classifier, batches, tmp_path / "half", shard_size=16)) == 50
+    assert len(build(classifier, batches, tmp_path / "half", shard_size=16, class_dim=-1)) == 50
     assert contents(tmp_path / "half") == contents(whole.path)
 
 
 def test_other_batches_do_not_continue_a_build(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     batches = list(points.split(10))
     with pytest.raises(KeyboardInterrupt):
-        build(classifier, dying(batches, 4), tmp_path, shard_size=16)
+        build(classifier, dying(batches, 4), tmp_path, shard_size=16, class_dim=-1)
     for other in (batches[::-1], [b.double() for b in batches], [b[:, :5] for b in batches]):
         with pytest.raises((AnchorCacheError, ValueError), match="number 0 differs"):
-            build(classifier, other, tmp_path, shard_size=16)
-    cache = build(classifier, batches[::-1], tmp_path, shard_size=16, resume=False)
+            build(classifier, other, tmp_path, shard_size=16, class_dim=-1)
+    cache = build(classifier, batches[::-1], tmp_path, shard_size=16, resume=False, class_dim=-1)
     assert torch.equal(cache.read(range(50)).inputs, torch.cat(batches[::-1]))
 
 
 def test_a_damaged_record_is_refused(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     (tmp_path / "build.json").write_text("{}")
     with pytest.raises(AnchorCacheError, match="resume=False"):
-        build(classifier, [points], tmp_path)
-    assert len(build(classifier, [points], tmp_path, resume=False)) == 50
+        build(classifier, [points], tmp_path, class_dim=-1)
+    assert len(build(classifier, [points], tmp_path, resume=False, class_dim=-1)) == 50
 
 
 def test_a_failing_disk_leaves_what_is_complete(
@@ -198,10 +198,10 @@ def test_a_failing_disk_leaves_what_is_complete(
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(AnchorCacheError, match=r"shard-00002.*No space left.*GB left: make room.*goes on"):
-        build(classifier, batches, tmp_path, shard_size=16)
+        build(classifier, batches, tmp_path, shard_size=16, class_dim=-1)
     complete = [f"shard-0000{i}.{suffix}" for i in (0, 1) for suffix in ("json", "safetensors")]
     assert sorted(contents(tmp_path)) == ["build.json", *complete]
-    assert len(build(classifier, batches, tmp_path, shard_size=16)) == 50
+    assert len(build(classifier, batches, tmp_path, shard_size=16, class_dim=-1)) == 50
     assert len(calls) == 3 + 2
 
 
@@ -217,7 +217,7 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"logits": False, "layers": ("",)}])
+@pytest.mark.parametrize("settings", [{"class_dim": -1}, {"top_k": 2}, {"output": None, "layers": ("",)}])
 def test_outputs_that_are_not_finite_are_refused(
     points: Tensor, tmp_path: Path, value: float, settings: dict[str, Any]
 ) -> None:
@@ -231,19 +231,19 @@ def test_outputs_that_are_not_finite_are_refused(
 
 def test_outputs_beyond_the_storage_dtype_are_refused(points: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bfloat16"):
-        build(Broken(1e5), [points], tmp_path)
+        build(Broken(1e5), [points], tmp_path, class_dim=-1)
     with pytest.raises(ValueError, match="bfloat16"):
-        build(Broken(1e5), [points], tmp_path, logits=False, layers=("",))
-    build(Broken(1e5), [points], tmp_path, dtype=torch.bfloat16)
+        build(Broken(1e5), [points], tmp_path, output=None, layers=("",))
+    build(Broken(1e5), [points], tmp_path, dtype=torch.bfloat16, class_dim=-1)
 
 
 def test_anchors_without_valid_positions_are_refused(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
     batches = token_batches((3, 6), (3, 6))
     batches[1]["attention_mask"][2] = 0
-    with pytest.raises(ValueError, match=r"logits' mask.*anchor 5"):
+    with pytest.raises(ValueError, match=r"output's mask.*anchor 5"):
         build(llama, batches, tmp_path)
     with pytest.raises(ValueError, match=r"'all'.*anchor 5"):
-        build(llama, batches, tmp_path, logits=False, layers=(1,))
+        build(llama, batches, tmp_path, output=None, layers=(1,))
     build(llama, batches, tmp_path, Reading(mask=lambda batch: torch.ones_like(batch["input_ids"]).bool()))
 
 
@@ -279,7 +279,7 @@ def test_spans_of_a_vision_language_model(
 ) -> None:
     cache = build(
         vlm, image_text_batches, tmp_path, Reading(pooling={"image": "masked_mean", "text": "last"}),
-        logits=False, layers=(2, -1), dtype=torch.float32,
+        output=None, layers=(2, -1), dtype=torch.float32,
     )  # fmt: skip
     assert sorted(cache.features.variances) == ["hidden.2.image", "hidden.2.text", "hidden.3.image", "hidden.3.text"]
     inputs, features = cache.read(range(4))
@@ -300,7 +300,7 @@ def test_custom_spans(llama: nn.Module, token_batches: Batches, tmp_path: Path) 
         return {"head": torch.arange(6).expand(4, 6) < 2}
 
     cache = build(
-        llama, batches, tmp_path, Reading(spans=spans, pooling={"head": "masked_mean"}), logits=False, layers=(1,),
+        llama, batches, tmp_path, Reading(spans=spans, pooling={"head": "masked_mean"}), output=None, layers=(1,),
         dtype=torch.float32,
     )  # fmt: skip
     llama.eval()
@@ -316,7 +316,7 @@ def test_custom_spans(llama: nn.Module, token_batches: Batches, tmp_path: Path) 
 def test_feature_maps_and_vectors_are_pooled_as_they_can_be(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 2))
     x = torch.randn(6, 3, 4, 4)
-    cache = build(model, [x], tmp_path, logits=False, layers=("0", "1"), dtype=torch.float32)
+    cache = build(model, [x], tmp_path, output=None, layers=("0", "1"), dtype=torch.float32)
     features = cache.read(range(6)).features
     with torch.no_grad():
         maps = model[0](x)
@@ -332,8 +332,8 @@ def test_feature_maps_and_vectors_are_pooled_as_they_can_be(tmp_path: Path) -> N
         ({"shard_size": 0}, "shard_size=0"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_k": 5}, "top_k=5, 4 classes"),
-        ({"top_k": 2, "logits": False, "layers": ("1",)}, "logits=False"),
-        ({"logits": False}, "Nothing to cache"),
+        ({"top_k": 2, "output": None, "layers": ("1",)}, "output=None"),
+        ({"output": None}, "Nothing to cache"),
         ({"reading": Reading(lambda m, b: None)}, "NoneType"),
         ({"reading": Reading(lambda m, b: m(b)[:3])}, r"\(3, 4\)"),
     ],
@@ -342,27 +342,27 @@ def test_arguments_out_of_range_are_refused(
     classifier: nn.Module, points: Tensor, tmp_path: Path, settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        build(classifier, [points], tmp_path, **settings)
+        build(classifier, [points], tmp_path, **{"class_dim": None if "output" in settings else -1, **settings})
     assert not contents(tmp_path)
 
 
 def test_batches_that_do_not_fit_together_are_refused(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="yielded nothing"):
-        build(classifier, [], tmp_path)
+        build(classifier, [], tmp_path, class_dim=-1)
     for other in ((points,), points.double(), points.unsqueeze(1)):
         with pytest.raises(ValueError, match="same tensors"):
-            build(classifier, [points, other], tmp_path)
+            build(classifier, [points, other], tmp_path, class_dim=-1)
 
 
 def test_autocast_is_entered_and_recorded(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
-    cache = build(classifier, [points], tmp_path, Reading(autocast=torch.bfloat16), dtype=torch.float32)
+    cache = build(classifier, [points], tmp_path, Reading(autocast=torch.bfloat16), dtype=torch.float32, class_dim=-1)
     assert cache.features.autocast == "bfloat16"
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = classifier(points).float().log_softmax(-1)
     assert torch.equal(cache.read(range(50)).features["logprobs"], expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert build(classifier, [points], tmp_path, dtype=torch.float32).features.autocast == "bfloat16"
-        build(classifier, [points], tmp_path, dtype=torch.float32, overwrite=True)
+        assert build(classifier, [points], tmp_path, dtype=torch.float32, class_dim=-1).features.autocast == "bfloat16"
+        build(classifier, [points], tmp_path, dtype=torch.float32, overwrite=True, class_dim=-1)
         # weights that were cast without gradients are not reused with
         classifier(points).float().sum().backward()
     assert classifier[0].weight.grad is not None
@@ -383,10 +383,10 @@ def test_progress_is_shown_on_request(
     else:
         monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with caplog.at_level(logging.INFO, "craft_optim"):
-        build(classifier, points.split(10), tmp_path / "quiet")
+        build(classifier, points.split(10), tmp_path / "quiet", class_dim=-1)
         assert not capsys.readouterr().err
         assert not caplog.text
-        build(classifier, points.split(10), tmp_path / "shown", progress=True, model_id="a teacher")
+        build(classifier, points.split(10), tmp_path / "shown", progress=True, model_id="a teacher", class_dim=-1)
     shown = capsys.readouterr().err if with_tqdm else caplog.text
     assert "a teacher" in shown
     assert "50" in shown
@@ -417,7 +417,7 @@ class Tables(nn.Module):
 def test_what_a_model_keeps_from_the_teachers_pass_can_be_trained_with(token_batches: Batches, tmp_path: Path) -> None:
     model, batches = Tables(), token_batches((3, 5), (3, 7), (3, 9))
     batches = [{key: x % 20 for key, x in batch.items()} for batch in batches]
-    build(model, batches, tmp_path)
+    build(model, batches, tmp_path, class_dim=-1)
     assert sorted(model.by_length) == [5, 7, 9]
     kept = [model.table, *model.by_length.values(), *model.last]
     assert not any(x.is_inference() for x in kept)
@@ -433,7 +433,7 @@ def test_teachers_run_without_gradients(classifier: nn.Module, points: Tensor, t
         out: Tensor = model(batch)
         return out
 
-    build(classifier, points.split(20), tmp_path, Reading(forward))
+    build(classifier, points.split(20), tmp_path, Reading(forward), class_dim=-1)
     assert seen == [False, False, False]
 
 
@@ -445,7 +445,7 @@ def test_layers_that_work_with_the_batch_second(tmp_path: Path) -> None:
         model(batch.transpose(0, 1))
 
     cache = build(
-        model, x.split(4), tmp_path, Reading(forward, batch_dim=1), logits=False, layers=("layers.0",),
+        model, x.split(4), tmp_path, Reading(forward, batch_dim=1), output=None, layers=("layers.0",),
         dtype=torch.float32,
     )  # fmt: skip
     model.eval()
@@ -457,7 +457,7 @@ def test_layers_that_work_with_the_batch_second(tmp_path: Path) -> None:
     retention = HiddenRetention(model, cache, 3)
     assert retention().item() < 1e-6
     with pytest.raises(ValueError, match="batch_dim=2"):
-        build(model, [x], tmp_path / "b", Reading(batch_dim=2))
+        build(model, [x], tmp_path / "b", Reading(batch_dim=2), class_dim=-1)
 
 
 def test_a_disk_that_is_too_small_is_foreseen(
@@ -470,7 +470,7 @@ def test_a_disk_that_is_too_small_is_foreseen(
     for free, warned in ((1600, False), (1599, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(9999, 1, free))
         caplog.clear()
-        build(classifier, points.split(10), tmp_path / str(free))
+        build(classifier, points.split(10), tmp_path / str(free), class_dim=-1)
         assert ("GB are free" in caplog.text) == warned
 
 
@@ -486,8 +486,8 @@ def test_the_bar_knows_how_many_are_left(
             return super().update(n)
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)
-    build(classifier, points.split(20), tmp_path / "a", progress=True)
+    build(classifier, points.split(20), tmp_path / "a", progress=True, class_dim=-1)
     assert totals == [(60, 20), (60, 40), (50, 50)]
     totals.clear()
-    build(classifier, (x for x in points.split(20)), tmp_path / "b", progress=True)
+    build(classifier, (x for x in points.split(20)), tmp_path / "b", progress=True, class_dim=-1)
     assert totals == [(None, 20), (None, 40), (None, 50)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, AnchorCacheError, Reading, build
 from craft_optim.anchors.manifest import manifest_text
+from craft_optim.anchors.outputs import Output
 from craft_optim.anchors.structure import flatten
 
 Batches = Callable[..., list[dict[str, Any]]]
@@ -23,7 +24,7 @@ Batches = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def cache(classifier: nn.Module, points: Tensor, tmp_path: Path) -> AnchorCache:
-    return build(classifier, points.split(7), tmp_path / "cache", shard_size=16, layers=("1",))
+    return build(classifier, points.split(7), tmp_path / "cache", shard_size=16, layers=("1",), class_dim=-1)
 
 
 def test_anchors_come_back_in_any_order(cache: AnchorCache, classifier: nn.Module, points: Tensor) -> None:
@@ -68,7 +69,9 @@ def test_inputs_of_every_dtype_and_shape(dtype: torch.dtype, tmp_path: Path) -> 
         return (torch.randn(shape) * 100).to(dtype)
 
     batch = (values(5), None, values(5, 3), values(5, 2, 1, 3, 2), values(5, 0), values(3, 5).t())
-    cache = build(nn.Linear(2, 2), [batch], tmp_path, Reading(lambda m, b: m(torch.ones(5, 2))), shard_size=2)
+    cache = build(
+        nn.Linear(2, 2), [batch], tmp_path, Reading(lambda m, b: m(torch.ones(5, 2))), shard_size=2, class_dim=-1
+    )
     inputs, _ = cache.read([4, 1, 2])
     assert isinstance(inputs, tuple)
     assert inputs[1] is None
@@ -88,7 +91,7 @@ def test_mappings_come_back_without_what_is_no_tensor(tmp_path: Path) -> None:
         out: Tensor = model(inputs["observation.state"])
         return out
 
-    cache = build(nn.Linear(3, 2), [batch], tmp_path, Reading(forward))
+    cache = build(nn.Linear(3, 2), [batch], tmp_path, Reading(forward), class_dim=-1)
     assert seen == [["observation.state"]]  # the teacher sees what a retention pass will see
     assert cache.structure.skipped == ("task", "none")
     inputs = cache.read([2]).inputs
@@ -98,7 +101,7 @@ def test_mappings_come_back_without_what_is_no_tensor(tmp_path: Path) -> None:
 
 def test_nan_inputs_survive(tmp_path: Path) -> None:
     x = torch.tensor([[1.0, torch.nan, -0.0, torch.inf]])
-    cache = build(nn.Linear(2, 2), [x], tmp_path, Reading(lambda m, b: m(torch.ones(1, 2))))
+    cache = build(nn.Linear(2, 2), [x], tmp_path, Reading(lambda m, b: m(torch.ones(1, 2))), class_dim=-1)
     got = cache.read([0]).inputs
     assert isinstance(got, Tensor)
     assert torch.equal(got.view(torch.int32), x.view(torch.int32))
@@ -124,13 +127,13 @@ def stored_dtypes(path: Path, key: str) -> list[torch.dtype]:
 
 def test_images_are_stored_as_bytes(tmp_path: Path) -> None:
     x = pictures(10)
-    cache = build(Pictures(), x.split(3), tmp_path / "bytes", shard_size=4)
+    cache = build(Pictures(), x.split(3), tmp_path / "bytes", shard_size=4, class_dim=-1)
     assert stored_dtypes(cache.path, "inputs.0") == [torch.uint8] * 3
     got = cache.read([9, 0, 5]).inputs
     assert isinstance(got, Tensor)
     assert got.dtype == torch.float32
     assert torch.equal(got, x[[9, 0, 5]])
-    kept = build(Pictures(), x.split(3), tmp_path / "kept", shard_size=4, images="keep")
+    kept = build(Pictures(), x.split(3), tmp_path / "kept", shard_size=4, images="keep", class_dim=-1)
     assert stored_dtypes(kept.path, "inputs.0") == [torch.float32] * 3
     assert torch.equal(flatten(kept.read([9, 0, 5]).inputs)[1]["0"], x[[9, 0, 5]])
 
@@ -139,7 +142,7 @@ def test_images_that_would_lose_a_bit_are_kept_as_they_are(tmp_path: Path) -> No
     """Shard by shard: a black image fits many formulas, a noisy one none."""
     x = torch.cat([torch.zeros(2, 3, 4, 4), pictures(2), pictures(4), torch.rand(4, 3, 4, 4)])
     x[0:2] = -1.0
-    cache = build(Pictures(), x.split(2), tmp_path, shard_size=4)
+    cache = build(Pictures(), x.split(2), tmp_path, shard_size=4, class_dim=-1)
     assert stored_dtypes(tmp_path, "inputs.0") == [torch.uint8, torch.uint8, torch.float32]
     order = [11, 0, 5, 3, 8]
     assert torch.equal(flatten(cache.read(order).inputs)[1]["0"], x[order])
@@ -147,7 +150,7 @@ def test_images_that_would_lose_a_bit_are_kept_as_they_are(tmp_path: Path) -> No
 
 def test_images_that_need_one_formula_for_all_get_it(tmp_path: Path) -> None:
     black, whole = torch.zeros(2, 3, 4, 4), torch.randint(0, 256, (2, 3, 4, 4)).float()
-    cache = build(Pictures(), [black, whole], tmp_path)
+    cache = build(Pictures(), [black, whole], tmp_path, class_dim=-1)
     assert stored_dtypes(tmp_path, "inputs.0") == [torch.uint8]
     assert torch.equal(flatten(cache.read(range(4)).inputs)[1]["0"], torch.cat([black, whole]))
 
@@ -193,6 +196,7 @@ def test_lengths_that_nothing_covers_are_refused(llama: nn.Module, token_batches
             torch.randn(4, 6).split(2),
             tmp_path / "c",
             Reading(lambda m, b: torch.ones(2, next(lengths), 4)),
+            class_dim=-1,
         )
 
 
@@ -234,7 +238,7 @@ def test_the_manifest_says_what_is_in_it(cache: AnchorCache, classifier: nn.Modu
         cache.describe()
         == "50 anchors, full logits of 4 classes and hidden states of layers 1 (all: masked_mean) as float16"
     )
-    assert cache.features.classes == 4
+    assert cache.features.outputs == {"": Output("classes", 1, 4)}
     assert cache.features.layers == ("1",)
     stored = torch.cat(
         [safetensors.torch.load_file(p)["features.hidden.module:1.all"] for p in cache.path.glob("shard-*")]
@@ -296,14 +300,14 @@ def test_another_shard_of_the_same_size_is_refused(cache: AnchorCache) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(schema_version=1), r"schema_version 1, this library reads 2"),
+        (lambda d: d.update(schema_version=1), r"schema_version 1, this library reads 3"),
         (lambda d: d.update(format="other"), "not a cache of anchors"),
         (lambda d: d.update(anchors=51), "51 anchors, its shards hold 50"),
         (lambda d: d.update(anchors=True), "'anchors' must be int"),
         (lambda d: d.pop("features"), "'features' must be dict"),
         (lambda d: d["features"].update(layers=[1.5]), "'layers'"),
         (lambda d: d["features"].update(layers=[7]), "lacks features.hidden.7.all"),
-        (lambda d: d["features"].update(logits="top_k"), "lacks features.topk"),
+        (lambda d: d["features"].update(top_k=2), "lacks features.topk"),
         (lambda d: d["inputs"].update(kind="list"), "'list'"),
         (lambda d: d["inputs"].update(names=["0", "1"]), "lacks inputs.1"),
         (lambda d: d["teacher"].update(fingerprint=1), "'fingerprint' must be str"),
@@ -379,7 +383,7 @@ def test_clips_of_images_may_differ_in_length(tmp_path: Path) -> None:
         out: Tensor = model(batch["clip"].flatten(2))
         return out
 
-    cache = build(model, batches, tmp_path, Reading(forward, "valid"), shard_size=4)
+    cache = build(model, batches, tmp_path, Reading(forward, "valid"), shard_size=4, class_dim=-1)
     assert stored_dtypes(tmp_path, "inputs.clip") == [torch.uint8, torch.uint8]
     inputs = cache.read([0, 3, 5]).inputs
     assert isinstance(inputs, dict)

@@ -84,7 +84,7 @@ def test_two_passes_in_one_backward_leave_nothing_behind(
     """Under compilation and activation checkpointing the backward repeats forwards, each as it was."""
     from torch._dynamo import eval_frame
 
-    other = build(llama, token_batches((8, 6)), tmp_path / "other", layers=(1,), logits=False)
+    other = build(llama, token_batches((8, 6)), tmp_path / "other", layers=(1,), output=None)
     llama.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     parts = {"a": HiddenRetention(llama, cache, 4), "b": HiddenRetention(llama, other, 4)}
     training = {name: m.training for name, m in llama.named_modules()}

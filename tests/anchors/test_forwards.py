@@ -40,9 +40,13 @@ def test_a_frozen_tower_runs_once_and_never_again(
     kind: str, frozen_vlm: Any, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     model = frozen_vlm
-    settings: dict[str, Any] = {"layers": (2,), "logits": kind == "logits", "dtype": torch.float32}
-    with_tower = build(model, image_text_batches, tmp_path / "a", **settings)
-    without = build(model, image_text_batches, tmp_path / "b", Reading(frozen=[TOWER]), **settings)
+    settings: dict[str, Any] = {
+        "layers": (2,),
+        "output": "classes" if kind == "logits" else None,
+        "dtype": torch.float32,
+    }
+    with_tower = build(model, image_text_batches, tmp_path / "a", **settings, class_dim=-1)
+    without = build(model, image_text_batches, tmp_path / "b", Reading(frozen=[TOWER]), **settings, class_dim=-1)
     assert without.features.frozen == (TOWER,)
     assert without.frozen_features
     make = LogitRetention if kind == "logits" else HiddenRetention

@@ -37,12 +37,20 @@ def disturb(model: nn.Module) -> None:
 
 @pytest.fixture
 def cache(classifier: nn.Module, points: Tensor, tmp_path: Path) -> AnchorCache:
-    return build(classifier, points.split(10), tmp_path / "cache", layers=("1",), progress=False)
+    return build(classifier, points.split(10), tmp_path / "cache", layers=("1",), progress=False, class_dim=-1)
 
 
 @pytest.fixture
 def noisy_cache(classifier: nn.Module, points: Tensor, tmp_path: Path) -> AnchorCache:
-    return build(classifier, points.split(10), tmp_path / "noisy", Reading(noisy_run), layers=("1",), progress=False)
+    return build(
+        classifier,
+        points.split(10),
+        tmp_path / "noisy",
+        Reading(noisy_run),
+        layers=("1",),
+        progress=False,
+        class_dim=-1,
+    )
 
 
 MAKE: dict[str, Callable[..., Retention]] = {

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from craft_optim import CraftOptimizer
 from craft_optim.anchors import AnchorMismatchError, LogitRetention, OnlineRetention, Reading, build
 
+CLASSES = Reading(class_dim=-1)
 Batches = Callable[..., list[dict[str, Any]]]
 
 
@@ -34,9 +35,9 @@ def test_it_is_logit_retention_without_the_cache(
     source: str, classifier: nn.Module, points: Tensor, tmp_path: Path
 ) -> None:
     teacher = copy.deepcopy(classifier)
-    cache = build(classifier, points.split(7), tmp_path, dtype=torch.float32)
+    cache = build(classifier, points.split(7), tmp_path, dtype=torch.float32, class_dim=-1)
     anchors = {"list": list(points), "tensor": points, "dataset": TensorDataset(points), "cache": cache}[source]
-    online = OnlineRetention(classifier, anchors, 16, teacher=teacher)
+    online = OnlineRetention(classifier, anchors, 16, teacher=teacher, reading=CLASSES)
     cached = LogitRetention(classifier, cache, 16)
     for _ in range(4):
         gradients = []
@@ -79,8 +80,8 @@ def test_a_function_that_returns_a_context_is_a_teacher(classifier: nn.Module, p
     before = copy.deepcopy(classifier.state_dict())
     frozen = copy.deepcopy(classifier)
     disturb(classifier)
-    retention = OnlineRetention(classifier, points, 16, teacher=original, strict=False)
-    expected = OnlineRetention(classifier, points, 16, teacher=frozen, strict=False)
+    retention = OnlineRetention(classifier, points, 16, teacher=original, strict=False, reading=CLASSES)
+    expected = OnlineRetention(classifier, points, 16, teacher=frozen, strict=False, reading=CLASSES)
     assert retention().item() == expected().item() > 1e-3
     assert retention.drift() == expected.drift()
     assert not any(inside)
@@ -89,7 +90,7 @@ def test_a_function_that_returns_a_context_is_a_teacher(classifier: nn.Module, p
 def test_the_teacher_is_steady_and_keeps_its_mode(noisy: Any, points: Tensor) -> None:
     teacher = copy.deepcopy(noisy).train()
     statistics = teacher.body[1].running_mean.clone()
-    retention = OnlineRetention(noisy, points, 16, teacher=teacher)
+    retention = OnlineRetention(noisy, points, 16, teacher=teacher, reading=CLASSES)
     assert retention().item() < 1e-6
     assert all(m.training for m in teacher.modules())
     assert torch.equal(statistics, teacher.body[1].running_mean)
@@ -120,7 +121,7 @@ def test_nothing_around_a_pass_notices(fails: bool, noisy: Any, points: Tensor) 
         return [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
 
     drawn: list[float] = []
-    retention = OnlineRetention(noisy, Drawing(), 16, teacher=teacher, reading=Reading(forward))
+    retention = OnlineRetention(noisy, Drawing(), 16, teacher=teacher, reading=Reading(forward, class_dim=-1))
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
@@ -247,7 +248,7 @@ def test_autocast_leaves_the_model_its_graph(use_autocast: bool, classifier: nn.
     def original() -> Iterator[None]:
         yield
 
-    reading = Reading(autocast=torch.bfloat16 if use_autocast else None)
+    reading = Reading(autocast=torch.bfloat16 if use_autocast else None, class_dim=-1)
     retention = OnlineRetention(classifier, points, 16, teacher=original, reading=reading)
     with torch.autocast("cpu", torch.bfloat16, enabled=not use_autocast):
         retention().backward()
@@ -259,7 +260,7 @@ def test_with_the_optimizer_it_holds_epsilon(classifier: nn.Module, points: Tens
     drifts = {}
     for name in ("adam", "craft"):
         classifier.load_state_dict(start)
-        retention = OnlineRetention(classifier, points, 25, teacher=copy.deepcopy(classifier))
+        retention = OnlineRetention(classifier, points, 25, teacher=copy.deepcopy(classifier), reading=CLASSES)
         optimizer: torch.optim.Optimizer = torch.optim.Adam(classifier.parameters(), lr=3e-3)
         if name == "craft":
             optimizer = CraftOptimizer(optimizer, retention, epsilon=0.02)
@@ -292,13 +293,13 @@ def test_a_teacher_that_does_not_serve(kind: str, classifier: nn.Sequential, poi
         "weights": (AnchorMismatchError, "does not reproduce its teacher.*other weights"),
     }[kind]
     with pytest.raises(error[0], match=error[1]):
-        OnlineRetention(classifier, points, 16, teacher=teacher)()
+        OnlineRetention(classifier, points, 16, teacher=teacher, reading=CLASSES)()
 
 
 def test_a_teacher_that_becomes_trainable_with_the_model_is_refused(classifier: nn.Sequential, points: Tensor) -> None:
     teacher = nn.Sequential(copy.deepcopy(classifier[0]), nn.Tanh(), classifier[2])
     classifier[2].requires_grad_(False)
-    retention = OnlineRetention(classifier, points, 16, teacher=teacher)
+    retention = OnlineRetention(classifier, points, 16, teacher=teacher, reading=CLASSES)
     retention()
     classifier[2].requires_grad_(True)
     with pytest.raises(ValueError, match="shares 2 trainable parameters"):
@@ -308,10 +309,10 @@ def test_a_teacher_that_becomes_trainable_with_the_model_is_refused(classifier: 
 
 def test_outputs_that_do_not_fit(classifier: nn.Module, points: Tensor) -> None:
     wide = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5))
-    with pytest.raises(AnchorMismatchError, match=r"\(16, 4\), its teacher \(16, 5\)"):
-        OnlineRetention(classifier, points, 16, teacher=wide)()
-    with pytest.raises(ValueError, match=r"must give logits\. Found NoneType"):
-        OnlineRetention(classifier, points, 16, teacher=wide, reading=Reading(lambda m, x: None))()
+    with pytest.raises(AnchorMismatchError, match=r"\(16, 4\).*5 classes"):
+        OnlineRetention(classifier, points, 16, teacher=wide, reading=CLASSES)()
+    with pytest.raises(ValueError, match=r"must give its output.*Found NoneType"):
+        OnlineRetention(classifier, points, 16, teacher=wide, reading=Reading(lambda m, x: None, class_dim=-1))()
 
 
 def test_anchors_that_are_not_examples(classifier: nn.Module, points: Tensor) -> None:
@@ -322,8 +323,8 @@ def test_anchors_that_are_not_examples(classifier: nn.Module, points: Tensor) ->
     teacher = copy.deepcopy(classifier)
     for anchors in (DataLoader(TensorDataset(points)), Stream(), {"0": points}, iter(points)):
         with pytest.raises(TypeError, match="map-style dataset"):
-            OnlineRetention(classifier, anchors, 16, teacher=teacher)  # type: ignore[arg-type]
+            OnlineRetention(classifier, anchors, 16, teacher=teacher, reading=CLASSES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size <= 50"):
-        OnlineRetention(classifier, points, 51, teacher=teacher)
+        OnlineRetention(classifier, points, 51, teacher=teacher, reading=CLASSES)
     with pytest.raises(ValueError, match="at least one batch"):
-        OnlineRetention(classifier, points, 5, teacher=teacher).drift([])
+        OnlineRetention(classifier, points, 5, teacher=teacher, reading=CLASSES).drift([])

@@ -1,6 +1,7 @@
 """How a model is read: refused where it cannot be, carried by the cache, and the same in every pass."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def batches(points: Tensor) -> list[dict[str, Tensor]]:
 
 @pytest.fixture
 def cache(classifier: nn.Module, batches: Any, tmp_path: Path) -> AnchorCache:
-    return build(classifier, batches, tmp_path / "cache", Reading(run, first), progress=False)
+    return build(classifier, batches, tmp_path / "cache", Reading(run, first), progress=False, class_dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +73,13 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], error: type[Excepti
 def test_the_cache_carries_it_to_every_closure(classifier: nn.Module, batches: Any, tmp_path: Path) -> None:
     reading = Reading(run, spans=spans, tokens=written, pooling={"one": "last"}, autocast=torch.bfloat16)
     for _ in range(2):  # built, and found finished
-        cache = build(classifier, batches, tmp_path, reading, layers=("1",), progress=False)
-        assert cache.reading == reading
+        cache = build(classifier, batches, tmp_path, reading, layers=("1",), progress=False, class_dim=-1)
+        assert cache.reading == replace(reading, output="classes", class_dim=2)
         for kind in (LogitRetention, HiddenRetention, TokenRetention):
             retention = kind(classifier, cache)
             assert retention.reading is cache.reading
             assert abs(retention().item()) < 1e-3
-        assert AnchorCache.open(tmp_path, reading).reading == reading
+        assert AnchorCache.open(tmp_path, reading).reading == cache.reading
     online = OnlineRetention(classifier, cache, teacher=nn.Sequential(*classifier).requires_grad_(False), strict=False)
     assert online.reading is cache.reading
 
@@ -88,12 +89,13 @@ def test_what_the_manifest_knows_need_not_be_said(classifier: nn.Module, batches
     for batch in batches:
         batch["counts"] = torch.ones(len(batch["x"]), 1)
     known: dict[str, Any] = {"mask": "counts", "pooling": {"all": "last"}, "frozen": ("0",), "autocast": torch.bfloat16}
-    build(classifier, batches, tmp_path, Reading(run, **known), layers=("1",), progress=False)
+    build(classifier, batches, tmp_path, Reading(run, **known), layers=("1",), progress=False, class_dim=-1)
+    known |= {"output": "classes", "class_dim": 1}
     assert AnchorCache.open(tmp_path).reading == Reading(**known)
     assert AnchorCache.open(tmp_path, Reading(run)).reading == Reading(run, **known)
     with torch.autocast("cpu", torch.bfloat16):  # what the teacher ran under counts, whoever had set it
-        cache = build(classifier, batches, tmp_path / "b", Reading(run), progress=False)
-    assert cache.reading == Reading(run, autocast=torch.bfloat16)
+        cache = build(classifier, batches, tmp_path / "b", Reading(run), progress=False, class_dim=-1)
+    assert cache.reading == Reading(run, autocast=torch.bfloat16, output="classes", class_dim=1)
 
 
 def test_a_function_that_is_missing_is_asked_for(classifier: nn.Module, cache: AnchorCache) -> None:
@@ -138,10 +140,19 @@ def test_an_imported_cache_does_not_know_its_functions(classifier: nn.Module, ba
 
 def test_pickles_leave_functions_behind(classifier: nn.Module, batches: Any, tmp_path: Path) -> None:
     cache = build(
-        classifier, batches, tmp_path, Reading(lambda m, b: m(b["x"]), pooling={"all": "mean"}), layers=("1",)
+        classifier,
+        batches,
+        tmp_path,
+        Reading(lambda m, b: m(b["x"]), pooling={"all": "mean"}),
+        layers=("1",),
+        class_dim=-1,
     )
     again = pickle.loads(pickle.dumps(cache))
-    assert again.reading == Reading(pooling={"all": "mean"}) == reading_of(AnchorCache.open(tmp_path))
+    assert (
+        again.reading
+        == Reading(pooling={"all": "mean"}, output="classes", class_dim=2)
+        == reading_of(AnchorCache.open(tmp_path))
+    )
     with pytest.raises(AnchorMismatchError, match="forward="):
         LogitRetention(classifier, again)
 
@@ -150,7 +161,7 @@ def test_the_closure_that_fits(classifier: nn.Module, cache: AnchorCache, batche
     retention = cache.retention(classifier, batch_size=7, seed=3, workers=0)
     assert isinstance(retention, LogitRetention)
     assert (retention.batch_size, retention.seed, retention.workers) == (7, 3, 0)
-    both = build(classifier, batches, tmp_path / "both", Reading(run), layers=("1",), progress=False)
+    both = build(classifier, batches, tmp_path / "both", Reading(run), layers=("1",), progress=False, class_dim=-1)
     assert both.kinds == ("logits", "hidden")
     for kind in (None, "tokens"):
         with pytest.raises(ValueError, match=rf"one of 'logits', 'hidden', which .*both holds.*Found kind={kind!r}"):

@@ -43,7 +43,7 @@ def disturb(model: nn.Module, scale: float = 0.05) -> None:
 @pytest.fixture
 def cache(classifier: nn.Module, points: Tensor, tmp_path: Path) -> AnchorCache:
     settings: dict[str, Any] = {"shard_size": 16, "layers": ("1",), "dtype": torch.float32}
-    return build(classifier, points.split(7), tmp_path / "cache", reads(), **settings)
+    return build(classifier, points.split(7), tmp_path / "cache", reads(), **settings, class_dim=-1)
 
 
 def make(kind: str, model: nn.Module, cache: AnchorCache, batch_size: int = 16, **kwargs: Any) -> AnchorRetention:
@@ -140,7 +140,9 @@ def test_ranks_draw_different_anchors(classifier: nn.Module, cache: AnchorCache)
 def test_held_out_anchors_have_their_own_drift(
     kind: str, classifier: nn.Module, cache: AnchorCache, points: Tensor, tmp_path: Path
 ) -> None:
-    other = build(classifier, [torch.randn(9, 6)], tmp_path / "held-out", layers=("1",), dtype=torch.float32)
+    other = build(
+        classifier, [torch.randn(9, 6)], tmp_path / "held-out", layers=("1",), dtype=torch.float32, class_dim=-1
+    )
     disturb(classifier)
     retention = make(kind, classifier, cache, strict=False)
     held_out = retention.drift(other)
@@ -150,7 +152,7 @@ def test_held_out_anchors_have_their_own_drift(
     assert retention.drift(batches) == pytest.approx(held_out, rel=1e-5)
     with pytest.raises(ValueError, match="at least one batch"):
         retention.drift([])
-    plain = build(classifier, [points], tmp_path / "logits")
+    plain = build(classifier, [points], tmp_path / "logits", class_dim=-1)
     if kind == "mse":
         with pytest.raises(ValueError, match="hidden states"):
             retention.drift(plain)
@@ -175,7 +177,7 @@ def test_nothing_around_a_pass_notices(
             raise RuntimeError("out of memory")
         return out
 
-    cache = build(noisy, [points], tmp_path, Reading(forward), layers=("attention",), dtype=torch.float32)
+    cache = build(noisy, [points], tmp_path, Reading(forward), layers=("attention",), dtype=torch.float32, class_dim=-1)
     failing = fails
     layers = {} if kind == "kl" else {"layers": ("attention",)}
     retention = make(kind, noisy, cache, **layers)
@@ -219,7 +221,7 @@ def test_nothing_around_a_pass_notices(
 def test_dropout_in_the_pass_is_off_but_training_goes_on(noisy: Any, points: Tensor, tmp_path: Path) -> None:
     """Without that, dropout puts a floor under the drift, and the task draws other masks than without retention."""
     noisy.body[1].eval()  # its statistics would drift with the task's batches
-    cache = build(noisy, [points], tmp_path)
+    cache = build(noisy, [points], tmp_path, class_dim=-1)
     retention = LogitRetention(noisy, cache, 16)
     torch.manual_seed(3)
     plain = [noisy(points).sum().item() for _ in range(2)]
@@ -292,7 +294,7 @@ def test_hidden_states_of_a_vision_language_model(
     mode: str, vlm: nn.Module, image_text_batches: list[dict[str, Tensor]], tmp_path: Path
 ) -> None:
     pooling = {"image": mode, "text": mode}
-    settings: dict[str, Any] = {"logits": False, "layers": (1, -1), "dtype": torch.float32}
+    settings: dict[str, Any] = {"output": None, "layers": (1, -1), "dtype": torch.float32}
     cache = build(vlm, image_text_batches, tmp_path, Reading(pooling=pooling), **settings)
     retention = HiddenRetention(vlm, cache, 5, weights={1: 2.0, (3, "text"): 0.0})
     assert retention().item() < 1e-6
@@ -398,14 +400,14 @@ def test_active_dropout_is_named(classifier: nn.Module, cache: AnchorCache) -> N
 def test_other_autocast_is_named(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     with torch.no_grad():
         classifier[2].weight.mul_(30)
-    cache = build(classifier, [points], tmp_path / "a", Reading(autocast=torch.bfloat16))
+    cache = build(classifier, [points], tmp_path / "a", Reading(autocast=torch.bfloat16), class_dim=-1)
     with pytest.raises(AnchorMismatchError, match=r"built with autocast='bfloat16'\. Found autocast='float16'"):
         LogitRetention(classifier, cache, reading=Reading(autocast=torch.float16))
     for reading in (None, Reading(), Reading(autocast=torch.bfloat16)):
         assert abs(LogitRetention(classifier, cache, reading=reading)().item()) < 1e-4
     with torch.autocast("cpu", torch.bfloat16):
         assert abs(LogitRetention(classifier, cache)().item()) < 1e-4
-    plain = build(classifier, [points], tmp_path / "b")
+    plain = build(classifier, [points], tmp_path / "b", class_dim=-1)
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(AnchorMismatchError, match="under autocast None, this pass runs under bfloat16"),
@@ -422,7 +424,7 @@ def test_another_path_through_the_model_is_named(classifier: nn.Module, cache: A
 def test_another_layer_of_the_same_number_is_named(
     llama: nn.Module, gpt2: nn.Module, token_batches: Batches, tmp_path: Path
 ) -> None:
-    cache = build(llama, token_batches((4, 6)), tmp_path, logits=False, layers=(1,))
+    cache = build(llama, token_batches((4, 6)), tmp_path, output=None, layers=(1,))
     with pytest.raises(AnchorMismatchError, match="other tensors"):
         HiddenRetention(gpt2, cache, 4)()
     narrow = type(llama)(type(llama.config)(**{**llama.config.to_dict(), "hidden_size": 16, "head_dim": 8}))
@@ -433,7 +435,7 @@ def test_another_layer_of_the_same_number_is_named(
 def test_outputs_of_another_shape_are_named(classifier: nn.Module, cache: AnchorCache) -> None:
     wide = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5))
     for strict in (True, False):
-        with pytest.raises(AnchorMismatchError, match=r"\(16, 5\).*\(16, 4\)"):
+        with pytest.raises(AnchorMismatchError, match=r"\(16, 5\).*4 classes"):
             LogitRetention(wide, cache, strict=strict)()
     with pytest.raises(AnchorMismatchError, match="NoneType"):
         LogitRetention(classifier, cache, reading=reads(after=lambda out: None))()
@@ -456,17 +458,17 @@ def test_a_drift_that_is_not_a_number_is_a_mismatch(classifier: nn.Module, cache
 
 def test_the_wrong_kind_of_cache_is_refused(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     logits = build(classifier, [points], tmp_path / "logits", top_k=2)
-    hidden = build(classifier, [points], tmp_path / "hidden", logits=False, layers=("1",))
-    with pytest.raises(ValueError, match=r"needs a cache with logits.*hidden states of layers 1"):
+    hidden = build(classifier, [points], tmp_path / "hidden", output=None, layers=("1",))
+    with pytest.raises(ValueError, match=r"needs a cache with an output of classes.*hidden states of layers 1"):
         LogitRetention(classifier, hidden)
-    with pytest.raises(ValueError, match=r"needs a cache with hidden states.*the top 2 of 4 logits"):
+    with pytest.raises(ValueError, match=r"needs a cache with hidden states.*the top 2 of 4 classes"):
         HiddenRetention(classifier, logits)
     with pytest.raises(ValueError, match=r"layers \['2'\].*layers 1"):
         HiddenRetention(classifier, hidden, layers=("2",))
 
 
 def test_features_that_do_not_vary_have_no_scale(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
-    cache = build(classifier, [points[:1]], tmp_path, logits=False, layers=("1",))
+    cache = build(classifier, [points[:1]], tmp_path, output=None, layers=("1",))
     for loss in ("mse", "l1"):
         with pytest.raises(ValueError, match="do not vary over the 1 anchors"):
             HiddenRetention(classifier, cache, 1, loss=loss)
@@ -521,7 +523,7 @@ class Shy(nn.Linear):
 
 def test_reading_ahead_does_not_look_at_the_model(points: Tensor, tmp_path: Path) -> None:
     model = Shy(6, 4)
-    retention = LogitRetention(model, build(model, [points], tmp_path), 16, workers=2)
+    retention = LogitRetention(model, build(model, [points], tmp_path, class_dim=-1), 16, workers=2)
     for _ in range(4):
         retention()
 
@@ -550,7 +552,7 @@ def test_running_statistics_that_the_first_task_forward_has_moved_are_no_other_m
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     points = torch.randn(32, 4)
     model(points)
-    cache = build(model, [points], tmp_path)
+    cache = build(model, [points], tmp_path, class_dim=-1)
     retention = LogitRetention(model, cache, 16)
     model(3 * points + 2).sum().backward()  # in train mode, before the optimizer asks for the retention loss
     moved = [x.clone() for x in model.buffers()]

@@ -84,6 +84,7 @@ def build_conversations(
     return build(
         model, conversations(count), path, Reading(forward, mask="attention_mask", pooling={"all": "none"}),
         layers=("embed",), shard_size=3, progress=False, **settings,
+        class_dim=-1,
     )  # fmt: skip
 
 
@@ -403,7 +404,7 @@ def test_a_shard_that_changes_under_an_open_cache(
 ) -> None:
     """It is an error; or, of a file that is open and still there as it was, the anchors that it held."""
     x = torch.randn(32, 60)
-    cache = build(nn.Linear(60, 3), [x], tmp_path, shard_size=16, progress=False)
+    cache = build(nn.Linear(60, 3), [x], tmp_path, shard_size=16, progress=False, class_dim=-1)
     if read_before:
         cache.read([17])
     change(tmp_path / "shard-00001.safetensors")
@@ -430,7 +431,7 @@ def test_a_hundred_thousand_anchors(tmp_path: Path) -> None:
     """Opened within a second, sampled in memory that stays what it was."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(2000, 768, generator=generator)
-    build(nn.Linear(768, 8), (block + i for i in range(50)), tmp_path, progress=False)
+    build(nn.Linear(768, 8), (block + i for i in range(50)), tmp_path, progress=False, class_dim=-1)
 
     began = time.process_time()
     cache = AnchorCache.open(tmp_path)
@@ -487,7 +488,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_anything_runs(
 
     (tmp_path / "file").touch()
     with pytest.raises(AnchorCacheError, match=r"file/c cannot be written \(Not a directory\).*another `path`"):
-        build(nn.Linear(6, 4), [torch.randn(4, 6)], tmp_path / "file" / "c", Reading(never))
+        build(nn.Linear(6, 4), [torch.randn(4, 6)], tmp_path / "file" / "c", Reading(never), class_dim=-1)
 
     folder, really = tmp_path / "c", os.open
     folder.mkdir()
@@ -499,7 +500,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_anything_runs(
 
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(AnchorCacheError, match=r"Read-only file system.*Make the folder writable"):
-        build(nn.Linear(6, 4), [torch.randn(4, 6)], folder, Reading(never))
+        build(nn.Linear(6, 4), [torch.randn(4, 6)], folder, Reading(never), class_dim=-1)
     assert not contents(folder)
 
 
@@ -525,7 +526,9 @@ def test_two_builders_of_one_folder(
 @pytest.fixture
 def cache(tmp_path: Path) -> AnchorCache:
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
-    return build(nn.Linear(6, 4), [x], tmp_path / "cache", shard_size=4, dtype=torch.float32, progress=False)
+    return build(
+        nn.Linear(6, 4), [x], tmp_path / "cache", shard_size=4, dtype=torch.float32, progress=False, class_dim=-1
+    )
 
 
 def test_forked_workers_read_what_their_parent_reads(cache: AnchorCache) -> None:
@@ -614,7 +617,7 @@ def test_a_forked_process_reads_ahead_for_itself(tmp_path: Path) -> None:
     """With what its parent had begun to read, and whose threads it does not have."""
     x = torch.randn(32, 6)
     model = nn.Linear(6, 3)
-    retention = LogitRetention(model, build(model, [x], tmp_path, progress=False), 4)
+    retention = LogitRetention(model, build(model, [x], tmp_path, progress=False, class_dim=-1), 4)
     retention._batch(0)
     reader, writer = os.pipe()
     child = os.fork()

@@ -160,7 +160,7 @@ def test_a_rank_without_a_valid_position_takes_part(llama: nn.Module, caches: di
 
 
 def test_hidden_states_of_a_rank_without_positions(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
-    cache = build(llama, token_batches((6, 7)), tmp_path, Reading(pooling={"all": "none"}), logits=False, layers=(1, 2))
+    cache = build(llama, token_batches((6, 7)), tmp_path, Reading(pooling={"all": "none"}), output=None, layers=(1, 2))
     first = cache.read([0]).inputs["input_ids"]
 
     def spans(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -178,7 +178,7 @@ def test_hidden_states_of_a_rank_without_positions(llama: nn.Module, token_batch
 
 def test_all_ranks_find_a_mismatch_together(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
     """The drift is on the anchors of one rank only; the other's own are without."""
-    cache = build(classifier, [points], tmp_path, dtype=torch.float32)
+    cache = build(classifier, [points], tmp_path, dtype=torch.float32, class_dim=-1)
     for mean, fails in ((0.0, False), (1.0, True)):
         for rank in (0, 1):
             retention = LogitRetention(classifier, cache, 8)
@@ -200,7 +200,7 @@ def test_all_ranks_find_a_mismatch_together(classifier: nn.Module, points: Tenso
 
 
 def test_a_place_can_be_given_anew(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
-    cache = build(classifier, [points], tmp_path)
+    cache = build(classifier, [points], tmp_path, class_dim=-1)
     free = LogitRetention(classifier, cache, 8, strict=False)
     free.position = 4
     free.shard(1, 3)
@@ -221,7 +221,7 @@ def test_ranks_draw_random_numbers_of_their_own(classifier: nn.Module, points: T
         out: Tensor = model(x)
         return out
 
-    cache = build(classifier, [points], tmp_path, Reading(forward), dtype=torch.float32)
+    cache = build(classifier, [points], tmp_path, Reading(forward), dtype=torch.float32, class_dim=-1)
     drawn.clear()
     for rank, world_size in ((0, 1), (0, 2), (1, 2)):
         retention = LogitRetention(classifier, cache, 8, strict=False)

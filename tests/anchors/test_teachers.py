@@ -112,7 +112,9 @@ def test_an_exception_leaves_the_current_weights(error: type[BaseException], noi
             raise error
         return out
 
-    retention = OnlineRetention(noisy, points, 16, teacher=Snapshot(noisy), reading=Reading(forward), strict=False)
+    retention = OnlineRetention(
+        noisy, points, 16, teacher=Snapshot(noisy), reading=Reading(forward, class_dim=-1), strict=False
+    )
     disturb(noisy)
     noisy(points).sum().backward()
     current = frozen(noisy)

@@ -67,7 +67,7 @@ def test_tokens_are_those_of_greedy_decoding(
         for batch in batches:
             order = batch["attention_mask"].sort(dim=1, stable=True).indices
             batch.update({key: x.gather(1, order) for key, x in batch.items()})
-    cache = build(model, batches, tmp_path, Reading(tokens=6), shard_size=3)
+    cache = build(model, batches, tmp_path, Reading(tokens=6), shard_size=3, class_dim=-1)
     inputs, features = cache.read(range(7))
     for row, (prompt, said) in enumerate(zip(prompts, expected, strict=True)):
         length = len(prompt) + len(said)
@@ -80,7 +80,7 @@ def test_tokens_are_those_of_greedy_decoding(
     assert features["tokens"].tolist() == said
     assert features["logprobs"].shape == (len(said), 60)
     assert model.training
-    again = build(model, batches, tmp_path, Reading(tokens=6), shard_size=3)  # finished: nothing runs
+    again = build(model, batches, tmp_path, Reading(tokens=6), shard_size=3, class_dim=-1)  # finished: nothing runs
     assert len(again) == 7
 
 
@@ -90,7 +90,7 @@ def test_a_vision_language_model_sees_its_answer_as_it_gave_it(
     if pytest.importorskip("transformers").__version__.startswith("4."):
         pytest.skip("a PaliGemma of transformers 4 attends otherwise to a prompt with its answer")
     stopping(vlm)
-    cache = build(vlm, image_text_batches[:1], tmp_path, Reading(tokens=4), logits=False, dtype=torch.float32)
+    cache = build(vlm, image_text_batches[:1], tmp_path, Reading(tokens=4), output=None, dtype=torch.float32)
     inputs, features = cache.read(range(4))
     batch = image_text_batches[0]
     said = []
@@ -106,7 +106,7 @@ def test_a_vision_language_model_sees_its_answer_as_it_gave_it(
 def test_the_loss_is_the_cross_entropy_beyond_the_teachers(
     llama: nn.Module, token_batches: Batches, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"dtype": torch.float32, "logits": False}
+    settings: dict[str, Any] = {"dtype": torch.float32, "output": None}
     cache = build(llama, token_batches((6, 7), (4, 5)), tmp_path, Reading(tokens=5), **settings)
     retention = TokenRetention(llama, cache, 10)
     assert retention().item() == pytest.approx(0.0, abs=1e-6)
@@ -131,7 +131,7 @@ def test_the_loss_is_the_cross_entropy_beyond_the_teachers(
 
 def test_one_cache_serves_distributions_and_tokens(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
     cache = build(llama, token_batches((6, 7)), tmp_path, Reading(tokens=5), top_k=4)
-    assert cache.describe() == ("6 anchors, the top 4 of 60 logits and tokens (greedy, at most 5) as float16")
+    assert cache.describe() == ("6 anchors, the top 4 of 60 classes and tokens (greedy, at most 5) as float16")
     for kind in (TokenRetention, LogitRetention):
         assert abs(kind(llama, cache, 6)().item()) < 1e-3
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(ValueError, match="exclude each other"):
         build(llama, batches, tmp_path / "b", Reading(tokens=3, mask="attention_mask"))
     with pytest.raises(ValueError, match=r"needs a decoder with `generate`.*Sequential"):
-        build(classifier, [points], tmp_path / "c", Reading(tokens=3))
+        build(classifier, [points], tmp_path / "c", Reading(tokens=3), class_dim=-1)
     with pytest.raises(ValueError, match="'other'"):
         build(llama, [{**batches[0], "other": batches[0]["input_ids"]}], tmp_path / "d", Reading(tokens=3))
     with pytest.raises(ValueError, match=r"needs a cache with tokens.*full logits"):

@@ -62,8 +62,8 @@ def build_one(path, parallel="plain", seeds=None, count=None, **settings):
     given = batches(1 if seeds is None else seeds[dist.get_rank()])[: count and count[dist.get_rank()]]
 
     reading = Reading(Counting(calls))
-    cache = build(model, given, path, reading, **{**SETTINGS, **settings})
-    assert len(cache) == len(build(model, given, path, reading, **{**SETTINGS, **settings}))  # finished
+    cache = build(model, given, path, reading, **{**SETTINGS, **settings}, class_dim=-1)
+    assert len(cache) == len(build(model, given, path, reading, **{**SETTINGS, **settings}, class_dim=-1))  # finished
     return len(calls)
 
 
@@ -91,6 +91,7 @@ def one_fails(path):
             path,
             Reading(Counting([], fails_at=3 if rank == 1 else None)),
             **{**SETTINGS, "shard_size": 5},
+            class_dim=-1,
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -100,4 +101,4 @@ def one_fails(path):
 def alone(path, parallel="plain", **settings):
     """Every rank for itself."""
     own = Path(path) / str(dist.get_rank())
-    return len(build(spread(parallel), batches(), own, process_group=False, **{**SETTINGS, **settings}))
+    return len(build(spread(parallel), batches(), own, process_group=False, **{**SETTINGS, **settings}, class_dim=-1))

@@ -111,7 +111,7 @@ def cache(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("anchors") / "cache"
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
-    anchors.build(cases.network(), inputs.split(10), path, layers=["blocks.0"], progress=False)
+    anchors.build(cases.network(), inputs.split(10), path, layers=["blocks.0"], progress=False, class_dim=-1)
     return str(path)
 
 

@@ -81,14 +81,14 @@ HELD = {
     "one vector of logits": (Reading(pooled), {"dtype": torch.float32}),
     "spans": (
         Reading(forward, spans=halves, pooling={"first": "mean", "rest": "last"}),
-        {"logits": False, "layers": ["embed", "body"]},
+        {"output": None, "layers": ["embed", "body"]},
     ),
     "spans, every position": (
         Reading(forward, spans=halves, pooling={"first": "none", "rest": "none"}),
-        {"logits": False, "layers": ["body"]},
+        {"output": None, "layers": ["body"]},
     ),
-    "maps": (Reading(forward, pooling={"all": "none"}), {"logits": False, "layers": ["map"]}),
-    "anchors second": (Reading(forward, batch_dim=1), {"logits": False, "layers": ["turned"]}),
+    "maps": (Reading(forward, pooling={"all": "none"}), {"output": None, "layers": ["map"]}),
+    "anchors second": (Reading(forward, batch_dim=1), {"output": None, "layers": ["turned"]}),
 }
 
 
@@ -101,7 +101,7 @@ def model():
 def hold(model, path, what):
     reading, settings = HELD[what]
     settings = {"dtype": torch.float16, **settings}
-    return anchors.build(model, unmasked() if what == "maps" else batches(), path, reading, **settings)
+    return anchors.build(model, unmasked() if what == "maps" else batches(), path, reading, **settings, class_dim=-1)
 
 
 def move(model):
@@ -167,7 +167,7 @@ def test_a_scaled_layer_moves_itself_and_the_later_ones_by_what_can_be_computed(
     for name, layer in layers.items():
         model.add_module(name, layer)
     points = torch.randn(32, 6) + 1.0
-    cache = anchors.build(model, [points], tmp_path, logits=False, layers="abc", dtype=torch.float32)
+    cache = anchors.build(model, [points], tmp_path, output=None, layers="abc", dtype=torch.float32)
     with torch.no_grad():
         states = dict(zip("abc", [layers["a"](points), model[:2](points), model(points)], strict=True))
         layers["b"].weight *= 1.2
@@ -279,7 +279,7 @@ def states(tmp_path):
     batches = [{"state": torch.randn(5, 4), "task": torch.ones(5)} for _ in range(2)]
     actor = Actor()
     reading = Reading(lambda m, b: m.body(b["state"]))
-    return anchors.build(actor, batches, tmp_path / "s", reading, dtype=torch.float32)
+    return anchors.build(actor, batches, tmp_path / "s", reading, dtype=torch.float32, class_dim=-1)
 
 
 def test_actions_are_compared_under_the_same_noise(states):
@@ -340,7 +340,7 @@ def teacher(scale=1.0):
     return made, [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(5)]
 
 def taught():
-    return *teacher(), {"layers": ["body", "head"], "dtype": torch.float32}
+    return *teacher(), {"layers": ["body", "head"], "dtype": torch.float32, "class_dim": -1}
 
 def step_100():
     print("words of a library that loads a model")

@@ -35,7 +35,7 @@ def small_llama(**config: Any) -> nn.Module:
 def build_cache(path, autocast=None):
     inputs = torch.randn(48, 8, generator=torch.Generator().manual_seed(1))
     reading = anchors.Reading(autocast=autocast)
-    return anchors.build(network(), inputs.split(16), path, reading, dtype=torch.float32, progress=False)
+    return anchors.build(network(), inputs.split(16), path, reading, dtype=torch.float32, progress=False, class_dim=-1)
 
 
 def batch(step: int, size: int = 12) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,9 @@ def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> AnchorCache:
     batches = [{k: torch.stack([r[k] for r in rows(24, 1)]) for k in ("input_ids", "attention_mask")}]
-    return build(model(), batches, tmp_path_factory.mktemp("anchors"), dtype=torch.float32, progress=False)
+    return build(
+        model(), batches, tmp_path_factory.mktemp("anchors"), dtype=torch.float32, progress=False, class_dim=-1
+    )
 
 
 def arguments(folder: Path, **kwargs: Any) -> Any:

@@ -91,7 +91,7 @@ def build(policy, batches, path, kind):
         batches,
         path,
         anchors.Reading(run_prefix, spans=prefix_spans, pooling=POOLING),
-        logits=False,
+        output=None,
         layers=(2, -1),
     )
     return anchors.HiddenRetention(policy, cache, batch_size=16)

@@ -96,6 +96,7 @@ def prepare(name: str, seed: int, folder: Path) -> Prepared:
             layers=[setting.hidden],
             overwrite=True,
             progress=False,
+            class_dim=-1,
         )
         half = place / f"{_WEIGHTS}.{os.getpid()}"
         save_file(model.state_dict(), half)

@@ -1,0 +1,49 @@
+"""Retention of independent labels: the KL divergence of each label's own distribution."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import losses
+from .one_output import OneOutput
+
+__all__ = ["BernoulliRetention", "bernoulli_term"]
+
+
+def bernoulli_term(student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:
+    """Mean Bernoulli KL(teacher || student) over labels, and the number of positions; (0, 0) if there are none.
+
+    Args:
+        student, teacher: Logits `[positions, L]`.
+    """
+    if not len(student):
+        return student.float().sum(), 0
+    with torch.autocast(student.device.type, enabled=False):
+        return losses.bernoulli_kl(student, teacher.to(student.device, non_blocking=True)), len(student)
+
+
+class BernoulliRetention(OneOutput):
+    """Bernoulli KL(teacher || model) of labels on the anchors, in nats per label.
+
+        L_ret = mean over valid positions and labels of  p log(p / q) + (1 - p) log((1 - p) / (1 - q))
+
+    p = sigmoid(cached logits), q = sigmoid(the model's logits now): for heads that are trained by binary cross-entropy.
+    Outputs may be `[B]` or `[B, 1]` (one logit), `[B, L]`, or dense, `[B, L, H, W]`: every number is a label.
+
+    Example:
+        anchors = build(model, batches, "anchors/", output="labels")  # before fine-tuning
+        retention = BernoulliRetention(model, anchors, batch_size=16)
+
+    Args:
+        model, cache, batch_size, output, mask, **settings: See `OneOutput`. The cache must hold labels.
+
+    Raises:
+        ValueError: The cache has no labels, or fewer anchors than a batch.
+    """
+
+    unit = "nats per label (Bernoulli KL)"
+    kind = "labels"
+
+    def _distance(self, student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        return bernoulli_term(student, teacher["logits"])

@@ -1,0 +1,363 @@
+"""What a model gives: classes of one softmax, labels of their own, or values. Found out, or asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from craft_optim._warn import warn
+
+from .masks import rows
+from .names import base_model
+from .passes import logits_of
+from .structure import Inputs
+
+__all__ = ["FEATURES", "KINDS", "Kind", "Output", "OutputError", "Outputs", "Rows", "feature", "rows_of", "whole"]
+
+Kind = Literal["classes", "labels", "values"]
+KINDS = get_args(Kind)
+
+# Names of the features that hold an output of each kind
+FEATURES: dict[str, tuple[str, ...]] = {
+    "classes": ("logprobs", "topk_logprobs", "topk_indices", "rest_logprob"),
+    "labels": ("logits",),
+    "values": ("values",),
+}
+
+# Ends of the names of transformers' classes whose logits have the classes last
+_CLASSES_LAST = (
+    "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForCTC", "LMHeadModel",
+)  # fmt: skip
+_BY_PROBLEM = {"single_label_classification": "classes", "multi_label_classification": "labels", "regression": "values"}
+
+
+class OutputError(ValueError):
+    """The output is not what was said of it, or nobody has said what it is."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of a model.
+
+    Attributes:
+        kind: "classes": logits of one categorical distribution; "labels": a logit for each independent label;
+            "values": numbers.
+        dim: Dimension of its classes, labels or channels, >= 1; one beyond the last where each position has one number.
+        size: Its size in that dimension.
+    """
+
+    kind: Kind
+    dim: int
+    size: int
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """`x` with that dimension as the last."""
+        return x.unsqueeze(-1) if self.dim == x.ndim else x.movedim(self.dim, -1)
+
+    def describe(self) -> str:
+        """In words: "10 classes"."""
+        kind = {"classes": "class", "labels": "label", "values": "channel"}[self.kind]
+        return f"{self.size} {kind if self.size == 1 else self.kind.replace('values', 'channels')}"
+
+
+class Rows(NamedTuple):
+    """One output of a batch.
+
+    Attributes:
+        values: `[positions, V]`: those of the valid positions, or of all.
+        shape: Shape of all positions, the anchors first.
+    """
+
+    values: Tensor
+    shape: tuple[int, ...]
+
+
+def rows_of(x: Tensor, valid: Tensor | None) -> Rows:
+    """`[B, ..., V]` at the valid positions, if the mask has their shape; else at all."""
+    shape = tuple(x.shape[:-1])
+    fits = valid is not None and tuple(valid.shape) == shape
+    return Rows(rows(x, valid if fits else None), shape)
+
+
+def feature(name: str, head: str) -> str:
+    """Name of a feature of an output that has a name of its own; "" is the only one."""
+    return f"{name}.{head}" if head else name
+
+
+class Outputs:
+    """The outputs of a model that are wanted, by name; "" is the name of the only one.
+
+    The first call finds out what they are; later ones must be alike.
+
+    Args:
+        model: As given; its config is asked, where it is a model of transformers.
+        kinds: "auto", a kind, or name -> kind: a key or attribute of what the model returns, or a place of a tuple.
+        dims: Dimension of the classes, for all or by name; None to find out.
+        known: Those that were found out before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: str | Mapping[str, str],
+        dims: int | Mapping[str, int] | None = None,
+        known: Mapping[str, Output] | None = None,
+    ) -> None:
+        self._model = model
+        self._kinds = dict(kinds) if isinstance(kinds, Mapping) else {"": kinds}
+        self._dims = {name: dims.get(name) if isinstance(dims, Mapping) else dims for name in self._kinds}
+        self.known: dict[str, Output] = dict(known or {})
+        self.certain = False  # that it is classes, by what else is asked for
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the outputs."""
+        return list(self._kinds)
+
+    @property
+    def kinds(self) -> list[str]:
+        """What they were said to be."""
+        return list(self._kinds.values())
+
+    def one_softmax(self, ndim: int) -> bool:
+        """True if the only output is classes, which come after that many dimensions."""
+        only = self.known.get("")
+        return only is not None and only.kind == "classes" and only.dim == ndim
+
+    def __call__(self, output: Any, inputs: Inputs, size: int | None, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """The outputs `[B, ..., V]`, by name.
+
+        Args:
+            output: What the model, or a `forward`, returned.
+            inputs: What it was run on.
+            size: Number of anchors; None if it is not known.
+            valid: The mask of positions, if there is one.
+
+        Raises:
+            OutputError: One is missing, is no float tensor of that many anchors, is another than before, or cannot be
+                told.
+        """
+        found = {}
+        for name, kind in self._kinds.items():
+            x = self._picked(output, name, size)
+            known = self.known.get(name)
+            if known is None:
+                question = _Question(self._model, x, name, inputs, valid, certain=self.certain)
+                known = question.answer(kind, self._dims[name])
+            elif known.dim > x.ndim or known.arranged(x).shape[-1] != known.size:
+                raise OutputError(
+                    f"The model gives {_named(name)}{tuple(x.shape)}, where dimension {known.dim} had "
+                    f"{known.describe()} before: another model, or another `forward=`."
+                )
+            self.known[name] = known
+            found[name] = known.arranged(x)
+        return found
+
+    def _picked(self, output: Any, name: str, size: int | None) -> Tensor:
+        x = _pick(output, name)
+        if x is None or not x.is_floating_point() or x.ndim == 0 or (size is not None and len(x) != size):
+            what = f"its output {name!r}" if name else "its output, a tensor or `.logits`,"
+            anchors = "" if size is None else f" with B = {size} anchors"
+            raise OutputError(
+                f"The model must give {what} as floating numbers [B, ...]{anchors}. Found "
+                f"{_in_words(output if x is None else x)}: {_remedy_of_form(output if x is None else x)}"
+            )
+        return whole(x)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor itself; of one that tensor parallelism has split, all of it."""
+    gather = getattr(x, "full_tensor", None)
+    return x if gather is None else cast(Tensor, gather())
+
+
+def _pick(output: Any, name: str) -> Tensor | None:
+    if not name:
+        return logits_of(output)
+    x = None
+    if isinstance(output, Mapping):
+        x = output.get(name)
+    elif isinstance(output, tuple | list) and name.isdecimal():
+        x = output[int(name)] if int(name) < len(output) else None
+    if x is None:
+        x = getattr(output, name, None)
+    return x if isinstance(x, Tensor) else None
+
+
+def _in_words(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    if isinstance(x, Mapping):
+        return f"{type(x).__name__} of {', '.join(map(str, x))}"
+    if isinstance(x, tuple | list):
+        return f"{type(x).__name__} of {', '.join(map(_in_words, x))}" if len(x) < 9 else f"{len(x)} entries"
+    return type(x).__name__
+
+
+def _remedy_of_form(x: Any) -> str:
+    heads = (
+        [str(key) for key in x]
+        if isinstance(x, Mapping)
+        else [str(i) for i in range(len(x))]
+        if isinstance(x, tuple)
+        else []
+    )
+    if len(heads) > 1:
+        example = ", ".join(f'"{name}": "classes"' for name in heads[:2])
+        return (
+            "say what its parts are, output={" + example + ', ...}, each "classes", "labels" or "values", pass a '
+            "`forward=` that returns one tensor, or output=None and `layers`."
+        )
+    return "pass a `forward=` that returns such a tensor, or output=None and `layers`."
+
+
+def _named(name: str) -> str:
+    return f"{name!r} as " if name else ""
+
+
+class _Question:
+    """What an output is, as far as its shape, its numbers and the model's config tell."""
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None, *, certain: bool
+    ) -> None:
+        self.x, self.name, self.inputs, self.certain = x, name, inputs, certain
+        self.one_each = x.ndim == 1 or (valid is not None and valid.shape == x.shape)  # a number for each position
+        self.few = x.detach()[:4].float()
+        self.model = base_model(model)
+
+    def answer(self, kind: str, dim: int | None) -> Output:
+        """Raises OutputError if there is none."""
+        if kind == "auto":
+            kind, dim = ("classes", dim) if dim is not None else self._found()
+        x = self.x
+        if kind == "classes":
+            dim = self._class_dim() if dim is None else self._in_range(dim)
+            self._check_classes(dim)
+        elif self.one_each:
+            dim = x.ndim
+        elif kind == "labels":
+            dim = x.ndim - 1
+        elif dim is None:  # channels stand where torch has them
+            dim = 2 if x.ndim == 3 else 1
+        else:
+            dim = self._in_range(dim)
+        if kind == "labels":
+            self._warn_of_probabilities()
+        return Output(cast(Kind, kind), dim, 1 if dim == x.ndim else x.shape[dim])
+
+    def _in_range(self, dim: int) -> int:
+        ndim = self.x.ndim
+        if not -ndim < dim < ndim or dim == 0:
+            raise OutputError(
+                f"`class_dim` must be a dimension of the output {tuple(self.x.shape)} other than the first, the "
+                f"anchors. Found class_dim={dim}."
+            )
+        return dim % ndim
+
+    def _class_dim(self) -> int:
+        """Of classes that were asked for by that name."""
+        by_values = self._normalised()
+        if by_values is not None:
+            return by_values
+        found = self._by_config()
+        if found is not None and found[0] == "classes" and found[1] is not None:
+            return self._in_range(found[1])
+        if self.x.ndim > 3:
+            raise OutputError(self._unclear("does not say which dimension has the classes"))
+        return max(self.x.ndim - 1, 1)
+
+    def _found(self) -> tuple[str, int | None]:
+        if self.certain:
+            return "classes", None
+        found = self._by_config()
+        if found is None and (dim := self._normalised()) is not None:
+            found = "classes", dim
+        if found is None and self._is_over_vocabulary():
+            found = "classes", -1
+        if found is None:
+            raise OutputError(self._unclear("does not say what they are"))
+        return found
+
+    def _by_config(self) -> tuple[str, int | None] | None:
+        """Kind and dimension by what transformers knows of its models."""
+        config, kind = getattr(self.model, "config", None), type(self.model).__name__
+        if config is None or not hasattr(config, "to_dict"):
+            return None
+        last, labels = self.x.shape[-1], getattr(config, "num_labels", None)
+        if kind.endswith("ForSemanticSegmentation"):
+            return ("classes", 1) if self.x.ndim == 4 and self.x.shape[1] == labels else None
+        if kind.endswith("ForTokenClassification"):
+            return ("classes", -1) if last == labels and last > 1 else None
+        if kind.endswith("Classification"):
+            problem = _BY_PROBLEM.get(str(getattr(config, "problem_type", None)))
+            if last != labels or self.x.ndim != 2:
+                return None
+            if problem is None and last > 1:  # so do transformers' pipelines
+                problem = "classes"
+            return None if problem is None else (problem, -1 if problem == "classes" else None)
+        if any(kind.endswith(end) for end in _CLASSES_LAST):
+            vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+            return ("classes", -1) if self.x.ndim == 3 and last == vocabulary else None
+        return None
+
+    def _normalised(self) -> int | None:
+        """The dimension along which the numbers are log-probabilities; None if there is none, or more than one."""
+        x, rounding = self.few, 1e-3 if self.x.dtype in (torch.float32, torch.float64) else 2e-2
+        if x.numel() == 0 or float(x.max()) > rounding:
+            return None
+        dims = [d for d in range(1, x.ndim) if x.shape[d] > 1 and float(x.logsumexp(d).abs().max()) < rounding]
+        return dims[0] if len(dims) == 1 else None
+
+    def _is_over_vocabulary(self) -> bool:
+        """True if integers [B, T] go in, and as many numbers come out of each as there are different ones."""
+        if self.x.ndim != 3:
+            return False
+        inputs = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
+        tokens = any(
+            isinstance(x, Tensor) and not x.is_floating_point() and x.shape == self.x.shape[:2]
+            for x in ([inputs] if isinstance(inputs, Tensor) else inputs)
+        )
+        sizes = {m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        widths = {m.embedding_dim for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        return tokens and self.x.shape[-1] in sizes - widths
+
+    def _check_classes(self, dim: int) -> None:
+        shape, few = tuple(self.x.shape), self.few
+        if dim == len(shape) or shape[dim] < 2:
+            raise OutputError(
+                f"Classes must be two or more. Found one in the output {shape}: its softmax is 1 whatever the model "
+                f"does, and a drift of 0 would say nothing. {self._remedies()}"
+            )
+        if float(few.min()) >= 0.0 and bool(((few.sum(dim) - 1.0).abs() < 1e-2).all()):
+            raise OutputError(
+                f"Classes must be logits or log-probabilities. Found probabilities: the output {shape} sums to 1 along "
+                f"dimension {dim}. Pass a `forward=` that leaves the softmax out, or takes the logarithm."
+            )
+
+    def _warn_of_probabilities(self) -> None:
+        low, high = torch.aminmax(self.x.detach())
+        if self.x.numel() >= 16 and float(low) >= 0.0 and float(high) <= 1.0:
+            warn(
+                f"All {self.x.numel()} numbers of the output {tuple(self.x.shape)} are in [0, 1]. Labels are taken for "
+                "logits: if these are probabilities, pass a `forward=` that leaves the sigmoid out.",
+            )
+
+    def _unclear(self, problem: str) -> str:
+        return f"The model gives {_named(self.name)}numbers {tuple(self.x.shape)} and {problem}. {self._remedies()}"
+
+    def _remedies(self) -> str:
+        shape, ndim = self.x.shape, self.x.ndim
+        one = 'output="labels"' if not self.name else f'output={{"{self.name}": "labels", ...}}'
+        ways = []
+        dims = [dim for dim in range(1, ndim) if shape[dim] > 1]
+        if dims:
+            dim = 1 if ndim > 3 else ndim - 1
+            dim = dim if dim in dims else dims[0]
+            shown = dim if ndim > 3 else dim - ndim
+            ways.append(f"class_dim={shown} if its {shape[dim]} entries are classes of one softmax (cross-entropy)")
+        ways.append(f"{one} if every number is the logit of a label of its own (binary cross-entropy)")
+        ways.append(f"{one.replace('labels', 'values')} if they are values: a regression, a denoiser, an embedding")
+        return f"Pass to `build`, or set in the Reading: {'; '.join(ways)}."
