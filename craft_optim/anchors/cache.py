@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AnchorBatch", "AnchorCache", "AnchorCacheError"]
 
+_INDICES = ("topk_indices", "tokens")  # features that number classes
 _MAX_OPEN = 256  # shards open at a time: each holds a file descriptor, of which a process often has 1024
 
 
@@ -173,6 +174,7 @@ class AnchorCache:
                     raise manifest.error(
                         f"{key!r} is {first.form(key)} in {first.path.name} and {shard.form(key)} in {shard.path.name}"
                     )
+        self._check_features(manifest)
         self._same = {  # the usual case, which is read fastest
             key
             for key in first.keys
@@ -184,6 +186,32 @@ class AnchorCache:
             )
         }
         return first.keys
+
+    def _check_features(self, manifest: Manifest) -> None:
+        """Raises unless what is compared with a model's logits has their last dimension, and what are indices are."""
+        f, entries = self.features, self.shards[0].entries
+        for name, classes in (("logprobs", f.classes), ("topk_logprobs", f.top_k)):
+            entry = entries.get(f"features.{name}")
+            if entry is not None and entry.shape[-1] != classes:
+                raise manifest.error(f"its features.{name} have {entry.shape[-1]} classes, it speaks of {classes}")
+        for name in _INDICES:
+            entry = entries.get(f"features.{name}")
+            if entry is not None and entry.dtype not in (torch.int32, torch.int64):
+                raise manifest.error(f"its features.{name} are {entry.dtype} instead of whole numbers")
+
+    def _check_indices(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises unless indices name classes: an accelerator that is given others loses the process' whole context."""
+        for name in _INDICES:
+            x = tensors.get(f"features.{name}")
+            if x is None or not x.numel():
+                continue
+            low, high = (int(bound) for bound in torch.aminmax(x))
+            if low < 0 or (self.features.classes is not None and high >= self.features.classes):
+                raise AnchorCacheError(
+                    f"{self.path} cannot be used: its features.{name} must name classes from 0 to "
+                    f"{(self.features.classes or 1 << 31) - 1}. Found {low} to {high}. Build the cache again with "
+                    "overwrite=True, or copy its files again from where they are whole."
+                )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -294,6 +322,7 @@ class AnchorCache:
         for n, file in files.items():
             self.shards[n].check_unchanged(file)
         self._close_others(list(files))
+        self._check_indices(tensors)
         return tensors, encodings
 
     def batch(self, tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]) -> AnchorBatch:

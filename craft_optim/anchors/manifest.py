@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from . import images
-from .shards import AnchorCacheError, Shard
+from .shards import AnchorCacheError, Folder, Shard
 from .structure import Structure
 
 __all__ = [
@@ -30,6 +31,7 @@ PROGRESS = "build.json"  # there while the cache is being built
 
 _FORMAT = "craft_optim.anchors"
 _SCHEMA_VERSION = 2
+_MAX_CLASSES = 1 << 31  # indices of classes are int32
 
 
 def tap_key(layer: int | str, span: str) -> str:
@@ -185,7 +187,8 @@ class Manifest:
             **self._get(data, "built_with", dict),
             "teacher": self.teacher,
         }
-        self.shards = tuple(self._shard(record) for record in self._get(data, "shards", list))
+        folder = Folder(self.path.parent)
+        self.shards = tuple(self._shard(record, folder) for record in self._get(data, "shards", list))
         anchors, found = self._get(data, "anchors", int), sum(shard.count for shard in self.shards)
         if not self.shards or anchors != found:
             raise self.error(f"it speaks of {anchors} anchors, its shards hold {found}")
@@ -205,7 +208,7 @@ class Manifest:
             raise self.error(f"its {key!r} must be strings. Found {values!r:.60}")
         return tuple(values)
 
-    def _shard(self, record: Any) -> Shard:
+    def _shard(self, record: Any, folder: Folder) -> Shard:
         name = self._get(record, "file", str)
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise self.error(f"a shard's file name must name a file in the folder. Found {name!r:.60}")
@@ -217,7 +220,8 @@ class Manifest:
         count, size = self._get(record, "anchors", int), self._get(record, "bytes", int)
         if count < 1:
             raise self.error(f"shard {name!r} must have at least one anchor. Found {count}")
-        return Shard(self.path.with_name(name), count, size, encodings, self._get(record, "sha256", str))
+        sha256 = self._get(record, "sha256", str)
+        return Shard(self.path.with_name(name), count, size, encodings, sha256, folder)
 
     def _features(self, owner: Any) -> FeatureSpec:
         layers = self._get(owner, "layers", list)
@@ -241,6 +245,12 @@ class Manifest:
             batch_dim=self._get(owner, "batch_dim", int),
             **words,
         )
+        if spec.logits is not None and not 1 <= (spec.classes or 0) <= _MAX_CLASSES:
+            raise self.error(f"its 'classes' must be from 1 to 2^31. Found {spec.classes}")
+        if spec.logits == "top_k" and not 1 <= (spec.top_k or 0) <= (spec.classes or 0):
+            raise self.error(f"its 'top_k' must be from 1 to {spec.classes}. Found {spec.top_k}")
+        if wrong := {key: x for key, x in spec.variances.items() if not 0.0 <= x < math.inf}:
+            raise self.error(f"its 'variances' must be finite and >= 0. Found {wrong!s:.60}")
         if spec.dtype not in ("float16", "bfloat16", "float32"):
             raise self.error(f"its 'dtype' must be float16, bfloat16 or float32. Found {spec.dtype!r:.60}")
         return spec
