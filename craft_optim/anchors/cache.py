@@ -24,12 +24,13 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from craft_optim._paths import local
 
 from .images import Encoding, decode
 from .manifest import Manifest, cover, dtype_name, tap_key
@@ -79,7 +80,7 @@ class AnchorCache:
     """
 
     def __init__(self, path: str | os.PathLike[str], reading: Reading | None = None) -> None:
-        self.path = Path(path)
+        self.path = local(path)
         manifest = Manifest(self.path)
         self.features, self.structure = manifest.features, manifest.structure
         self.fingerprint: str | None = manifest.teacher.get("fingerprint")
