@@ -157,7 +157,7 @@ class Shard:
         self.keys = [key for key in self.entries if not key.startswith(_INDEX)]
         for key, entry in self.entries.items():
             owner = key.split(".", 1)[1]
-            if key.startswith(_INDEX) and owner not in self.entries:
+            if key.startswith(_INDEX) and (owner not in self.entries or owner.startswith(_INDEX)):
                 raise self._bad(f"its {key!r} belongs to no tensor")
             if key.startswith("widths.") and len(self.entries[owner].shape) != 1:
                 raise self._bad(f"its {key!r} belongs to a tensor with more than one value per position")

@@ -411,6 +411,15 @@ def test_empty_tensors_of_impossible_shapes_are_refused(shape: list[int], cache:
         AnchorCache.open(cache.path)
 
 
+def test_an_index_has_no_index(tmp_path: Path) -> None:
+    batch = {"x": torch.randn(4, 3), "padded": torch.tensor([5, 3, 0, 0, 0, 0, 0, 0]).repeat(4, 1)}
+    cache = build(nn.Linear(3, 2), [batch], tmp_path, Reading(lambda model, b: model(b["x"])), progress=False)
+    more = {"lengths.lengths.inputs.padded": torch.ones(4, dtype=torch.int32)}
+    rewrite(tmp_path, lambda tensors: tensors.update(more))
+    with pytest.raises(AnchorCacheError, match="belongs to no tensor"):
+        AnchorCache.open(tmp_path, cache.reading)
+
+
 def test_more_anchors_than_bytes_are_refused(tmp_path: Path) -> None:
     header = json.dumps({"inputs.0": {"dtype": "F32", "shape": [10**12, 0], "data_offsets": [0, 0]}}).encode()
     data = len(header).to_bytes(8, "little") + header
@@ -495,6 +504,23 @@ def test_a_file_system_without_steady_times(cache: AnchorCache, points: Tensor, 
     os.truncate(cache.path / "shard-00000.safetensors", 1000)
     with pytest.raises(AnchorCacheError, match=r"changed|cut short"):
         cache.read([3])
+
+
+def test_a_build_on_a_file_system_without_steady_times(
+    classifier: nn.Module, points: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from craft_optim.anchors import build_folder as module
+
+    variance = module.variance
+
+    def later(shards: list[Shard], key: str) -> float:
+        for number, shard in enumerate(shards):
+            os.utime(shard.path, ns=(0, number))
+        return variance(shards, key)
+
+    monkeypatch.setattr(module, "variance", later)
+    cache = build(classifier, points.split(7), tmp_path, shard_size=16, layers=("1",), progress=False)
+    assert cache.features.variances["hidden.module:1.all"] > 0.0
 
 
 def test_a_cache_in_another_process_is_found_by_its_path(cache: AnchorCache, points: Tensor) -> None:

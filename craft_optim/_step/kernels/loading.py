@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL | None:
         _log.warning(
             "no compiled surgery, torch operations do the work, slower: %s. Install g++ or clang++, or name a compiler "
             "in CXX; CRAFT_OPTIM_COMPILE=0 asks for none",
-            str(getattr(error, "stderr", None) or error).strip().rstrip("."),
+            " ".join(str(getattr(error, "stderr", None) or error).split()).rstrip(".")[:1000],
         )
         return None
 
