@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from . import images
-from .shards import AnchorCacheError, Folder, Shard
+from .files import Folder
+from .shards import AnchorCacheError, Shard
 from .structure import Structure
 
 __all__ = [

@@ -12,13 +12,11 @@ process' memory, and a file that is cut short is an error instead of a bus error
 """
 
 import hashlib
-import io
 import json
 import logging
 import math
 import os
 import threading
-import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +26,10 @@ import torch
 from torch import Tensor
 
 from . import images
+from .files import Folder, OpenFile
+from .packing import MAX_LEFT_OUT
 
-__all__ = ["AnchorCacheError", "Folder", "OpenFile", "Place", "Shard", "packed", "read_plain", "variance"]
+__all__ = ["AnchorCacheError", "Place", "Shard", "read_plain", "variance"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,7 +39,6 @@ _DTYPES = {
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _MAX_SIZE = 1 << 48  # elements of a tensor, empty dimensions left out: what torch can address
-_MAX_LEFT_OUT = 1 << 20  # positions at an anchor's end: a small file must not make a large tensor
 _INDEX = ("lengths.", "widths.", "fills.")
 _TIMES = 3  # as often a file may get another time with the same content: from then on its time says nothing
 _CHUNK = 1 << 24
@@ -76,46 +75,6 @@ class _Index(NamedTuple):
     starts: np.ndarray[Any, np.dtype[np.int64]]
     widths: np.ndarray[Any, np.dtype[np.int64]]
     fills: Tensor | None
-
-
-class OpenFile(io.FileIO):
-    """A file to read from, closed with its last reference. Others warn of that; here it is meant."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class Folder:
-    """A folder that is found where it was, and also under another name as long as this process has it.
-
-    Args:
-        path: The folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-        if os.open in os.supports_dir_fd:
-            try:
-                self._descriptor = os.open(path, os.O_RDONLY)
-            except OSError:  # a folder whose files may be read, but not listed
-                return
-            weakref.finalize(self, os.close, self._descriptor)
-
-    def open(self, name: str) -> OpenFile:
-        """Opens one of its files. Raises OSError."""
-        return OpenFile(self.path / name, "rb", opener=self._open)
-
-    def _open(self, path: str, flags: int) -> int:
-        if self._descriptor is not None:
-            try:
-                return os.open(Path(path).name, flags, dir_fd=self._descriptor)
-            except FileNotFoundError:  # it was deleted; there may be a copy in its place
-                pass
-        return os.open(path, flags)
-
-    def __reduce__(self) -> Any:
-        return Folder, (self.path,)
 
 
 class Shard:
@@ -338,7 +297,7 @@ class Shard:
             widths, fills = lengths, None
             if f"widths.{key}" in self.entries and f"fills.{key}" in self.entries:
                 widths, fills = self.whole(f"widths.{key}").long(), self.whole(f"fills.{key}")
-                if bool(((widths < lengths) | (widths > lengths + _MAX_LEFT_OUT)).any()):
+                if bool(((widths < lengths) | (widths > lengths + MAX_LEFT_OUT)).any()):
                     raise self._bad(f"its 'widths.{key}' do not fit the lengths")
             self._indices[key] = _Index(starts.numpy(), widths.numpy(), fills)
         return self._indices.get(key)
@@ -416,41 +375,3 @@ def variance(shards: Iterable[Shard], key: str) -> float:
         mean = mean + (m - mean) * (n / (count + n))
         count += n
     return float(f"{float((deviation / count).mean()):.9g}")  # the last digits depend on the number of threads
-
-
-def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:
-    """Batches `[b, T, ...]` of one tensor as a shard stores them: under `key` and, if they are packed, its index.
-
-    They are if they differ in T, or if leaving out repeated values at the ends of integers and booleans `[b, T]` makes
-    a tenth of it go away.
-    """
-    first = parts[0]
-    if first.ndim < 2:
-        return {key: torch.cat(parts)}
-    ragged = len({part.shape[1] for part in parts}) > 1
-    widths = torch.cat([torch.full((len(part),), part.shape[1], dtype=torch.int32) for part in parts])
-    if first.ndim == 2 and not first.is_floating_point() and not first.is_complex() and int(widths.min()) > 0:
-        lengths = torch.cat([_without_repetition(part) for part in parts])
-        fits = int((widths - lengths).max()) <= _MAX_LEFT_OUT
-        if fits and int(lengths.sum()) <= 0.9 * int(widths.sum()):
-            cut = [x[:length] for part, of in _split(parts, lengths) for x, length in zip(part, of, strict=True)]
-            return {
-                key: torch.cat(cut),
-                f"lengths.{key}": lengths,
-                f"widths.{key}": widths,
-                f"fills.{key}": torch.cat([part[:, -1] for part in parts]),
-            }
-    if not ragged:
-        return {key: torch.cat(parts)}
-    return {key: torch.cat([part.flatten(0, 1) for part in parts]), f"lengths.{key}": widths}
-
-
-def _split(parts: list[Tensor], lengths: Tensor) -> list[tuple[Tensor, list[int]]]:
-    pieces = torch.split_with_sizes(lengths, [len(part) for part in parts])
-    return [(part, piece.tolist()) for part, piece in zip(parts, pieces, strict=True)]
-
-
-def _without_repetition(part: Tensor) -> Tensor:
-    """The place in each anchor `[T]` at which the run of its last value begins; int32 `[b]`."""
-    same = (part == part[:, -1:]).flip(1).int().cumprod(1).sum(1)
-    return (part.shape[1] - same).int()

@@ -583,7 +583,7 @@ def test_building_holds_few_descriptors(
     classifier: nn.Module, points: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Variances are taken over all shards, of which there may be more than a process may have files."""
-    from craft_optim.anchors import shards as module
+    from craft_optim.anchors import files as module
 
     most, opening = 0, module.OpenFile.__init__
 
