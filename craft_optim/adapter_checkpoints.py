@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from craft_optim._paths import expanded
+
 __all__ = ["base_of_adapters", "with_adapters"]
 
 
@@ -21,7 +23,7 @@ def base_of_adapters(path: str) -> tuple[str, str | None]:
             f"The adapters in {path} do not say which model they belong to: write its folder or hub id into "
             "adapter_config.json as base_model_name_or_path."
         )
-    return str(base), about.revision
+    return expanded(base), about.revision
 
 
 def with_adapters(model: nn.Module, path: str) -> Any:

@@ -16,10 +16,14 @@ callable; those here append to a file, or pass the values on to the tracker that
 
 import json
 import math
+import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+from craft_optim._paths import local
 
 __all__ = ["METRICS", "JSONLWriter", "LogTo", "Metric", "Sink", "TensorBoardWriter"]
 
@@ -74,7 +78,8 @@ class JSONLWriter:
     a step took.
 
     Args:
-        path: The file; its folder must exist. Lines are flushed one by one, so a killed run keeps them.
+        path: The file; its folder must exist. Lines are flushed one by one, so a killed run keeps them. A line that it
+            was killed in ends where it is: the next row begins a new one.
 
     Example:
         >>> import tempfile
@@ -87,7 +92,12 @@ class JSONLWriter:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._file: IO[str] = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - stays open for the whole run
+        path = local(path)
+        begun = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+        weakref.finalize(self, self._file.close)
+        if begun:
+            self._file.write("\n")
         self._waiting: dict[str, Any] = {}
 
     def log(self, **values: Any) -> None:
@@ -109,6 +119,12 @@ class JSONLWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read()
 
 
 def _plain(value: Any) -> Any:

@@ -87,7 +87,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="CPU threads; more are slower on a model this small (default: 1)")
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
-    add("--out", type=Path, default=Path(__file__).parent / "out", help="where the results go")
+    add(
+        "--out",
+        type=lambda text: Path(text).expanduser(),
+        default=Path(__file__).parent / "out",
+        help="where the results go",
+    )
     args = parser.parse_args(arguments)
     if args.policy and not (args.dataset and args.anchors):
         parser.error("--policy.path needs --dataset.repo_id (the new task) and --anchors.repo_id (what to keep)")

@@ -1,11 +1,14 @@
 """Sinks of metrics: files and trackers."""
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -64,6 +67,48 @@ def test_values_of_ones_own(tmp_path):
     assert second["loss"] == losses[2], "of the steps between rows, the last"
     assert "loss" not in third
     assert set(METRICS) < set(first)
+
+
+ROW = {"retention_step": 0.0, "retention_loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("there", "whole"),
+    [
+        (b"", 0),
+        (b'{"step": 1}\n', 1),
+        (b'{"step": 1}\n{"st', 1),
+        (b'{"step": 1}\n{"step": 2}', 2),  # only its end is missing
+        (b'{"step": 1}\n{"text": "\xc3', 1),
+        (b"{", 0),
+        (b"\n", 0),
+    ],
+)
+def test_a_line_that_a_run_was_killed_in_costs_no_other(there, whole, tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_bytes(there)
+    for _ in range(2):
+        writer = JSONLWriter(file)
+        writer(ROW)
+        writer.close()
+    assert file.read_bytes().startswith(there)
+    read = []
+    for line in file.read_bytes().splitlines():
+        with suppress(ValueError):
+            read.append(json.loads(line))
+    assert len(read) == whole + 2
+    assert [row["retention_loss"] for row in read[whole:]] == [1.0, 1.0]
+
+
+def test_a_writer_that_is_let_go_closes_its_file(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        writer = JSONLWriter(tmp_path / "m.jsonl")
+        writer(ROW)
+        file = writer._file
+        del writer
+        gc.collect()
+        assert file.closed
 
 
 def test_the_graph_is_not_kept():

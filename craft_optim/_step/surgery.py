@@ -69,7 +69,8 @@ class GradientPairs:
         self._compiled: compiled.CompiledPairs | None = None
         self._fused: list[FusedPairs] = []
         self._portable: PortablePairs | None = None
-        library = compiled.library()
+        on_host = any(g is not None and g.is_cpu for g in (*task, *retention))
+        library = compiled.library() if on_host else None
         if library is not None:
             of_t, of_r = compiled.Vectors.of_plain(task), compiled.Vectors.of_plain(retention)
             if of_t is not None and of_r is not None:

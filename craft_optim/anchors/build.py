@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from craft_optim._paths import local
+
 from .build_folder import building, clean, require_same
 from .cache import AnchorCache
 from .capture import Layer, resolve_layers
@@ -156,7 +158,7 @@ def build(
         "shard_size": shard_size,
         "teacher": {"fingerprint": fingerprint(model), "class": class_name(model), "model_id": model_id},
     }
-    folder = Path(path)
+    folder = local(path)
     team = find_team(model, process_group)
     # Reading a DataLoader draws random numbers. A run that finds its cache finished draws none: both must train alike.
     with isolated_rng(device, None):

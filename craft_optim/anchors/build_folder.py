@@ -152,7 +152,8 @@ class BuildFolder:
         write_json(self._file(shard, "json"), record)
 
     def _shard(self, record: Mapping[str, Any]) -> Shard:
-        return Shard(self.path / record["file"], record["anchors"], record["bytes"], record["images"])
+        known = (record[name] for name in ("anchors", "bytes", "images", "sha256"))
+        return Shard(self.path / record["file"], *known)
 
     # The end
 

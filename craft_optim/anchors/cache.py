@@ -28,16 +28,17 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from craft_optim._paths import local
+
 from .images import Encoding, decode
 from .manifest import Manifest, cover, dtype_name, tap_key
-from .outputs import feature
+from .outputs import FEATURES, feature
 from .reading import Reading, reading_of
 from .shards import AnchorCacheError, Place, read_plain
 from .structure import Inputs
@@ -84,7 +85,7 @@ class AnchorCache:
     """
 
     def __init__(self, path: str | os.PathLike[str], reading: Reading | None = None) -> None:
-        self.path = Path(path)
+        self.path = local(path)
         manifest = Manifest(self.path)
         self.features, self.structure = manifest.features, manifest.structure
         self.fingerprint: str | None = manifest.teacher.get("fingerprint")
@@ -195,6 +196,7 @@ class AnchorCache:
                     raise manifest.error(
                         f"{key!r} is {first.form(key)} in {first.path.name} and {shard.form(key)} in {shard.path.name}"
                     )
+        self._check_features(manifest)
         self._same = {  # the usual case, which is read fastest
             key
             for key in first.keys
@@ -206,6 +208,41 @@ class AnchorCache:
             )
         }
         return first.keys
+
+    def _check_features(self, manifest: Manifest) -> None:
+        """Raises unless what is compared with a model's logits has their last dimension, and what are indices are."""
+        f, entries = self.features, self.shards[0].entries
+        for head, output in f.outputs.items():
+            for name in FEATURES[output.kind]:
+                key, size = feature(name, head), f.top_k if name.startswith("topk") else output.size
+                entry = entries.get(f"features.{key}")
+                if entry is not None and name not in ("rest_logprob", "topk_indices") and entry.shape[-1] != size:
+                    raise manifest.error(f"its features.{key} have {entry.shape[-1]} entries, it speaks of {size}")
+        for name in self._indices:
+            entry = entries.get(f"features.{name}")
+            if entry is not None and entry.dtype not in (torch.int32, torch.int64):
+                raise manifest.error(f"its features.{name} are {entry.dtype} instead of whole numbers")
+
+    @property
+    def _indices(self) -> dict[str, int]:
+        """Features that number classes, and how many of these there are."""
+        held = self.features.outputs
+        found = {feature("topk_indices", head): output.size for head, output in held.items()}
+        return found | {"tokens": held[""].size if "" in held else 1 << 31}
+
+    def _check_indices(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises unless indices name classes: an accelerator that is given others loses the process' whole context."""
+        for name, classes in self._indices.items():
+            x = tensors.get(f"features.{name}")
+            if x is None or not x.numel():
+                continue
+            low, high = (int(bound) for bound in torch.aminmax(x))
+            if low < 0 or high >= classes:
+                raise AnchorCacheError(
+                    f"{self.path} cannot be used: its features.{name} must name classes from 0 to "
+                    f"{classes - 1}. Found {low} to {high}. Build the cache again with "
+                    "overwrite=True, or copy its files again from where they are whole."
+                )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -316,6 +353,7 @@ class AnchorCache:
         for n, file in files.items():
             self.shards[n].check_unchanged(file)
         self._close_others(list(files))
+        self._check_indices(tensors)
         return tensors, encodings
 
     def batch(self, tensors: Mapping[str, Tensor], encodings: Mapping[str, Encoding]) -> AnchorBatch:

@@ -168,8 +168,10 @@ class CachedRetention(AnchorRetention):
         tensors, encodings = cache.gather(indices, wanted, pin_memory=device.type == "cuda")
         if device.type == "cpu":  # decoded ahead, too; elsewhere bytes travel, and are decoded there
             return cache, tensors | {key: decode(tensors[key], *encodings[key]) for key in encodings}, {}, None
-        # Masks select positions on the host: an accelerator need not be waited for
-        moving = {key: x for key, x in tensors.items() if not is_mask(key.removeprefix("features."))}
+        # Masks select positions on the host, and tokens are compared with the number of classes there: an accelerator
+        # need not be waited for
+        stay = {key for key in tensors if key == "features.tokens" or is_mask(key.removeprefix("features."))}
+        moving = {key: x for key, x in tensors.items() if key not in stay}
         there, event = to_device_ahead(moving, device)
         return cache, tensors | there, encodings, event
 

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from craft_optim._paths import local
+
 from .build_folder import building
 from .cache import AnchorCache
 from .capture import Layer
@@ -109,7 +111,7 @@ def convert(
     Cost: reads the files' headers twice and the anchors once; memory for one new shard. Files that torch wrote before
     version 1.6 cannot be mapped: they are read twice, and held in memory as a whole one by one.
     """
-    folder = Path(old_path)
+    folder, new_path = local(old_path), local(new_path)
     files = sorted(folder.glob("*.pt"), key=lambda path: (len(path.name), path.name))
     if not files:
         raise _bad(folder, "it has no .pt files", "Check the path. AnchorCache.open opens caches of this library.")
@@ -165,7 +167,7 @@ def write_cache(
         AnchorCacheError: The folder holds a cache, or cannot be written to.
         ValueError: The batches do not fit together, or there are none.
     """
-    path, stream = Path(path), iter(batches)
+    path, stream = local(path), iter(batches)
     if (path / MANIFEST).exists() and not overwrite:
         raise AnchorCacheError(f"The folder {path} holds anchors already. Pass overwrite=True to replace them.")
     first = list(islice(stream, 1))

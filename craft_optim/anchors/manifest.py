@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from . import images
+from .files import Folder
 from .outputs import KINDS, Output
 from .shards import AnchorCacheError, Shard
 from .structure import Structure
@@ -31,6 +33,7 @@ PROGRESS = "build.json"  # there while the cache is being built
 
 _FORMAT = "craft_optim.anchors"
 _SCHEMA_VERSION = 3
+_MAX_SIZE = 1 << 31  # indices of classes are int32
 
 
 def tap_key(layer: int | str, span: str) -> str:
@@ -188,7 +191,8 @@ class Manifest:
             **self._get(data, "built_with", dict),
             "teacher": self.teacher,
         }
-        self.shards = tuple(self._shard(record) for record in self._get(data, "shards", list))
+        folder = Folder(self.path.parent)
+        self.shards = tuple(self._shard(record, folder) for record in self._get(data, "shards", list))
         anchors, found = self._get(data, "anchors", int), sum(shard.count for shard in self.shards)
         if not self.shards or anchors != found:
             raise self.error(f"it speaks of {anchors} anchors, its shards hold {found}")
@@ -208,7 +212,7 @@ class Manifest:
             raise self.error(f"its {key!r} must be strings. Found {values!r:.60}")
         return tuple(values)
 
-    def _shard(self, record: Any) -> Shard:
+    def _shard(self, record: Any, folder: Folder) -> Shard:
         name = self._get(record, "file", str)
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise self.error(f"a shard's file name must name a file in the folder. Found {name!r:.60}")
@@ -220,7 +224,8 @@ class Manifest:
         count, size = self._get(record, "anchors", int), self._get(record, "bytes", int)
         if count < 1:
             raise self.error(f"shard {name!r} must have at least one anchor. Found {count}")
-        return Shard(self.path.with_name(name), count, size, encodings, self._get(record, "sha256", str))
+        sha256 = self._get(record, "sha256", str)
+        return Shard(self.path.with_name(name), count, size, encodings, sha256, folder)
 
     def _features(self, owner: Any) -> FeatureSpec:
         layers = self._get(owner, "layers", list)
@@ -234,9 +239,10 @@ class Manifest:
             raise self.error(f"its 'logits' must be 'full', 'top_k' or null. Found {words['logits']!r:.60}")
         variances, scales = self._get(owner, "variances", dict), self._get(owner, "scales", dict)
         outputs = {name: self._output(x) for name, x in self._get(owner, "outputs", dict).items()}
-        for name, values in scales.items():
-            if name not in outputs or not isinstance(values, list) or len(values) != outputs[name].size:
-                raise self.error(f"its 'scales' must be a number for each channel. Found {values!r:.60}")
+        channels = {name: output.size for name, output in outputs.items() if output.kind == "values"}
+        sizes = {name: len(values) if isinstance(values, list) else None for name, values in scales.items()}
+        if sizes != channels:
+            raise self.error(f"its 'scales' must be a number for each channel. Found {scales!r:.60}")
         spec = FeatureSpec(
             top_k=self._get(owner, "top_k", int, optional=True),
             outputs=outputs,
@@ -249,12 +255,18 @@ class Manifest:
             batch_dim=self._get(owner, "batch_dim", int),
             **words,
         )
+        classes = min((x.size for x in outputs.values() if x.kind == "classes"), default=_MAX_SIZE)
+        if spec.logits == "top_k" and not 1 <= (spec.top_k or 0) <= classes:
+            raise self.error(f"its 'top_k' must be >= 1, at most the classes. Found {spec.top_k}")
+        numbers = spec.variances | {f"scales of {key}": x for key, values in spec.scales.items() for x in values}
+        if wrong := {key: x for key, x in numbers.items() if not 0.0 <= x < math.inf}:
+            raise self.error(f"its 'variances' must be finite and >= 0. Found {wrong!s:.60}")
         if spec.dtype not in ("float16", "bfloat16", "float32"):
             raise self.error(f"its 'dtype' must be float16, bfloat16 or float32. Found {spec.dtype!r:.60}")
         return spec
 
     def _output(self, owner: Any) -> Output:
         kind, dim, size = self._get(owner, "kind", str), self._get(owner, "dim", int), self._get(owner, "size", int)
-        if kind not in KINDS or dim < 1 or size < 1:
-            raise self.error(f"its 'outputs' must have a kind, a dimension and a size. Found {owner!r:.60}")
+        if kind not in KINDS or dim < 1 or not 1 <= size <= _MAX_SIZE:
+            raise self.error(f"its 'outputs' must be a kind, a dimension and a size. Found {owner!r:.60}")
         return Output(kind, dim, size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .build_folder import BuildFolder
 from .fingerprint import anchor_checksums
 from .images import Encoding, decode, encode, encode_alike
-from .shards import packed
+from .packing import packed
 
 __all__ = ["ShardBuffer"]
 

@@ -13,20 +13,23 @@ process' memory, and a file that is cut short is an error instead of a bus error
 
 import hashlib
 import json
+import logging
 import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import images
+from .files import Folder, OpenFile
+from .packing import MAX_LEFT_OUT
 
-__all__ = ["AnchorCacheError", "Place", "Shard", "mean_variance", "packed", "read_plain", "variances"]
+__all__ = ["AnchorCacheError", "Place", "Shard", "mean_variance", "read_plain", "variances"]
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -35,8 +38,13 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # safetensors' own limit
+_MAX_SIZE = 1 << 48  # elements of a tensor, empty dimensions left out: what torch can address
 _INDEX = ("lengths.", "widths.", "fills.")
+_TIMES = 3  # as often a file may get another time with the same content: from then on its time says nothing
+_CHUNK = 1 << 24
 _seek_and_read = threading.Lock()  # where there is no pread
+
+_log = logging.getLogger("craft_optim")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Place = tuple["Shard", int, int]  # an anchor: its shard, its number in there, and the descriptor of the opened file
@@ -72,32 +80,46 @@ class _Index(NamedTuple):
 class Shard:
     """One safetensors file, read anchor by anchor; it is opened for that at the first read.
 
+    A file that is written to meanwhile is an error. One that was only touched, or put back from a copy, is not: where
+    its time has changed, its content is compared with its checksum, once.
+
     Args:
         path: The file.
         count: Number of anchors that it must hold.
         size: Its size in bytes.
         encodings: Input name -> {"formula": ..., "dtype": ...}, for inputs stored as bytes.
-        sha256: Its checksum, for `verify`.
+        sha256: Its checksum.
+        folder: Its folder, if that may be renamed.
 
     Raises:
         AnchorCacheError: The file is missing, has another size, or its header is not that of such a shard.
     """
 
     def __init__(
-        self, path: Path, count: int, size: int, encodings: Mapping[str, Mapping[str, str]], sha256: str = ""
+        self,
+        path: Path,
+        count: int,
+        size: int,
+        encodings: Mapping[str, Mapping[str, str]],
+        sha256: str = "",
+        folder: Folder | None = None,
     ) -> None:
         self.path, self.count, self.size, self.sha256 = path, count, size, sha256
         self.encodings: dict[str, images.Encoding] = {
             f"inputs.{name}": (x["formula"], getattr(torch, x["dtype"])) for name, x in encodings.items()
         }
-        self._file: BinaryIO | None = None
+        self._folder = folder
+        self._file: OpenFile | None = None
+        self._touched = 0
         self._indices: dict[str, _Index] = {}
         self.entries = self._header()
         self.keys = [key for key in self.entries if not key.startswith(_INDEX)]
         for key, entry in self.entries.items():
             owner = key.split(".", 1)[1]
-            if key.startswith(_INDEX) and owner not in self.entries:
+            if key.startswith(_INDEX) and (owner not in self.entries or owner.startswith(_INDEX)):
                 raise self._bad(f"its {key!r} belongs to no tensor")
+            if key.startswith("widths.") and len(self.entries[owner].shape) != 1:
+                raise self._bad(f"its {key!r} belongs to a tensor with more than one value per position")
             if key.startswith("fills.") and entry.dtype != self.entries[owner].dtype:
                 raise self._bad(f"its {key!r} is {entry.dtype}, its {owner!r} {self.entries[owner].dtype}")
 
@@ -107,13 +129,16 @@ class Shard:
             "file again from where it is whole."
         )
 
+    def _open(self) -> OpenFile:
+        return OpenFile(self.path, "rb") if self._folder is None else self._folder.open(self.path.name)
+
     # Header
 
     def _header(self) -> dict[str, _Entry]:
         try:
-            with open(self.path, "rb") as file:
+            with self._open() as file:
                 status = os.fstat(file.fileno())
-                self._identity = status.st_ino, status.st_mtime_ns
+                self._modified = status.st_mtime_ns
                 if status.st_size != self.size:
                     raise self._bad(f"it has {status.st_size} bytes where {self.size} were written")
                 length = int.from_bytes(file.read(8), "little")
@@ -141,6 +166,8 @@ class Shard:
             end = stop
         if end != self.size:
             raise self._bad(f"its header speaks of {end} bytes, the file has {self.size}")
+        if self.count > self.size:
+            raise self._bad(f"it has {self.size} bytes, which cannot be those of {self.count} anchors")
         return entries
 
     def _entry(self, key: str, value: Any, begin: int, *, is_packed: bool) -> _Entry:
@@ -149,6 +176,7 @@ class Shard:
             start, stop = value["data_offsets"]
             numbers = [*shape, start, stop]
             whole = all(type(x) is int and x >= 0 for x in numbers)
+            whole = whole and math.prod(max(x, 1) for x in shape) <= _MAX_SIZE
         except (KeyError, TypeError, ValueError) as error:
             raise self._bad(f"the header's entry {key!r} is not that of a tensor") from error
         if not whole or stop - start != math.prod(shape) * dtype.itemsize:
@@ -170,7 +198,7 @@ class Shard:
         """Gives the file descriptor back, once nobody reads any more; the next read opens it again."""
         self._file = None
 
-    def opened(self) -> BinaryIO:
+    def opened(self) -> OpenFile:
         """The file to read from; it stays open as long as somebody refers to it.
 
         Raises:
@@ -179,23 +207,44 @@ class Shard:
         file = self._file
         if file is None:
             try:
-                file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with its last reference
+                file = self._open()
             except OSError as error:
                 raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
             self.check_unchanged(file)
             self._file = file
         return file
 
-    def check_unchanged(self, file: BinaryIO) -> None:
+    def check_unchanged(self, file: OpenFile) -> None:
         """Raises AnchorCacheError if the file from `opened` has been written to since the cache was opened."""
-        status = os.fstat(file.fileno())
-        if (status.st_ino, status.st_mtime_ns, status.st_size) != (*self._identity, self.size):
+        try:
+            status = os.fstat(file.fileno())
+        except OSError as error:
+            self._file = None
+            raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
+        # Not by its inode, which some file systems make up at every look
+        if status.st_size == self.size and (status.st_mtime_ns == self._modified or self._touched >= _TIMES):
+            return
+        if status.st_size != self.size or not self.sha256 or self._digest(file) != self.sha256:
             self._file = None
             raise self._bad("it has changed since the cache was opened")
+        self._modified, self._touched = status.st_mtime_ns, self._touched + 1
+        if self._touched == _TIMES:
+            _log.warning("%s gets new times without new content: they are not looked at any more", self.path)
+
+    def _digest(self, file: OpenFile) -> str:
+        digest, buffer = hashlib.sha256(), np.empty(_CHUNK, np.uint8)
+        for offset in range(0, self.size, _CHUNK):
+            part = buffer[: min(_CHUNK, self.size - offset)]
+            self._fill(part, offset, file)
+            digest.update(part.data)
+        return digest.hexdigest()
 
     def _read_into(self, out: Bytes, offset: int) -> None:
         """Fills `out` with the file's bytes from `offset` on. Threads may read at the same time."""
-        file, view, done = self.opened(), out.data, 0
+        self._fill(out, offset, self.opened())
+
+    def _fill(self, out: Bytes, offset: int, file: OpenFile) -> None:
+        view, done = out.data, 0
         while done < len(out):
             try:
                 if hasattr(os, "preadv"):
@@ -203,7 +252,7 @@ class Shard:
                 else:
                     with _seek_and_read:
                         file.seek(offset + done)
-                        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+                        got = file.readinto(view[done:])
             except OSError as error:
                 raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
             if not got:
@@ -220,8 +269,8 @@ class Shard:
 
     def checksum(self) -> str:
         """sha256 of the file."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with self._open() as file:
+            return self._digest(file)
 
     def verify(self) -> None:
         """Raises AnchorCacheError unless the file is what was written. Reads all of it."""
@@ -248,8 +297,8 @@ class Shard:
             widths, fills = lengths, None
             if f"widths.{key}" in self.entries and f"fills.{key}" in self.entries:
                 widths, fills = self.whole(f"widths.{key}").long(), self.whole(f"fills.{key}")
-                if bool((widths < lengths).any()):
-                    raise self._bad(f"its 'widths.{key}' are smaller than the lengths")
+                if bool(((widths < lengths) | (widths > lengths + MAX_LEFT_OUT)).any()):
+                    raise self._bad(f"its 'widths.{key}' do not fit the lengths")
             self._indices[key] = _Index(starts.numpy(), widths.numpy(), fills)
         return self._indices.get(key)
 
@@ -325,46 +374,10 @@ def variances(shards: Iterable[Shard], key: str) -> list[float]:
     count, mean, deviation = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for shard in shards:
         values = shard.whole(key)
+        shard.close()  # there may be more of them than descriptors
         values = values.reshape(-1, values.shape[-1]).double()
         n, m = len(values), values.mean(0)
         deviation = deviation + (values - m).square().sum(0) + (m - mean).square() * (count * n / (count + n))
         mean = mean + (m - mean) * (n / (count + n))
         count += n
     return [float(f"{x:.9g}") for x in (deviation / count).tolist()]  # the last digits depend on the number of threads
-
-
-def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:
-    """Batches `[b, T, ...]` of one tensor as a shard stores them: under `key` and, if they are packed, its index.
-
-    They are if they differ in T, or if leaving out repeated values at the ends of integers and booleans `[b, T]` makes
-    a tenth of it go away.
-    """
-    first = parts[0]
-    if first.ndim < 2:
-        return {key: torch.cat(parts)}
-    ragged = len({part.shape[1] for part in parts}) > 1
-    widths = torch.cat([torch.full((len(part),), part.shape[1], dtype=torch.int32) for part in parts])
-    if first.ndim == 2 and not first.is_floating_point() and not first.is_complex() and int(widths.min()) > 0:
-        lengths = torch.cat([_without_repetition(part) for part in parts])
-        if int(lengths.sum()) <= 0.9 * int(widths.sum()):
-            cut = [x[:length] for part, of in _split(parts, lengths) for x, length in zip(part, of, strict=True)]
-            return {
-                key: torch.cat(cut),
-                f"lengths.{key}": lengths,
-                f"widths.{key}": widths,
-                f"fills.{key}": torch.cat([part[:, -1] for part in parts]),
-            }
-    if not ragged:
-        return {key: torch.cat(parts)}
-    return {key: torch.cat([part.flatten(0, 1) for part in parts]), f"lengths.{key}": widths}
-
-
-def _split(parts: list[Tensor], lengths: Tensor) -> list[tuple[Tensor, list[int]]]:
-    pieces = torch.split_with_sizes(lengths, [len(part) for part in parts])
-    return [(part, piece.tolist()) for part, piece in zip(parts, pieces, strict=True)]
-
-
-def _without_repetition(part: Tensor) -> Tensor:
-    """The place in each anchor `[T]` at which the run of its last value begins; int32 `[b]`."""
-    same = (part == part[:, -1:]).flip(1).int().cumprod(1).sum(1)
-    return (part.shape[1] - same).int()

@@ -77,6 +77,12 @@ class TokenRetention(CachedRetention):
                 f"{expected}. Pass a `forward=` whose logits have these positions, each of which predicts the token "
                 "after it."
             )
+        tokens, classes = batch.features["tokens"], found.values.shape[-1]
+        if tokens.numel() and int(tokens.max()) >= classes:
+            raise AnchorMismatchError(
+                f"The model gives logits of {classes} classes, the tokens in {self.cache.path} go up to "
+                f"{int(tokens.max())}: another model, or another `forward=`."
+            )
         return found.values
 
     def _check(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:

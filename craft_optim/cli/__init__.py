@@ -10,10 +10,12 @@ The same as `python -m craft_optim.cli`. Exit status: 0, 1 for what went wrong, 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 
 from craft_optim import __version__
+from craft_optim._paths import expanded
 from craft_optim.cli import build_anchors, convert, drift, eval_mcq, inspect, report, train
 from craft_optim.cli.options import Parser, UsageError
 
@@ -40,6 +42,11 @@ def _parser() -> Parser:
     return parser
 
 
+def _at_home(argument: str) -> str:
+    """An argument with the homes in it: `~/x`, `--option=~/x`, `NAME=~/x`, and after commas."""
+    return re.sub("(^|[=,])(~[^,]*)", lambda found: found[1] + expanded(found[2]), argument)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -53,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With status 2 for wrong arguments; after --help and --version with 0.
     """
     parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else [*arguments]
+    try:
+        args, rest = parser.parse_known_args(given if given[:1] == ["train"] else [*map(_at_home, given)])
+    except ValueError as error:
+        parser.error(str(error).rstrip("."))
     args.rest = rest
     if rest and not getattr(args, "takes_rest", False):
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")

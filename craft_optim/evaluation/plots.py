@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from craft_optim._paths import local
 from craft_optim.evaluation.checkpoints import Checkpoint, layer_name
 from craft_optim.evaluation.drift import spread_over
 
@@ -58,7 +59,7 @@ def draw_checkpoints(checkpoints: Sequence[Checkpoint], epsilon: Mapping[str, fl
         axis, apart = next(axes), [x.actions for x in checkpoints if x.actions is not None]
         _draw_spread(axis, [(x.mean_abs, x.each) for x in apart], "mean |difference|", epsilon.get("actions"))
         _label(axis, names, "actions, normalised units")
-    figure.savefig(path, dpi=130)
+    figure.savefig(local(path), dpi=130)
 
 
 def _draw_spread(

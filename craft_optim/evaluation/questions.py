@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_optim._paths import expanded, local
+
 __all__ = ["Question", "open_picture", "read_questions"]
 
 _KEYS = {"image_path", "question", "choices", "answer_index", "id"}
@@ -71,7 +73,7 @@ def read_questions(path: str | Path) -> list[Question]:
         >>> question.choices[question.answer], question.image.name
         ('no', 'ice.png')
     """
-    path = Path(path)
+    path = local(path)
     questions = list(_questions(path))
     if not questions:
         raise ValueError(f"{path} has no questions: write one JSON object per line.")
@@ -113,7 +115,7 @@ def _question(row: Any, folder: Path) -> Question:
         text.strip(),
         tuple(choice.strip() for choice in choices),
         answer,
-        None if image is None else folder / image,
+        None if image is None else folder / expanded(image),
         None if name is None else str(name),
     )
 

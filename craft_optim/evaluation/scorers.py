@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from craft_optim._paths import expanded
 from craft_optim.adapter_checkpoints import base_of_adapters, with_adapters
 from craft_optim.evaluation.mcq import Scorer
 
@@ -26,6 +27,7 @@ def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, 
         ImportError: lerobot or transformers is not installed.
     """
     settings: dict[str, Any] = {"batch_size": batch_size} | ({} if template is None else {"template": template})
+    path = expanded(path)
     config = require_checkpoint(path)
     if "type" in config:
         return _of_lerobot(path, device, settings)
@@ -39,6 +41,7 @@ def require_checkpoint(path: str) -> dict[str, Any]:
         ValueError: It has none of them, or is a policy without words.
         ImportError: Neither lerobot nor transformers is installed.
     """
+    path = expanded(path)
     config = _json(path, "config.json") or _json(path, _ADAPTERS)
     if not config:
         raise ValueError(f"{path} is no checkpoint: it has neither config.json nor {_ADAPTERS}.")

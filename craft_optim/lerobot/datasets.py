@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from craft_optim._paths import local
 from craft_optim.lerobot.adapters import Adapter
 from craft_optim.lerobot.opening import open_dataset
 
@@ -57,7 +57,7 @@ def prompts(source: Any) -> list[str]:
         ValueError: There are none.
     """
     if isinstance(source, str | os.PathLike):
-        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in local(source).read_text(encoding="utf-8").splitlines()]
         found = [line for line in lines if line and not line.startswith("#")]
     elif (tasks := getattr(getattr(source, "meta", None), "tasks", None)) is not None:
         found = [str(task) for task in tasks.sort_values("task_index").index]

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor  # type: ignore[import-untyped]
 
+from craft_optim._paths import expanded, local
 from craft_optim.lerobot._shared import STATE
 from craft_optim.lerobot.joined import about_dataset
 
@@ -64,13 +65,13 @@ class FramesFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], config: Any, state: Tensor | None = None) -> None:
-        self._config = config
-        folder = Path(path).parent
+        self._config, path = config, local(path)
+        folder = path.parent
         if config.env_state_feature is not None:
             raise ValueError(
                 f"{config.type} reads the state of its environment, which {path} cannot hold: use a dataset."
             )
-        numbered = [(f"{path}, line {i}", text) for i, text in enumerate(_text(Path(path)).split("\n"), 1)]
+        numbered = [(f"{path}, line {i}", text) for i, text in enumerate(_text(path).split("\n"), 1)]
         self._lines = [_line(text, where, folder, config, state) for where, text in numbered if text.strip()]
         if not self._lines:
             raise ValueError(f"{path} is empty: write a JSON object per line, with task and images or image_path.")
@@ -134,7 +135,7 @@ def _line(text: str, where: str, folder: Path, config: Any, state: Tensor | None
     task = read.get("task")
     if not isinstance(task, str) or not task.strip():
         raise ValueError(f"{where}: task must be an instruction, a text that is not empty. Found {task!r}.")
-    pictures = {key: folder / file for key, file in _pictures(read, where, config).items()}
+    pictures = {key: folder / expanded(file) for key, file in _pictures(read, where, config).items()}
     return _Line(where, task, pictures, _state(read.get("state"), where, config, state))
 
 

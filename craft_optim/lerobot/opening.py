@@ -11,6 +11,7 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from craft_optim._paths import local
 from craft_optim._warn import warn
 from craft_optim.episodes import chosen_episodes
 from craft_optim.lerobot.joined import JoinedDatasets
@@ -58,6 +59,7 @@ def open_dataset(
     Example:
         dataset = open_dataset(policy.config, root="outputs/eval/recordings", episodes="-10:")
     """
+    root = None if root is None else local(root)
     found = _open_metadata(repo_id, root)
     where, metas = str(root or repo_id), [meta for meta, _ in found]
     names = _names(metas[0].features, rename_map or {}, where)
@@ -107,7 +109,7 @@ def _open_metadata(repo_id: str | None, root: str | os.PathLike[str] | None) -> 
 def dataset_folders(root: str | os.PathLike[str]) -> list[Path]:
     """The LeRobotDatasets in a folder: itself, or those below it, in the order of their paths, numbers as numbers."""
     found = []
-    for folder, below, _ in os.walk(root):
+    for folder, below, _ in os.walk(local(root)):
         if os.path.isfile(os.path.join(folder, MARK)):
             found.append(Path(folder))
             below.clear()

@@ -10,6 +10,7 @@ from lerobot.policies import get_policy_class, make_pre_post_processors
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from craft_optim._paths import expanded
 from craft_optim.adapter_checkpoints import base_of_adapters, with_adapters
 
 __all__ = ["load_config", "load_policy", "load_preprocessor"]
@@ -28,6 +29,7 @@ def load_policy(path: str, device: str) -> Any:
         ValueError: The weights cannot be read, lerobot could not use them and went on with untrained ones, or the
             adapters do not fit their policy.
     """
+    path = expanded(path)
     config = load_config(path)
     config.device = device
     try:
@@ -44,6 +46,7 @@ def load_config(path: str) -> Any:
         ValueError: The path is neither a folder nor a hub id.
         OSError: There is no such checkpoint.
     """
+    path = expanded(path)
     try:
         return PreTrainedConfig.from_pretrained(path)
     except HFValidationError as error:
@@ -64,7 +67,7 @@ def load_preprocessor(policy: Any, path: str, device: str) -> Any:
             "paligemma_tokenizer_name": config.text_tokenizer_name,
             "fast_skip_tokens": config.fast_skip_tokens,
         }
-    return make_pre_post_processors(config, pretrained_path=path, preprocessor_overrides=overrides)[0]
+    return make_pre_post_processors(config, pretrained_path=expanded(path), preprocessor_overrides=overrides)[0]
 
 
 def _plain(config: Any, path: str, revision: str | None = None) -> Any:

@@ -12,6 +12,7 @@ import draccus
 import yaml
 from draccus.utils import ParsingError
 
+from craft_optim._paths import local
 from craft_optim._step.rules import Rules
 from craft_optim.dual import Controller, make_controller
 from craft_optim.schedules import Cosine, Exponential, Linear, Schedule
@@ -61,6 +62,11 @@ class AnchorSettings:
     batch_size: int = 16
     workers: int = 0
     heldout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Path):
+                object.__setattr__(self, name, local(value))
 
     @property
     def has_source(self) -> bool:
@@ -206,7 +212,7 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
     named = [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
     file = named[-1] if named else None
     if file:
-        _merge(merged, _read_file(Path(file)))
+        _merge(merged, _read_file(local(file)))
     for flag in arguments:
         name, _, text = flag.removeprefix("--").partition("=")
         if name != "config":

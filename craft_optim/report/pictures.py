@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from craft_optim._paths import local
 from craft_optim.evaluation.plots import require_matplotlib
 from craft_optim.report.page import COLOURS
 from craft_optim.report.panels import Group, Panel, groups, panels
@@ -24,6 +25,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
+    folder = local(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = groups(runs)
     drawn = panels(found)

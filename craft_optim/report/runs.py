@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from craft_optim._paths import local
 from craft_optim.metrics import METRICS
 
 __all__ = ["Column", "Run", "files_of", "named", "read_file", "read_runs"]
@@ -268,7 +269,7 @@ def read_runs(specs: Sequence[str]) -> list[Run]:
     found: list[Run] = []
     for spec in specs:
         name, place = named(spec)
-        for file in files_of(Path(place)):
+        for file in files_of(local(place)):
             found += [run for run in read_file(file, name) if not any(_same(run, other) for other in found)]
     return _distinct(found)
 

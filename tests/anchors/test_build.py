@@ -225,7 +225,7 @@ def test_outputs_that_are_not_finite_are_refused(
         settings = {"top_k": 4}  # a class without mass is no obstacle where it is one of the others
         build(Broken(value), [points], tmp_path / "others", top_k=2)
     with pytest.raises(ValueError, match="not finite"):
-        build(Broken(value), [points], tmp_path / "c", **settings)
+        build(Broken(value), [points], tmp_path / "c", **settings, class_dim=-1)
     assert not contents(tmp_path / "c")
 
 
@@ -342,7 +342,13 @@ def test_arguments_out_of_range_are_refused(
     classifier: nn.Module, points: Tensor, tmp_path: Path, settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        build(classifier, [points], tmp_path, **{"class_dim": None if "output" in settings else -1, **settings})
+        build(
+            classifier,
+            [points],
+            tmp_path,
+            **{"class_dim": None if "output" in settings else -1, **settings},
+            class_dim=-1,
+        )
     assert not contents(tmp_path)
 
 

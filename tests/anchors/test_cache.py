@@ -1,9 +1,12 @@
 """What is written comes back bit for bit; what is damaged is refused with a clear error."""
 
+import gc
+import hashlib
 import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from craft_optim.anchors import AnchorCache, AnchorCacheError, Reading, build
+from craft_optim.anchors import AnchorCache, AnchorCacheError, LogitRetention, Reading, build
 from craft_optim.anchors.manifest import manifest_text
 from craft_optim.anchors.outputs import Output
+from craft_optim.anchors.shards import Shard
 from craft_optim.anchors.structure import flatten
 
 Batches = Callable[..., list[dict[str, Any]]]
@@ -308,6 +312,19 @@ def test_another_shard_of_the_same_size_is_refused(cache: AnchorCache) -> None:
         (lambda d: d["features"].update(layers=[1.5]), "'layers'"),
         (lambda d: d["features"].update(layers=[7]), "lacks features.hidden.7.all"),
         (lambda d: d["features"].update(top_k=2), "lacks features.topk"),
+        (lambda d: d["features"].update(logits="top_k"), "'top_k' must be >= 1, at most the classes. Found None"),
+        (lambda d: d["features"].update(logits="top_k", top_k=5), "'top_k' must be >= 1, .* Found 5"),
+        (lambda d: d["features"].update(logits="top_k", top_k=0), "'top_k' must be"),
+        (lambda d: d["features"]["outputs"][""].update(size=None), "'size' must be int"),
+        (lambda d: d["features"]["outputs"][""].update(size=1 << 40), "'outputs' must be"),
+        (lambda d: d["features"]["outputs"][""].update(size=-4), "'outputs' must be"),
+        (lambda d: d["features"]["outputs"][""].update(size=5), "features.logprobs have 4 entries, it speaks of 5"),
+        (lambda d: d["features"]["outputs"][""].update(kind="numbers"), "'outputs' must be"),
+        (lambda d: d["features"]["outputs"][""].update(dim=0), "'outputs' must be"),
+        (lambda d: d["features"].update(scales={"": [1.0]}), "'scales' must be"),
+        (lambda d: d["features"]["variances"].update({"hidden.module:1.all": float("inf")}), "'variances' must be"),
+        (lambda d: d["features"]["variances"].update({"hidden.module:1.all": float("nan")}), "'variances' must be"),
+        (lambda d: d["features"]["variances"].update({"hidden.module:1.all": -1}), "'variances' must be"),
         (lambda d: d["inputs"].update(kind="list"), "'list'"),
         (lambda d: d["inputs"].update(names=["0", "1"]), "lacks inputs.1"),
         (lambda d: d["teacher"].update(fingerprint=1), "'fingerprint' must be str"),
@@ -328,6 +345,206 @@ def test_a_wrong_manifest_is_refused(cache: AnchorCache, change: Callable[[dict[
     edit(cache.path, change)
     with pytest.raises(AnchorCacheError, match=words):
         AnchorCache.open(cache.path)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any], shard: int = 0) -> None:
+    """Changes a shard, and the manifest with it, so that every checksum is right."""
+    file = path / f"shard-{shard:05d}.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+    size, sha256 = file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()
+    edit(path, lambda d: d["shards"][shard].update(bytes=size, sha256=sha256))
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 5, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("shard", [0, 1])
+def test_indices_beyond_the_classes_are_refused(
+    wrong: int, shard: int, classifier: nn.Module, points: Tensor, tmp_path: Path
+) -> None:
+    """On an accelerator they would cost the process its context."""
+    build(classifier, [points[:8]], tmp_path, top_k=2, shard_size=4, progress=False)
+    rewrite(tmp_path, lambda tensors: tensors["features.topk_indices"].view(-1)[3:4].fill_(wrong), shard)
+    damaged = AnchorCache.open(tmp_path)
+    damaged.verify()
+    damaged.read(range(8), features=False)
+    damaged.read(range(4 * (1 - shard), 4 * (1 - shard) + 4))
+    with pytest.raises(AnchorCacheError, match=r"topk_indices must name classes from 0 to 3\. Found .*overwrite=True"):
+        damaged.read(range(4 * shard, 4 * shard + 4))
+    with pytest.raises(AnchorCacheError, match="topk_indices must name classes"):
+        LogitRetention(classifier, damaged, batch_size=8)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
+def test_indices_of_another_dtype_are_refused(
+    dtype: torch.dtype, classifier: nn.Module, points: Tensor, tmp_path: Path
+) -> None:
+    build(classifier, [points[:8]], tmp_path, top_k=2, progress=False)
+    names = ("features.topk_indices", "fills.features.topk_indices")
+    rewrite(tmp_path, lambda t: t.update({name: t[name].to(dtype) for name in names if name in t}))
+    with pytest.raises(AnchorCacheError, match=r"topk_indices are torch\..*instead of whole numbers"):
+        AnchorCache.open(tmp_path)
+
+
+@pytest.mark.parametrize("width", [2**31 - 1, 2**20 + 101, -1])
+def test_a_small_file_does_not_make_a_large_tensor(width: int, tmp_path: Path) -> None:
+    batch = {"x": torch.randn(4, 3), "padded": torch.tensor([5, 3, 0, 0, 0, 0, 0, 0]).repeat(4, 1)}
+    cache = build(
+        nn.Linear(3, 2), [batch], tmp_path, Reading(lambda model, b: model(b["x"])), progress=False, class_dim=-1
+    )
+    assert torch.equal(cache.read([2]).inputs["padded"], batch["padded"][:1])  # type: ignore[index, call-overload]
+    rewrite(tmp_path, lambda tensors: tensors["widths.inputs.padded"][2:3].fill_(width))
+    damaged = AnchorCache.open(tmp_path, cache.reading)
+    with pytest.raises(AnchorCacheError, match="do not fit the lengths"):
+        damaged.read([2])
+
+
+def test_very_long_padding_is_written_out(tmp_path: Path) -> None:
+    """Left out, it could not be told from a file that lies about its lengths."""
+    batch = {"x": torch.randn(2, 3), "padded": torch.zeros(2, 2**20 + 100, dtype=torch.bool)}
+    cache = build(
+        nn.Linear(3, 2), [batch], tmp_path, Reading(lambda model, b: model(b["x"])), progress=False, class_dim=-1
+    )
+    assert torch.equal(cache.read([1, 0]).inputs["padded"], batch["padded"])  # type: ignore[index, call-overload]
+
+
+@pytest.mark.parametrize("shape", [[50, 0, 2**62], [50, 2**30, 0, 2**30], [50, 0, 10**400]])
+def test_empty_tensors_of_impossible_shapes_are_refused(shape: list[int], cache: AnchorCache) -> None:
+    file = cache.path / "shard-00000.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header["inputs.more"] = {"dtype": "F32", "shape": [16, *shape[1:]], "data_offsets": [len(rest)] * 2}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+    edit(cache.path, lambda d: d["shards"][0].update(bytes=file.stat().st_size))
+    with pytest.raises(AnchorCacheError, match=r"'inputs\.more' contradicts itself"):
+        AnchorCache.open(cache.path)
+
+
+def test_an_index_has_no_index(tmp_path: Path) -> None:
+    batch = {"x": torch.randn(4, 3), "padded": torch.tensor([5, 3, 0, 0, 0, 0, 0, 0]).repeat(4, 1)}
+    cache = build(
+        nn.Linear(3, 2), [batch], tmp_path, Reading(lambda model, b: model(b["x"])), progress=False, class_dim=-1
+    )
+    more = {"lengths.lengths.inputs.padded": torch.ones(4, dtype=torch.int32)}
+    rewrite(tmp_path, lambda tensors: tensors.update(more))
+    with pytest.raises(AnchorCacheError, match="belongs to no tensor"):
+        AnchorCache.open(tmp_path, cache.reading)
+
+
+def test_more_anchors_than_bytes_are_refused(tmp_path: Path) -> None:
+    header = json.dumps({"inputs.0": {"dtype": "F32", "shape": [10**12, 0], "data_offsets": [0, 0]}}).encode()
+    data = len(header).to_bytes(8, "little") + header
+    (tmp_path / "shard-00000.safetensors").write_bytes(data)
+    with pytest.raises(AnchorCacheError, match="cannot be those of 1000000000000 anchors"):
+        Shard(tmp_path / "shard-00000.safetensors", 10**12, len(data), {})
+
+
+# Moves
+
+
+def moved(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def moved_and_rebuilt(folder: Path) -> None:
+    moved(folder)
+    build(nn.Linear(6, 4), [torch.randn(50, 6)], folder, shard_size=16, progress=False, class_dim=-1)
+
+
+def copied_back(folder: Path) -> None:
+    shutil.copytree(folder, folder.with_name("copy"), copy_function=shutil.copyfile)
+    shutil.rmtree(folder)
+    folder.with_name("copy").rename(folder)
+
+
+def touched(folder: Path) -> None:
+    for number, file in enumerate(folder.iterdir()):
+        os.utime(file, ns=(10**18, 10**18 + number))
+
+
+def synchronised(folder: Path) -> None:
+    """As rsync does it: written aside, with the old time, and renamed."""
+    for file in list(folder.iterdir()):
+        shutil.copy2(file, file.with_name("aside"))
+        os.replace(file.with_name("aside"), file)
+
+
+def written_again_in_place(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes())
+
+
+MOVES = [moved, moved_and_rebuilt, copied_back, touched, synchronised, written_again_in_place]
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize("move", MOVES)
+def test_a_cache_that_moves_is_still_read(
+    move: Callable[[Path], None], read_before: bool, cache: AnchorCache, points: Tensor
+) -> None:
+    if read_before:
+        cache.read(range(20))
+    for _ in range(1 if move in (moved, moved_and_rebuilt) else 2):
+        move(cache.path)
+        assert torch.equal(cache.read(range(50)).inputs, points)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_cache_that_is_built_anew_under_a_run_is_other_content(
+    read_before: bool, cache: AnchorCache, points: Tensor
+) -> None:
+    """Its files have the same names, sizes and headers. Files that are open are still those of the old one."""
+    if read_before:
+        cache.read(range(50))
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+    build(
+        model, points.split(7), cache.path, shard_size=16, layers=("1",), overwrite=True, progress=False, class_dim=-1
+    )
+    if read_before:
+        assert torch.equal(cache.read(range(50)).inputs, points)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(AnchorCacheError, match="has changed since the cache was opened"):
+            cache.read([0])
+
+
+def test_a_file_system_without_steady_times(cache: AnchorCache, points: Tensor, caplog: Any) -> None:
+    """Contents are compared a few times only; they take as long as reading the file."""
+    for number in range(8):
+        touched(cache.path)
+        os.utime(cache.path / "shard-00000.safetensors", ns=(0, number))
+        assert torch.equal(cache.read([3]).inputs, points[3:4])  # type: ignore[arg-type]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    os.truncate(cache.path / "shard-00000.safetensors", 1000)
+    with pytest.raises(AnchorCacheError, match=r"changed|cut short"):
+        cache.read([3])
+
+
+def test_a_build_on_a_file_system_without_steady_times(
+    classifier: nn.Module, points: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from craft_optim.anchors import build_folder as module
+
+    variance = module.mean_variance
+
+    def later(shards: list[Shard], key: str) -> float:
+        for number, shard in enumerate(shards):
+            os.utime(shard.path, ns=(0, number))
+        return variance(shards, key)
+
+    monkeypatch.setattr(module, "mean_variance", later)
+    cache = build(classifier, points.split(7), tmp_path, shard_size=16, layers=("1",), progress=False, class_dim=-1)
+    assert cache.features.variances["hidden.module:1.all"] > 0.0
+
+
+def test_a_cache_in_another_process_is_found_by_its_path(cache: AnchorCache, points: Tensor) -> None:
+    state = pickle.dumps(cache)
+    moved(cache.path)
+    with pytest.raises(AnchorCacheError, match="cannot be read any more"):
+        pickle.loads(state).read([0])
+    cache.path.with_name("elsewhere").rename(cache.path)
+    assert torch.equal(pickle.loads(state).read([0]).inputs, points[:1])
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
@@ -360,6 +577,43 @@ def test_damaged_bytes_anywhere_never_crash(cache: AnchorCache) -> None:
             refused += 1
         path.write_bytes(original)
     assert refused >= 100
+
+
+def test_nothing_is_left_to_warn_of(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+    """Files and folders are closed with the last who reads them; nobody is told of files left open."""
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = build(
+            classifier, points.split(7), tmp_path / "c", shard_size=16, layers=("1",), progress=False, class_dim=-1
+        )
+        cache.read(range(50))
+        cache.verify()
+        del cache
+        gc.collect()
+    assert [str(w.message) for w in caught if issubclass(w.category, ResourceWarning)] == []
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_building_holds_few_descriptors(
+    classifier: nn.Module, points: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variances are taken over all shards, of which there may be more than a process may have files."""
+    from craft_optim.anchors import files as module
+
+    most, opening = 0, module.OpenFile.__init__
+
+    def counted(self: Any, *args: Any, **settings: Any) -> None:
+        nonlocal most
+        opening(self, *args, **settings)
+        most = max(most, len(os.listdir("/dev/fd")))
+
+    monkeypatch.setattr(module.OpenFile, "__init__", counted)
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))
+    build(classifier, [points], tmp_path, shard_size=1, layers=("1",), progress=False, class_dim=-1)
+    assert most <= before + 6
 
 
 def test_file_descriptors_are_few(cache: AnchorCache, points: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

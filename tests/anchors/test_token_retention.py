@@ -175,6 +175,29 @@ def test_imported_tokens_are_checked_by_what_the_model_would_say(
         TokenRetention(llama, write_cache(tmp_path / "wrong", [(inputs, {"labels": wrong})], FeatureSpec()), 6)()
 
 
+@pytest.mark.parametrize(
+    ("token", "error", "words"),
+    [
+        (60, AnchorMismatchError, "gives logits of 60 classes, the tokens in .* go up to 60"),
+        (2**31 - 1, AnchorMismatchError, "go up to 2147483647"),
+        (-1, AnchorCacheError, "tokens must name classes from 0"),
+        (-99, AnchorCacheError, "tokens must name classes from 0"),
+    ],
+)
+def test_tokens_that_the_model_does_not_have_are_refused(
+    token: int, error: type[Exception], words: str, llama: nn.Module, token_batches: Batches, tmp_path: Path
+) -> None:
+    """The model has 60. On an accelerator they would cost the process its context, or not count without a word."""
+    (inputs,) = token_batches((4, 7))
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -2:] = 5
+    labels[2, -1] = token
+    cache = write_cache(tmp_path / "anchors", [(inputs, {"labels": labels})], FeatureSpec())
+    retention = TokenRetention(llama, cache, 4, strict=False)
+    with pytest.raises(error, match=words):
+        retention()
+
+
 def test_what_cannot_be_is_refused(
     llama: nn.Module, classifier: nn.Module, points: Tensor, token_batches: Batches, tmp_path: Path
 ) -> None:

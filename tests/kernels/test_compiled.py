@@ -1,9 +1,4 @@
-"""The compiled pass: its compiler, its cache, its threads, and its bfloat16."""
-
-import ctypes
-import logging
-import subprocess
-import sys
+"""The compiled pass: its threads, and its bfloat16."""
 
 import numpy as np
 import pytest
@@ -12,17 +7,9 @@ import torch
 from craft_optim._step.decision import Weights
 from craft_optim._step.kernels import compiled
 from craft_optim._step.kernels.compiled import CompiledPairs, Vectors
-from craft_optim.functional import gram, project_and_merge_
+from craft_optim.functional import gram
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler")
-
-
-@pytest.fixture
-def forget():
-    """The library is looked for again, in the test and after it."""
-    compiled._library.cache_clear()
-    yield
-    compiled._library.cache_clear()
 
 
 def compiled_pairs(task, retention, segments=None):
@@ -97,59 +84,3 @@ def test_scales_that_float32_cannot_hold_need_no_second_pass():
 def test_gradients_of_different_size_are_refused_before_memory_is_touched():
     with pytest.raises(ValueError, match="same shapes"):
         gram([torch.ones(4)], [torch.ones(5)])
-
-
-def test_without_a_compiler_torch_does_the_work_and_the_log_says_so(forget, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with caplog.at_level(logging.INFO, logger=compiled.__name__):
-        assert compiled.library() is None
-        task, retention = pairs(5)
-        expected = task[0] + retention[0]
-        project_and_merge_(task, retention, lam=1.0, project=False)
-        torch.testing.assert_close(retention[0], expected)
-    assert len(caplog.records) == 1, "said once"
-    assert "no-such-compiler" in caplog.text
-
-
-def test_what_the_compiler_says_is_in_the_log(forget, tmp_path, monkeypatch, caplog):
-    failing = tmp_path / "failing"
-    failing.write_text("#!/bin/sh\necho unknown flag >&2; exit 1\n")
-    failing.chmod(0o755)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(failing))
-    with caplog.at_level(logging.INFO, logger=compiled.__name__):
-        assert compiled.library() is None
-    assert "unknown flag" in caplog.text
-    assert list((tmp_path / "craft-optim").iterdir()) == [], "nothing half-made is left"
-
-
-def test_it_is_compiled_once(forget, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiled.library() is not None
-    assert len(list((tmp_path / "craft-optim").iterdir())) == 1
-    compiled._library.cache_clear()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert compiled.library() is not None
-
-
-def test_a_home_that_cannot_be_written_to(forget, tmp_path, monkeypatch):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert isinstance(compiled.library(), ctypes.CDLL)
-
-
-def test_several_processes_may_compile_at_once(tmp_path):
-    code = """
-import os
-from craft_optim._step.kernels import compiled
-first = os.fork()
-found = compiled.library() is not None
-if not first:
-    os._exit(0 if found else 1)
-assert found and os.waitpid(first, 0)[1] == 0
-"""
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert len(list((tmp_path / "craft-optim").iterdir())) == 1

@@ -1,23 +1,10 @@
-"""One pass of C++ over gradients in host memory; see compiled.cpp.
-
-The library is compiled when it is first needed (a fraction of a second) and kept in the user's cache folder. Without a
-compiler, or with CRAFT_OPTIM_COMPILE=0 in the environment, there is none, and torch operations do the work.
-"""
+"""One pass of C++ over gradients in host memory; see compiled.cpp, and `loading` for how it comes to run."""
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..decision import Weights
+from .loading import library
 from .pairs import cut
 
 __all__ = ["KINDS", "PLAIN", "CompiledPairs", "Vectors", "library"]
@@ -32,14 +20,6 @@ __all__ = ["KINDS", "PLAIN", "CompiledPairs", "Vectors", "library"]
 # What compiled.cpp calls the kinds of elements. Half precision is not among them: gradients of models that train in it
 # on a CPU are rare, and it would need conversions of its own.
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
-_SOURCE = Path(__file__).with_name("compiled.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# By what torch says of the processor, not -march=native: a home folder may be shared between machines.
-_FLAGS_OF_PROCESSOR = {
-    "AVX2": ("-mavx2", "-mfma"),
-    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"),
-}
 
 # Elements per piece, and per thread at least: to start a thread takes the time of a hundred thousand.
 _PIECE = 1 << 18
@@ -49,57 +29,6 @@ _PER_THREAD = 1 << 23
 PLAIN = {Tensor, torch.nn.Parameter}
 
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
-
-_log = logging.getLogger(__name__)
-
-
-def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None."""
-    return None if os.environ.get("CRAFT_OPTIM_COMPILE") == "0" else _library()
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    try:
-        loaded = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or error
-        _log.info("no compiled surgery, torch operations do the work: %s", output)
-        return None
-    for function in (loaded.craft_dots, loaded.craft_merge):
-        function.restype = None
-    return loaded
-
-
-def _compiled() -> Path:
-    """The library's file; compiles it if there is none.
-
-    Raises:
-        OSError, subprocess.SubprocessError: If there is no compiler, or it fails.
-    """
-    flags = (*_FLAGS, *_FLAGS_OF_PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ()))
-    what = (_SOURCE.read_text(), *flags, platform.system(), platform.machine())
-    name = f"surgery-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "craft-optim"
-    if (cache / name).exists():
-        return cache / name
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler among c++, g++ and clang++")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=cache)
-    except OSError:  # a home that cannot be written to: then each process compiles for itself
-        cache = Path(tempfile.mkdtemp(prefix="craft-optim-"))
-        folder = tempfile.mkdtemp(dir=cache)
-    try:
-        # Written aside and renamed: several processes may begin at once.
-        made = Path(folder) / name
-        command = [compiler, *flags, str(_SOURCE), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        return made.replace(cache / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Vectors:

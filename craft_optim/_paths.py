@@ -1,0 +1,24 @@
+"""`~` at the beginning of a path is a home, wherever this package takes one: shells leave it as it is after `=`."""
+
+import os
+from pathlib import Path
+
+__all__ = ["expanded", "local"]
+
+
+def expanded(path: str | os.PathLike[str]) -> str:
+    """A path, or a hub id, with the home that `~` or `~name` at its beginning stands for; all else as it is.
+
+    Raises:
+        ValueError: This user has no home.
+    """
+    text = os.fspath(path)
+    found = os.path.expanduser(text)
+    if found.partition(os.sep)[0] == "~":
+        raise ValueError(f"`~` stands for a home, and this user has none. Found {text!r}: set HOME, or write it out.")
+    return found
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """`expanded`, as a Path."""
+    return Path(expanded(path))
