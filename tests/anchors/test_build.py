@@ -225,7 +225,7 @@ def test_outputs_that_are_not_finite_are_refused(
         settings = {"top_k": 4}  # a class without mass is no obstacle where it is one of the others
         build(Broken(value), [points], tmp_path / "others", top_k=2)
     with pytest.raises(ValueError, match="not finite"):
-        build(Broken(value), [points], tmp_path / "c", **settings, class_dim=-1)
+        build(Broken(value), [points], tmp_path / "c", **settings)
     assert not contents(tmp_path / "c")
 
 
