@@ -113,7 +113,9 @@ def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Nam
     """Writes down what the policy says about these frames before it is fine-tuned."""
     name, batches = args.policy or "small pi0_fast", task.batches(rows)
     if args.retention == "logits":
-        return anchors.build(policy, batches, path, anchors.Reading(action_logits, action_mask), model_id=name)
+        return anchors.build(
+            policy, batches, path, anchors.Reading(action_logits, action_mask), class_dim=-1, model_id=name
+        )
     pooling = {"image": "masked_mean", "text": "masked_mean"}
     reading = anchors.Reading(run_prefix, spans=prefix_spans, pooling=pooling)
     return anchors.build(policy, batches, path, reading, output=None, layers=args.layers, model_id=name)

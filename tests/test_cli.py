@@ -42,13 +42,13 @@ def batches():
         yield {"x": torch.randn(5, 6, generator=generator), "picture": torch.rand(5, 3, 8, 8, generator=generator)}
 
 def anchors():
-    return model(), batches(), {"reading": Reading(run), "model_id": "of the script", "shard_size": 7}
+    return model(), batches(), {"reading": Reading(run, class_dim=-1), "model_id": "of the script", "shard_size": 7}
 
 def moved():
-    return model(4.0), batches(), {"reading": Reading(run)}
+    return model(4.0), batches(), {"reading": Reading(run, class_dim=-1)}
 
 def plain():
-    return model(), [torch.ones(3, 6), torch.zeros(3, 6)]
+    return model(), [torch.ones(3, 6), torch.zeros(3, 6)], {"class_dim": -1}
 
 def broken():
     raise RuntimeError("of the user's own")

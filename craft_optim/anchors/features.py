@@ -148,8 +148,8 @@ class Extractor:
 
     def _check_rounding(self, values: Tensor) -> None:
         """Raises where the storage dtype is too coarse for how much the values vary."""
-        wide = values.flatten(0, -2).double()
-        spread = float(wide.var(0, correction=0).mean())
+        wide = values.double()
+        spread = float(wide.flatten(0, -2).var(0, correction=0).mean())
         apart = float((wide - values.to(self.dtype).double()).square().mean())
         if spread > 0.0 and not apart <= _COARSE * spread:
             raise ValueError(

@@ -202,7 +202,7 @@ def _output_of(cache: "AnchorCache", given: Reading) -> dict[str, Any]:
     dims: Any = {name: output.dim for name, output in held.items() if output.kind != "labels"}
     if not held or "" in held:
         kinds, dims = kinds.get(""), dims.get("")
-    asked = given.output
+    asked = "classes" if given.output == "auto" and given.class_dim is not None else given.output
     if asked not in ("auto", kinds) and not (cache.features.tokens and not held and asked == "classes"):
         raise AnchorMismatchError(
             f"The anchors in {cache.path} were built with output={kinds!r}. Found output={asked!r}: pass the `Reading` "

@@ -43,7 +43,7 @@ class Drift:
     """Drift of a model from a cache, by one of the retention closures.
 
     Attributes:
-        kind: "logits", "hidden" or "tokens".
+        kind: One of the cache's `kinds`.
         unit: Unit of all numbers here, in words.
         value: Mean over the valid positions of all anchors measured, a long anchor counting more than a short one: what
             the closure's `drift()` returns, and what a training holds at epsilon. Of hidden states the mean over layers
@@ -90,7 +90,8 @@ def drifts(
 ) -> list[Drift]:
     """Drift of the model from the cache on these anchors, for each kind that the cache holds.
 
-    Hidden states are compared by "mse", in units of the teacher's variance, or by "cosine" where that is zero.
+    Hidden states and values are compared by "mse", in units of the teacher's variance, or by "cosine" where that is
+    zero.
 
     Args:
         model: On its device; its flags are left as they are.
@@ -114,6 +115,7 @@ def drifts(
     settings = {"reading": reading, "workers": 0, "strict": False}
     varies = all(variance > 0.0 for variance in cache.features.variances.values())
     own = {"hidden": {"loss": "mse" if varies else "cosine"}}
+    own |= {name or "values": {"loss": "cosine"} for name, scales in cache.features.scales.items() if not any(scales)}
     members = {kind: cache.retention(model, kind, 1, **settings, **own.get(kind, {})) for kind in cache.kinds}
     with anchor_bar(progress, title) as (bar, _):
         shared = SharedPass(members, dict.fromkeys(members, 1.0))

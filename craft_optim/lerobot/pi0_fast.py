@@ -6,7 +6,7 @@ processors: the prompt holds the discretised, normalised state, so other statist
 
 Example:
     batches = (anchor_inputs(preprocessor(batch)) for batch in dataloader)
-    cache = anchors.build(policy, batches, "anchors/", anchors.Reading(action_logits, action_mask))
+    cache = anchors.build(policy, batches, "anchors/", anchors.Reading(action_logits, action_mask), class_dim=-1)
     retention = cache.retention(policy)
 """
 

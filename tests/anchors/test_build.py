@@ -347,7 +347,6 @@ def test_arguments_out_of_range_are_refused(
             [points],
             tmp_path,
             **{"class_dim": None if "output" in settings else -1, **settings},
-            class_dim=-1,
         )
     assert not contents(tmp_path)
 

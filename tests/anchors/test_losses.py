@@ -233,3 +233,41 @@ def test_shapes_and_masks_that_do_not_fit_are_refused() -> None:
         losses.topk_kl_divergence(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="all dimensions but the last"):
         losses.topk_kl_divergence(torch.zeros(3, 3), torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int32))
+
+
+# Independent labels, and similarities
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [0.01, 1.0, 20.0, 300.0])
+def test_bernoulli_kl_is_that_of_each_label(dtype: torch.dtype, scale: float) -> None:
+    student, teacher = (torch.randn(6, 3) * scale).to(dtype), (torch.randn(6, 3) * scale).to(dtype)
+    total = 0.0
+    for z, z0 in zip(student.double().flatten().tolist(), teacher.double().flatten().tolist(), strict=True):
+        for sign in (1.0, -1.0):  # log sigmoid(x) = -log(1 + exp(-x)), without overflow
+            logs = [min(sign * x, 0.0) - math.log1p(math.exp(-abs(x))) for x in (z, z0)]
+            total += math.exp(logs[1]) * (logs[1] - logs[0])
+    assert float(losses.bernoulli_kl(student, teacher)) == pytest.approx(total / 18, rel=1e-4, abs=1e-6)
+    assert float(losses.bernoulli_kl(teacher, teacher)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_bernoulli_kl_is_the_kl_of_two_classes() -> None:
+    student, teacher = torch.randn(7, 1), torch.randn(7, 1)
+    both = (torch.cat([torch.zeros_like(x), x], 1) for x in (student, teacher))
+    assert float(losses.bernoulli_kl(student, teacher)) == pytest.approx(float(losses.kl_divergence(*both)), rel=1e-5)
+
+
+def test_the_gradient_of_bernoulli_kl_is_that_of_its_logits() -> None:
+    student, teacher = torch.tensor([[-1e4, 0.3, 1e4]], requires_grad=True), torch.tensor([[1e4, -0.4, -1e4]])
+    (found,) = torch.autograd.grad(losses.bernoulli_kl(student, teacher), student)
+    torch.testing.assert_close(found, (student.sigmoid() - teacher.sigmoid()).detach() / 3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_similarities_are_compared_pair_by_pair(dtype: torch.dtype) -> None:
+    student, teacher = torch.randn(5, 4).to(dtype), torch.randn(5, 4).to(dtype)
+    s, t = ((x.double() / x.double().norm(dim=1, keepdim=True)) for x in (student, teacher))
+    expected = [float((s[i] @ s[j] - t[i] @ t[j]) ** 2) for i in range(5) for j in range(5) if i != j]
+    assert float(losses.similarity_mse(student, teacher)) == pytest.approx(sum(expected) / 20, rel=1e-4)
+    with pytest.raises(ValueError, match="two vectors"):
+        losses.similarity_mse(student[:1], teacher[:1])

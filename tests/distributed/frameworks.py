@@ -167,7 +167,7 @@ def peft(parallel):
             fully_shard(module)
     share = dist.get_world_size()
     inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
-    reading = Reading(mask=lambda x: x[:, 0] > 0.3)
+    reading = Reading(mask=lambda x: x[:, 0] > 0.3, class_dim=-1)
     retention = OnlineRetention(model, inputs, ANCHORS // share, reading=reading)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = CraftOptimizer(BASES["adamw"](trainable), retention, epsilon=1e-3)

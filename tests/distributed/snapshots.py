@@ -5,7 +5,7 @@ from cases import ANCHORS, BASES, PARALLEL, full, network, samples
 from torch.nn.functional import cross_entropy
 
 from craft_optim import CraftOptimizer
-from craft_optim.anchors import OnlineRetention
+from craft_optim.anchors import OnlineRetention, Reading
 from craft_optim.anchors.teachers import Snapshot
 
 
@@ -20,9 +20,8 @@ def run(parallel, teacher, steps=4):
 
     base = BASES["adamw"](wrapped.parameters())
     evaluate()
-    retention = OnlineRetention(
-        wrapped, anchors, ANCHORS // world_size, teacher=Snapshot(wrapped) if teacher == "snapshot" else network()
-    )
+    beside = Snapshot(wrapped) if teacher == "snapshot" else network()
+    retention = OnlineRetention(wrapped, anchors, ANCHORS // world_size, teacher=beside, reading=Reading(class_dim=-1))
     optimizer = CraftOptimizer(base, retention, epsilon=0.01)
     seen = []
     for step in range(steps):

@@ -133,7 +133,7 @@ with locked(folder, rank):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     x = torch.randn(10, 6)
     writer.expect(Structure("tensor", ("0",)), {"0": x})
-    writer.add({"0": x}, {"logprobs": x}, 6)
+    writer.add({"0": x}, {"logprobs": x}, {})
     writer.finish()
 """
     first = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.PIPE, text=True)

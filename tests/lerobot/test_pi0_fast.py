@@ -84,7 +84,7 @@ def test_spans_count_every_camera_and_leave_padding_out(policy, batch):
 
 def build(policy, batches, path, kind):
     if kind == "logits":
-        cache = anchors.build(policy, batches, path, anchors.Reading(action_logits, action_mask))
+        cache = anchors.build(policy, batches, path, anchors.Reading(action_logits, action_mask), class_dim=-1)
         return anchors.LogitRetention(policy, cache, batch_size=16)
     cache = anchors.build(
         policy,
