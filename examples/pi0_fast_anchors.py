@@ -22,4 +22,4 @@ def drawer(episodes: int = 8) -> tuple[Any, list[Any], dict[str, Any]]:
     frames = load_frames(ASSETS / "demonstrations" / OLD_TASK, policy.config.chunk_size, episodes=list(range(episodes)))
     prepared = PreparedFrames(frames, make_processors(policy, path=ASSETS / "pretrained")[0])
     batches = [anchor_inputs(prepared.train_batch(rows)) for rows in torch.split(prepared.train_indices, 32)]
-    return policy, batches, {"reading": Reading(action_logits, action_mask), "model_id": "small pi0_fast"}
+    return policy, batches, {"reading": Reading(action_logits, action_mask, class_dim=-1), "model_id": "small pi0_fast"}

@@ -49,7 +49,7 @@ def test_checkpoints(home):
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy.parameters(), strict=True))
     with pytest.raises(FileNotFoundError, match=str(home / "nothing")):
         load_preprocessor(policy, "~/nothing", "cpu")
-    plain = {"reading": None, "logits": True, "layers": (), "progress": False}
+    plain = {"reading": None, "output": "classes", "layers": (), "progress": False}
     cache = adapter_for(policy).build(torch.nn.Linear(3, 2), [torch.ones(2, 3)], "~/anchors", **plain)
     assert cache.path == home / "anchors"
 
