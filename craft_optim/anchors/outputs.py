@@ -204,7 +204,7 @@ def _remedy_of_form(x: Any) -> str:
         if isinstance(x, tuple)
         else []
     )
-    if len(heads) > 1:
+    if heads:
         example = ", ".join(f'"{name}": "classes"' for name in heads[:2])
         return (
             "say what its parts are, output={" + example + ', ...}, each "classes", "labels" or "values", pass a '
@@ -223,19 +223,23 @@ class _Question:
     def __init__(
         self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None, *, certain: bool
     ) -> None:
-        self.x, self.name, self.inputs, self.certain = x, name, inputs, certain
+        self.x, self.name, self.certain = x, name, certain
+        given = inputs.values() if isinstance(inputs, dict) else [inputs] if isinstance(inputs, Tensor) else inputs
+        self.inputs = [x for x in given if isinstance(x, Tensor)]
         self.one_each = x.ndim == 1 or (valid is not None and valid.shape == x.shape)  # a number for each position
         self.few = x.detach()[:4].float()
         self.model = base_model(model)
 
     def answer(self, kind: str, dim: int | None) -> Output:
         """Raises OutputError if there is none."""
+        x, told = self.x, dim is not None
         if kind == "auto":
-            kind, dim = ("classes", dim) if dim is not None else self._found()
-        x = self.x
+            kind, dim = ("classes", dim) if told else self._found()
         if kind == "classes":
             dim = self._class_dim() if dim is None else self._in_range(dim)
             self._check_classes(dim)
+            if told:
+                self._warn_of_places(dim)
         elif self.one_each:
             dim = x.ndim
         elif kind == "labels":
@@ -315,11 +319,7 @@ class _Question:
         """True if integers [B, T] go in, and as many numbers come out of each as there are different ones."""
         if self.x.ndim != 3:
             return False
-        inputs = self.inputs.values() if isinstance(self.inputs, dict) else self.inputs
-        tokens = any(
-            isinstance(x, Tensor) and not x.is_floating_point() and x.shape == self.x.shape[:2]
-            for x in ([inputs] if isinstance(inputs, Tensor) else inputs)
-        )
+        tokens = any(not x.is_floating_point() and x.shape == self.x.shape[:2] for x in self.inputs)
         sizes = {m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)}
         widths = {m.embedding_dim for m in self.model.modules() if isinstance(m, nn.Embedding)}
         return tokens and self.x.shape[-1] in sizes - widths
@@ -337,6 +337,14 @@ class _Question:
                 f"dimension {dim}. Pass a `forward=` that leaves the softmax out, or takes the logarithm."
             )
 
+    def _warn_of_places(self, dim: int) -> None:
+        shape = self.x.shape
+        if dim > 1 and any(x.ndim == len(shape) > 3 and x.shape[2:] == shape[2:] for x in self.inputs):
+            warn(
+                f"Dimension {dim} of the output {tuple(shape)} is taken for {shape[dim]} classes, and the input has the "
+                f"same size there, as of rows or columns of a picture. Is it class_dim=1, {shape[1]} classes?",
+            )
+
     def _warn_of_probabilities(self) -> None:
         low, high = torch.aminmax(self.x.detach())
         if self.x.numel() >= 16 and float(low) >= 0.0 and float(high) <= 1.0:
@@ -352,12 +360,9 @@ class _Question:
         shape, ndim = self.x.shape, self.x.ndim
         one = 'output="labels"' if not self.name else f'output={{"{self.name}": "labels", ...}}'
         ways = []
-        dims = [dim for dim in range(1, ndim) if shape[dim] > 1]
-        if dims:
-            dim = 1 if ndim > 3 else ndim - 1
-            dim = dim if dim in dims else dims[0]
-            shown = dim if ndim > 3 else dim - ndim
-            ways.append(f"class_dim={shown} if its {shape[dim]} entries are classes of one softmax (cross-entropy)")
+        dim = 1 if ndim > 3 else -1
+        if ndim > 1 and shape[dim] > 1:
+            ways.append(f"class_dim={dim} if its {shape[dim]} entries are classes of one softmax (cross-entropy)")
         ways.append(f"{one} if every number is the logit of a label of its own (binary cross-entropy)")
         ways.append(f"{one.replace('labels', 'values')} if they are values: a regression, a denoiser, an embedding")
         return f"Pass to `build`, or set in the Reading: {'; '.join(ways)}."

@@ -71,7 +71,7 @@ def disturb(model: nn.Module, scale: float = 0.3) -> None:
         (mlp(3), torch.randn(4, 6), ["class_dim=-1 if its 3 entries", 'output="labels"', 'output="values"']),
         (nn.Sequential(mlp(1), nn.Flatten(0)), torch.randn(4, 6), ['output="labels"', 'output="values"']),
         (maps(5), torch.randn(4, 3, 6, 7), ["class_dim=1 if its 5 entries", 'output="labels"']),
-        (maps(1), torch.randn(4, 3, 6, 7), ["class_dim=2", 'output="labels"', 'output="values"']),
+        (maps(1), torch.randn(4, 3, 6, 7), ['output="labels"', 'output="values"']),
         (Series(), torch.randn(4, 6), ["class_dim=-1 if its 2 entries", 'output="values"']),
     ],
     ids=["one", "several", "squeezed", "map", "map of one", "series"],
@@ -122,6 +122,11 @@ def test_what_it_cannot_be_is_refused(model: nn.Module, settings: dict[str, Any]
     with pytest.raises((ValueError, TypeError), match=words):
         build(model, [inputs], tmp_path, **settings)
     assert not (tmp_path / "cache.json").exists()
+
+
+def test_rows_of_a_picture_for_classes_are_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Dimension 3 .* 7 classes, .* Is it class_dim=1, 4 classes"):
+        build(maps(4), [torch.randn(8, 3, 6, 7)], tmp_path, class_dim=-1)
 
 
 def test_probabilities_for_labels_are_warned_of(tmp_path: Path) -> None:
