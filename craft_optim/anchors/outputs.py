@@ -341,8 +341,8 @@ class _Question:
         shape = self.x.shape
         if dim > 1 and any(x.ndim == len(shape) > 3 and x.shape[2:] == shape[2:] for x in self.inputs):
             warn(
-                f"Dimension {dim} of the output {tuple(shape)} is taken for {shape[dim]} classes, and the input has the "
-                f"same size there, as of rows or columns of a picture. Is it class_dim=1, {shape[1]} classes?",
+                f"Dimension {dim} of the output {tuple(shape)} is taken for {shape[dim]} classes, and the input has "
+                f"the same size there, as of rows or columns of a picture. Is it class_dim=1, {shape[1]} classes?",
             )
 
     def _warn_of_probabilities(self) -> None:
