@@ -9,8 +9,9 @@ def test_a_run_and_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     import how_many_anchors
 
-    few = {"anchors-64": ("8 anchors", {"anchors.count": 8})}
+    few = {"anchors-64": ("8 anchors", 8, {})}
     monkeypatch.setattr(how_many_anchors, "RUNS", few)
+    monkeypatch.setattr(how_many_anchors, "HELD_OUT", (4, 8))
     how_many_anchors.main(["--steps=2", f"--out={tmp_path}"])
     (_, last) = how_many_anchors.rows_of(tmp_path / "anchors-64")
     printed = capsys.readouterr().out

@@ -8,8 +8,8 @@ import pytest
 from training import CRAFT, NEW, OLD, arguments, pretrained, train
 
 from craft_optim._warn import CraftWarning
-from craft_optim.lerobot.run import _check_task
-from craft_optim.lerobot.settings import AnchorSettings, CraftSettings
+from craft_optim.lerobot.checks import check_task
+from craft_optim.lerobot.settings import AnchorSettings
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def test_which_anchors_are_of_the_new_task(data, chosen, warns):
     if "episodes" in data:
         trained["episodes"] = data["episodes"]
     named = {name: data[name] for name in ("root", "repo_id") if name in data}
-    settings = CraftSettings(anchors=AnchorSettings(**named, episodes=chosen))
+    anchors = AnchorSettings(**named, episodes=chosen)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _check_task(SimpleNamespace(dataset=SimpleNamespace(**trained)), settings)
+        check_task(SimpleNamespace(dataset=SimpleNamespace(**trained)), anchors)
     assert bool(caught) == warns
 
 
