@@ -22,6 +22,7 @@ from training import (
     arguments,
     checkpoint,
     copied,
+    late_dataset,
     pretrained,
     replaced,
     resume,
@@ -31,7 +32,7 @@ from training import (
 
 from craft_optim import CraftOptimizer
 from craft_optim.cli import main
-from craft_optim.lerobot import plugin
+from craft_optim.lerobot import plugin, run_anchors
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +313,103 @@ def test_whose_statistics_a_checkpoint_holds(act, tmp_path, choice, source):
 def test_wrong_settings(act, tmp_path, capsys, change, words):
     assert words in stopped_with(capsys, "act", act, *arguments(act, tmp_path / "out"), *CRAFT, *change)
     assert not (tmp_path / "out").exists()
+
+
+def never(*_, **__):
+    raise AssertionError("loaded, although it is known that the run cannot be")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--craft.epsilon=-1"], "--craft.epsilon must be a finite number >= 0"),
+        (["--craft.anchors.root=/nowhere/data"], "--craft.anchors.root must hold a LeRobotDataset"),
+        (["--craft.anchors.root=null", "--craft.anchors.path=nowhere"], "Found nowhere, which is no folder"),
+        (["--craft.anchors.episodes=[99]"], "has 40 episodes, 0 to 39. Found --craft.anchors.episodes=[99]"),
+        (["--craft.anchors.keep=prefix"], "`keep` must be one of ('actions',) for act"),
+        (["--craft.anchors.top-k=3"], "--craft.anchors.top_k is of logits, and of act actions are kept"),
+        (['--craft.anchors.rename_map={"observation.image": "observation.front"}'], "act looks at the cameras"),
+        (["--craft.anchors.video_backend=vhs"], "must be one of torchcodec, pyav"),
+        (["--craft.anchors.tolerance_s=-1"], "must be seconds > 0"),
+        (["--craft.anchors.revision=main"], "is of datasets of the hub"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_loaded(act, tmp_path, capsys, monkeypatch, change, words):
+    for name in ("make_train_eval_datasets", "make_policy"):
+        monkeypatch.setattr(lerobot_train, name, never)
+    said = stopped_with(capsys, "act", act, *arguments(act, tmp_path / "out"), *CRAFT, *change)
+    (line,) = [line for line in said.splitlines() if line.startswith("craft: ")]
+    assert words.replace("`keep`", "--craft.anchors.keep") in line
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_setting_of_a_run_that_goes_on(act, finished_run, tmp_path, capsys, monkeypatch):
+    """Its settings are those of the checkpoint, changed: what belongs together need not be given together."""
+    out = copied(finished_run, tmp_path / "out", until=2)
+    monkeypatch.setattr(lerobot_train, "make_train_eval_datasets", never)
+    for flag, words in (("epsilon=-1", "--craft.epsilon must be"), ("epsilon_start=1", "belong together")):
+        said = stopped_with(capsys, "act", act, *resume(out, 2), f"--craft.{flag}")
+        assert words in said
+        assert said.count("craft: ") == 1
+
+
+def test_the_processes_of_a_machine_tell_it_once(capsys, monkeypatch):
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with replaced(), pytest.raises(SystemExit):
+            plugin.install(["--craft.epsilon=-1"])
+        assert capsys.readouterr().err.count("craft: ") == times
+
+
+def test_who_wants_the_traceback_has_it(capsys):
+    with replaced(), pytest.raises(ValueError, match="must be a finite number"):
+        plugin.install(["--craft.epsilon=-1"], debug=True)
+
+
+def test_anchors_are_built_before_lerobot_draws_its_bar(act, tmp_path, monkeypatch):
+    order = []
+
+    class Bar:
+        def __init__(self, **_):
+            order.append("drawn")
+
+        def update(self, number):
+            order.append("step")
+
+        def refresh(self):
+            pass
+
+        close = refresh
+
+    def build(*args, **settings):
+        order.append("built")
+        return run_anchors.build_anchors(*args, **settings)
+
+    monkeypatch.setattr(lerobot_train, "tqdm", Bar)
+    monkeypatch.setattr("craft_optim.lerobot.run.build_anchors", build)
+    train("act", act, *arguments(act, tmp_path / "out", steps=2), *CRAFT)
+    assert order == ["built", "drawn", "step", "step"]
+
+
+def test_the_trainings_settings_read_the_anchors(act, tmp_path, capsys):
+    """Time stamps that lie 2 ms beside the video's, as robots record them."""
+    late = late_dataset(tmp_path / "late")
+    given = [*CRAFT, f"--craft.anchors.root={late}"]
+    said = stopped_with(capsys, "act", act, *arguments(act, tmp_path / "a", steps=1), *given)
+    assert "(FrameTimestampError: " in said
+    assert "pass a larger `tolerance_s`" in said
+    assert said.count("craft: ") == 1
+    train("act", act, *arguments(act, tmp_path / "b", steps=1), *given, "--tolerance_s=0.01")
+    train("act", act, *arguments(act, tmp_path / "c", steps=1), *given, "--craft.anchors.tolerance-s=0.01")
+
+
+def test_a_cache_of_another_number_of_anchors(act, tmp_path, capsys):
+    given = [*CRAFT, f"--craft.anchors.path={tmp_path / 'anchors'}"]
+    train("act", act, *arguments(act, tmp_path / "a", steps=1), *given)
+    train("act", act, *arguments(act, tmp_path / "b", steps=1), *given)
+    said = stopped_with(capsys, "act", act, *arguments(act, tmp_path / "c", steps=1), *given, "--craft.anchors.count=6")
+    assert "holds a finished cache of 4 anchors, and 2 were asked for" in said
 
 
 def test_a_policy_that_was_never_trained(act, tmp_path, capsys):

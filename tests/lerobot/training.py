@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
+import pandas
 import small
 import torch
 from draccus.wrappers import docstring
@@ -240,6 +241,16 @@ def assert_same_run(one, other, step):
     assert not unlike, unlike[:5]
     assert state == found_state
     assert [row for row in rows(one) if row["step"] <= step] == rows(other)
+
+
+def late_dataset(folder):
+    """The old task with time stamps 2 ms beside its videos'."""
+    shutil.copytree(OLD, folder)
+    for file in (folder / "data").rglob("*.parquet"):
+        table = pandas.read_parquet(file)
+        late = table["timestamp"] + 0.002 * (table["frame_index"] > 0)
+        table.assign(timestamp=late.astype("float32")).to_parquet(file)
+    return folder
 
 
 def image_dataset(folder):
