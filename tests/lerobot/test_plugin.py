@@ -1,5 +1,6 @@
 """What the plugin does to a run besides training: metrics, checkpoints, settings; and nothing without its flag."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ import pytest
 import small
 import torch
 from lerobot.scripts import lerobot_train
+from lerobot.utils import import_utils
 from safetensors.torch import load_file
 from table import Table
 from training import (
@@ -32,7 +34,7 @@ from training import (
 
 from craft_optim import CraftOptimizer
 from craft_optim.cli import main
-from craft_optim.lerobot import plugin, run_anchors
+from craft_optim.lerobot import _noise, plugin, run_anchors
 
 
 @pytest.fixture(scope="module")
@@ -433,6 +435,58 @@ def test_the_command(act, tmp_path, monkeypatch):
         assert main(["train", "--craft.epsilon=1", "--craft.anchors.repo-id=you/old", "--policy.path=a"]) == 0
         assert lerobot_train.craft_run.settings.epsilon == 1.0, "and the hooks are in place"
     assert started[0][:3] == ["lerobot-train", plugin.TRAIN_FLAG, "--craft.epsilon=1"]
+
+
+def test_errors_of_lerobot_are_one_line_until_training_has_begun(tmp_path, monkeypatch, capsys):
+    anchors = "--craft.anchors.repo_id=you/old"
+
+    def stopped(error, begun):
+        def run():
+            lerobot_train.craft_run.retention = begun
+            raise error
+
+        monkeypatch.setattr(lerobot_train, "main", run)
+        with replaced():
+            return main(["train", anchors])
+
+    monkeypatch.setattr(sys, "argv", [])
+    assert stopped(FileExistsError("Output directory out already exists"), None) == 1
+    assert capsys.readouterr().err == "craft-optim train: Output directory out already exists (--debug shows where)\n"
+    assert stopped(KeyError("stats"), None) == 1
+    assert capsys.readouterr().err == "craft-optim train: KeyError: 'stats' (--debug shows where)\n"
+    with pytest.raises(KeyError):
+        stopped(KeyError("stats"), "a retention")
+    assert stopped(KeyboardInterrupt(), "a retention") == 130
+    assert "--resume=true --config_path=" in capsys.readouterr().err
+    with replaced(), pytest.raises(ValueError, match="must be a finite number"):
+        main(["train", "--debug", "--craft.epsilon=-1"])
+
+
+def test_the_help_has_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert "\n  --craft.epsilon=0.05\n      The drift to allow" in said
+    assert "\n  --craft.anchors.heldout=0.1\n" in said
+
+
+def test_one_line_where_torchcodec_cannot_be_loaded(monkeypatch):
+    """lerobot says it in a hundred, for each dataset again."""
+    said, listener = [], logging.Handler()
+    monkeypatch.setattr(listener, "emit", lambda record: said.append(record.getMessage()))
+    logger = logging.getLogger("lerobot.utils.import_utils")
+    monkeypatch.setattr(logger, "handlers", [listener])
+    monkeypatch.setattr(_noise, "_said", [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def cannot(name):
+        raise RuntimeError("Could not load libtorchcodec\nTraceback\n libavutil.so")
+
+    monkeypatch.setattr(importlib, "import_module", cannot)
+    assert [import_utils.get_safe_default_video_backend() for _ in range(2)] == ["pyav", "pyav"]
+    assert said == ["'torchcodec' is installed but cannot be loaded. Falling back to 'pyav' as a default decoder."]
+    logger.warning("another\nmessage")
+    assert said[1:] == ["another\nmessage"]
 
 
 def test_its_optimizer_is_the_presets(act, tmp_path):
