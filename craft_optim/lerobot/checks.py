@@ -91,15 +91,16 @@ def find_cache(folder: Path, begun_with: str | None = None, *, trained: bool = F
             "`craft-optim build-anchors`."
         )
     if not (folder / MANIFEST).is_file():
+        build = "" if trained else f"; or, to build one there, name its source, too: {_SOURCES}"
         if (folder / PROGRESS).is_file():
             raise SettingsError(
-                f"The anchors in {folder} are half built: run the command that built them again, it goes on where it "
-                f"stopped. Or name their source, too: {_SOURCES}."
+                f"{PREFIX}anchors.path must be a finished cache. Found {folder}, which is half built: run the command "
+                f"that built it again, it goes on where it stopped{build}."
             )
         found = "has none in it" if folder.is_dir() else "is no folder"
         raise SettingsError(
             f"{PREFIX}anchors.path must be a cache of anchors, as `craft-optim build-anchors` makes one. Found "
-            f"{folder}, which {found}: correct the path; or, to build one there, name its source, too: {_SOURCES}."
+            f"{folder}, which {found}: correct the path{build}."
         )
     cache = AnchorCache.open(folder)
     if begun_with is not None and cache.fingerprint != begun_with:

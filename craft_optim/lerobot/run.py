@@ -205,7 +205,7 @@ class CraftRun:
             found = open_anchors(model, self._cache)
         else:
             folder = self._folder()
-            log.info("craft: the anchors of %s go to %s", cfg.policy.pretrained_path, folder)
+            log.info("craft: building the anchors of %s in %s", cfg.policy.pretrained_path, folder)
             found = build_anchors(
                 model,
                 settings.anchors,

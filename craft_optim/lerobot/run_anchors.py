@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.utils.utils import inside_slurm
 from torch import nn
 
 from craft_optim.anchors import AnchorCache
@@ -185,7 +186,8 @@ def build_anchors(
         )
         dtype = getattr(torch, settings.dtype)
         reading = replace(adapter.reading, autocast=autocast)
-        return adapter.build(model, batches, path, reading=reading, model_id=pretrained, dtype=dtype, **more)
+        how = {"reading": reading, "dtype": dtype, "progress": None if inside_slurm() else True, **more}
+        return adapter.build(model, batches, path, model_id=pretrained, **how)
 
     heldout = None
     if held is not None and counts[1]:

@@ -128,7 +128,7 @@ def folder(tmp_path, monkeypatch):
         ({"path": Path("nowhere")}, "--craft.anchors.path must be a cache of anchors"),
         ({"path": Path("nowhere")}, "Found nowhere, which is no folder: correct the path"),
         ({"path": Path("empty")}, "Found empty, which has none in it: correct the path"),
-        ({"path": Path("half")}, "are half built: run the command that built them again"),
+        ({"path": Path("half")}, "Found half, which is half built: run the command that built it again"),
         ({"path": Path("a file"), "root": DATA}, "--craft.anchors.path must be a folder. Found a file"),
     ],
 )
@@ -151,6 +151,8 @@ def test_the_cache_of_a_run_that_goes_on(folder):
     assert len(find_cache(Path("cache"), cache.fingerprint, trained=True)) == 8
     with pytest.raises(SettingsError, match="not those that this run began with"):
         find_cache(Path("cache"), "v1-another")
+    with pytest.raises(SettingsError, match=r"which has none in it: correct the path\.$"):
+        find_cache(Path("empty"), trained=True)
     with pytest.raises(SettingsError, match="cannot be made anew of a policy that has been trained"):
         find_cache(Path("nowhere"), trained=True)
 
