@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = isinstance(error, ValueError | OSError | ImportError)
         if args.debug or not (expected or _is_ours(args)):
             raise
-        said = str(error) if expected else f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        said = " ".join(str(error).split())  # of other packages' lines the last is seldom what says most
+        said = said if expected else f"{type(error).__name__}: {said[:600]}"
         print(f"craft-optim {args.command}: {said} (--debug shows where)", file=sys.stderr)
         return 1
     return 0

@@ -78,7 +78,7 @@ def _explained(*, debug: bool) -> Iterator[None]:
             raise
         if speaks():
             where = "" if isinstance(error, SettingsError) else " (`craft-optim train --debug` shows where)"
-            print(f"craft: {error}{where}", file=sys.stderr)
+            print(f"craft: {' '.join(str(error).split())}{where}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
