@@ -104,14 +104,14 @@ def folder(tmp_path, monkeypatch):
     Path("a file").write_text("")
     Path("questions.jsonl").write_text("{}")
     model = nn.Linear(3, 4)
-    anchors.build(model, [torch.randn(8, 3)], "cache")
+    anchors.build(model, [torch.randn(8, 3)], "cache", class_dim=-1)
 
     def stopped():
         yield torch.randn(2, 3)
         raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        anchors.build(model, stopped(), "half", shard_size=2)
+        anchors.build(model, stopped(), "half", class_dim=-1, shard_size=2)
 
 
 @pytest.mark.parametrize(
