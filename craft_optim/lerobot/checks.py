@@ -1,6 +1,7 @@
 """What can be wrong with a training run, found before its policy and its data are loaded."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from craft_optim.lerobot.frames import OF_DATASET
 from craft_optim.lerobot.opening import MARK, dataset_folders
 from craft_optim.lerobot.settings import PREFIX, AnchorSettings, CraftSettings, SettingsError
 
-__all__ = ["check_quantiles", "check_run", "check_source", "check_task", "find_cache", "warn_of_few"]
+__all__ = [
+    "check_quantiles",
+    "check_run",
+    "check_source",
+    "check_task",
+    "find_cache",
+    "warn_of_few",
+    "warn_of_no_effect",
+]
 
 _SOURCES = f"{PREFIX}anchors.repo_id or {PREFIX}anchors.root (a LeRobotDataset), {PREFIX}anchors.prompts (a .jsonl)"
 # Which quantiles a normalisation divides by
@@ -126,6 +135,14 @@ def warn_of_few(anchors: int, batch: int) -> None:
         f"policy may drift as if there were none. Take hundreds ({PREFIX}anchors.count, {PREFIX}anchors.episodes), and "
         "watch the held-out drift; docs/choosing.md has what numbers of anchors have held."
     )
+
+
+def warn_of_no_effect(begun_with: AnchorSettings, now: AnchorSettings) -> None:
+    """Warns of settings of a run that goes on which would make other anchors: it goes on with those that it has."""
+    changed = [x.name for x in fields(now) if x.name != "path" and getattr(begun_with, x.name) != getattr(now, x.name)]
+    if changed:
+        names = ", ".join(f"{PREFIX}anchors.{name}" for name in changed)
+        warn(f"The run goes on with the anchors that it began with: {names} changes nothing any more.")
 
 
 def check_task(cfg: Any, anchors: AnchorSettings) -> None:

@@ -179,7 +179,7 @@ class _Frames:
 
     def __getitem__(self, row: int) -> Any:
         try:
-            with readable(f"Frame {row} of {self._name}"):
+            with readable(f"A frame of {self._name}"):
                 return self._dataset[row]
         except (ValueError, OSError) as error:
             if get_worker_info() is None:

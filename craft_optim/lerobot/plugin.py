@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from craft_optim.anchors import AnchorMismatchError
 from craft_optim.lerobot._shared import speaks
 from craft_optim.lerobot.checks import check_quantiles
 from craft_optim.lerobot.run import CraftRun
@@ -69,12 +70,16 @@ def install(arguments: Sequence[str], *, debug: bool = False) -> None:
         setattr(script, name, functools.wraps(getattr(script, name))(replacement))
 
 
-def _explained(*, debug: bool) -> Iterator[None]:
-    """Turns what is wrong with the settings or the anchors into a message and exit status 2, without a traceback."""
+def _explained(*kinds: type[Exception], debug: bool) -> Iterator[None]:
+    """Turns what is wrong with the settings or the anchors into a message and exit status 2, without a traceback.
+
+    Args:
+        *kinds: Of errors. None: those of values, of files and of packages that are not there.
+    """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
+    except Exception as error:
+        if debug or not isinstance(error, kinds or (ValueError, OSError, ImportError)):
             raise
         if speaks():
             where = "" if isinstance(error, SettingsError) else " (`craft-optim train --debug` shows where)"
@@ -121,7 +126,7 @@ def _hide_flags() -> None:
 
 
 def _replacements(
-    run: CraftRun, script: ModuleType, explained: Callable[[], AbstractContextManager[None]]
+    run: CraftRun, script: ModuleType, explained: Callable[..., AbstractContextManager[None]]
 ) -> dict[str, Callable[..., Any]]:
     original = {name: getattr(script, name) for name in REPLACED}
     bars: list[_Later] = []
@@ -157,7 +162,8 @@ def _replacements(
                 run.begin(policy, kwargs.get("accelerator") or args[3], train_metrics.steps)
             for bar in bars:  # of the first process
                 bar.refresh()
-        updated = original["update_policy"](train_metrics, policy, *args, **kwargs)
+        with explained(AnchorMismatchError):  # the first pass compares
+            updated = original["update_policy"](train_metrics, policy, *args, **kwargs)
         run.report(train_metrics)
         return updated
 

@@ -30,7 +30,7 @@ from craft_optim.anchors.folders import write_aside, write_json
 from craft_optim.heldout import runs_away
 from craft_optim.lerobot._shared import speaks
 from craft_optim.lerobot.adapters import adapter_for, kept_of
-from craft_optim.lerobot.checks import check_run, check_source, check_task, find_cache, warn_of_few
+from craft_optim.lerobot.checks import check_run, check_source, check_task, find_cache, warn_of_few, warn_of_no_effect
 from craft_optim.lerobot.frames import SOURCES, AnchorFrames
 from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anchors, open_source
 from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings, under_our_names
@@ -139,6 +139,8 @@ class CraftRun:
             check_source(anchors)
         if speaks():
             check_task(cfg, anchors)
+            if self._saved is not None:
+                warn_of_no_effect(read_settings([], self._saved["settings"]).anchors, anchors)
         if not cfg.resume and anchors.has_source:
             with under_our_names({name: f"anchors.{name}" for name in SOURCES}):
                 self._source = open_source(anchors, cfg)

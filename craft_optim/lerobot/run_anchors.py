@@ -62,6 +62,7 @@ class Part:
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self.meta, self.hf_dataset = dataset.meta, dataset.hf_dataset.select(rows)
+        self.root = getattr(dataset, "root", None)
         self._dataset, self._rows = dataset, list(rows)
 
     def __len__(self) -> int:

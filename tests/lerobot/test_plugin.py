@@ -14,7 +14,7 @@ import small
 import torch
 from lerobot.scripts import lerobot_train
 from lerobot.utils import import_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from table import Table
 from training import (
     CRAFT,
@@ -225,6 +225,17 @@ def test_a_cache_that_is_there_is_used(act, finished_run, tmp_path):
     assert not (tmp_path / "out" / "craft" / "anchors").exists()
     assert rows(tmp_path / "out")[0]["retention_loss"] == pytest.approx(0.0, abs=1e-3)
     assert "drift_heldout" in rows(tmp_path / "out")[-1], "it lies beside the cache"
+
+
+def test_a_cache_of_another_policy(act, finished_run, tmp_path, capsys):
+    other = shutil.copytree(act, tmp_path / "other")
+    weights = load_file(act / "model.safetensors")
+    save_file({name: x * 1.1 if x.is_floating_point() else x for name, x in weights.items()}, other / "new")
+    (other / "new").replace(other / "model.safetensors")
+    cache = f"--craft.anchors.path={finished_run / 'craft' / 'anchors'}"
+    said = stopped_with(capsys, "act", other, *arguments(other, tmp_path / "out"), cache)
+    assert said.count("craft: The model does not reproduce") == 1
+    assert "Traceback" not in said
 
 
 def test_pictures_and_prompts_without_a_dataset(pi0_fast, tmp_path):

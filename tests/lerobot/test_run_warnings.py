@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from training import CRAFT, NEW, OLD, arguments, pretrained, train
+from training import CRAFT, NEW, OLD, arguments, pretrained, resume, train
 
 from craft_optim._warn import CraftWarning
 from craft_optim.lerobot.checks import check_task
@@ -78,6 +78,17 @@ def test_quantiles_without_a_width(tmp_path, statistics):
     said = [str(warning.message) for warning in caught if issubclass(warning.category, CraftWarning)]
     assert len(said) == (statistics == "dataset")
     assert all("'action' is normalised by its quantiles q01 and q99" in text and "[1]" in text for text in said)
+
+
+def test_other_anchors_of_a_run_that_goes_on(act, tmp_path):
+    train("act", act, *arguments(act, tmp_path / "out", steps=2), *CRAFT)
+    again = resume(tmp_path / "out", 2, "--steps=3")
+    for flags, changed in ((CRAFT, []), (["--craft.epsilon=0.2"], []), (["--craft.anchors.count=5"], ["count"])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CraftWarning)
+            train("act", act, *again, *flags)
+        said = [str(warning.message) for warning in caught if issubclass(warning.category, CraftWarning)]
+        assert [f"--craft.anchors.{name} changes nothing any more" in said[0] for name in changed] == [True] * len(said)
 
 
 def test_drift_that_runs_away_is_told_once(act, tmp_path, monkeypatch):
