@@ -195,7 +195,8 @@ def check_quantiles(preprocessor: Any) -> None:
             least, q_low, q_high, most = (
                 torch.as_tensor(stats[name]).double().flatten() for name in ("min", low, high, "max")
             )
-            flat = ((q_high - q_low).abs() < _NO_WIDTH) & (most - least > _NO_WIDTH)
+            width = (q_high - q_low).abs()
+            flat = (width < _NO_WIDTH) & (most - least > 100.0 * width)  # not of values that are all so small
             if flat.any():
                 places = flat.nonzero().flatten().tolist()
                 warn(

@@ -226,6 +226,7 @@ LOW, HIGH = [0.0, 5.0, 1.0], [1.0, 5.0, 2.0]  # constant in its second dimension
         (NormalizationMode.QUANTILES, ("q01", "q99"), [0.5, 5.0, 1.5], [0.5 + 1e-8, 5.0, 1.5], "[0, 2]"),
         (NormalizationMode.QUANTILE10, ("q10", "q90"), [0.1, 5.0, 1.5], [0.9, 5.0, 1.5], "[2]"),
         (NormalizationMode.QUANTILES, ("q01", "q99"), [0.1, 5.0, 1.1], [0.9, 5.0, 1.9], None),
+        (NormalizationMode.QUANTILES, ("q01", "q99"), [0.1, 5.0, 1.0], [0.9, 5.0, 1.0], "[2]"),
         (NormalizationMode.MEAN_STD, ("q01", "q99"), [0.1, 5.0, 1.5], [0.9, 5.0, 1.5], None),
         (NormalizationMode.MIN_MAX, ("q01", "q99"), [0.1, 5.0, 1.5], [0.9, 5.0, 1.5], None),
     ],
@@ -239,6 +240,13 @@ def test_dimensions_that_quantiles_give_no_width(mode, quantiles, low, high, pla
         said = [str(x.message) for x in caught if issubclass(x.category, CraftWarning)]
         assert len(said) == (places is not None)
         assert not said or f"the same number in dimensions {places}, although its values are not" in said[0]
+
+
+def test_small_units_are_no_concern():
+    """Values in metres where they are nanometres."""
+    width = torch.full((3,), 1e-8)
+    stats = {"min": 0 * width, "q01": 0.01 * width, "q99": 0.99 * width, "max": width}
+    check_quantiles(normaliser(NormalizationMode.QUANTILES, stats))
 
 
 def test_the_quantiles_of_the_shipped_data_are_of_no_concern():
