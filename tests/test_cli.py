@@ -120,7 +120,7 @@ def test_it_prints_what_it_built_and_code_that_works(script, capsys):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = {
         "model": model,
-        "reading": anchors.Reading(module.run, class_dim=-1),
+        "reading": anchors.Reading(module.run),
         "CraftOptimizer": CraftOptimizer,
         "optimizer": optimizer,
     }
