@@ -1,5 +1,6 @@
 """The command line, in this process; and as a program, alone and under torchrun."""
 
+import argparse
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import torch
 
 from craft_optim import CraftOptimizer, __version__, anchors
 from craft_optim.anchors import AnchorCache
-from craft_optim.cli import main
+from craft_optim.cli import _parser, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +210,45 @@ def test_errors_of_the_users_code_keep_their_traceback(script):
         main(["build-anchors", "a", f"--factory={script}:broken"])
     Path(script).write_text("import nothing_of_that_name")
     assert main(["build-anchors", "a", f"--factory={script}:anchors"]) == 1
+
+
+def test_hyphens_and_underscores_are_the_same_in_the_names_of_options(script):
+    given = ["--top_k=2", "--shard_size", "9", "--no_resume", f"--factory={script}:anchors", "--dtype=float32"]
+    assert main(["build-anchors", "a_b", *given]) == 0
+    cache = AnchorCache.open("a_b")
+    assert (cache.features.top_k, cache.settings["shard_size"]) == (2, 9)
+    with pytest.raises(SystemExit):
+        main(["build-anchors", "a_b", "--factory=x_y.py:z", "--top_k_=2"])
+
+
+def test_every_option_is_known_under_both_names():
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for command in commands.choices.values():
+        given = {"eval-mcq": [__file__, "--model=x"], "convert": ["x", "y"]}.get(command.prog.split()[-1], ["x"])
+        for action in command._actions:
+            action.type = None
+            for name in action.option_strings:
+                value = [] if action.nargs == 0 else [(action.choices or ["1"])[0]]
+                for other in (name, f"--{name[2:].replace('_', '-')}", f"--{name[2:].replace('-', '_')}"):
+                    if name.startswith("--") and name != "--help":
+                        _, rest = command.parse_known_args([*given, other, *value])
+                        assert other not in rest, (command.prog, other)
+
+
+def test_unforeseen_errors_are_one_line_too(built, monkeypatch, capsys):
+    """Those of a function of the user's keep their traceback, see below."""
+
+    def broken(*_):
+        raise KeyError("videos/top/chunk_index")
+
+    monkeypatch.setattr("craft_optim.cli.inspect.facts", broken)
+    capsys.readouterr()
+    assert main(["inspect", "a"]) == 1
+    assert capsys.readouterr().err == (
+        "craft-optim inspect: KeyError: 'videos/top/chunk_index' (--debug shows where)\n"
+    )
+    with pytest.raises(KeyError):
+        main(["inspect", "a", "--debug"])
 
 
 def test_inspect_and_its_checksums(built, capsys):

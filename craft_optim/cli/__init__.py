@@ -75,11 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if args.debug:
             raise
-        print(f"craft-optim {args.command}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"craft-optim {args.command}: stopped{getattr(args, 'stopped', '')}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        if args.debug:
+    except Exception as error:
+        expected = isinstance(error, ValueError | OSError | ImportError)
+        if args.debug or not (expected or _is_ours(args)):
             raise
-        print(f"craft-optim {args.command}: {error} (--debug shows where)", file=sys.stderr)
+        said = " ".join(str(error).split())  # of other packages' lines the last is seldom what says most
+        said = said if expected else f"{type(error).__name__}: {said[:600]}"
+        print(f"craft-optim {args.command}: {said} (--debug shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_ours(args: argparse.Namespace) -> bool:
+    """False if the command runs a function of the user's, FILE:FUNCTION, whose errors he wants to see whole."""
+    given = [getattr(args, name, None) or [] for name in ("factory", "factories", "model", "versus")]
+    return not any(":" in one for names in given for one in ([names] if isinstance(names, str) else names))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,7 @@ from craft_optim.cli.sources import Source, factory_source, policy_source
 from craft_optim.episodes import parse_episodes
 from craft_optim.inspection import bytes_in_words
 
-__all__ = ["add", "add_frames", "check_build", "source_of"]
+__all__ = ["OF_DATASET", "add", "add_frames", "check_build", "source_of"]
 
 _EXAMPLES = """\
 A lerobot policy and a dataset:
@@ -57,25 +58,33 @@ Any other model: a function without arguments in a script (or package.module:fun
 
 A build that was stopped goes on where it stopped; a finished one is left as it is.
 """
-# Arguments that only go with one way to name the model
-_OF_POLICY = {
-    "keep": "--keep",
+# Arguments that only go with a dataset
+OF_DATASET = {
     "repo_id": "--dataset.repo_id",
     "root": "--dataset.root",
     "episodes": "--dataset.episodes",
     "rename_map": "--rename-map",
+    "revision": "--dataset.revision",
+    "tolerance_s": "--tolerance-s",
+    "video_backend": "--dataset.video-backend",
+    "depth_output_unit": "--dataset.depth-output-unit",
+}
+# And those that only go with one way to name the model
+_OF_POLICY = {
+    "keep": "--keep",
+    **OF_DATASET,
     "count": "--count",
     "batch_size": "--batch-size",
     "prompts": "--prompts",
     "workers": "--workers",
 }
-# And those that only go with a dataset
-_OF_DATASET = ("repo_id", "root", "episodes", "rename_map")
 
 
 def add(command: AddCommand) -> None:
     """The command and its options."""
-    add = command("build-anchors", _build, "Write down what a model says about its anchors.", _EXAMPLES).add_argument
+    made = command("build-anchors", _build, "Write down what a model says about its anchors.", _EXAMPLES)
+    made.set_defaults(stopped="; the same command goes on from here")
+    add = made.add_argument
     add("out", metavar="OUT", help="folder of the cache")
     add_model(add)
     add_frames(add)
@@ -100,6 +109,12 @@ def add_frames(add: Callable[..., Any]) -> None:
     add("--dataset.episodes", dest="episodes", type=_episodes, metavar="WHICH", help=which)
     renamed = "JSON, names of its observations -> the policy's, as lerobot's --rename_map"
     add("--rename-map", "--rename_map", dest="rename_map", type=_rename_map, metavar="MAP", help=renamed)
+    add("--dataset.revision", dest="revision", metavar="REVISION", help="branch, tag or commit of a dataset of the hub")
+    beside = "seconds that a frame's time stamp may lie beside the video's (default: 1e-4)"
+    add("--tolerance-s", dest="tolerance_s", type=float, metavar="S", help=beside)
+    backends = ["torchcodec", "pyav", "video_reader"]
+    add("--dataset.video-backend", dest="video_backend", choices=backends, help="what reads videos")
+    add("--dataset.depth-output-unit", dest="depth_output_unit", choices=["m", "mm"], help="of depth cameras")
     add("--count", type=whole, metavar="N", help="N frames, spread over tasks and episodes (default: all frames)")
     add("--batch-size", type=whole, metavar="N", help="frames per forward (default: 16)")
     prompts = "instructions to take, one per line, in turn; or a .jsonl with pictures, in the place of a dataset"
@@ -165,9 +180,9 @@ def check_build(args: argparse.Namespace) -> None:
     if not args.policy:
         raise UsageError("there is no model: pass --policy.path, or --factory for models that are not lerobot's")
     if args.prompts and Path(args.prompts).suffix == ".jsonl":
-        for name in _OF_DATASET:
+        for name, option in OF_DATASET.items():
             if getattr(args, name) is not None:
-                raise UsageError(f"{_OF_POLICY[name]} goes with a dataset: {args.prompts} has pictures of its own")
+                raise UsageError(f"{option} goes with a dataset: {args.prompts} has pictures of its own")
         if args.top_k:
             raise UsageError(f"--top-k needs a dataset with actions: of {args.prompts} no logits are kept")
     elif not (args.repo_id or args.root):
@@ -201,4 +216,10 @@ def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> N
         ],
     )
     usage = source.usage.format(cache=str(cache.path), kind=kind)
-    print_code(f"{usage}\noptimizer = CraftOptimizer(optimizer, retention, epsilon=...)")
+    code = f"{usage}\noptimizer = CraftOptimizer(optimizer, retention, epsilon=...)"
+    if source.policy is None:
+        print_code(code)
+        return
+    flags = (f"--craft.anchors.path={cache.path}", f"--policy.path={source.policy}")
+    print_code(f"craft-optim train {shlex.join(flags)} --dataset.repo_id=NEW_TASK")
+    print_code(code, "Or, in a loop of your own:")

@@ -16,7 +16,7 @@ from craft_optim.anchors import AnchorCache, Reading
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.anchors.sampling import spread
-from craft_optim.cli.build_anchors import add_frames, check_build, source_of
+from craft_optim.cli.build_anchors import OF_DATASET, add_frames, check_build, source_of
 from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, require_folders, whole
 from craft_optim.cli.output import emit_json, print_grid
 from craft_optim.cli.sources import factory_source, load_policy, policy_reading
@@ -49,10 +49,7 @@ epsilon, and what drift() of the retention returns. "per anchor" counts every an
 (the share of anchors above it) and "worst" (places in the cache) are of the anchors' own means.
 """
 _FRAMES = {  # what only goes with a dataset: name -> option
-    "repo_id": "--dataset.repo_id",
-    "root": "--dataset.root",
-    "episodes": "--dataset.episodes",
-    "rename_map": "--rename-map",
+    **OF_DATASET,
     "prompts": "--prompts",
     "workers": "--workers",
     "keep": "--keep",

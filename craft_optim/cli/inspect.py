@@ -7,7 +7,7 @@ from craft_optim.anchors import AnchorCache, Reading
 from craft_optim.anchors.sampling import spread
 from craft_optim.cli.options import AddCommand, add_model, device_of, require_one_model, whole
 from craft_optim.cli.output import print_table
-from craft_optim.cli.sources import factory_source, load_policy, policy_reading, tokenizer_of
+from craft_optim.cli.sources import factory_source, load_policy, policy_reading, teachers_tokenizer, tokenizer_of
 from craft_optim.evaluation.drift import Drift, drifts, verdict
 from craft_optim.inspection import bytes_in_words, facts, lengths, tensors
 
@@ -28,7 +28,7 @@ def add(command: AddCommand) -> None:
     add("--html", metavar="FILE", help="write a page with pictures, prompts and what the teacher says")
     add("--verify", action="store_true", help="compare all checksums: reads the whole cache")
     add("--count", type=whole, default=24, metavar="N", help="anchors to show and to measure (default: 24)")
-    add("--tokenizer", metavar="PATH", help="folder or hub id of a tokenizer, to show token ids as text")
+    add("--tokenizer", metavar="PATH", help="of token ids: folder or hub id (default: the teacher's, if it is here)")
     add_model(add)
 
 
@@ -69,7 +69,7 @@ def _inspect(args: argparse.Namespace) -> None:
             verified=args.verify,
             measured=measured,
             verdict=judged,
-            decode=None if tokenizer is None else tokenizer_of(tokenizer),
+            decode=teachers_tokenizer(cache.model_id) if tokenizer is None else tokenizer_of(tokenizer),
         )
         Path(args.html).write_text(page, encoding="utf-8")
         print(f"\nPage: {args.html} ({bytes_in_words(len(page))})")

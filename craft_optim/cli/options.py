@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,22 @@ class Parser(argparse.ArgumentParser):
     """A parser with errors of one line: the usage of these commands is long, and would hide them."""
 
     def __init__(self, **settings: Any) -> None:
+        self._spelled: dict[str, str] = {}  # with hyphens alone -> as it was added
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As of the base class."""
+        self._spelled |= {name.replace("_", "-"): name for name in names if name.startswith("--")}
+        return super().add_argument(*names, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of the base class; `-` and `_` in the names of options are the same."""
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        for place, word in enumerate(given[:end]):
+            name, equals, value = word.partition("=")
+            given[place] = f"{self._spelled.get(name.replace('_', '-'), name)}{equals}{value}"
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help has examples)\n")

@@ -23,9 +23,9 @@ def print_grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
         print(f"  {'  '.join(cells)}".rstrip())
 
 
-def print_code(code: str) -> None:
+def print_code(code: str, title: str = "Next:") -> None:
     """Prints the lines that a user may run next."""
-    print("\nNext:\n", *(f"  {line}" for line in code.splitlines()), sep="\n")
+    print(f"\n{title}\n", *(f"  {line}" for line in code.splitlines()), sep="\n")
 
 
 def emit_json(file: str, about: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "load_policy",
     "policy_reading",
     "policy_source",
+    "teachers_tokenizer",
     "tokenizer_of",
     "user_function",
 ]
@@ -39,12 +41,14 @@ class Source:
         build: `anchors.build` of it and its batches; takes the path and further settings.
         reading: As `anchors.build` takes it.
         usage: The next lines of code, with "{cache}" and "{kind}" to be filled in.
+        policy: Folder or hub id of a lerobot policy; None for other models.
     """
 
     model: nn.Module
     build: Callable[..., AnchorCache]
     reading: Reading | None
     usage: str
+    policy: str | None = None
 
 
 def factory_source(spec: str, device: str | None) -> Source:
@@ -142,7 +146,7 @@ def policy_source(args: argparse.Namespace, device: str) -> Source:
     """
     try:
         from craft_optim.lerobot import adapter_for, anchor_batches, open_frames, spread_frames
-        from craft_optim.lerobot.frames import SOURCES
+        from craft_optim.lerobot.frames import SOURCES, require_count
         from craft_optim.lerobot.pretrained import load_config, load_preprocessor
     except ImportError as error:
         raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
@@ -151,6 +155,9 @@ def policy_source(args: argparse.Namespace, device: str) -> Source:
     frames = open_frames(config, preprocessor, **{name: getattr(args, name) for name in SOURCES})
     dataset = frames.dataset
     rows = list(range(len(dataset))) if args.count is None else spread_frames(dataset, args.count)
+    out = getattr(args, "out", None) or getattr(args, "kept", None)
+    if out is not None and not getattr(args, "overwrite", False):
+        require_count(out, len(rows))
     policy = load_policy(args.policy, device)  # after what can be refused in seconds
     adapter = adapter_for(policy, frames.keep)
     how: dict[str, Any] = {"batch_size": args.batch_size or 16, "workers": args.workers or 0, "prompts": frames.prompts}
@@ -162,6 +169,7 @@ def policy_source(args: argparse.Namespace, device: str) -> Source:
         "from craft_optim.anchors import AnchorCache\n"
         "from craft_optim.lerobot import adapter_for\n"
         f"retention = adapter_for(policy, {adapter.keep!r}).retention(policy, AnchorCache.open({{cache!r}}))",
+        args.policy,
     )
 
 
@@ -176,8 +184,34 @@ def policy_reading(policy: nn.Module, cache: AnchorCache) -> Reading:
     return adapter_of(policy, cache).reading
 
 
-def tokenizer_of(name: str) -> Callable[[list[int]], str]:
-    """Ids -> text, by transformers' AutoTokenizer.
+def teachers_tokenizer(model: str | None) -> Callable[[list[int]], str] | None:
+    """Ids -> text, by the tokenizer of a cache's teacher, if both are on this machine; None if not.
+
+    Args:
+        model: Folder or hub id, of a lerobot policy or a model of transformers.
+    """
+    if not model:
+        return None
+
+    def read(name: str) -> dict[str, Any]:
+        """A file of the checkpoint; empty if it is not here."""
+        from huggingface_hub import try_to_load_from_cache
+
+        file = Path(model) / name if Path(model).is_dir() else try_to_load_from_cache(model, name)
+        held = json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else {}
+        return held if isinstance(held, dict) else {}
+
+    try:
+        own = read("config.json").get("text_tokenizer_name")
+        steps = read("policy_preprocessor.json").get("steps", ())
+        named = [step["config"]["tokenizer_name"] for step in steps if step.get("config", {}).get("tokenizer_name")]
+        return tokenizer_of(own or (named or [model])[0], local_files_only=True)
+    except (UsageError, ImportError, OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None  # numbers are shown in the place of words
+
+
+def tokenizer_of(name: str, **settings: Any) -> Callable[[list[int]], str]:
+    """Ids -> text, by transformers' AutoTokenizer; `settings` are those of its `from_pretrained`.
 
     Raises:
         UsageError: transformers is not installed.
@@ -186,7 +220,7 @@ def tokenizer_of(name: str) -> Callable[[list[int]], str]:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UsageError(f"--tokenizer needs transformers ({error}): pip install transformers.") from error
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, **settings)
     total = len(tokenizer)
 
     def decode(ids: Iterable[int]) -> str:

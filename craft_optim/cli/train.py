@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from craft_optim.cli.options import AddCommand, UsageError
 
@@ -22,12 +23,27 @@ What must be kept: --craft.anchors.repo_id or .root (a LeRobotDataset), .episode
 of craft-optim build-anchors). How much it may drift: --craft.epsilon. A file (YAML or JSON) can hold the same names:
 --craft.config=FILE. A wrong name is answered with those that are close to it.
 """
+_STOPPED = "; --resume=true --config_path=.../train_config.json goes on from its last checkpoint"
 
 
 def add(command: AddCommand) -> None:
     """The command; its options are lerobot's."""
     made = command("train", _train, "Run lerobot-train under the constraint that the policy does not drift.", _EXAMPLES)
-    made.set_defaults(takes_rest=True, debug=True)  # errors of a training run come from anywhere
+    made.set_defaults(takes_rest=True, stopped=_STOPPED)
+    made.format_help = _with_settings(made.format_help)  # type: ignore[method-assign]
+
+
+def _with_settings(format_help: Callable[[], str]) -> Callable[[], str]:
+    """The help, and behind it what lerobot has to be imported for."""
+
+    def whole() -> str:
+        try:
+            from craft_optim.lerobot.settings_help import settings_in_words
+        except ImportError as error:
+            return f"{format_help()}\nThe settings are listed where lerobot is installed ({error}).\n"
+        return f"{format_help()}\nsettings and their defaults:\n\n{settings_in_words()}\n"
+
+    return whole
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -38,5 +54,10 @@ def _train(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise UsageError(f"train needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
     sys.argv = ["lerobot-train", TRAIN_FLAG, *args.rest]
-    install(sys.argv[1:])  # the flag alone would not: the module is imported already
-    lerobot_train.main()
+    install(sys.argv[1:], debug=args.debug)  # the flag alone would not: the module is imported already
+    try:
+        lerobot_train.main()
+    except Exception:
+        # Of what has trained for hours the traceback is not to be had again
+        args.debug = args.debug or lerobot_train.craft_run.retention is not None
+        raise

@@ -1,6 +1,7 @@
 """Shared parts of the adapters: batch keys, noise that stays the same, masks over a prefix, what hooks see."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = [
     "policy_of",
     "real_actions",
     "spans_of",
+    "speaks",
     "with_noise",
 ]
 
@@ -43,6 +45,11 @@ ACTION = "action"
 ACTION_IS_PAD = "action_is_pad"
 NOISE = "anchor.noise"
 TIME = "anchor.time"
+
+
+def speaks() -> bool:
+    """True in the process that speaks for the others of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def find_policy(model: nn.Module) -> tuple[str, Any] | None:

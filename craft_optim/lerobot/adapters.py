@@ -31,7 +31,7 @@ from craft_optim.anchors.names import plain_name
 from craft_optim.lerobot import _statistics, act, diffusion, pi0, pi0_fast, smolvla
 from craft_optim.lerobot._shared import find_policy, policy_of
 
-__all__ = ["Adapter", "adapter_for", "adapter_of"]
+__all__ = ["Adapter", "adapter_for", "adapter_of", "kept_of"]
 
 _log = logging.getLogger("craft_optim")
 
@@ -136,9 +136,7 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
         )
     place, policy = found
     source, choices, head, backbone = _POLICIES[name]
-    keep = choices[0] if keep is None else keep
-    if keep not in choices:
-        raise ValueError(f"`keep` must be one of {choices} for {name}. Found {keep!r}.")
+    keep = kept_of(name, keep)
     if keep == "prefix" and not any(p.requires_grad for p in policy.get_submodule(backbone).parameters()):
         raise ValueError(
             f"keep='prefix' holds hidden states of {backbone}, all of which is frozen: nothing that is trained could "
@@ -168,6 +166,23 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
         reading=Reading(source.run_actions, spans=source.action_spans, pooling={"all": "none"}),
         layers=(".".join(filter(None, (plain_name(place), head))),),
     )
+
+
+def kept_of(policy: str, keep: str | None = None) -> str:
+    """What is kept of a policy of lerobot's by its name.
+
+    Args:
+        keep: What was asked for. None: the first that there is.
+
+    Raises:
+        ValueError: The policy is not known, or has nothing of that name.
+    """
+    if policy not in _POLICIES:
+        raise ValueError(f"craft knows lerobot's policies {', '.join(_POLICIES)}. Found {policy}: see docs/guide.md.")
+    choices = _POLICIES[policy].choices
+    if keep not in (None, *choices):
+        raise ValueError(f"`keep` must be one of {choices} for {policy}. Found {keep!r}.")
+    return keep or choices[0]
 
 
 def adapter_of(model: nn.Module, cache: anchors.AnchorCache) -> Adapter:

@@ -1,5 +1,6 @@
 """From a dataset to anchor batches: which frames, which pictures, which instructions."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -8,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from craft_optim._paths import local
 from craft_optim.lerobot.adapters import Adapter
-from craft_optim.lerobot.opening import open_dataset
+from craft_optim.lerobot.opening import open_dataset, readable
 
-__all__ = ["anchor_batches", "image_keys", "open_dataset", "prompts", "spread_frames"]
+__all__ = ["anchor_batches", "camera_keys", "image_keys", "open_dataset", "prompts", "spread_frames"]
 
 
 def image_keys(dataset: Any) -> list[str]:
@@ -26,6 +27,14 @@ def image_keys(dataset: Any) -> list[str]:
     Raises:
         ValueError: There are none.
     """
+    keys = camera_keys(dataset)
+    if not keys:
+        raise ValueError(f"The dataset has no pictures. Found keys {sorted(dataset[0])}.")
+    return keys
+
+
+def camera_keys(dataset: Any) -> list[str]:
+    """`image_keys`, or none."""
     meta = getattr(dataset, "meta", None)
     keys = list(getattr(meta, "camera_keys", None) or ())
     if not keys:
@@ -33,8 +42,6 @@ def image_keys(dataset: Any) -> list[str]:
         keys = [k for k, v in features.items() if isinstance(v, Mapping) and v.get("dtype") in ("image", "video")]
     if not keys:
         keys = [key for key, value in dataset[0].items() if _is_image(value)]
-    if not keys:
-        raise ValueError(f"The dataset has no pictures. Found keys {sorted(dataset[0])}.")
     return keys
 
 
@@ -129,27 +136,64 @@ def anchor_batches(
     if indices is None:
         indices = range(len(dataset)) if count is None else spread_frames(dataset, count)
     rows = list(indices)
-    samples: Iterator[Any] = (dataset[row] for row in rows)
-    if workers:
-        samples = iter(DataLoader(dataset, batch_size=None, sampler=rows, num_workers=workers))
-    return _batches(samples, image_keys(dataset), preprocessor, adapter, batch_size, prompts)
+    pictures = camera_keys(dataset)
+
+    def prepared() -> Iterator[dict[str, Tensor]]:
+        done, samples = 0, _samples(dataset, rows, workers)
+        while some := list(islice(samples, batch_size)):
+            batch = default_collate(some)
+            for key in pictures:
+                if key in batch and batch[key].dtype == torch.uint8:
+                    batch[key] = batch[key].float() / 255.0  # as lerobot-train does before its preprocessor
+            if prompts is not None:
+                batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(some))]
+            yield adapter.inputs(preprocessor(batch))
+            done += len(some)
+
+    return _Batches(prepared(), math.ceil(len(rows) / batch_size))
 
 
-def _batches(
-    samples: Iterator[Any],
-    pictures: Sequence[str],
-    preprocessor: Any,
-    adapter: Adapter,
-    batch_size: int,
-    prompts: Sequence[str] | None,
-) -> Iterator[dict[str, Tensor]]:
-    done = 0
-    while some := list(islice(samples, batch_size)):
-        batch = default_collate(some)
-        for key in pictures:
-            if key in batch and batch[key].dtype == torch.uint8:
-                batch[key] = batch[key].float() / 255.0  # as lerobot-train does before its preprocessor
-        if prompts is not None:
-            batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(some))]
-        yield adapter.inputs(preprocessor(batch))
-        done += len(some)
+class _Batches(Iterator[dict[str, Tensor]]):
+    """An iterator that knows how many batches it has in all, for a bar that knows its end."""
+
+    def __init__(self, batches: Iterator[dict[str, Tensor]], number: int) -> None:
+        self._batches, self._number = batches, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __next__(self) -> dict[str, Tensor]:
+        return next(self._batches)
+
+
+class _Unreadable(str):
+    """What another process says of a frame that it cannot read; an exception would come with its traceback as text."""
+
+
+class _Frames:
+    """A dataset whose frames that cannot be read are said to be so, in one line."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._name = getattr(dataset, "root", None) or getattr(dataset, "repo_id", None) or "the dataset"
+
+    def __getitem__(self, row: int) -> Any:
+        try:
+            with readable(f"A frame of {self._name}"):
+                return self._dataset[row]
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            return _Unreadable(error)
+
+
+def _samples(dataset: Any, rows: Sequence[int], workers: int) -> Iterator[Any]:
+    frames = _Frames(dataset)
+    if not workers:
+        yield from (frames[row] for row in rows)
+        return
+    loader: Iterable[Any] = DataLoader(frames, batch_size=None, sampler=rows, num_workers=workers)  # type: ignore[arg-type]
+    for sample in loader:
+        if isinstance(sample, _Unreadable):
+            raise ValueError(str(sample))
+        yield sample

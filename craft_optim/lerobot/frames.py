@@ -1,7 +1,6 @@
 """Sources of a policy's anchors: datasets or a file, checked against the policy before it is loaded."""
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,21 @@ from typing import Any
 from lerobot.processor import RenameObservationsProcessorStep
 
 from craft_optim._warn import warn
+from craft_optim.anchors import AnchorCache
+from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.lerobot._shared import STATE
-from craft_optim.lerobot.datasets import image_keys
+from craft_optim.lerobot.datasets import camera_keys
 from craft_optim.lerobot.datasets import prompts as read_prompts
 from craft_optim.lerobot.frames_file import FramesFile, mean_state
 from craft_optim.lerobot.opening import open_dataset
 
-__all__ = ["SOURCES", "AnchorFrames", "keep_without_actions", "open_frames"]
+__all__ = ["OF_DATASET", "SOURCES", "AnchorFrames", "keep_without_actions", "open_frames", "require_count"]
 
-SOURCES = ("repo_id", "root", "episodes", "rename_map", "prompts", "keep")  # arguments of `open_frames`
+# Arguments of `open_frames`: of the dataset, and all
+OF_DATASET = (
+    "repo_id", "root", "episodes", "rename_map", "revision", "tolerance_s", "video_backend", "depth_output_unit",
+)  # fmt: skip
+SOURCES = (*OF_DATASET, "prompts", "keep")
 
 # What can be kept of a policy without demonstrated actions, the default first; of those not named here, the prefix
 _WITHOUT_ACTIONS = {"pi0_fast": ("tokens", "prefix"), "act": ("actions",), "diffusion": ()}
@@ -43,16 +48,14 @@ def open_frames(
     config: Any,
     preprocessor: Any,
     *,
-    repo_id: str | None = None,
-    root: str | os.PathLike[str] | None = None,
-    episodes: str | Sequence[int] | None = None,
-    rename_map: Mapping[str, str] | None = None,
     prompts: str | os.PathLike[str] | None = None,
     keep: str | None = None,
+    **dataset: Any,
 ) -> AnchorFrames:
     """Frames of datasets, which are named as for `open_dataset`, or of a .jsonl; neither needs the policy's weights.
 
     Args:
+        **dataset: Arguments of `open_dataset`.
         prompts: A .jsonl is a `FramesFile`, in the place of a dataset; any other file has instructions for the
             dataset's frames, one per line, in turn.
         keep: What to keep of the policy; None: by the policy, and by what the frames have.
@@ -62,20 +65,28 @@ def open_frames(
             find there what it looks at, or `keep` needs actions that are not there.
     """
     if prompts is not None and Path(prompts).suffix == ".jsonl":
-        given = {"repo_id": repo_id, "root": root, "episodes": episodes, "rename_map": rename_map or None}
-        if also := [name for name, value in given.items() if value is not None]:
+        if also := [name for name in OF_DATASET if dataset.get(name) not in (None, {})]:
             raise ValueError(f"`prompts`={prompts} has its own pictures: leave out `{also[0]}`.")
         keep = keep_without_actions(config.type, keep)
         return AnchorFrames(FramesFile(prompts, config, mean_state(preprocessor)), None, keep)
-    dataset = open_dataset(config, repo_id=repo_id, root=root, episodes=episodes, rename_map=rename_map)
-    _check_observations(config, preprocessor, dataset, str(root or repo_id), renamed=bool(rename_map))
+    opened, where = open_dataset(config, **dataset), str(dataset.get("root") or dataset.get("repo_id"))
+    _check_observations(config, preprocessor, opened, where, renamed=bool(dataset.get("rename_map")))
     instructions = None if prompts is None else read_prompts(prompts)
-    if instructions is None and config.type not in _READ_NO_TASK and not all(x.strip() for x in read_prompts(dataset)):
+    if instructions is None and config.type not in _READ_NO_TASK and not all(x.strip() for x in read_prompts(opened)):
         warn(
-            f"{root or repo_id} has frames without an instruction, and {config.type} reads one: give it as `prompts`. "
+            f"{where} has frames without an instruction, and {config.type} reads one: give it as `prompts`. "
             "lerobot-eval records none for environments without a task_description."
         )
-    return AnchorFrames(dataset, instructions, keep)
+    return AnchorFrames(opened, instructions, keep)
+
+
+def require_count(path: str | os.PathLike[str], count: int) -> None:
+    """Raises ValueError if a folder holds a finished cache of another number of anchors than was asked for."""
+    if (Path(path) / MANIFEST).is_file() and (found := len(AnchorCache.open(path))) != count:
+        raise ValueError(
+            f"{path} holds a finished cache of {found} anchors, and {count} were asked for: take another folder, or "
+            "build it anew (--overwrite of build-anchors, or remove it)."
+        )
 
 
 def keep_without_actions(policy: str, keep: str | None = None) -> str:
@@ -110,10 +121,14 @@ def _check_observations(config: Any, preprocessor: Any, dataset: Any, where: str
         if isinstance(step, RenameObservationsProcessorStep):
             names |= step.rename_map
     features = [names.get(key, key) for key in dataset.meta.features if key.startswith("observation.")]
-    there = {names.get(key, key) for key in image_keys(dataset)} if config.image_features else set()
+    there = {names.get(key, key) for key in camera_keys(dataset)} if config.image_features else set()
     wanted = set(config.image_features)
     absent, unused = sorted(wanted - there), sorted(there - wanted)
     remedy = 'Say which is which with `rename_map`, such as {"observation.images.front": "observation.images.top"}.'
+    if absent and not there:
+        raise ValueError(
+            f"{config.type} looks at the cameras {sorted(wanted)}, {where} has none, only {sorted(features)}."
+        )
     if absent and (config.type in _SEE_ALL or not wanted & there or (unused and not renamed)):
         raise ValueError(
             f"{config.type} looks at the cameras {sorted(wanted)}, {where} has {sorted(there)}: {absent[0]!r} is not "

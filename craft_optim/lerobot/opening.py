@@ -1,8 +1,10 @@
 """LeRobotDatasets and their episodes, opened under the names that a policy knows."""
 
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,11 @@ from craft_optim._warn import warn
 from craft_optim.episodes import chosen_episodes
 from craft_optim.lerobot.joined import JoinedDatasets
 
-__all__ = ["dataset_folders", "open_dataset"]
+__all__ = ["MARK", "dataset_folders", "open_dataset", "readable"]
 
 MARK = os.path.join("meta", "info.json")  # what every LeRobotDataset has
+# Choices of lerobot, which looks at them at the first frame or not at all
+_CHOICES = {"video_backend": ("torchcodec", "pyav", "video_reader"), "depth_output_unit": ("m", "mm")}
 # What lerobot-eval records are an environment's own names; its policies see these in their place
 _OF_ENVIRONMENTS = {
     "pixels": "observation.image",
@@ -34,6 +38,10 @@ def open_dataset(
     root: str | os.PathLike[str] | None = None,
     episodes: str | Sequence[int] | None = None,
     rename_map: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    tolerance_s: float | None = None,
+    video_backend: str | None = None,
+    depth_output_unit: str | None = None,
 ) -> Any:
     """A dataset as a policy reads it: with the actions that follow each frame, under the names that it knows.
 
@@ -47,20 +55,25 @@ def open_dataset(
         episodes: Numbers of episodes; or text: "12" the first 12, "[0,3,5]" these, "40:", "-10:", "5:20" a part in
             Python's sense. Of several datasets they count on from one to the next. None: all.
         rename_map: Names of observations -> the policy's names for them, as lerobot's `--rename_map`.
+        revision: Branch, tag or commit of a dataset of the hub. None: lerobot's choice, here and below.
+        tolerance_s: Most that a frame's time stamp may lie beside the video's, in seconds; 1e-4 in lerobot.
+        video_backend: "torchcodec" or "pyav".
+        depth_output_unit: "m" or "mm", of depth cameras.
 
     Returns:
         A LeRobotDataset; or, of several or under other names, what `anchor_batches`, `spread_frames`, `image_keys` and
         `prompts` take in the place of one.
 
     Raises:
-        ValueError: There is no dataset or no such episode, the datasets in the folder do not fit together, or a name is
-            none of the dataset's.
+        ValueError: There is no dataset or no such episode, it cannot be read, the datasets in the folder do not fit
+            together, a name is none of the dataset's, or a value is none of those above.
 
     Example:
         dataset = open_dataset(policy.config, root="outputs/eval/recordings", episodes="-10:")
     """
+    reading = _reading(tolerance_s=tolerance_s, video_backend=video_backend, depth_output_unit=depth_output_unit)
     root = None if root is None else local(root)
-    found = _open_metadata(repo_id, root)
+    found = _open_metadata(repo_id, root, revision)
     where, metas = str(root or repo_id), [meta for meta, _ in found]
     names = _names(metas[0].features, rename_map or {}, where)
     numbers = chosen_episodes(episodes, sum(meta.total_episodes for meta in metas), where)
@@ -71,13 +84,55 @@ def open_dataset(
         if own:
             whole = len(own) == meta.total_episodes
             deltas = _delta_timestamps(config, meta, names)
-            opened.append(
-                LeRobotDataset(meta.repo_id, root=folder, episodes=None if whole else own, delta_timestamps=deltas)
-            )
+            which = {"episodes": None if whole else own, "delta_timestamps": deltas, "revision": revision}
+            with readable(str(folder or meta.repo_id)):
+                opened.append(LeRobotDataset(meta.repo_id, root=folder, **which, **reading))
     return opened[0] if len(metas) == 1 and not names else JoinedDatasets(opened, names)
 
 
-def _open_metadata(repo_id: str | None, root: str | os.PathLike[str] | None) -> list[tuple[Any, Any]]:
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Within the block whatever goes wrong is a ValueError of one line, which says what could not be read.
+
+    lerobot looks a dataset's parts up as it goes along: what a broken one ends in may be any error. Those of the hub
+    and of files that are not there say so themselves.
+    """
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if type(error).__name__ in ("ValueError", "HFValidationError") and "\n" not in str(error):
+            raise
+        said = " ".join(str(error).split())
+        remedy = "its metadata, tables and videos may not belong together, or a file is damaged"
+        if type(error).__name__ == "FrameTimestampError":
+            said = said.partition(". ")[0]
+            remedy = (
+                "where time stamps lie beside the video's by no more than that, pass a larger `tolerance_s`, as to "
+                "lerobot-train"
+            )
+        raise ValueError(f"{what} cannot be read ({type(error).__name__}: {said[:600]}): {remedy}.") from error
+
+
+def _reading(**settings: Any) -> dict[str, Any]:
+    """How frames are read, as lerobot takes it, without what is None.
+
+    Raises:
+        ValueError: A value is none that lerobot has.
+    """
+    for name, choices in _CHOICES.items():
+        if settings[name] not in (None, *choices):
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}. Found {name}={settings[name]!r}.")
+    tolerance = settings["tolerance_s"]
+    if tolerance is not None and not 0.0 < tolerance < math.inf:
+        raise ValueError(f"`tolerance_s` must be seconds > 0. Found tolerance_s={tolerance!r}.")
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _open_metadata(
+    repo_id: str | None, root: str | os.PathLike[str] | None, revision: str | None
+) -> list[tuple[Any, Any]]:
     """The datasets' metadata, each with its folder, None for one of the hub; at least one has episodes."""
     if root is None and repo_id is None:
         raise ValueError("There is no dataset: pass `repo_id` or `root`.")
@@ -85,14 +140,21 @@ def _open_metadata(repo_id: str | None, root: str | os.PathLike[str] | None) -> 
     if not folders:
         if repo_id is None:
             raise ValueError(f"`root`={root} holds no LeRobotDataset: there is no {MARK} in it or below.")
-        found = [(LeRobotDatasetMetadata(repo_id, root=root), root)]
+        with readable(repo_id):
+            found = [(LeRobotDatasetMetadata(repo_id, root=root, revision=revision), root)]
+    elif revision is not None:
+        raise ValueError(f"`revision` is of datasets of the hub, and `root`={root} is here. Found {revision!r}.")
     elif repo_id is not None and folders != [Path(root or "")]:
         raise ValueError(
             f"`root`={root} holds {len(folders)} LeRobotDatasets below it, the first {folders[0]}: pass it without "
             f"`repo_id` to read all, or the folder of one. Found repo_id={repo_id!r}."
         )
     else:
-        found = [(LeRobotDatasetMetadata(repo_id or f"local/{x.resolve().name}", root=x), x) for x in folders]
+        found = []
+        for folder in folders:
+            with readable(str(folder)):
+                name = repo_id or f"local/{folder.resolve().name}"
+                found.append((LeRobotDatasetMetadata(name, root=folder), folder))
     empty = [str(meta.root) for meta, _ in found if not meta.total_episodes]
     if len(empty) == len(found):
         raise ValueError(

@@ -4,18 +4,21 @@
         --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/new_task ...
 
 lerobot imports the package that the first flag names, and with it this module, before it reads its own flags. What its
-training script calls by name (the optimizer's factory, the update, the checkpoint) is replaced there by functions that
-call the original and then `craft_optim.lerobot.run`. Imported without that flag, this module changes nothing.
+training script calls by name (factories, the update, the checkpoint) is replaced there by functions that call the
+original and `craft_optim.lerobot.run`. Imported without that flag, this module changes nothing.
 """
 
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from craft_optim.anchors import AnchorMismatchError
+from craft_optim.lerobot._shared import speaks
+from craft_optim.lerobot.checks import check_quantiles
 from craft_optim.lerobot.run import CraftRun
 from craft_optim.lerobot.settings import PREFIX, SettingsError, own_flags, without_flags
 
@@ -27,14 +30,19 @@ REPLACED = (
     "load_training_state",
     "make_optimizer_and_scheduler",
     "make_pre_post_processors",
+    "make_train_eval_datasets",
     "save_checkpoint",
     "submit_to_hf",
+    "tqdm",
     "update_policy",
 )
 
 
-def install(arguments: Sequence[str]) -> None:
+def install(arguments: Sequence[str], *, debug: bool = False) -> None:
     """Replaces what lerobot's training script calls, for a command line without its program. A second time: nothing.
+
+    Args:
+        debug: What goes wrong before the first step keeps its traceback.
 
     Raises:
         SystemExit: A setting cannot be, or lerobot's script is not the one that this was written for.
@@ -50,22 +58,47 @@ def install(arguments: Sequence[str]) -> None:
             f"craft: lerobot {lerobot.__version__} has no {', '.join(missing)} in {script.__name__}: craft-optim is "
             "made for lerobot 0.6. Install that, or a newer craft-optim."
         )
-    with _settings_explained():
-        run = CraftRun(own_flags(arguments))
+    from lerobot.configs.parser import parse_arg
+
+    explained = contextmanager(functools.partial(_explained, debug=debug))
+    with explained():
+        # A config file may belong to a run that goes on: then the checkpoint has the other settings
+        run = CraftRun(own_flags(arguments), complete=parse_arg("config_path", arguments) is None)
     _hide_flags()
     script.craft_run = run  # type: ignore[attr-defined]
-    for name, replacement in _replacements(run, script).items():
+    for name, replacement in _replacements(run, script, explained).items():
         setattr(script, name, functools.wraps(getattr(script, name))(replacement))
 
 
-@contextmanager
-def _settings_explained() -> Iterator[None]:
-    """Turns a wrong setting into a message and exit status 2; lerobot would show a traceback."""
+def _explained(*kinds: type[Exception], debug: bool) -> Iterator[None]:
+    """Turns what is wrong with the settings or the anchors into a message and exit status 2, without a traceback.
+
+    Args:
+        *kinds: Of errors. None: those of values, of files and of packages that are not there.
+    """
     try:
         yield
-    except SettingsError as error:
-        print(f"craft: {error}", file=sys.stderr)
+    except Exception as error:
+        if debug or not isinstance(error, kinds or (ValueError, OSError, ImportError)):
+            raise
+        if speaks():
+            where = "" if isinstance(error, SettingsError) else " (`craft-optim train --debug` shows where)"
+            print(f"craft: {' '.join(str(error).split())}{where}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+class _Later:
+    """A bar that is drawn when it is first asked for anything: after the anchors', which are built before."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def _bar(self) -> Any:
+        return self._make()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
 
 
 def _script() -> ModuleType:
@@ -92,16 +125,31 @@ def _hide_flags() -> None:
     parser.filter_arg = filter_arg
 
 
-def _replacements(run: CraftRun, script: ModuleType) -> dict[str, Callable[..., Any]]:
+def _replacements(
+    run: CraftRun, script: ModuleType, explained: Callable[..., AbstractContextManager[None]]
+) -> dict[str, Callable[..., Any]]:
     original = {name: getattr(script, name) for name in REPLACED}
+    bars: list[_Later] = []
+
+    def make_train_eval_datasets(cfg: Any) -> Any:
+        with explained():
+            run.prepare(cfg)
+        return original["make_train_eval_datasets"](cfg)
 
     def make_pre_post_processors(*args: Any, **kwargs: Any) -> Any:
-        return original["make_pre_post_processors"](*args, **run.with_statistics(kwargs))
+        preprocessor, postprocessor = original["make_pre_post_processors"](*args, **run.with_statistics(kwargs))
+        if speaks():
+            check_quantiles(preprocessor)
+        return preprocessor, postprocessor
 
     def make_optimizer_and_scheduler(cfg: Any, policy: Any) -> Any:
         base, scheduler = original["make_optimizer_and_scheduler"](cfg, policy)
-        with _settings_explained():
-            return run.wrap(cfg, policy, base), scheduler
+        with explained():
+            return run.wrap(policy, base), scheduler
+
+    def tqdm(*args: Any, **kwargs: Any) -> Any:
+        bars[:] = [_Later(functools.partial(original["tqdm"], *args, **kwargs))]
+        return bars[0]
 
     def load_training_state(*args: Any, **kwargs: Any) -> Any:
         loaded = original["load_training_state"](*args, **kwargs)
@@ -110,9 +158,12 @@ def _replacements(run: CraftRun, script: ModuleType) -> dict[str, Callable[..., 
 
     def update_policy(train_metrics: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         if run.retention is None:
-            with _settings_explained():
+            with explained():
                 run.begin(policy, kwargs.get("accelerator") or args[3], train_metrics.steps)
-        updated = original["update_policy"](train_metrics, policy, *args, **kwargs)
+            for bar in bars:  # of the first process
+                bar.refresh()
+        with explained(AnchorMismatchError):  # the first pass compares
+            updated = original["update_policy"](train_metrics, policy, *args, **kwargs)
         run.report(train_metrics)
         return updated
 

@@ -53,11 +53,12 @@ def load_config(path: str) -> Any:
         raise ValueError(f"There is no folder {path!r}, and it is no hub id, such as you/policy.") from error
 
 
-def load_preprocessor(policy: Any, path: str, device: str) -> Any:
+def load_preprocessor(policy: Any, path: str, device: str, revision: str | None = None) -> Any:
     """The preprocessor that a checkpoint of this policy holds, with the statistics it was trained with; takes a batch.
 
     Args:
         policy: From `load_policy`, or its config.
+        revision: Branch, tag or commit of a checkpoint of the hub.
     """
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": device}}
     config = getattr(policy, "config", policy)
@@ -67,7 +68,9 @@ def load_preprocessor(policy: Any, path: str, device: str) -> Any:
             "paligemma_tokenizer_name": config.text_tokenizer_name,
             "fast_skip_tokens": config.fast_skip_tokens,
         }
-    return make_pre_post_processors(config, pretrained_path=expanded(path), preprocessor_overrides=overrides)[0]
+    return make_pre_post_processors(
+        config, pretrained_path=expanded(path), pretrained_revision=revision, preprocessor_overrides=overrides
+    )[0]
 
 
 def _plain(config: Any, path: str, revision: str | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 The hooks of `craft_optim.lerobot.plugin` call it, in this order:
 
+    prepare   before anything is loaded: the settings, and where anchors come from
     wrap      the optimizer that lerobot has made of the policy's preset
     restore   when a run goes on: lambda, the step, which anchors come next
     begin     before the first update: the anchors of the policy as it is then, or those that it was begun with
@@ -24,13 +25,15 @@ from lerobot.utils.random_utils import load_rng_state
 from torch import nn
 
 from craft_optim._warn import warn
-from craft_optim.anchors import AnchorRetention
+from craft_optim.anchors import AnchorCache, AnchorRetention
 from craft_optim.anchors.folders import write_aside, write_json
-from craft_optim.episodes import parse_episodes
 from craft_optim.heldout import runs_away
-from craft_optim.lerobot.adapters import adapter_for
-from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anchors
-from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings
+from craft_optim.lerobot._shared import speaks
+from craft_optim.lerobot.adapters import adapter_for, kept_of
+from craft_optim.lerobot.checks import check_run, check_source, check_task, find_cache, warn_of_few, warn_of_no_effect
+from craft_optim.lerobot.frames import SOURCES, AnchorFrames
+from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anchors, open_source
+from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings, under_our_names
 from craft_optim.metrics import METRICS, JSONLWriter
 from craft_optim.optimizer import CraftOptimizer
 
@@ -63,19 +66,23 @@ class CraftRun:
 
     Args:
         flags: As `settings.own_flags` returns them.
+        complete: False: the run may go on from a checkpoint, which has the other settings.
 
     Raises:
         SettingsError: A setting cannot be.
 
     Attributes:
-        settings: Those of the flags and files; from `wrap` on also those of the checkpoint that the run goes on from.
+        settings: Those of the flags and files; from `prepare` on also those of the checkpoint that the run goes on
+            from.
         optimizer: None before `wrap`.
         retention: None before `begin`.
     """
 
-    def __init__(self, flags: Sequence[str]) -> None:
+    def __init__(self, flags: Sequence[str], *, complete: bool = True) -> None:
         self.flags = list(flags)
-        self.settings = read_settings(flags)
+        self.settings = read_settings(flags, complete=complete)
+        if complete:
+            check_source(self.settings.anchors)
         self._forget()
 
     def _forget(self) -> None:
@@ -84,6 +91,8 @@ class CraftRun:
         self.retention: AnchorRetention | None = None
         self._cfg: Any = None
         self._saved: dict[str, Any] | None = None
+        self._source: AnchorFrames | None = None
+        self._cache: AnchorCache | None = None
         self._anchors: RunAnchors | None = None
         self._writer: JSONLWriter | None = None
         self._ran_away = False
@@ -105,25 +114,64 @@ class CraftRun:
             }
         return changed
 
-    def wrap(self, cfg: Any, policy: nn.Module, base: Any) -> CraftOptimizer:
-        """The optimizer that training gets: lerobot's own, under the constraint.
+    def prepare(self, cfg: Any) -> None:
+        """Opens what anchors come from, or the anchors: whatever is wrong with them or the settings is told now.
 
         Args:
             cfg: lerobot's TrainPipelineConfig, validated.
-            policy: On its device, not yet prepared by accelerate.
-            base: Result of lerobot's factory.
 
         Raises:
             SettingsError: The run is none that can be constrained, or a setting cannot be.
+            ValueError: The anchors' dataset cannot be read, or does not fit the policy.
         """
-        _check_run(cfg, base)
         self._forget()
         self._cfg = cfg
         if cfg.resume:
             self._saved = _read_state(cfg.checkpoint_path)
         settings = self.settings = read_settings(self.flags, self._saved and self._saved["settings"])
-        _check_teacher(cfg, settings, self._saved)
-        _check_task(cfg, settings)
+        check_run(cfg, settings, self._saved)
+        anchors = settings.anchors
+        with under_our_names({"keep": "anchors.keep"}):
+            keep = kept_of(cfg.policy.type, anchors.keep)
+        if anchors.top_k is not None and keep != "logits":
+            raise SettingsError(f"{PREFIX}anchors.top_k is of logits, and of {cfg.policy.type} {keep} are kept.")
+        if not cfg.resume:
+            check_source(anchors)
+        if speaks():
+            check_task(cfg, anchors)
+            if self._saved is not None:
+                warn_of_no_effect(read_settings([], self._saved["settings"]).anchors, anchors)
+        if not cfg.resume and anchors.has_source:
+            with under_our_names({name: f"anchors.{name}" for name in SOURCES}):
+                self._source = open_source(anchors, cfg)
+        else:
+            folder, begun_with = self._folder(), None if self._saved is None else self._saved["fingerprint"]
+            self._cache = find_cache(folder, begun_with, trained=cfg.resume)
+
+    def _folder(self) -> Path:
+        """Where the anchors are, or go."""
+        cfg, own = self._cfg, self.settings.anchors.path
+        if self._saved is not None and own == _path_or_none(self._saved["settings"]["anchors"]["path"]):
+            return _moved(self._saved, cfg.checkpoint_path)
+        return own or Path(cfg.output_dir) / FOLDER / "anchors"
+
+    def wrap(self, policy: nn.Module, base: Any) -> CraftOptimizer:
+        """The optimizer that training gets: lerobot's own, under the constraint.
+
+        Args:
+            policy: On its device, not yet prepared by accelerate.
+            base: Result of lerobot's factory.
+
+        Raises:
+            SettingsError: There are several of it.
+            ValueError: Nothing that is kept of the policy can move.
+        """
+        cfg, settings = self._cfg, self.settings
+        if isinstance(base, dict):
+            raise SettingsError(
+                f"craft wraps one optimizer, and {cfg.policy.type} has {len(base)} ({', '.join(base)}): leave the flag "
+                "out."
+            )
         adapter_for(policy, settings.anchors.keep)  # raises now, not after the dataset was read
         optimizer = CraftOptimizer(
             base,
@@ -154,30 +202,32 @@ class CraftRun:
         assert optimizer is not None
         model = _within(model)
         autocast = _AUTOCAST.get(accelerator.mixed_precision)
-        folder = settings.anchors.path or Path(cfg.output_dir) / FOLDER / "anchors"
-        if self._saved is not None and settings.anchors.path == _path_or_none(
-            self._saved["settings"]["anchors"]["path"]
-        ):
-            found = open_anchors(model, _moved(self._saved, cfg.checkpoint_path), self._saved["fingerprint"])
-        elif cfg.resume or not settings.anchors.has_source:
-            found = open_anchors(model, folder, None if self._saved is None else self._saved["fingerprint"])
+        if self._source is None:
+            assert self._cache is not None
+            found = open_anchors(model, self._cache)
         else:
-            log.info("craft: the anchors of %s go to %s", cfg.policy.pretrained_path, folder)
+            folder = self._folder()
+            log.info("craft: building the anchors of %s in %s", cfg.policy.pretrained_path, folder)
             found = build_anchors(
                 model,
                 settings.anchors,
+                self._source,
                 folder,
                 pretrained=str(cfg.policy.pretrained_path),
                 device=accelerator.device,
                 autocast=autocast,
-                heldout_count=settings.drift_anchors,
             )
         self._anchors = found
+        size, processes = settings.batch_size or cfg.batch_size, accelerator.num_processes
+        if len(found.cache) < processes:
+            raise SettingsError(f"Each process takes at least one anchor. Found {len(found.cache)} for {processes}.")
+        if accelerator.is_main_process:
+            warn_of_few(len(found.cache), size * processes)
         loss: dict[str, Any] = {"loss": settings.loss} if found.adapter.kind == "hidden" else {}
         self.retention = found.adapter.retention(
             model,
             found.cache,
-            batch_size=min(settings.batch_size or cfg.batch_size, len(found.cache) // accelerator.num_processes),
+            batch_size=min(size, len(found.cache) // processes),
             strict=not cfg.resume,
             **loss,
         )
@@ -256,71 +306,6 @@ class CraftRun:
         if file.is_file():
             _forget_rows_after(file, step)
         self._writer = JSONLWriter(file)
-
-
-def _check_run(cfg: Any, base: Any) -> None:
-    if cfg.is_reward_model_training:
-        raise SettingsError("craft constrains policies, and this run trains a reward model: leave the flag out.")
-    if isinstance(base, dict):
-        raise SettingsError(
-            f"craft wraps one optimizer, and {cfg.policy.type} has {len(base)} ({', '.join(base)}): leave the flag out."
-        )
-
-
-def _check_teacher(cfg: Any, settings: CraftSettings, saved: Mapping[str, Any] | None) -> None:
-    """Raises unless it is known what the policy must not lose."""
-    if cfg.resume:
-        if saved is None and settings.anchors.path is None:
-            raise SettingsError(
-                f"The checkpoint {cfg.checkpoint_path} was made without craft: it does not say where anchors of the "
-                "pretrained policy are, and of a policy that has been trained they cannot be made. Make them of the "
-                f"pretrained one and pass {PREFIX}anchors.path=FOLDER:\n  craft-optim build-anchors FOLDER "
-                "--policy.path=PRETRAINED --dataset.repo_id=OLD_TASK"
-            )
-        return
-    if cfg.policy.pretrained_path is None:
-        raise SettingsError(
-            "craft keeps what a pretrained policy can do, and this one begins with random weights: pass --policy.path."
-        )
-    if not settings.anchors.has_source and settings.anchors.path is None:
-        raise SettingsError(
-            "craft needs examples of what the policy must keep, usually of the tasks that it can do now: pass "
-            f"{PREFIX}anchors.repo_id or {PREFIX}anchors.root (a LeRobotDataset), {PREFIX}anchors.prompts (a .jsonl), "
-            f"or {PREFIX}anchors.path (a cache)."
-        )
-
-
-def _check_task(cfg: Any, settings: CraftSettings) -> None:
-    """Warns if frames that the policy is trained on are its anchors."""
-    data, anchors = cfg.dataset, settings.anchors
-    same_root = anchors.root is not None and data.root is not None and _same_folder(anchors.root, data.root)
-    same_name = anchors.repo_id is not None and anchors.repo_id == data.repo_id and anchors.root is None is data.root
-    if not (same_root or same_name) or not _share_episodes(anchors.episodes, data.episodes):
-        return
-    warn(
-        f"The anchors are frames of the dataset that the policy is trained on, {data.root or data.repo_id}: there the "
-        "constraint holds it to what it did before, and keeps it from learning. Take anchors of what it must keep: "
-        f"another dataset ({PREFIX}anchors.repo_id, {PREFIX}anchors.root) or other episodes of this one "
-        f"({PREFIX}anchors.episodes). If these are old episodes that you replay among the new ones, all is well."
-    )
-
-
-def _same_folder(one: Path, other: Path) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
-
-
-def _share_episodes(anchors: str | None, trained: Sequence[int] | None) -> bool:
-    """True if some episodes are surely in both; parts that are counted from the end are not known yet."""
-    if anchors is None or trained is None:
-        return True
-    wanted = parse_episodes(anchors)
-    if isinstance(wanted, int):
-        wanted = slice(wanted)
-    if isinstance(wanted, slice):
-        if min(wanted.start or 0, wanted.stop or 0, wanted.step or 1) < 0:
-            return False
-        wanted = list(range(max(trained) + 1)[wanted])
-    return bool(set(wanted) & set(trained))
 
 
 def _keep_state_dicts_plain(optimizer: CraftOptimizer) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.utils.utils import inside_slurm
 from torch import nn
 
 from craft_optim.anchors import AnchorCache
@@ -19,12 +20,21 @@ from craft_optim.anchors.sampling import spread
 from craft_optim.lerobot._shared import policy_of
 from craft_optim.lerobot.adapters import Adapter, adapter_for, adapter_of
 from craft_optim.lerobot.datasets import anchor_batches, spread_frames
-from craft_optim.lerobot.frames import SOURCES, open_frames
+from craft_optim.lerobot.frames import SOURCES, AnchorFrames, open_frames, require_count
 from craft_optim.lerobot.pretrained import load_preprocessor
-from craft_optim.lerobot.settings import PREFIX, AnchorSettings, SettingsError
+from craft_optim.lerobot.settings import AnchorSettings
 from craft_optim.lerobot.sharded import is_sharded, within_wrapper
 
-__all__ = ["Part", "RunAnchors", "build_anchors", "heldout_folder", "open_anchors", "split_episodes"]
+__all__ = [
+    "Part",
+    "RunAnchors",
+    "build_anchors",
+    "heldout_folder",
+    "open_anchors",
+    "open_source",
+    "split_count",
+    "split_episodes",
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Part:
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
         self.meta, self.hf_dataset = dataset.meta, dataset.hf_dataset.select(rows)
+        self.root = getattr(dataset, "root", None)
         self._dataset, self._rows = dataset, list(rows)
 
     def __len__(self) -> int:
@@ -85,84 +96,113 @@ def split_episodes(dataset: Any, share: float) -> tuple[Part, Part | None]:
     return Part(dataset, np.flatnonzero(~out).tolist()), Part(dataset, np.flatnonzero(out).tolist())
 
 
+def split_count(count: int | None, share: float, train: int, held: int) -> tuple[int, int]:
+    """Of how many frames anchors are made, and how many are held out, `count` together; None: all.
+
+    Args:
+        share: Of those that are held out, rounded; at least one, if there is any and another to train on.
+        train: Frames of the episodes to train on; at least one.
+        held: Frames of the others.
+
+    Example:
+        >>> split_count(128, 0.1, 3600, 400), split_count(128, 0.1, 3600, 0), split_count(None, 0.1, 3600, 400)
+        ((115, 13), (128, 0), (3600, 400))
+    """
+    count = train + held if count is None else min(count, train + held)
+    out = min(held, max(round(share * count), 1), count - 1)
+    kept = min(count - out, train)
+    return kept, min(held, count - kept)
+
+
+def open_source(settings: AnchorSettings, cfg: Any) -> AnchorFrames:
+    """The frames that the settings name, checked against the policy; how they are read they share with the training's.
+
+    Args:
+        settings: With a source.
+        cfg: lerobot's TrainPipelineConfig, validated.
+
+    Raises:
+        ValueError: The dataset, the episodes or the names of cameras do not fit the policy, or cannot be read.
+    """
+    config, data = cfg.policy, cfg.dataset
+    given = {name: getattr(settings, name) for name in SOURCES}
+    if not settings.is_file:
+        training = {
+            "tolerance_s": cfg.tolerance_s,
+            "video_backend": data.video_backend,
+            "depth_output_unit": data.depth_output_unit,
+        }
+        if settings.root is None and settings.repo_id == data.repo_id:
+            training["revision"] = data.revision
+        given |= {name: value for name, value in training.items() if given[name] is None}
+    revision = getattr(config, "pretrained_revision", None)
+    prepare = load_preprocessor(config, str(config.pretrained_path), config.device, revision)
+    return open_frames(config, prepare, **given)
+
+
 def build_anchors(
     model: nn.Module,
     settings: AnchorSettings,
+    source: AnchorFrames,
     folder: Path,
     *,
     pretrained: str,
     device: torch.device,
     autocast: torch.dtype | None,
-    heldout_count: int,
 ) -> RunAnchors:
     """Builds both caches, or goes on with half-built ones. Collective where there are several processes.
 
     Args:
         model: The policy, with the weights that it is not to forget.
-        settings: With a source.
+        source: From `open_source` of these settings.
         folder: Folder of the cache; the held-out one goes beside it.
         pretrained: Folder or hub id of the checkpoint that the policy comes from, for its preprocessor.
         device: Device of the policy.
         autocast: Dtype that training runs under; None for none.
-        heldout_count: At most so many held-out frames are kept.
 
     Raises:
-        ValueError: The dataset, the episodes, the names of cameras or the settings do not fit the policy.
+        ValueError: The frames cannot be read, the settings do not fit the policy, or a folder holds a cache of another
+            number of anchors.
     """
     policy = policy_of(model)
-    prepare = load_preprocessor(policy, pretrained, str(device))
-    found = open_frames(policy.config, prepare, **{name: getattr(settings, name) for name in SOURCES})
-    adapter = _reaching_all(adapter_for(model, found.keep), model)
+    prepare = load_preprocessor(policy, pretrained, str(device), getattr(policy.config, "pretrained_revision", None))
+    adapter = _reaching_all(adapter_for(model, source.keep), model)
     if settings.layers is not None:
         adapter = replace(adapter, layers=tuple(int(x) if x.lstrip("-").isdecimal() else x for x in settings.layers))
-    train, held = split_episodes(found.dataset, settings.heldout)
+    train, held = split_episodes(source.dataset, settings.heldout)
+    counts = split_count(settings.count, settings.heldout, len(train), 0 if held is None else len(held))
     more = {"top_k": settings.top_k} if settings.top_k is not None else {}
 
-    def build(part: Part, count: int | None, path: Path) -> AnchorCache:
-        rows = range(len(part)) if count is None else spread_frames(part, min(count, len(part)))
+    def build(part: Part, count: int, path: Path) -> AnchorCache:
+        require_count(path, count)
+        rows = spread_frames(part, count)
         batches = anchor_batches(
             part,
             prepare,
             adapter,
             batch_size=settings.batch_size,
             indices=rows,
-            prompts=found.prompts,
+            prompts=source.prompts,
             workers=settings.workers,
         )
         dtype = getattr(torch, settings.dtype)
         reading = replace(adapter.reading, autocast=autocast)
-        return adapter.build(model, batches, path, reading=reading, model_id=pretrained, dtype=dtype, **more)
+        how = {"reading": reading, "dtype": dtype, "progress": None if inside_slurm() else True, **more}
+        return adapter.build(model, batches, path, model_id=pretrained, **how)
 
     heldout = None
-    if held is not None:
-        heldout = build(held, heldout_count, heldout_folder(folder))
-    return RunAnchors(adapter, build(train, settings.count, folder), heldout)
+    if held is not None and counts[1]:
+        heldout = build(held, counts[1], heldout_folder(folder))
+    return RunAnchors(adapter, build(train, counts[0], folder), heldout)
 
 
-def open_anchors(model: nn.Module, folder: Path, fingerprint: str | None = None) -> RunAnchors:
-    """Opens caches that are there.
+def open_anchors(model: nn.Module, cache: AnchorCache) -> RunAnchors:
+    """A cache that is there, and the held-out one beside it.
 
     Args:
         model: The policy.
-        folder: Folder of the cache.
-        fingerprint: Fingerprint of its teacher, if it is known.
-
-    Raises:
-        SettingsError: There is no cache, or it is another teacher's.
     """
-    if not folder.is_dir():
-        raise SettingsError(
-            f"There are no anchors in {folder}. They cannot be made anew of a policy that has been trained: pass "
-            f"{PREFIX}anchors.path=FOLDER, where they are now, or make them of the pretrained policy with "
-            "`craft-optim build-anchors`."
-        )
-    cache = AnchorCache.open(folder)
-    if fingerprint is not None and cache.fingerprint != fingerprint:
-        raise SettingsError(
-            f"The anchors in {folder} are not those that this run began with: their teacher's fingerprint is "
-            f"{cache.fingerprint}, the checkpoint says {fingerprint}. Pass {PREFIX}anchors.path=FOLDER, where they are."
-        )
-    held = heldout_folder(folder)
+    held = heldout_folder(cache.path)
     return RunAnchors(
         _reaching_all(adapter_of(model, cache), model), cache, AnchorCache.open(held) if held.is_dir() else None
     )

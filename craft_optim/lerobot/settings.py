@@ -1,25 +1,47 @@
 """Settings of a training run with retention: a file, flags `--craft.<name>=<value>`, or both."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
-from draccus.utils import ParsingError
+from draccus.utils import DraccusException
 
 from craft_optim._paths import local
 from craft_optim._step.rules import Rules
 from craft_optim.dual import Controller, make_controller
-from craft_optim.schedules import Cosine, Exponential, Linear, Schedule
+from craft_optim.episodes import parse_episodes
+from craft_optim.schedules import Cosine, Exponential, Linear, Schedule, as_schedule
 
-__all__ = ["PREFIX", "AnchorSettings", "CraftSettings", "SettingsError", "own_flags", "read_settings", "without_flags"]
+__all__ = [
+    "PREFIX",
+    "AnchorSettings",
+    "CraftSettings",
+    "SettingsError",
+    "own_flags",
+    "read_settings",
+    "setting_names",
+    "under_our_names",
+    "without_flags",
+]
 
 PREFIX = "--craft."
+# What a value of each type must be
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    list[str]: "a list, such as [8, 16]",
+    dict[str, str]: 'names for names, such as {"observation.image": "observation.images.top"}',
+}
 _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
 
 
@@ -38,14 +60,21 @@ class AnchorSettings:
         episodes: Which: "12" the first twelve, "[0, 3]" these, "40:" or "-10:" a part in Python's sense. None: all.
         prompts: A .txt with instructions for the frames, or a .jsonl with instructions and pictures, and no dataset.
         rename_map: Names of the dataset's observations -> those of the policy, where they differ.
-        count: At most so many frames, spread over tasks and episodes. None: all.
+        revision: Branch, tag or commit of a dataset of the hub. None: the training's, if that is the same dataset.
+        tolerance_s: Most that a frame's time stamp may lie beside the video's, in seconds. None, here and in the next
+            two: the training's.
+        video_backend: "torchcodec" or "pyav": what reads videos.
+        depth_output_unit: "m" or "mm": of depth cameras.
+        count: At most so many frames in all, those that are held out among them, spread over tasks and episodes. None:
+            all.
         keep: "logits", "tokens", "actions" or "prefix", see `craft_optim.lerobot.adapters`. None: by the policy.
         layers: Hidden states to keep instead of the adapter's; numbers or names of modules.
         top_k: Keep the K likeliest classes instead of all.
         dtype: "float16", "bfloat16" or "float32": of what is stored.
         batch_size: Frames per forward of the teacher.
         workers: Processes that read frames ahead while the cache is built.
-        heldout: Share of the episodes that are not trained on: drift on them is reported beside the anchors'. 0: none.
+        heldout: Share of the episodes, and of `count`, that is not trained on: drift on these frames is reported beside
+            the anchors'. 0: none.
     """
 
     path: Path | None = None
@@ -54,6 +83,10 @@ class AnchorSettings:
     episodes: str | None = None
     prompts: Path | None = None
     rename_map: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    tolerance_s: float | None = None
+    video_backend: str | None = None
+    depth_output_unit: str | None = None
     count: int | None = 4096
     keep: str | None = None
     layers: list[str] | None = None
@@ -71,7 +104,27 @@ class AnchorSettings:
     @property
     def has_source(self) -> bool:
         """True if these settings name a source of anchors, besides a finished cache."""
-        return bool(self.repo_id or self.root or (self.prompts and self.prompts.suffix == ".jsonl"))
+        return bool(self.repo_id or self.root or self.is_file)
+
+    @property
+    def is_file(self) -> bool:
+        """True if frames are those of a .jsonl."""
+        return self.prompts is not None and self.prompts.suffix == ".jsonl"
+
+    def check(self) -> None:
+        """Raises SettingsError for what is wrong in itself, whatever the policy and the dataset."""
+        if not 0.0 <= self.heldout < 1.0:
+            raise SettingsError(f"{PREFIX}anchors.heldout must be in [0, 1). Found {self.heldout}.")
+        if self.layers is not None and self.keep != "prefix":
+            raise SettingsError(
+                f"{PREFIX}anchors.layers needs {PREFIX}anchors.keep=prefix: logits and actions are what comes out of "
+                f"the last layer. Found keep={self.keep}."
+            )
+        if self.top_k is not None and self.keep not in (None, "logits"):
+            raise SettingsError(f"{PREFIX}anchors.top_k needs {PREFIX}anchors.keep=logits. Found keep={self.keep}.")
+        if self.episodes is not None:
+            with under_our_names({"episodes": "anchors.episodes"}):
+                parse_episodes(self.episodes)
 
 
 @dataclass(frozen=True)
@@ -115,12 +168,13 @@ class CraftSettings(Rules):
     anchors: AnchorSettings = field(default_factory=AnchorSettings)
 
     def check(self) -> None:
-        """Raises SettingsError for what is wrong in itself; `CraftOptimizer` and `anchors.build` check the rest."""
+        """Raises SettingsError for what is wrong in itself, whatever the policy and the dataset."""
         choices: dict[str, tuple[object, ...]] = {
             "epsilon_schedule": (None, *_SCHEDULES),
             "statistics": ("dataset", "pretrained"),
             "loss": ("mse", "cosine", "l1"),
             "anchors.dtype": ("float16", "bfloat16", "float32"),
+            "anchors.keep": (None, "logits", "tokens", "actions", "prefix"),
         }
         for name, allowed in choices.items():
             found = attrgetter(name)(self)
@@ -134,13 +188,17 @@ class CraftSettings(Rules):
             found = attrgetter(name)(self)
             if found is not None and found < least:
                 raise SettingsError(f"{PREFIX}{name} must be a whole number >= {least}. Found {found}.")
-        if not 0.0 <= self.anchors.heldout < 1.0:
-            raise SettingsError(f"{PREFIX}anchors.heldout must be in [0, 1). Found {self.anchors.heldout}.")
         if (self.epsilon_schedule is None) != (self.epsilon_start is None):
             raise SettingsError(
                 f"{PREFIX}epsilon_schedule and {PREFIX}epsilon_start belong together: pass both, or neither. Found "
                 f"{self.epsilon_schedule} and {self.epsilon_start}."
             )
+        with under_our_names({"epsilon": "epsilon", "start": "epsilon_start", "end": "epsilon"}):
+            as_schedule(self.schedule(2))
+        gains = dict.fromkeys(("ki", "learning_rate"), "lambda_lr")
+        with under_our_names({"dual": "dual", "initial": "lambda_init", "maximum": "lambda_max", **gains}):
+            self.controller()
+        self.anchors.check()
 
     def schedule(self, steps: int) -> float | Schedule:
         """`epsilon` as `CraftOptimizer` takes it, for a training of so many steps."""
@@ -187,6 +245,7 @@ def _flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
             rest.append(argument)
             continue
         name, equals, value = argument.partition("=")
+        name = f"--{name[2:].replace('-', '_')}"  # as in all our commands, both are the same
         if not equals:
             # As lerobot reads flags: the next word is the value, unless it is a flag itself
             if not waiting or waiting[0].startswith("--"):
@@ -197,18 +256,22 @@ def _flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     return ours, rest
 
 
-def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = None) -> CraftSettings:
+def read_settings(
+    arguments: Sequence[str], saved: Mapping[str, Any] | None = None, *, complete: bool = True
+) -> CraftSettings:
     """The settings of a run: flags first, then the file, then what a checkpoint holds, then the defaults.
 
     Args:
         arguments: Flags as `own_flags` returns them, `--config=FILE` among them: YAML or JSON, with the names of
             `CraftSettings`, at its top or under "craft".
         saved: `CraftSettings.to_dict` of the run that goes on.
+        complete: False: others are to come, and what belongs together is not checked yet.
 
     Raises:
         SettingsError: A file or name that is not there, or a value that cannot be.
     """
-    merged = copy.deepcopy(dict(saved or {}))
+    merged: dict[str, Any] = {}
+    _merge(merged, copy.deepcopy(dict(saved or {})))
     named = [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
     file = named[-1] if named else None
     if file:
@@ -223,14 +286,56 @@ def read_settings(arguments: Sequence[str], saved: Mapping[str, Any] | None = No
     anchors = merged.get("anchors")
     if isinstance(anchors, dict) and isinstance(anchors.get("episodes"), int | list):  # as a file may have it
         anchors["episodes"] = str(anchors["episodes"])
-    try:
-        settings: CraftSettings = draccus.decode(CraftSettings, merged)
-    except ParsingError as error:
-        where = f"in {file} or the flags" if file else "in the flags"
-        why = error.__cause__ or error  # of a check of `Rules`, which says more
-        raise SettingsError(f"A setting of craft {where} cannot be read: {why}") from error
-    settings.check()
+    with under_our_names({rule.name: rule.name for rule in fields(Rules)}):
+        settings: CraftSettings = _made(CraftSettings, merged)
+    if complete:
+        settings.check()
     return settings
+
+
+def _made(kind: Any, values: Any, place: str = "") -> Any:
+    """An object of one of the classes above, with each of the values checked by itself."""
+    if not isinstance(values, Mapping):
+        raise SettingsError(f"{PREFIX}{place.rstrip('.')} must hold names and values. Found {values!r}.")
+    types, made = get_type_hints(kind), {}
+    for name, value in values.items():
+        where = f"{PREFIX}{place}{name}"
+        if name not in types:
+            raise _unknown(f"{place}{name}")
+        of = types[name]
+        wanted = [one for one in get_args(of) if one is not NoneType] if isinstance(of, UnionType) else [of]
+        if is_dataclass(of):
+            made[name] = _made(of, value, f"{place}{name}.")
+            continue
+        try:
+            if (isinstance(value, bool) and bool not in wanted) or (value is None and wanted == [of]):
+                raise TypeError
+            made[name] = draccus.decode(of, value)
+        except (DraccusException, TypeError, ValueError, AttributeError) as error:
+            (one,) = wanted
+            words = f"one of {', '.join(get_args(one))}" if get_origin(one) is Literal else _KINDS[one]
+            raise SettingsError(
+                f"{where} must be {words}. Found {'null' if value is None else repr(value)}."
+            ) from error
+    return kind(**made)
+
+
+@contextmanager
+def under_our_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Within the block the library's errors about a value name the flag that it came from.
+
+    Args:
+        names: The library's -> those of the settings.
+    """
+    try:
+        yield
+    except SettingsError:
+        raise
+    except ValueError as error:
+        said = str(error)
+        for name, flag in names.items():
+            said = said.replace(f"`{name}`", f"{PREFIX}{flag}").replace(f" {name}=", f" {PREFIX}{flag}=")
+        raise SettingsError(said) from error
 
 
 def _value(name: str, text: str) -> Any:
@@ -239,8 +344,7 @@ def _value(name: str, text: str) -> Any:
     for part in name.split("."):
         fields = get_type_hints(kind) if is_dataclass(kind) else {}
         if part not in fields:
-            known = get_close_matches(name, _names(CraftSettings), 3) or _names(CraftSettings)
-            raise SettingsError(f"There is no {PREFIX}{name}. Known: {', '.join(PREFIX + other for other in known)}.")
+            raise _unknown(name)
         kind = fields[part]
     if text in ("", "null", "None"):
         return None
@@ -252,10 +356,16 @@ def _value(name: str, text: str) -> Any:
         raise SettingsError(f"{PREFIX}{name}={text} cannot be read: {error}") from error
 
 
-def _names(kind: Any) -> list[str]:
+def _unknown(name: str) -> SettingsError:
+    known = get_close_matches(name, setting_names(), 3) or setting_names()
+    return SettingsError(f"There is no {PREFIX}{name}. Known: {', '.join(PREFIX + other for other in known)}.")
+
+
+def setting_names(kind: Any = CraftSettings) -> list[str]:
+    """The names of all settings, without their prefix, in the order in which they are declared."""
     names = []
     for name, of in get_type_hints(kind).items():
-        names += [f"{name}.{inner}" for inner in _names(of)] if is_dataclass(of) else [name]
+        names += [f"{name}.{inner}" for inner in setting_names(of)] if is_dataclass(of) else [name]
     return names
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pandas
 import pytest
 import small
 import torch
@@ -15,6 +16,7 @@ from metaworld_pi0_fast import ASSETS, OLD_TASK
 from metaworld_pi0_fast.policy import load_policy, make_processors
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from training import late_dataset
 
 from craft_optim.anchors import AnchorCache
 from craft_optim.cli import main
@@ -40,7 +42,11 @@ def test_pi0_fast(pi0_fast, tmp_path, capsys, keep):
     cache = AnchorCache.open(out)
     assert len(cache) == 6
     assert cache.model_id == str(pi0_fast)
-    assert f"adapter_for(policy, {keep!r}).retention(policy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    following = said.split("Next:")[1].split()
+    assert following[:2] == ["craft-optim", "train"]
+    assert {f"--craft.anchors.path={out}", f"--policy.path={pi0_fast}"} < set(following)
+    assert f"adapter_for(policy, {keep!r}).retention(policy" in said
 
     page = tmp_path / "page.html"
     check = ["inspect", str(out), f"--policy.path={pi0_fast}", f"--html={page}", "--count=2"]
@@ -132,6 +138,79 @@ def test_which_episodes(act, tmp_path):
         states[name] = AnchorCache.open(tmp_path / name).read(range(4)).inputs["observation.state"]
     assert torch.equal(states["list"], states["part"])
     assert len({tuple(x.flatten().tolist()) for x in states.values()}) == 3
+
+
+def test_a_finished_cache_of_another_number_of_anchors(act, tmp_path, capsys):
+    build = ["build-anchors", str(tmp_path / "a"), f"--policy.path={act}", *FRAMES]
+    assert main(build) == 0
+    (act / "model.safetensors").rename(tmp_path / "aside")  # it is told before the policy is loaded
+    for count in ("--count=5", "--count=7"):
+        assert main([*build, count]) == 1
+        assert f"holds a finished cache of 6 anchors, and {count[-1]} were asked for" in capsys.readouterr().err
+    (tmp_path / "aside").rename(act / "model.safetensors")
+    assert main([*build, "--count=5", "--overwrite"]) == 0
+    assert len(AnchorCache.open(tmp_path / "a")) == 5
+    measured = [f"--teacher.path={act}", f"--policy.path={act}", *FRAMES, f"--cache={tmp_path / 'a'}", "--no-actions"]
+    assert main(["drift", *measured]) == 1
+    assert "holds a finished cache of 5 anchors, and 6 were asked for" in capsys.readouterr().err
+
+
+def test_time_stamps_beside_the_videos(act, tmp_path, capsys):
+    build = [f"--policy.path={act}", f"--dataset.root={late_dataset(tmp_path / 'late')}", "--count=6"]
+    for workers in ([], ["--workers=1"]):
+        assert main(["build-anchors", str(tmp_path / "a"), *build, *workers]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "cannot be read (FrameTimestampError: " in said
+        assert "pass a larger `tolerance_s`" in said
+    assert (
+        main(["build-anchors", str(tmp_path / "a"), *build, "--tolerance_s=0.01", "--dataset.video_backend=pyav"]) == 0
+    )
+    assert len(AnchorCache.open(tmp_path / "a")) == 6
+    drift = [f"--teacher.path={act}", f"--policy.path={act}", *build[1:], "--tolerance-s=0.01", "--no-actions"]
+    assert main(["drift", *drift]) == 0
+
+
+def test_a_dataset_whose_parts_contradict_each_other(act, tmp_path, capsys):
+    broken = shutil.copytree(DATA, tmp_path / "broken")
+    (file,) = (broken / "meta" / "episodes").rglob("*.parquet")
+    table = pandas.read_parquet(file)
+    table.drop(columns=[name for name in table if "chunk_index" in name and name.startswith("videos")]).to_parquet(file)
+    build = ["build-anchors", str(tmp_path / "a"), f"--policy.path={act}", f"--dataset.root={broken}", "--count=6"]
+    for workers in ([], ["--workers=1"]):
+        assert main([*build, *workers]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{broken} cannot be read (KeyError: " in said
+        assert "may not belong together" in said
+    with pytest.raises(ValueError, match="KeyError"):
+        main([*build, "--debug"])
+    (broken / "meta" / "info.json").write_text("{")
+    assert main(build) == 1
+    assert f"{broken} cannot be read (JSONDecodeError: " in capsys.readouterr().err
+
+
+def test_a_dataset_without_cameras(pi0_fast, tmp_path, capsys):
+    features = {key: {"dtype": "float32", "shape": (4,), "names": None} for key in ("observation.state", "action")}
+    made = LeRobotDataset.create("local/blind", fps=10, features=features, root=tmp_path / "blind", use_videos=False)
+    made.add_frame({key: torch.zeros(4).numpy() for key in features} | {"task": "open"})
+    made.save_episode()
+    made.finalize()
+    build = ["build-anchors", str(tmp_path / "a"), f"--policy.path={pi0_fast}", f"--dataset.root={tmp_path / 'blind'}"]
+    assert main(build) == 1
+    said = capsys.readouterr().err
+    assert f"pi0_fast looks at the cameras ['{small.TOP}'], {tmp_path / 'blind'} has none" in said
+
+
+def test_the_page_shows_words_where_the_teachers_tokenizer_is_here(pi0_fast, tmp_path, monkeypatch):
+    out, page = tmp_path / "anchors", tmp_path / "page.html"
+    assert main(["build-anchors", str(out), f"--policy.path={pi0_fast}", *FRAMES]) == 0
+    look = ["inspect", str(out), f"--html={page}", "--count=2"]
+    instruction = LeRobotDatasetMetadata(f"local/{OLD_TASK}", root=DATA).tasks.index[0]
+    for gone in (False, True):
+        if gone:
+            shutil.move(pi0_fast, tmp_path / "elsewhere")
+        assert main(look) == 0
+        words = re.sub(r" +", " ", page.read_text())
+        assert (instruction.lower() in words.lower()) == (not gone)
 
 
 def test_what_is_wrong_with_the_frames_is_told_before_the_weights_are_read(act, tmp_path, capsys):

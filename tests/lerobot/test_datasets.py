@@ -139,6 +139,16 @@ def test_byte_images_reach_the_preprocessor_as_lerobot_train_gives_them():
     assert batch["steps"].dtype == torch.uint8
 
 
+def test_frames_without_pictures_and_how_many_batches_there_are():
+    adapter = SimpleNamespace(inputs=lambda batch: batch)
+    rows = Rows(*({"x": torch.tensor([float(i)])} for i in range(5)))
+    batches = anchor_batches(rows, dict, adapter, batch_size=2)
+    assert len(batches) == 3
+    assert [len(batch["x"]) for batch in batches] == [2, 2, 1]
+    with pytest.raises(ValueError, match=r"no pictures. Found keys \['x'\]"):
+        image_keys(rows)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -74,7 +74,7 @@ def test_a_single_dataset_is_lerobots_own():
 def test_a_dataset_of_the_hub_keeps_its_place_in_the_cache(monkeypatch):
     roots, real = [], opening.LeRobotDatasetMetadata
 
-    def metadata(name, root):
+    def metadata(name, root, revision):
         roots.append(root)
         return real(name, root=SHIPPED)
 

@@ -1,5 +1,6 @@
 """What the plugin does to a run besides training: metrics, checkpoints, settings; and nothing without its flag."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -12,7 +13,8 @@ import pytest
 import small
 import torch
 from lerobot.scripts import lerobot_train
-from safetensors.torch import load_file
+from lerobot.utils import import_utils
+from safetensors.torch import load_file, save_file
 from table import Table
 from training import (
     CRAFT,
@@ -22,6 +24,7 @@ from training import (
     arguments,
     checkpoint,
     copied,
+    late_dataset,
     pretrained,
     replaced,
     resume,
@@ -31,7 +34,7 @@ from training import (
 
 from craft_optim import CraftOptimizer
 from craft_optim.cli import main
-from craft_optim.lerobot import plugin
+from craft_optim.lerobot import _noise, plugin, run_anchors
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +187,7 @@ def test_two_runs_in_one_process(act, finished_run, tmp_path):
         run = lerobot_train.craft_run
         run.retention = run._saved = "of the first"
         with pytest.raises(AttributeError):
-            run.wrap(SimpleNamespace(is_reward_model_training=False), None, None)
+            run.prepare(SimpleNamespace(resume=False))
         assert (run.retention, run._saved) == (None, None)
     with replaced():
         plugin.install(CRAFT)
@@ -222,6 +225,17 @@ def test_a_cache_that_is_there_is_used(act, finished_run, tmp_path):
     assert not (tmp_path / "out" / "craft" / "anchors").exists()
     assert rows(tmp_path / "out")[0]["retention_loss"] == pytest.approx(0.0, abs=1e-3)
     assert "drift_heldout" in rows(tmp_path / "out")[-1], "it lies beside the cache"
+
+
+def test_a_cache_of_another_policy(act, finished_run, tmp_path, capsys):
+    other = shutil.copytree(act, tmp_path / "other")
+    weights = load_file(act / "model.safetensors")
+    save_file({name: x * 1.1 if x.is_floating_point() else x for name, x in weights.items()}, other / "new")
+    (other / "new").replace(other / "model.safetensors")
+    cache = f"--craft.anchors.path={finished_run / 'craft' / 'anchors'}"
+    said = stopped_with(capsys, "act", other, *arguments(other, tmp_path / "out"), cache)
+    assert said.count("craft: The model does not reproduce") == 1
+    assert "Traceback" not in said
 
 
 def test_pictures_and_prompts_without_a_dataset(pi0_fast, tmp_path):
@@ -303,15 +317,112 @@ def test_whose_statistics_a_checkpoint_holds(act, tmp_path, choice, source):
         (["--craft.anchors.root=null"], "craft needs examples"),
         (["--craft.epsilon_start=1"], "belong together"),
         (["--craft.config=nowhere.yaml"], "nowhere.yaml"),
-        (["--craft.rho=-1"], "`rho` must be > 0, or None. Found rho=-1"),
-        (["--craft.retention_every=0"], "Found retention_every=0"),
+        (["--craft.rho=-1"], "--craft.rho must be > 0, or None. Found --craft.rho=-1"),
+        (["--craft.retention_every=0"], "Found --craft.retention_every=0"),
         (["--craft.conflict_threshold=-2"], "must be in [-1, 1]. Found -2"),
-        (["--craft.merge=sum"], "into one of: weighted, equal, task_priority"),
+        (["--craft.merge=sum"], "must be one of weighted, equal, task_priority. Found 'sum'"),
     ],
 )
 def test_wrong_settings(act, tmp_path, capsys, change, words):
     assert words in stopped_with(capsys, "act", act, *arguments(act, tmp_path / "out"), *CRAFT, *change)
     assert not (tmp_path / "out").exists()
+
+
+def never(*_, **__):
+    raise AssertionError("loaded, although it is known that the run cannot be")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--craft.epsilon=-1"], "--craft.epsilon must be a finite number >= 0"),
+        (["--craft.anchors.root=/nowhere/data"], "--craft.anchors.root must hold a LeRobotDataset"),
+        (["--craft.anchors.root=null", "--craft.anchors.path=nowhere"], "Found nowhere, which is no folder"),
+        (["--craft.anchors.episodes=[99]"], "has 40 episodes, 0 to 39. Found --craft.anchors.episodes=[99]"),
+        (["--craft.anchors.keep=prefix"], "`keep` must be one of ('actions',) for act"),
+        (["--craft.anchors.top-k=3"], "--craft.anchors.top_k is of logits, and of act actions are kept"),
+        (['--craft.anchors.rename_map={"observation.image": "observation.front"}'], "act looks at the cameras"),
+        (["--craft.anchors.video_backend=vhs"], "must be one of torchcodec, pyav"),
+        (["--craft.anchors.tolerance_s=-1"], "must be seconds > 0"),
+        (["--craft.anchors.revision=main"], "is of datasets of the hub"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_loaded(act, tmp_path, capsys, monkeypatch, change, words):
+    for name in ("make_train_eval_datasets", "make_policy"):
+        monkeypatch.setattr(lerobot_train, name, never)
+    said = stopped_with(capsys, "act", act, *arguments(act, tmp_path / "out"), *CRAFT, *change)
+    (line,) = [line for line in said.splitlines() if line.startswith("craft: ")]
+    assert words.replace("`keep`", "--craft.anchors.keep") in line
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_setting_of_a_run_that_goes_on(act, finished_run, tmp_path, capsys, monkeypatch):
+    """Its settings are those of the checkpoint, changed: what belongs together need not be given together."""
+    out = copied(finished_run, tmp_path / "out", until=2)
+    monkeypatch.setattr(lerobot_train, "make_train_eval_datasets", never)
+    for flag, words in (("epsilon=-1", "--craft.epsilon must be"), ("epsilon_start=1", "belong together")):
+        said = stopped_with(capsys, "act", act, *resume(out, 2), f"--craft.{flag}")
+        assert words in said
+        assert said.count("craft: ") == 1
+
+
+def test_the_processes_of_a_machine_tell_it_once(capsys, monkeypatch):
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with replaced(), pytest.raises(SystemExit):
+            plugin.install(["--craft.epsilon=-1"])
+        assert capsys.readouterr().err.count("craft: ") == times
+
+
+def test_who_wants_the_traceback_has_it(capsys):
+    with replaced(), pytest.raises(ValueError, match="must be a finite number"):
+        plugin.install(["--craft.epsilon=-1"], debug=True)
+
+
+def test_anchors_are_built_before_lerobot_draws_its_bar(act, tmp_path, monkeypatch):
+    order = []
+
+    class Bar:
+        def __init__(self, **_):
+            order.append("drawn")
+
+        def update(self, number):
+            order.append("step")
+
+        def refresh(self):
+            pass
+
+        close = refresh
+
+    def build(*args, **settings):
+        order.append("built")
+        return run_anchors.build_anchors(*args, **settings)
+
+    monkeypatch.setattr(lerobot_train, "tqdm", Bar)
+    monkeypatch.setattr("craft_optim.lerobot.run.build_anchors", build)
+    train("act", act, *arguments(act, tmp_path / "out", steps=2), *CRAFT)
+    assert order == ["built", "drawn", "step", "step"]
+
+
+def test_the_trainings_settings_read_the_anchors(act, tmp_path, capsys):
+    """Time stamps that lie 2 ms beside the video's, as robots record them."""
+    late = late_dataset(tmp_path / "late")
+    given = [*CRAFT, f"--craft.anchors.root={late}"]
+    said = stopped_with(capsys, "act", act, *arguments(act, tmp_path / "a", steps=1), *given)
+    assert "(FrameTimestampError: " in said
+    assert "pass a larger `tolerance_s`" in said
+    assert said.count("craft: ") == 1
+    train("act", act, *arguments(act, tmp_path / "b", steps=1), *given, "--tolerance_s=0.01")
+    train("act", act, *arguments(act, tmp_path / "c", steps=1), *given, "--craft.anchors.tolerance-s=0.01")
+
+
+def test_a_cache_of_another_number_of_anchors(act, tmp_path, capsys):
+    given = [*CRAFT, f"--craft.anchors.path={tmp_path / 'anchors'}"]
+    train("act", act, *arguments(act, tmp_path / "a", steps=1), *given)
+    train("act", act, *arguments(act, tmp_path / "b", steps=1), *given)
+    said = stopped_with(capsys, "act", act, *arguments(act, tmp_path / "c", steps=1), *given, "--craft.anchors.count=6")
+    assert "holds a finished cache of 4 anchors, and 2 were asked for" in said
 
 
 def test_a_policy_that_was_never_trained(act, tmp_path, capsys):
@@ -332,9 +443,61 @@ def test_the_command(act, tmp_path, monkeypatch):
     monkeypatch.setattr(lerobot_train, "main", lambda: started.append(list(sys.argv)))
     monkeypatch.setattr(sys, "argv", [])
     with replaced():
-        assert main(["train", "--craft.epsilon=1", "--policy.path=a"]) == 0
+        assert main(["train", "--craft.epsilon=1", "--craft.anchors.repo-id=you/old", "--policy.path=a"]) == 0
         assert lerobot_train.craft_run.settings.epsilon == 1.0, "and the hooks are in place"
-    assert started == [["lerobot-train", plugin.TRAIN_FLAG, "--craft.epsilon=1", "--policy.path=a"]]
+    assert started[0][:3] == ["lerobot-train", plugin.TRAIN_FLAG, "--craft.epsilon=1"]
+
+
+def test_errors_of_lerobot_are_one_line_until_training_has_begun(tmp_path, monkeypatch, capsys):
+    anchors = "--craft.anchors.repo_id=you/old"
+
+    def stopped(error, begun):
+        def run():
+            lerobot_train.craft_run.retention = begun
+            raise error
+
+        monkeypatch.setattr(lerobot_train, "main", run)
+        with replaced():
+            return main(["train", anchors])
+
+    monkeypatch.setattr(sys, "argv", [])
+    assert stopped(FileExistsError("Output directory out already exists"), None) == 1
+    assert capsys.readouterr().err == "craft-optim train: Output directory out already exists (--debug shows where)\n"
+    assert stopped(KeyError("stats"), None) == 1
+    assert capsys.readouterr().err == "craft-optim train: KeyError: 'stats' (--debug shows where)\n"
+    with pytest.raises(KeyError):
+        stopped(KeyError("stats"), "a retention")
+    assert stopped(KeyboardInterrupt(), "a retention") == 130
+    assert "--resume=true --config_path=" in capsys.readouterr().err
+    with replaced(), pytest.raises(ValueError, match="must be a finite number"):
+        main(["train", "--debug", "--craft.epsilon=-1"])
+
+
+def test_the_help_has_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert "\n  --craft.epsilon=0.05\n      The drift to allow" in said
+    assert "\n  --craft.anchors.heldout=0.1\n" in said
+
+
+def test_one_line_where_torchcodec_cannot_be_loaded(monkeypatch):
+    """lerobot says it in a hundred, for each dataset again."""
+    said, listener = [], logging.Handler()
+    monkeypatch.setattr(listener, "emit", lambda record: said.append(record.getMessage()))
+    logger = logging.getLogger("lerobot.utils.import_utils")
+    monkeypatch.setattr(logger, "handlers", [listener])
+    monkeypatch.setattr(_noise, "_said", [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def cannot(name):
+        raise RuntimeError("Could not load libtorchcodec\nTraceback\n libavutil.so")
+
+    monkeypatch.setattr(importlib, "import_module", cannot)
+    assert [import_utils.get_safe_default_video_backend() for _ in range(2)] == ["pyav", "pyav"]
+    assert said == ["'torchcodec' is installed but cannot be loaded. Falling back to 'pyav' as a default decoder."]
+    logger.warning("another\nmessage")
+    assert said[1:] == ["another\nmessage"]
 
 
 def test_its_optimizer_is_the_presets(act, tmp_path):

@@ -1,15 +1,17 @@
 """What a run of lerobot-train is warned of: anchors of the task that it learns, drift that is held on anchors alone."""
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from training import CRAFT, NEW, OLD, arguments, pretrained, train
+from training import CRAFT, NEW, OLD, arguments, pretrained, resume, train
 
 from craft_optim._warn import CraftWarning
-from craft_optim.lerobot.run import _check_task
-from craft_optim.lerobot.settings import AnchorSettings, CraftSettings
+from craft_optim.lerobot.checks import check_task
+from craft_optim.lerobot.settings import AnchorSettings
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,40 @@ def test_which_anchors_are_of_the_new_task(data, chosen, warns):
     if "episodes" in data:
         trained["episodes"] = data["episodes"]
     named = {name: data[name] for name in ("root", "repo_id") if name in data}
-    settings = CraftSettings(anchors=AnchorSettings(**named, episodes=chosen))
+    anchors = AnchorSettings(**named, episodes=chosen)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _check_task(SimpleNamespace(dataset=SimpleNamespace(**trained)), settings)
+        check_task(SimpleNamespace(dataset=SimpleNamespace(**trained)), anchors)
     assert bool(caught) == warns
+
+
+@pytest.mark.parametrize("statistics", ["dataset", "pretrained"])
+def test_quantiles_without_a_width(tmp_path, statistics):
+    """pi05 divides by them: the new data's, or those that it was trained with."""
+    flat = shutil.copytree(NEW, tmp_path / "flat")
+    file = flat / "meta" / "stats.json"
+    stats = json.loads(file.read_text())
+    stats["action"]["q01"][1] = stats["action"]["q99"][1]
+    file.write_text(json.dumps(stats))
+    policy = pretrained("pi05", tmp_path / "pi05")
+    given = [*CRAFT, f"--dataset.root={flat}", f"--craft.statistics={statistics}"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CraftWarning)
+        train("pi05", policy, *arguments(policy, tmp_path / "out", steps=1), *given)
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, CraftWarning)]
+    assert len(said) == (statistics == "dataset")
+    assert all("'action' is normalised by its quantiles q01 and q99" in text and "[1]" in text for text in said)
+
+
+def test_other_anchors_of_a_run_that_goes_on(act, tmp_path):
+    train("act", act, *arguments(act, tmp_path / "out", steps=2), *CRAFT)
+    again = resume(tmp_path / "out", 2, "--steps=3")
+    for flags, changed in ((CRAFT, []), (["--craft.epsilon=0.2"], []), (["--craft.anchors.count=5"], ["count"])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CraftWarning)
+            train("act", act, *again, *flags)
+        said = [str(warning.message) for warning in caught if issubclass(warning.category, CraftWarning)]
+        assert [f"--craft.anchors.{name} changes nothing any more" in said[0] for name in changed] == [True] * len(said)
 
 
 def test_drift_that_runs_away_is_told_once(act, tmp_path, monkeypatch):
