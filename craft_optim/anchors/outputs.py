@@ -58,8 +58,10 @@ class Output:
 
     def describe(self) -> str:
         """In words: "10 classes"."""
-        kind = {"classes": "class", "labels": "label", "values": "channel"}[self.kind]
-        return f"{self.size} {kind if self.size == 1 else self.kind.replace('values', 'channels')}"
+        one, more = {"classes": ("class", "classes"), "labels": ("label", "labels"), "values": ("channel", "channels")}[
+            self.kind
+        ]
+        return f"{self.size} {one if self.size == 1 else more}"
 
 
 class Rows(NamedTuple):
@@ -109,7 +111,6 @@ class Outputs:
         self._kinds = dict(kinds) if isinstance(kinds, Mapping) else {"": kinds}
         self._dims = {name: dims.get(name) if isinstance(dims, Mapping) else dims for name in self._kinds}
         self.known: dict[str, Output] = dict(known or {})
-        self.certain = False  # that it is classes, by what else is asked for
 
     @property
     def names(self) -> list[str]:
@@ -144,8 +145,7 @@ class Outputs:
             x = self._picked(output, name, size)
             known = self.known.get(name)
             if known is None:
-                question = _Question(self._model, x, name, inputs, valid, certain=self.certain)
-                known = question.answer(kind, self._dims[name])
+                known = _Question(self._model, x, name, inputs, valid).answer(kind, self._dims[name])
             elif known.dim > x.ndim or known.arranged(x).shape[-1] != known.size:
                 raise OutputError(
                     f"The model gives {_named(name)}{tuple(x.shape)}, where dimension {known.dim} had "
@@ -197,14 +197,7 @@ def _in_words(x: Any) -> str:
 
 
 def _remedy_of_form(x: Any) -> str:
-    heads = (
-        [str(key) for key in x]
-        if isinstance(x, Mapping)
-        else [str(i) for i in range(len(x))]
-        if isinstance(x, tuple)
-        else []
-    )
-    if heads:
+    if heads := list(map(str, x if isinstance(x, Mapping) else range(len(x)) if isinstance(x, tuple) else ())):
         example = ", ".join(f'"{name}": "classes"' for name in heads[:2])
         return (
             "say what its parts are, output={" + example + ', ...}, each "classes", "labels" or "values", pass a '
@@ -220,10 +213,8 @@ def _named(name: str) -> str:
 class _Question:
     """What an output is, as far as its shape, its numbers and the model's config tell."""
 
-    def __init__(
-        self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None, *, certain: bool
-    ) -> None:
-        self.x, self.name, self.certain = x, name, certain
+    def __init__(self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None) -> None:
+        self.x, self.name = x, name
         given = inputs.values() if isinstance(inputs, dict) else [inputs] if isinstance(inputs, Tensor) else inputs
         self.inputs = [x for x in given if isinstance(x, Tensor)]
         self.one_each = x.ndim == 1 or (valid is not None and valid.shape == x.shape)  # a number for each position
@@ -274,8 +265,6 @@ class _Question:
         return max(self.x.ndim - 1, 1)
 
     def _found(self) -> tuple[str, int | None]:
-        if self.certain:
-            return "classes", None
         found = self._by_config()
         if found is None and (dim := self._normalised()) is not None:
             found = "classes", dim
