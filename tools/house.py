@@ -64,7 +64,7 @@ def traced_step() -> tuple[int, int, int]:
             calls.append((code.co_filename, code.co_name, code.co_firstlineno))
 
     with tempfile.TemporaryDirectory() as folder:
-        cache = anchors.build(model, inputs.split(4), folder, progress=False)
+        cache = anchors.build(model, inputs.split(4), folder, class_dim=-1, progress=False)
         retention = anchors.LogitRetention(model, cache, batch_size=4, workers=0)
         optimizer = CraftOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), retention)
         for step in range(3):
