@@ -70,7 +70,7 @@ def add(command: AddCommand) -> None:
     )
     add("--teacher.path", dest="teacher", metavar="PATH", help="the policy before: its actions are compared, too")
     add("--device", default="auto", help="where models run (default: auto: CUDA if there is, else the CPU)")
-    epsilon = "what is allowed: a number, or KIND=number for logits, hidden, tokens, actions"
+    epsilon = "what is allowed: a number, or KIND=number for logits, hidden, actions and so on"
     add("--epsilon", nargs="+", metavar="[KIND=]X", help=epsilon)
     add("--worst", type=whole, default=5, metavar="N", help="name the N anchors that moved most (default: 5)")
     add("--no-actions", action="store_true", help="do not compare actions")
@@ -164,10 +164,10 @@ def _epsilons(given: Sequence[str]) -> dict[str, float]:
             value = float(number)
         except ValueError:
             value = 0.0
-        if not 0.0 < value < float("inf") or kind not in ("", "logits", "hidden", "tokens", "actions") or kind in found:
+        if not 0.0 < value < float("inf") or kind in found:
             raise UsageError(
-                "--epsilon must be a number > 0, or KIND=number once for each of logits, hidden, tokens, actions. "
-                f"Found {' '.join(given)!r}"
+                "--epsilon must be a number > 0, or KIND=number once for each kind that is measured, such as logits "
+                f"or hidden. Found {' '.join(given)!r}"
             )
         found[kind] = value
     return found

@@ -431,7 +431,7 @@ def test_one_checkpoint_has_a_row_of_numbers_for_each_layer(script, capsys):
         (["a", "--policy.path=p", "--dataset.repo_id=d"], "--dataset.repo_id goes with a dataset"),
         (["a", "--policy.path=p", "--cache=b"], "--cache goes with a dataset"),
         (["a", "--factory=mine.py:taught", "--epsilon=0"], "must be a number > 0"),
-        (["a", "--factory=mine.py:taught", "--epsilon", "kl=1"], "logits, hidden, tokens, actions. Found 'kl=1'"),
+        (["a", "--factory=mine.py:taught", "--epsilon", "kl=1"], "--epsilon kl=X: here logits and hidden are measured"),
         (["a", "--factory=mine.py:taught", "--epsilon", "logits=1", "logits=2"], "once for each"),
         (["a", "--factory=mine.py:taught", "--epsilon=0.1"], "pass --epsilon logits=X hidden=X"),
         (["a", "--factory=mine.py:taught", "--epsilon", "actions=1"], "here logits and hidden are measured"),
@@ -477,3 +477,18 @@ def test_the_core_needs_none_of_the_extras():
     missing = ["scipy", "tqdm", "PIL", "rich", "matplotlib", "transformers", "lerobot"]
     code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import craft_optim.cli"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_every_output_is_a_kind(script, tmp_path, capsys):
+    """Of labels, values and named outputs, epsilon is told by the names that the cache has."""
+    heads = "import torch\nfrom torch import nn\n\nclass Heads(nn.Module):\n"
+    heads += "    def __init__(self):\n        super().__init__()\n"
+    heads += "        torch.manual_seed(0)\n        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)\n"
+    heads += "    def forward(self, x):\n        return self.a(x), self.b(x)\n\n"
+    heads += 'def taught():\n    return Heads(), [torch.randn(8, 3)], {"output": {"0": "labels", "1": "values"}}\n'
+    (tmp_path / "heads.py").write_text(heads)
+    assert main(["build-anchors", "h", "--factory=heads.py:taught"]) == 0
+    capsys.readouterr()
+    assert main(["drift", "h", "--factory=heads.py:taught", "--epsilon", "0=1", "1=1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["checkpoints"][0]["drift"]) == ["0", "1"]
