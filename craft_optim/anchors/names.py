@@ -45,7 +45,8 @@ def class_names(model: nn.Module) -> set[str]:
 
 
 def class_name(model: nn.Module) -> str:
-    """The class of the model within its wrappers; FSDP2 puts a class of its own in its place."""
-    kind = type(unwrapped(model))
+    """The class of the model within its wrappers, PEFT's among them; FSDP2 puts a class of its own in its place."""
+    model = unwrapped(model)
+    kind = type(model.get_base_model() if hasattr(type(model), "get_base_model") else model)
     bases = [base for base in kind.__bases__ if base.__name__ != "FSDPModule"]
     return bases[0].__name__ if len(bases) < len(kind.__bases__) else kind.__name__
