@@ -3,12 +3,14 @@
 import hashlib
 import zlib
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .names import plain_name
+from .structure import Flat
 
 __all__ = ["anchor_checksums", "compare_fingerprints", "fingerprint"]
 
@@ -111,16 +113,16 @@ def compare_fingerprints(cached: str, current: str) -> str | None:
     return "the model has other weights than the one the cache was built with"
 
 
-def anchor_checksums(batch: Mapping[str, Tensor]) -> list[str]:
-    """8 hexadecimal digits for each anchor, of its bytes, dtypes and shapes.
-
-    Args:
-        batch: Tensors by name, first dimension the anchors.
-    """
-    sums = [0] * len(next(iter(batch.values())))
-    for _, x in sorted(batch.items()):
+def anchor_checksums(batch: Flat) -> list[str]:
+    """8 hexadecimal digits for each anchor, of its bytes, dtypes and shapes."""
+    sums = [0] * batch.count
+    for name, x in sorted(batch.tensors.items()):
         values = x.detach().cpu().contiguous()
         shape = str((x.dtype, *x.shape[1:])).encode()
-        data = values.reshape(len(values), -1).view(torch.uint8).numpy() if values.numel() else [b""] * len(values)
+        rows = values.reshape(len(values), -1).view(torch.uint8).numpy() if values.numel() else [b""] * len(values)
+        data: Iterable[Any] = rows
+        if name in batch.lengths:
+            ends = [0, *batch.lengths[name].cumsum(0).tolist()]
+            data = [b"".join(map(bytes, rows[first:last])) for first, last in pairwise(ends)]
         sums = [zlib.crc32(anchor, zlib.crc32(shape, total)) for anchor, total in zip(data, sums, strict=True)]
     return [f"{total:08x}" for total in sums]

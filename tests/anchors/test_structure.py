@@ -27,15 +27,16 @@ X, Y = torch.zeros(3, 2), torch.ones(3)
     ],
 )
 def test_round_trip(batch: Any, kind: str, names: list[str], skipped: list[str]) -> None:
-    structure, named, size = flatten(batch)
-    assert (structure.kind, list(structure.names), list(structure.skipped), size) == (kind, names, skipped, 3)
+    flat = flatten(batch)
+    structure, named = flat.structure, flat.tensors
+    assert (structure.kind, list(structure.names), list(structure.skipped), flat.count) == (kind, names, skipped, 3)
     rebuilt = structure.rebuild(named)
-    assert flatten(rebuilt)[1].keys() == named.keys()
+    assert flatten(rebuilt).tensors.keys() == named.keys()
     assert isinstance(rebuilt, {"tensor": torch.Tensor, "tuple": tuple, "mapping": dict}[kind])
     if kind == "tuple":
         assert len(rebuilt) == len(batch)
     moved = map_tensors(lambda x: x + 1, rebuilt)
-    for name, x in flatten(moved)[1].items():
+    for name, x in flatten(moved).tensors.items():
         assert torch.equal(x, named[name] + 1)
 
 
