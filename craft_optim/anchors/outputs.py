@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from craft_optim._warn import warn
 
@@ -215,8 +216,7 @@ class _Question:
 
     def __init__(self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None) -> None:
         self.x, self.name = x, name
-        given = inputs.values() if isinstance(inputs, dict) else [inputs] if isinstance(inputs, Tensor) else inputs
-        self.inputs = [x for x in given if isinstance(x, Tensor)]
+        self.inputs = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
         self.one_each = x.ndim == 1 or (valid is not None and valid.shape == x.shape)  # a number for each position
         self.few = x.detach()[:4].float()
         self.model = base_model(model)

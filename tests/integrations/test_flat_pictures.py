@@ -388,7 +388,7 @@ def test_objects_and_nested_lists_of_a_library_pass_through() -> None:
 
         def forward(self, graph: Graph) -> Tensor:
             logits: Tensor = self.out(graph.x.index_add(0, graph.edges[1], graph.x[graph.edges[0]]))
-            return logits
+            return logits[None]
 
     class Detector(Model):
         def forward(self, pictures: list[Tensor], targets: Any = None) -> Tensor:  # type: ignore[override]
@@ -405,7 +405,8 @@ def test_objects_and_nested_lists_of_a_library_pass_through() -> None:
     moved: list[torch.device] = []
     rows = [torch.randn(n, 3) for n in (2, 5, 3)]
     for model, collate in ((Model(), one_graph), (Detector(), ragged)):
-        retention = OnlineRetention(model, rows, 3, collate=collate, teacher=copy.deepcopy(model))
+        settings: dict[str, Any] = {"collate": collate, "reading": Reading(output="classes")}
+        retention = OnlineRetention(model, rows, 3, teacher=copy.deepcopy(model), **settings)
         assert retention().item() == 0.0
         disturb(model)
         assert retention().item() > 1e-7
