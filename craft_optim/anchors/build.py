@@ -110,7 +110,7 @@ def build(
         AnchorCacheError: The folder holds another cache or another half-built one, or `batches` is not what it was
             built from; it cannot be written, another build is writing to it, or another process has failed. Complete
             shards stay.
-        TypeError: There is no such argument.
+        TypeError: There is no such argument, or `batches` are single examples, or the model cannot be called on them.
         ValueError: An argument is out of range; nothing says what the output is, or it is something else; there are no
             batches, an anchor without valid positions, batches that do not fit together, or outputs that are not
             finite, also after rounding to `dtype`. Nothing of the batch is written.
@@ -119,6 +119,7 @@ def build(
     bytes per position for all of V classes, labels or channels, 6 k for the top k, and 2 D per anchor (or position),
     layer and span.
     """
+    _require_batches(batches)
     if images not in ("uint8", "keep"):
         raise ValueError(f"`images` must be 'uint8' or 'keep'. Found {images!r}.")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -177,6 +178,23 @@ def build(
                 _run(extractor, stream, writer)
             writer.finish()
             return AnchorCache.open(folder, reading)
+
+
+def _require_batches(batches: Any) -> None:
+    """Raises TypeError for what would be gone through example by example, or is one batch alone."""
+    kinds = {kind.__name__ for kind in type(batches).__mro__}
+    examples = "Dataset" in kinds and "IterableDataset" not in kinds
+    remedy = None
+    if isinstance(batches, Tensor):
+        remedy = "give it in parts, batches.split(16), or as one batch, [batches]"
+    elif isinstance(batches, Mapping):
+        remedy = "one batch is given as a list of one, [batches]"
+    elif isinstance(batches, str):
+        remedy = "give batches of what the model reads, such as of a tokenizer"
+    elif examples and hasattr(batches, "__getitem__"):
+        remedy = "it holds single examples. Pass torch.utils.data.DataLoader(dataset, batch_size=16)"
+    if remedy is not None:
+        raise TypeError(f"`batches` must be an iterable of batches. Found {type(batches).__name__}: {remedy}.")
 
 
 def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream", replicated: bool) -> bool:

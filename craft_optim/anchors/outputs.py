@@ -15,7 +15,19 @@ from .names import base_model
 from .passes import logits_of
 from .structure import Inputs
 
-__all__ = ["FEATURES", "KINDS", "Kind", "Output", "OutputError", "Outputs", "Rows", "feature", "rows_of", "whole"]
+__all__ = [
+    "FEATURES",
+    "KINDS",
+    "Kind",
+    "Output",
+    "OutputError",
+    "Outputs",
+    "Rows",
+    "feature",
+    "if_grown",
+    "rows_of",
+    "whole",
+]
 
 Kind = Literal["classes", "labels", "values"]
 KINDS = get_args(Kind)
@@ -151,6 +163,7 @@ class Outputs:
                 raise OutputError(
                     f"The model gives {_named(name)}{tuple(x.shape)}, where dimension {known.dim} had "
                     f"{known.describe()} before: another model, or another `forward=`."
+                    f"{if_grown(tuple(x.shape), known, inputs)}"
                 )
             self.known[name] = known
             found[name] = known.arranged(x)
@@ -172,6 +185,20 @@ def whole(x: Tensor) -> Tensor:
     """The tensor itself; of one that tensor parallelism has split, all of it."""
     gather = getattr(x, "full_tensor", None)
     return x if gather is None else cast(Tensor, gather())
+
+
+def if_grown(shape: tuple[int, ...], known: Output, inputs: Any) -> str:
+    """What to do if an output of this shape has more classes than before, in words."""
+    if known.dim >= len(shape) or shape[known.dim] <= known.size:
+        return ""
+    called = "batch" if isinstance(inputs, Tensor) else "**batch" if isinstance(inputs, dict) else "*batch"
+    logits = f"model({called}).logits" if isinstance(inputs, dict) else f"model({called})"
+    last = known.dim == len(shape) - 1
+    part = f"[..., :{known.size}]" if last else f".narrow({known.dim}, 0, {known.size})"
+    return (
+        " If it has grown since, by new tokens or new classes, compare those that there were: "
+        f"Reading(forward=lambda model, batch: {logits}{part}, class_dim={-1 if last else known.dim})."
+    )
 
 
 def _pick(output: Any, name: str) -> Tensor | None:

@@ -179,7 +179,10 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
         there = getattr(features, name)
         if name == "pooling" and not features.layers:
             continue
-        if here != there and not (there is None and cache.fingerprint is None):  # imported caches do not know
+        # Imported caches do not know. A forward where there was none, as after the vocabulary has grown, has to give
+        # what the teacher gave: pass 0 tells.
+        unknown = there is None and (cache.fingerprint is None or name == "forward")
+        if here != there and not unknown:
             raise AnchorMismatchError(
                 f"The anchors in {cache.path} were built with {name}={there!r}. Found {name}={here!r}: pass the "
                 "`Reading` that they were built with, or build them again with this one."

@@ -3,6 +3,7 @@
 from collections import UserDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,11 +44,21 @@ def test_round_trip(batch: Any, kind: str, names: list[str], skipped: list[str])
 @pytest.mark.parametrize(
     ("batch", "error", "words"),
     [
-        ("text", TypeError, "Found str"),
+        ("text", TypeError, r"Found str: tokenize texts first, such as tokenizer\("),
+        (["a", "b"], TypeError, r"str at place 0: tokenize texts first"),
+        ([["a", "b"], ["c"]], TypeError, r"list at place 0: tokenize texts first"),
+        ({"text": ["a", "b"]}, TypeError, r"\['text'\]: tokenize texts first"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [3]}], TypeError, r"dict at place 0: these look like single examples"),
+        ([{"input_ids": X}, {"input_ids": X}], TypeError, r"dict at place 0: these look like single examples"),
+        ([[1, 2], [3]], TypeError, r"list at place 0: these look like single examples.*DataLoader"),
+        ({"input_ids": [[1, 2], [3]]}, TypeError, r"list of numbers in 'input_ids'.*return_tensors='pt'"),
+        ({"input_ids": X, "attention_mask": [[1, 1]] * 3}, TypeError, r"list of numbers in 'attention_mask'"),
+        ({"input_ids": X, "mask": np.ones((3, 2))}, TypeError, r"ndarray of numbers in 'mask'"),
+        ({"input_ids": X, "rows": [Y, Y]}, TypeError, r"list of numbers in 'rows'"),
         ((X, "text"), TypeError, "str at place 1"),
         ({0: X}, TypeError, "keys"),
         ({"a": "b"}, TypeError, "at least one tensor"),
-        ({"x": X, "y": torch.zeros(2)}, ValueError, "first dimension"),
+        ({"x": X, "y": torch.zeros(2)}, ValueError, r"first dimension.*pass Reading\(lengths="),
         ({"x": torch.tensor(1.0)}, ValueError, "'x'"),
         (torch.zeros(0, 3), ValueError, "at least one"),
         (X.to_sparse(), ValueError, "dense"),
