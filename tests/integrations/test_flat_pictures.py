@@ -21,75 +21,7 @@ from craft_optim.anchors import (
 )
 
 transformers = pytest.importorskip("transformers")
-
-IMAGE, START, END = 30, 28, 29  # tokens
-ROPE = "rope_scaling" if transformers.__version__.startswith("4") else "rope_parameters"
-
-
-def qwen(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        config = transformers.Qwen2VLConfig(
-            text_config={
-                "vocab_size": 40,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "initializer_range": 0.2,
-                ROPE: {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-            },
-            vision_config={
-                "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2,
-                "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2,
-            },
-            image_token_id=IMAGE, video_token_id=31, vision_start_token_id=START, vision_end_token_id=END,
-        )  # fmt: skip
-        model: nn.Module = transformers.Qwen2VLForConditionalGeneration(config)
-        return model
-
-
-Example = dict[str, Tensor]
-
-
-def examples(count: int = 12, seed: int = 1, pictures: bool = True) -> list[Example]:
-    """With none to two pictures, of other sizes, and texts of other lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for number in range(count):
-        grids = [(1, 4, 2 * (1 + int(torch.randint(3, (), generator=generator)))) for _ in range(number % 3)]
-        grids = grids if pictures else []
-        text = torch.randint(1, 28, (3 + number % 4,), generator=generator).tolist()
-        ids = [x for _, h, w in grids for x in (START, *[IMAGE] * (h * w // 4), END)] + text
-        found.append(
-            {
-                "input_ids": torch.tensor(ids),
-                "pixel_values": torch.randn(sum(h * w for _, h, w in grids), 24, generator=generator),
-                "image_grid_thw": torch.tensor(grids, dtype=torch.long).reshape(-1, 3),
-            }
-        )
-    return found
-
-
-def collate(rows: list[Example]) -> dict[str, Tensor]:
-    """As the processor does."""
-    ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
-    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
-    if ROPE == "rope_parameters":  # since transformers 5
-        batch["mm_token_type_ids"] = (ids == IMAGE).int()
-    for name in ("pixel_values", "image_grid_thw"):
-        flat = torch.cat([row[name] for row in rows])
-        if len(flat):
-            batch[name] = flat
-    return batch
-
-
-def lengths(batch: Any) -> dict[str, Tensor]:
-    """Pictures and patches of each example."""
-    pictures = (batch["input_ids"] == START).sum(1)
-    patches = batch["image_grid_thw"].prod(1).split(pictures.tolist())
-    return {"image_grid_thw": pictures, "pixel_values": torch.stack([x.sum() for x in patches])}
+from pictures import END, IMAGE, START, Example, collate, examples, lengths, qwen  # noqa: E402
 
 
 def batched(rows: list[Example], size: int) -> list[dict[str, Tensor]]:
@@ -353,10 +285,10 @@ def test_packed_sequences_pass_through() -> None:
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
     collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
-    def collate(rows: list[Example]) -> Any:
+    def packing(rows: list[Example]) -> Any:
         return collator([{"input_ids": row["input_ids"].tolist()} for row in rows])
 
-    retention = OnlineRetention(model, rows, 2, collate=collate, teacher=copy.deepcopy(model))
+    retention = OnlineRetention(model, rows, 2, collate=packing, teacher=copy.deepcopy(model))
     assert retention().item() == 0.0
     assert {"input_ids", "position_ids", "cu_seq_lens_q", "max_length_q"} <= set(seen[-1])
     assert "labels" not in seen[-1]
@@ -364,7 +296,7 @@ def test_packed_sequences_pass_through() -> None:
     assert len(seen[-1]["cu_seq_lens_q"]) == 3 != len(seen[-1]["input_ids"])
     before = copy.deepcopy(model)
     disturb(model)
-    packed = {name: x for name, x in collate(rows).items() if name != "labels"}
+    packed = {name: x for name, x in packing(rows).items() if name != "labels"}
     with torch.no_grad():
         p, q = (m.eval()(**packed).logits.double().log_softmax(-1) for m in (before, model))
     assert retention.drift(batch_size=4) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
@@ -404,8 +336,8 @@ def test_objects_and_nested_lists_of_a_library_pass_through() -> None:
 
     moved: list[torch.device] = []
     rows = [torch.randn(n, 3) for n in (2, 5, 3)]
-    for model, collate in ((Model(), one_graph), (Detector(), ragged)):
-        settings: dict[str, Any] = {"collate": collate, "reading": Reading(output="classes")}
+    for model, joined in ((Model(), one_graph), (Detector(), ragged)):
+        settings: dict[str, Any] = {"collate": joined, "reading": Reading(output="classes")}
         retention = OnlineRetention(model, rows, 3, teacher=copy.deepcopy(model), **settings)
         assert retention().item() == 0.0
         disturb(model)
