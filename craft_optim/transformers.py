@@ -80,6 +80,8 @@ def craft_optimizer(
             type(self).__module__ = base.__module__
             closure = _of_model(retention, its_model) if _needs_one(retention) else retention
             CraftOptimizer.__init__(self, base(params, **keywords), cast(Constraints | None, closure), **craft)
+            if trainer is not None and trainer.model_init is not None:
+                _require_own(self)
 
     known = dict(keywords)
     # By the module in the class's name the Trainer knows bitsandbytes, whose embeddings it keeps in 32 bits.
@@ -113,6 +115,18 @@ def _trainer_of(made: type[CraftOptimizer], params: list[Any]) -> Any:
         first = next(p for x in params for p in (x["params"] if isinstance(x, dict) else [x]))
         found = [x for x in found if any(p is first for p in x.model.parameters())]
     return found[0] if len(found) == 1 else None
+
+
+def _require_own(optimizer: CraftOptimizer) -> None:
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for constraint in optimizer.constraints.values():
+        reached = list(constraint.closure.parameters())
+        if reached and not any(id(p) in mine for p in reached):
+            raise ValueError(
+                "`retention` belongs to another model than the one that the Trainer has made by `model_init`, anew for "
+                "each run. Pass a function that makes a retention of a model: craft_optimizer(args, lambda model: "
+                "LogitRetention(model, cache))."
+            )
 
 
 def _needs_one(function: Any) -> bool:

@@ -282,9 +282,22 @@ class _Stream:
             self._number: int | None = len(batches)  # type: ignore[arg-type]
         except TypeError:  # an iterable without a length
             self._number = None
-        self._batches: Iterator[Flat] = (flatten(batch, lengths) for batch in batches)
+        self._lengths, self._names, self._no_rows = lengths, tuple[str, ...](), dict[str, Tensor]()
+        self._batches: Iterator[Flat] = map(self._flat, batches)
         self._peeked: list[Flat] = []
         self._total: int | None = None
+
+    def _flat(self, batch: Any) -> Flat:
+        """The batch taken apart; where none of its anchors has a picture, say, it has no rows instead of no input."""
+        lacking = {name: x for name, x in self._no_rows.items() if name not in batch}
+        if lacking and isinstance(batch, Mapping):
+            entries = {**batch, **lacking}
+            batch = {name: entries[name] for name in self._names if name in entries} | entries
+        flat = flatten(batch, self._lengths)
+        if not self._names:
+            self._names = flat.structure.names
+            self._no_rows = {name: flat.tensors[name][:0] for name in flat.structure.ragged}
+        return flat
 
     def first(self) -> Flat | None:
         """The first batch, which the iteration will give again; None without batches."""

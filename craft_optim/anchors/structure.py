@@ -114,7 +114,7 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
                 f"Input {name!r} must be dense with the anchors as first dimension. Found shape "
                 f"{tuple(tensor.shape)}, layout {tensor.layout}."
             )
-    told = _told(lengths(named if kind == "mapping" else batch) if callable(lengths) else lengths or {}, named)
+    told = _told(_called(lengths, named if kind == "mapping" else batch) if callable(lengths) else lengths or {}, named)
     sizes = {name: len(x) for name, x in named.items() if name not in told} | {
         f"lengths of {name}": len(x) for name, x in told.items()
     }
@@ -126,6 +126,16 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
             "anchors one after another, as processors give pictures, pass Reading(lengths=...)."
         )
     return Flat(Structure(kind, tuple(named), tuple(skipped), tuple(x for x in named if x in told)), named, count, told)
+
+
+def _called(lengths: Lengths, batch: Any) -> Mapping[str, Tensor | Sequence[int]]:
+    try:
+        return lengths(batch)
+    except KeyError as error:
+        raise ValueError(
+            f"`lengths` looks for {error}, and the batch has {[*batch]}: begin with a batch that has every input. "
+            "Later ones may lack those of which they have no rows, such as pictures."
+        ) from error
 
 
 def _told(lengths: Mapping[str, Tensor | Sequence[int]], named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -227,6 +227,34 @@ def test_lengths_that_do_not_add_up_are_refused(told: Any, words: str, tmp_path:
         Reading(lengths=[3])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_batches_without_any_picture(stopped: bool, tmp_path: Path) -> None:
+    rows = examples()
+    ordered = [rows[i] for i in (1, 0, 3, 6, 9, 2)]  # in twos: with, without, with
+    batches = [dict(sorted(batch.items())) for batch in batched(ordered, 2)]  # pictures before other inputs
+    assert ["pixel_values" in batch for batch in batches] == [True, False, True]
+    if stopped:
+
+        def stops() -> Any:
+            yield from batches[:2]
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            build(qwen(), stops(), tmp_path, READING, shard_size=2, progress=False)
+    cache = build(qwen(), batches, tmp_path, READING, shard_size=2, dtype=torch.float16, progress=False)
+    for number, batch in enumerate(batches):
+        assert list(cache.read([2 * number, 2 * number + 1]).inputs) == list(batch)
+    model = qwen()
+    retention = LogitRetention(model, cache, 2)
+    assert all(abs(retention().item()) < 1e-4 for _ in range(3))
+    disturb(model)
+    assert retention.drift() == pytest.approx(kl(qwen(), model, ordered), rel=0.02)
+    with pytest.raises(
+        ValueError, match=r"`lengths` looks for 'image_grid_thw'.*begin with a batch that has every input"
+    ):
+        build(qwen(), batches[1:], tmp_path / "other", READING, progress=False)
+
+
 # Others of the kind
 
 

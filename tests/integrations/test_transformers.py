@@ -349,6 +349,17 @@ def test_each_model_of_model_init_has_its_retention_and_its_arguments(cache: Anc
     assert [row["loss"] for row in again] == [row["loss"] for row in logs], "nothing is left of the trial before"
 
 
+def test_one_retention_for_models_that_are_made_anew_is_refused(cache: AnchorCache, tmp_path: Path) -> None:
+    args, of_another = arguments(tmp_path), LogitRetention(model(), cache, 8)
+    for given in (of_another, {"held": of_another}):
+        pair = craft_optimizer(args, given)
+        trainer = Trainer(
+            model_init=lambda: model(), args=args, train_dataset=rows(8, 2), optimizer_cls_and_kwargs=pair
+        )
+        with pytest.raises(ValueError, match=r"another model.*model_init.*Pass a function"):
+            trainer.train()
+
+
 def test_a_search_of_hyperparameters_compares_different_runs(cache: AnchorCache, tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     seen: list[float] = []
