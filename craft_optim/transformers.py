@@ -164,10 +164,10 @@ def _of_model(retention: Any, model: nn.Module | None) -> Any:
 class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some versions
     """Adds the optimizer's metrics to the Trainer's logs, and the drift on other anchors to its evaluations.
 
-    Beside `loss` there are then `craft/retention_loss`, `craft/epsilon`, `craft/lambda` and `craft/capped`: in the
-    console, in `trainer.state.log_history`, and in everything in `report_to`. They belong to the last step that ran
-    retention; `loss` is a mean since the last log. Evaluations get `eval_craft/drift_heldout`, also as a
-    `metric_for_best_model`.
+    Beside `loss` there are then `craft/retention_loss`, `craft/epsilon`, `craft/lambda` and `craft/capped` (and
+    `craft/skipped` once a retention pass was not finite): in the console, in `trainer.state.log_history`, and in
+    everything in `report_to`. They belong to the last step that ran retention; `loss` is a mean since the last log.
+    Evaluations get `eval_craft/drift_heldout`, also as a `metric_for_best_model`.
 
     Args:
         drift: Measured at every evaluation, on every process, for example `lambda: retention.drift(held_out)`. With
@@ -207,7 +207,8 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
         added: dict[str, float] = {}
         if "loss" in logs:
             measured = _craft_within(optimizer).metrics  # of several constraints also "lambda/name"
-            added = {f"craft/{name}": x for name, x in measured.items() if name.partition("/")[0] in self.metrics}
+            wanted = (*self.metrics, "skipped") if measured.get("skipped") else self.metrics
+            added = {f"craft/{name}": x for name, x in measured.items() if name.partition("/")[0] in wanted}
         elif self.drift is not None and any(name.startswith("eval_") for name in logs):
             if not _needs_one(self.drift):
                 added = {"eval_craft/drift_heldout": float(self.drift())}

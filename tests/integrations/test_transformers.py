@@ -255,6 +255,16 @@ def test_a_line_of_the_log_has_four_metrics_unless_more_are_asked_for(cache: Anc
         CraftCallback(metrics=["drift"])
 
 
+@pytest.mark.filterwarnings("ignore:.*is not finite")
+def test_a_pass_that_was_skipped_is_in_the_log(cache: AnchorCache, tmp_path: Path) -> None:
+    class Fails(Job):
+        def loss(self, number: int) -> Tensor:
+            return super().loss(number) * (float("nan") if number == 1 else 1.0)
+
+    job = Fails(tmp_path, cache, callbacks=(CraftCallback(),), max_steps=4).train()
+    assert [row.get("craft/skipped") for row in job.logs] == [None, 1.0, 1.0, 1.0]
+
+
 # What the Trainer changes after it was made
 
 
