@@ -298,9 +298,8 @@ def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
     try:
         return model(*args, **kwargs)
     except TypeError as error:
-        takes = inspect.signature(unwrapped(model).forward)
         try:
-            takes.bind(*args, **kwargs)
+            inspect.signature(unwrapped(model).forward).bind(*args, **kwargs)
         except TypeError as reason:
             found = f"entries {[*kwargs]}" if kwargs else f"{len(args)} tensor{'s' * (len(args) != 1)}"
             raise TypeError(
@@ -308,6 +307,8 @@ def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
                 "need the model's inputs alone, without labels: leave others out of the batches, or pass "
                 f"forward=lambda model, batch: model(batch[{next(iter(kwargs), 0)!r}])."
             ) from error
+        except ValueError:  # it does not tell what it takes
+            pass
         raise
 
 
