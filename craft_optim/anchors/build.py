@@ -192,7 +192,10 @@ def _require_batches(batches: Any) -> None:
     elif isinstance(batches, str):
         remedy = "give batches of what the model reads, such as of a tokenizer"
     elif examples and hasattr(batches, "__getitem__"):
-        remedy = "it holds single examples. Pass torch.utils.data.DataLoader(dataset, batch_size=16)"
+        remedy = (
+            "it holds single examples. Pass torch.utils.data.DataLoader(dataset, batch_size=16); or, if its items are "
+            "batches, list(dataset)"
+        )
     if remedy is not None:
         raise TypeError(f"`batches` must be an iterable of batches. Found {type(batches).__name__}: {remedy}.")
 
