@@ -332,6 +332,26 @@ def test_a_schedule_free_base_is_resumed_whatever_its_mode_was(cache, straight, 
     assert_same(straight(base), go_on(resumed, before))
 
 
+@pytest.mark.parametrize("route", ["torch.save", "dcp.save", "get_optimizer_state_dict"])
+@pytest.mark.parametrize("base", SCHEDULE_FREE)
+def test_what_is_saved_is_the_average_if_it_is_asked_for(cache, tmp_path, base, route):
+    """As its authors want it: in eval mode for a checkpoint, in train mode again for what follows."""
+    save, load = ROUTES[route]
+    first = new_run(cache, base).train(0, HALF)
+    stepped = first.model[3].weight.detach().clone()
+    first.optimizer.eval()
+    assert not torch.equal(stepped, first.model[3].weight)
+    before = first.everything()
+    save(first, tmp_path)
+    first.optimizer.train()
+    expected = first.train(HALF, END).everything()
+    resumed = new_run(cache, base)
+    load(resumed, tmp_path)
+    assert_same(before["model"], dict(resumed.model.state_dict()))
+    resumed.optimizer.train()
+    assert_same(expected, go_on(resumed, before))
+
+
 @pytest.mark.parametrize("base", SCHEDULE_FREE)
 def test_torchs_distributed_checkpoint_may_look_before_train_is_called(cache, base):
     model = network()

@@ -308,6 +308,27 @@ def test_keywords_that_were_changed_go_before_the_arguments(cache: AnchorCache, 
         assert (group["betas"], group["lr"]) == ((0.1, 0.2), rate)
 
 
+def test_an_optimizer_that_makes_its_groups_of_the_model(
+    cache: AnchorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GaLore's way: the groups come with the keywords, of the model that is trained."""
+
+    def chosen(args: Any, model: Any) -> Any:
+        groups = [] if model is None else [{"params": list(model.lm_head.parameters()), "rank": 2.0}]
+        return torch.optim.SGD, {"lr": args.learning_rate, "params": groups}
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(chosen))
+    args = arguments(tmp_path, max_steps=2)
+    pair = craft_optimizer(args, lambda of: LogitRetention(of, cache, 8))
+    trainer = Trainer(model_init=lambda: model(), args=args, train_dataset=rows(8, 2), optimizer_cls_and_kwargs=pair)
+    for _ in range(2):
+        trainer.train()
+        (group,) = trainer.optimizer.optimizer.param_groups
+        assert group["params"] == list(trainer.model.lm_head.parameters())
+        assert group["rank"] == 2.0
+        assert trainer.optimizer.optimizer.metrics["retention_step"] == 1.0
+
+
 def test_an_optimizer_that_is_refused_later_is_refused_all_the_same(
     cache: AnchorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
