@@ -4,11 +4,14 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
+
+from craft_optim._tensors import copies_of
 
 __all__ = ["Wrapper"]
 
@@ -94,8 +97,38 @@ class Wrapper(torch.optim.Optimizer):
         # What schedule-free bases and transformers' AdafactorSchedule need, and no more: a GradScaler would trust the
         # base's answers.
         if name in ("train", "eval", "_get_lr") and "base_optimizer" in self.__dict__:
-            return getattr(self.base_optimizer, name)
+            method = getattr(self.base_optimizer, name)
+            return method if name == "_get_lr" else partial(self._switched, method)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _switched(self, train_or_eval: Callable[[], Any]) -> Any:
+        """Before a first step schedule-free bases leave an empty entry per parameter behind, by looking for one.
+
+        torch's distributed checkpoint takes any entry for a complete state, and would load nothing into it.
+        """
+        result = train_or_eval()
+        for p in [p for p, entry in self.state.items() if not entry]:
+            del self.state[p]
+        return result
+
+    def _prime_base(self) -> Any:
+        """A step on zeros, by which the base makes its state; schedule-free bases refuse one while they are in eval."""
+        base: Any = self.base_optimizer
+        in_eval = any(group.get("train_mode") is False for group in self.param_groups)
+        if in_eval:
+            base.train()
+        try:
+            return self._step_base(None)
+        except Exception as error:
+            error.add_note(
+                f"{type(base).__name__} cannot do a step on gradients that are zero. If this is torch's distributed "
+                "checkpoint, which makes an optimizer's state by one and has set the learning rates to 0 for it: save "
+                "optimizer.state_dict() with torch.save, and make the optimizer anew."
+            )
+            raise
+        finally:
+            if in_eval:
+                base.eval()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients as the base does."""
@@ -131,17 +164,26 @@ class Wrapper(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks and a scheduler's patch of `step` stay behind, as they do with torch's own optimizers.
-        return {k: v for k, v in self.__dict__.items() if k != "step" and not k.startswith("_optimizer_")}
+        return _without_hooks(self.__dict__) | {"_of_base": _without_hooks(vars(self.base_optimizer))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        # torch's own optimizers leave attributes behind that some of them, such as LBFGS, cannot do without.
+        of_base = state.get("_of_base", {})
+        self.__dict__.update({name: value for name, value in state.items() if name != "_of_base"})
+        for name in of_base.keys() - vars(self.base_optimizer).keys():
+            setattr(self.base_optimizer, name, of_base[name])
         self._make_hooks()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Wrapper":
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        memo |= copies_of(x for entry in self.state.values() if isinstance(entry, dict) for x in entry.values())
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+
+def _without_hooks(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in attributes.items() if k != "step" and not k.startswith("_optimizer_")}
 
 
 def _global_hooks() -> list[dict[int, Any]]:

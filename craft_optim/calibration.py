@@ -204,7 +204,7 @@ def calibrate(
         raise ValueError(f"`anchors` must be a whole number >= 1. Found anchors={anchors!r}.")
     steps, anchors = tuple(map(int, steps)), int(anchors)
     closure = _closure(model, retention)
-    search = OverlapSearch(closure.examples(anchors))
+    search = _search(closure, anchors)
     for batch in task_batches or ():
         search.look(batch)
 
@@ -238,6 +238,13 @@ def calibrate(
         overlap=overlap,
         suggestion=suggest(floor, plain[-1].drift, nats=closure.unit.startswith("nats")) if plain else None,
     )
+
+
+def _search(closure: Retention, count: int) -> OverlapSearch:
+    try:
+        return OverlapSearch(closure.examples(count))
+    except (TypeError, ValueError):  # what belongs to which anchor is not known, as of flat picture tensors
+        return OverlapSearch(())
 
 
 def _floor(*drifts: float | None) -> float:

@@ -31,7 +31,8 @@ def facts(cache: AnchorCache) -> list[tuple[str, str]]:
     """Label and text of what there is to say about a cache as a whole. Reads nothing."""
     f, settings = cache.features, cache.settings
     shards = len(cache.shards)
-    functions = {"forward": f.forward, "mask": f.mask, "spans": f.spans, "autocast": f.autocast}
+    names = ("forward", "mask", "spans", "autocast", "lengths")
+    functions = {name: getattr(f, name) for name in names}
     stored = {name: settings.get(name) for name in ("images", "shard_size")}
     how = ", ".join(f"{name}={value}" for name, value in (functions | stored).items() if value is not None)
     skipped = f"; left out: {', '.join(cache.structure.skipped)}" if cache.structure.skipped else ""

@@ -283,7 +283,7 @@ class CraftOptimizer(Wrapper):
             self._groups_changed()
         step = int(self.param_groups[0]["craft_step"])
         if closure is None and self._is_priming(step):
-            return self._step_base(None)
+            return self._prime_base()
         if step % self._rules.retention_every != 0 or (closure is None and _without_gradients(self._each_parameter())):
             result = self._step_base(closure)
             self._finish(step, None)

@@ -46,9 +46,9 @@ class OverlapSearch:
         self._names: tuple[str, ...] = ()
         self._wanted: Counter[bytes] = Counter()
         for batch in anchors:
-            structure, tensors, count = flatten(batch)
-            self._names = self._names or structure.names
-            self._wanted.update(_digests(tensors, self._names, count))
+            flat = flatten(batch)
+            self._names = self._names or flat.structure.names
+            self._wanted.update(_digests(flat.tensors, self._names, flat.count))
         self._seen: set[bytes] = set()
         self._rows = 0
 
@@ -58,7 +58,8 @@ class OverlapSearch:
         Raises:
             TypeError, ValueError: It is no batch, or lacks one of the anchors' inputs.
         """
-        _, tensors, count = flatten(batch)
+        flat = flatten(batch)
+        tensors, count = flat.tensors, flat.count
         if missing := [name for name in self._names if name not in tensors]:
             raise ValueError(
                 f"A task batch has the inputs {', '.join(tensors)}, the anchors have {', '.join(self._names)}: without "
@@ -69,8 +70,8 @@ class OverlapSearch:
 
     @property
     def found(self) -> Overlap | None:
-        """None as long as there was nothing to look among."""
-        if not self._rows:
+        """None as long as there was nothing to look for, or among."""
+        if not self._rows or not self._wanted:
             return None
         return Overlap(sum(self._wanted[x] for x in self._seen), self._wanted.total(), self._rows)
 

@@ -150,9 +150,12 @@ def as_retention(closure: object, name: str = "retention_closure") -> Retention:
             raise TypeError(f"`{name}.tolerance` must be a number >= 0. Found {closure.tolerance!r}.")
         return closure
     if not callable(closure) or isinstance(closure, type):
+        found = closure.__name__ if isinstance(closure, type) else type(closure).__name__
+        wraps = "cache.retention(model), such as LogitRetention(model, cache)"
+        remedy = f": pass what runs the model on it, {wraps}" if hasattr(closure, "retention") else ""
         raise TypeError(
-            f"`{name}` must be callable without arguments and return the retention loss, or be None. "
-            f"Found {closure.__name__ if isinstance(closure, type) else type(closure).__name__}."
+            f"`{name}` must be callable without arguments and return the retention loss, or be None. Found "
+            f"{found}{remedy}."
         )
     return _Function(closure)
 

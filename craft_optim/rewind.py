@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from craft_optim._tensors import parts_of
 from craft_optim.anchors.names import class_names
 
 __all__ = ["Rewind", "rewound"]
@@ -103,21 +104,24 @@ class _Values:
     """Tensors, and what they held when they were named, on the CPU."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._named: dict[int, Tensor] = {}
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
     def has(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._kept
+        return id(tensor) in self._named
 
     def keep(self, tensor: Tensor) -> None:
-        if id(tensor) not in self._kept:
-            value = tensor.detach()
-            # Subclasses, such as quantised states, may not travel
-            kept = value.to("cpu", copy=True) if type(value) is Tensor else value.clone()
-            self._kept[id(tensor)] = tensor, kept
+        if self.has(tensor):
+            return
+        self._named[id(tensor)] = tensor
+        for part in parts_of(tensor):
+            value = part.detach()
+            # Subclasses that do not say what they are made of may not travel
+            self._kept.append((part, value.to("cpu", copy=True) if type(value) is Tensor else value.clone()))
 
     def put_back(self) -> None:
         with torch.no_grad():
-            for tensor, value in self._kept.values():
+            for tensor, value in self._kept:
                 tensor.detach().copy_(value)
         torch.clear_autocast_cache()  # it knows weights by their address, and they have other values now
 

@@ -13,37 +13,85 @@ Nothing else changes: schedules, accumulation, clipping, checkpoints and `resume
 """
 
 import gc
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from craft_optim._step.constraint import Constraints
+from craft_optim.metrics import METRICS
 from craft_optim.optimizer import CraftOptimizer
 
 __all__ = ["CraftCallback", "craft_optimizer"]
 
+_LOGGED = ("retention_loss", "epsilon", "lambda", "capped")
+
 
 def craft_optimizer(
-    args: TrainingArguments, retention: Constraints | None, model: torch.nn.Module | None = None, **craft: Any
+    args: TrainingArguments,
+    retention: Constraints | Callable[[nn.Module], Constraints] | None,
+    model: nn.Module | None = None,
+    **craft: Any,
 ) -> tuple[type[CraftOptimizer], dict[str, Any]]:
     """The optimizer that `args` ask for, with retention, as the Trainer's `optimizer_cls_and_kwargs` takes it.
 
     The base is the Trainer's own choice (`optim`, `learning_rate`, `adam_beta1`, `optim_args`, ...); so are its groups
-    of parameters with and without weight decay. The Trainer builds it when it has moved, or sharded, the model.
+    of parameters with and without weight decay. The Trainer builds it when it has moved, or sharded, the model. Its
+    arguments are read then: what `trainer.args` were changed to, by a search of hyperparameters say, counts.
+
+    Where the Trainer makes its models itself, by `model_init`, each needs a retention of its own: pass a function
+    that makes one of a model.
+
+        craft_optimizer(args, lambda model: LogitRetention(model, cache), epsilon=0.05)
 
     Args:
+        args: The Trainer's.
+        retention: As for `CraftOptimizer`, or a function of the Trainer's model that returns that.
         model: The model, for those `optim` that need it, such as GaLore.
+        **craft: Keywords of `CraftOptimizer`.
 
     Returns:
-        A class and its keywords, new ones at every call: the Trainer may change them.
+        A class and its keywords, new ones at every call. What is changed in the keywords goes before `args`.
 
     Raises:
         ValueError: `optim` names one that steps within the backward, or that is not a `torch.optim.Optimizer`: neither
-            leaves gradients that could be merged.
+            leaves gradients that could be merged. When it is built also: `retention` is a function, and no Trainer has
+            the model.
     """
+    base, found = _base_of(args, model)
+    keywords = {name: value for name, value in found.items() if name != "params"}
+
+    class Bound(CraftOptimizer.bind(base, None)):  # type: ignore[misc]  # a class made in a function
+        def __init__(self, params: Any, **given: Any) -> None:
+            params = list(params)
+            trainer = _trainer_of(type(self), params)
+            its_args, its_model = (args, model) if trainer is None else (trainer.args, trainer.model)
+            base, read = _base_of(its_args, its_model)
+            params = read.pop("params", params)  # GaLore and others make their groups of the model
+            changed = {name: value for name, value in given.items() if name not in known or known[name] != value}
+            known.clear()
+            known.update(read)
+            keywords.clear()  # the Trainer looks at them once more, for bitsandbytes
+            keywords.update(read | changed)
+            type(self).__module__ = base.__module__
+            closure = _of_model(retention, its_model) if _needs_one(retention) else retention
+            CraftOptimizer.__init__(self, base(params, **keywords), cast(Constraints | None, closure), **craft)
+            if trainer is not None and trainer.model_init is not None:
+                _require_own(self)
+
+    known = dict(keywords)
+    # By the module in the class's name the Trainer knows bitsandbytes, whose embeddings it keeps in 32 bits.
+    Bound.__module__ = base.__module__
+    Bound.__name__ = Bound.__qualname__ = f"Craft{base.__name__}"
+    return Bound, keywords
+
+
+def _base_of(args: TrainingArguments, model: nn.Module | None) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class and keywords that the Trainer would choose."""
     base, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)) or {"model", "optimizer_dict"} & {
         *kwargs
@@ -53,30 +101,89 @@ def craft_optimizer(
             f"{args.optim}: choose another, such as adamw_torch, or wrap one yourself and pass "
             "`optimizers=(CraftOptimizer(...), None)`."
         )
-    bound = CraftOptimizer.bind(base, retention, **craft)
-    # By the module in the class's name the Trainer knows bitsandbytes, whose embeddings it keeps in 32 bits.
-    bound.__module__ = base.__module__
-    return bound, kwargs
+    return base, dict(kwargs)
+
+
+def _trainer_of(made: type[CraftOptimizer], params: list[Any]) -> Any:
+    """The Trainer that is building this class just now: it hands over neither its model nor itself.
+
+    Several may have been given the class: it is the one whose model has the parameters.
+    """
+    found = [x for x in gc.get_objects() if issubclass(type(x), Trainer) and x.optimizer is None]
+    found = [x for x in found if x.optimizer_cls_and_kwargs and x.optimizer_cls_and_kwargs[0] is made]
+    if len(found) > 1:
+        first = next(p for x in params for p in (x["params"] if isinstance(x, dict) else [x]))
+        found = [x for x in found if any(p is first for p in x.model.parameters())]
+    return found[0] if len(found) == 1 else None
+
+
+def _require_own(optimizer: CraftOptimizer) -> None:
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for constraint in optimizer.constraints.values():
+        reached = list(constraint.closure.parameters())
+        if reached and not any(id(p) in mine for p in reached):
+            raise ValueError(
+                "`retention` belongs to another model than the one that the Trainer has made by `model_init`, anew for "
+                "each run. Pass a function that makes a retention of a model: craft_optimizer(args, lambda model: "
+                "LogitRetention(model, cache))."
+            )
+
+
+def _needs_one(function: Any) -> bool:
+    """True of what can be called with one argument and not without, as a closure is."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return False
+
+    def binds(*args: Any) -> bool:
+        try:
+            signature.bind(*args)
+        except TypeError:
+            return False
+        return True
+
+    return binds(None) and not binds()
+
+
+def _of_model(retention: Any, model: nn.Module | None) -> Any:
+    if model is None:
+        raise ValueError(
+            "`retention` is a function of the model, and no Trainer was found whose model has the optimizer's "
+            "parameters: pass the retention itself, or build the optimizer in a Trainer."
+        )
+    made = retention(model)
+    if made is None:
+        raise ValueError(
+            "`retention` must return a retention of the model that it is given. Found None: return it, or pass "
+            "retention=None for none."
+        )
+    return made
 
 
 class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some versions
     """Adds the optimizer's metrics to the Trainer's logs, and the drift on other anchors to its evaluations.
 
-    Beside `loss` there are then `craft/retention_loss`, `craft/lambda` and the other `craft_optim.metrics.METRICS`: in
-    the console, in `trainer.state.log_history`, and in everything in `report_to`. They belong to the last step that ran
-    retention; `loss` is a mean since the last log. Evaluations get `eval_craft/drift_heldout`, also as a
-    `metric_for_best_model`.
+    Beside `loss` there are then `craft/retention_loss`, `craft/epsilon`, `craft/lambda` and `craft/capped` (and
+    `craft/skipped` once a retention pass was not finite): in the console, in `trainer.state.log_history`, and in
+    everything in `report_to`. They belong to the last step that ran retention; `loss` is a mean since the last log.
+    Evaluations get `eval_craft/drift_heldout`, also as a `metric_for_best_model`.
 
     Args:
-        drift: Measured at every evaluation, on every process, for example `lambda: retention.drift(held_out)`. None:
-            nothing is.
+        drift: Measured at every evaluation, on every process, for example `lambda: retention.drift(held_out)`. With
+            one argument it gets the optimizer's retention, `lambda retention: retention.drift(held_out)`, and measures
+            nothing before there is an optimizer. None: nothing is measured.
+        metrics: Names of those to log; `craft_optim.metrics.METRICS` has them all, and may be passed itself.
 
     Raises:
+        ValueError: There is no such metric.
         TypeError: At the start of training, if the Trainer's optimizer is not a `CraftOptimizer`.
     """
 
-    def __init__(self, drift: Callable[[], float] | None = None) -> None:
-        self.drift = drift
+    def __init__(self, drift: Callable[..., float] | None = None, metrics: Iterable[str] = _LOGGED) -> None:
+        self.drift, self.metrics = drift, (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(f"`metrics` must be of {', '.join(METRICS)}. Found {unknown[0]!r}.")
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._go_first()
@@ -99,9 +206,14 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
         logs = {} if logs is None else logs
         added: dict[str, float] = {}
         if "loss" in logs:
-            added = {f"craft/{name}": value for name, value in _craft_within(optimizer).metrics.items()}
+            measured = _craft_within(optimizer).metrics  # of several constraints also "lambda/name"
+            wanted = (*self.metrics, "skipped") if measured.get("skipped") else self.metrics
+            added = {f"craft/{name}": x for name, x in measured.items() if name.partition("/")[0] in wanted}
         elif self.drift is not None and any(name.startswith("eval_") for name in logs):
-            added = {"eval_craft/drift_heldout": float(self.drift())}
+            if not _needs_one(self.drift):
+                added = {"eval_craft/drift_heldout": float(self.drift())}
+            elif optimizer is not None:
+                added = {"eval_craft/drift_heldout": float(self.drift(_craft_within(optimizer).retention_closure))}
         logs.update(added)
         if state.log_history:  # of which the Trainer has made a copy
             state.log_history[-1].update(added)

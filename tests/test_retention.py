@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from craft_optim import CraftOptimizer, HeldOutDrift, calibrate
+from craft_optim.anchors import build
 from craft_optim.retention import Retention, as_retention, measurable
 
 
@@ -45,6 +46,17 @@ def train(model, optimizer, steps=5):
         model(torch.full((4, 3), float(step))).square().mean().backward()
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_cache_is_no_closure(model, tmp_path):
+    cache = build(model, [torch.randn(8, 3)], tmp_path, class_dim=-1, progress=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    words = r"Found AnchorCache: pass what runs the model on it, cache.retention\(model\), such as LogitRetention\("
+    for given in (cache, {"held": cache}):
+        with pytest.raises(TypeError, match=words):
+            CraftOptimizer(optimizer, given)
+    with pytest.raises(TypeError, match=r"Found str\.$"):
+        CraftOptimizer(optimizer, "anchors/")
 
 
 def test_its_own_count_is_for_loops_of_ones_own(model):

@@ -8,6 +8,7 @@ is not, each section is one (`SECTIONS`). A block that cannot run says why, in t
 import ast
 import re
 import shlex
+import sys
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -80,17 +81,37 @@ def language_model():
         tokens = torch.randint(16, (count, 5)).tolist()
         return [{"input_ids": x, "attention_mask": [1] * 5, "labels": x} for x in tokens]
 
-    class Tensors(torch.utils.data.Dataset):
-        def __init__(self, rows):
-            self.rows = rows
+    class Tokenizer:
+        """What a collator needs of one."""
 
-        def __len__(self):
-            return len(self.rows)
+        padding_side = "right"
 
-        def __getitem__(self, at):
-            return {name: torch.tensor(x) for name, x in self.rows[at].items()}
+        def pad(self, rows, **_):
+            return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
 
-    return {"base": transformers.LlamaForCausalLM(config), "old_prompts": Tensors(texts(32)), "new_data": texts(16)}
+        def save_pretrained(self, folder):
+            """The Trainer keeps it with its checkpoints."""
+
+    found = {"base": transformers.LlamaForCausalLM(config), "old_prompts": texts(32), "new_data": texts(16)}
+    return found | {"tokenizer": Tokenizer()}
+
+
+def growing():
+    pytest.importorskip("transformers")
+    told = language_model()
+    prompts = [
+        {name: torch.tensor(row[name]) for name in ("input_ids", "attention_mask")} for row in told["old_prompts"]
+    ]
+    batches = list(torch.utils.data.DataLoader(prompts, batch_size=8))
+    return {"model": told["base"], "old_prompts": prompts, "anchor_batches": batches}
+
+
+def pictures():
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(ROOT / "tests" / "integrations"))
+    import pictures as made
+
+    return {"model": made.qwen(), "old_examples": made.examples(), "collate": made.collate}
 
 
 def trainer():
@@ -98,13 +119,17 @@ def trainer():
     args = transformers.TrainingArguments(
         output_dir="out", max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False
     )
-    return {"args": args, "dataset": examples(16)}
+    return {"args": args, "dataset": examples(16), "model_init": Classifier}
 
 
 def more_for(page, section):
     """What a story needs besides."""
     if section == "A language model with LoRA":
         return language_model()
+    if section == "Pictures of a vision-language model":
+        return pictures()
+    if section == "New tokens, new classes":
+        return growing()
     if page.name == "works_with.md":
         return trainer()
     return {}

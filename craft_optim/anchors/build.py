@@ -31,7 +31,7 @@ from .processes import Team, find_team
 from .progress import anchor_bar
 from .reading import Reading, reading_of
 from .shards import AnchorCacheError
-from .structure import Structure, flatten
+from .structure import Flat, Lengths, flatten
 from .writing import Writer
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def build(
         AnchorCacheError: The folder holds another cache or another half-built one, or `batches` is not what it was
             built from; it cannot be written, another build is writing to it, or another process has failed. Complete
             shards stay.
-        TypeError: There is no such argument.
+        TypeError: There is no such argument, or `batches` are single examples, or the model cannot be called on them.
         ValueError: An argument is out of range; nothing says what the output is, or it is something else; there are no
             batches, an anchor without valid positions, batches that do not fit together, or outputs that are not
             finite, also after rounding to `dtype`. Nothing of the batch is written.
@@ -119,6 +119,7 @@ def build(
     bytes per position for all of V classes, labels or channels, 6 k for the top k, and 2 D per anchor (or position),
     layer and span.
     """
+    _require_batches(batches)
     if images not in ("uint8", "keep"):
         raise ValueError(f"`images` must be 'uint8' or 'keep'. Found {images!r}.")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -163,7 +164,10 @@ def build(
     # Reading a DataLoader draws random numbers. A run that finds its cache finished draws none: both must train alike.
     with isolated_rng(device, None):
         stream = _Stream(
-            batches, progress if team.rank == 0 and team.writes else False, model_id or settings["teacher"]["class"]
+            batches,
+            reading.lengths,
+            progress if team.rank == 0 and team.writes else False,
+            model_id or settings["teacher"]["class"],
         )
         if _agreed(team, folder, settings, stream, replicated) and not overwrite:
             return _finished(folder, settings, stream, reading)
@@ -176,13 +180,33 @@ def build(
             return AnchorCache.open(folder, reading)
 
 
+def _require_batches(batches: Any) -> None:
+    """Raises TypeError for what would be gone through example by example, or is one batch alone."""
+    kinds = {kind.__name__ for kind in type(batches).__mro__}
+    examples = "Dataset" in kinds and "IterableDataset" not in kinds
+    remedy = None
+    if isinstance(batches, Tensor):
+        remedy = "give it in parts, batches.split(16), or as one batch, [batches]"
+    elif isinstance(batches, Mapping):
+        remedy = "one batch is given as a list of one, [batches]"
+    elif isinstance(batches, str):
+        remedy = "give batches of what the model reads, such as of a tokenizer"
+    elif examples and hasattr(batches, "__getitem__"):
+        remedy = (
+            "it holds single examples. Pass torch.utils.data.DataLoader(dataset, batch_size=16); or, if its items are "
+            "batches, list(dataset)"
+        )
+    if remedy is not None:
+        raise TypeError(f"`batches` must be an iterable of batches. Found {type(batches).__name__}: {remedy}.")
+
+
 def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream", replicated: bool) -> bool:
     """True if the folder holds a finished cache; raises unless all processes see the same."""
     finished = (folder / MANIFEST).exists()
     if not team.several:
         return finished
     first = stream.first()
-    batch = None if first is None else (first[0], tuple(anchor_checksums(first[1])))
+    batch = None if first is None else (first.structure, tuple(anchor_checksums(first)))
     seen = team.gather((finished, json.dumps(settings), batch))
     if len({which for which, *_ in seen}) > 1:
         raise AnchorCacheError(
@@ -209,11 +233,11 @@ def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream
 def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
     """Every batch that this process has to see to."""
     folder, team, forwards, last = writer.folder, writer.folder.team, 0, None
-    for (structure, batch, size), count in stream:
+    for batch, count in stream:
         if extractor.generate is None:
-            writer.expect(structure, batch)
-        batch = {name: x.detach() for name, x in batch.items()}
-        last = structure.rebuild(batch), size, count
+            writer.expect(batch)
+        batch = replace(batch, tensors={name: x.detach() for name, x in batch.tensors.items()})
+        last = batch.structure.rebuild(batch.tensors), batch.count, count, batch.lengths
         if writer.skips(batch):
             continue
         if team.sharded:
@@ -221,12 +245,12 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
         taught = extractor(*last)
         inputs = batch
         if extractor.generate is not None:
-            structure, inputs, _ = flatten(taught.inputs)
-            writer.expect(structure, inputs)
+            inputs = flatten(taught.inputs, batch.lengths)
+            writer.expect(inputs)
         writer.add(inputs, taught.features, taught.outputs, taught.joined, batch)
         forwards += 1
         if forwards == 1:
-            stream.warn_if_too_large(folder.path, inputs, taught.features, size)
+            stream.warn_if_too_large(folder.path, inputs.tensors, taught.features, batch.count)
         if team.world_size > 1:
             folder.check_others()
     # Others may wait for this process' parts of the layers: it runs forwards as long as they do
@@ -241,7 +265,7 @@ def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream", reading
     cache.reading = reading_of(cache, reading)
     first = stream.first()
     if first is not None:
-        stored, given = list(cache.first_anchors), anchor_checksums(first[1])
+        stored, given = list(cache.first_anchors), anchor_checksums(first)
         if stored[: len(given)] != given[: len(stored)]:
             _log.warning(
                 "The cache in %s is used as it is, but its first anchors are not the first batch passed to "
@@ -252,33 +276,43 @@ def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream", reading
     return cache
 
 
-_Flat = tuple[Structure, dict[str, Tensor], int]  # of a batch: structure, tensors, number of anchors
-
-
 class _Stream:
     """The batches, flat, each with the number of anchors before it, under a progress bar."""
 
-    def __init__(self, batches: Iterable[Any], progress: bool | None, title: str) -> None:
+    def __init__(self, batches: Iterable[Any], lengths: Lengths | None, progress: bool | None, title: str) -> None:
         self._progress, self._title = progress, title
         try:
             self._number: int | None = len(batches)  # type: ignore[arg-type]
         except TypeError:  # an iterable without a length
             self._number = None
-        self._batches: Iterator[_Flat] = map(flatten, batches)
-        self._peeked: list[_Flat] = []
+        self._lengths, self._names, self._no_rows = lengths, tuple[str, ...](), dict[str, Tensor]()
+        self._batches: Iterator[Flat] = map(self._flat, batches)
+        self._peeked: list[Flat] = []
         self._total: int | None = None
 
-    def first(self) -> _Flat | None:
+    def _flat(self, batch: Any) -> Flat:
+        """The batch taken apart; where none of its anchors has a picture, say, it has no rows instead of no input."""
+        lacking = {name: x for name, x in self._no_rows.items() if name not in batch}
+        if lacking and isinstance(batch, Mapping):
+            entries = {**batch, **lacking}
+            batch = {name: entries[name] for name in self._names if name in entries} | entries
+        flat = flatten(batch, self._lengths)
+        if not self._names:
+            self._names = flat.structure.names
+            self._no_rows = {name: flat.tensors[name][:0] for name in flat.structure.ragged}
+        return flat
+
+    def first(self) -> Flat | None:
         """The first batch, which the iteration will give again; None without batches."""
         if not self._peeked:
             self._peeked = list(islice(self._batches, 1))
         return self._peeked[0] if self._peeked else None
 
-    def __iter__(self) -> Iterator[tuple[_Flat, int]]:
+    def __iter__(self) -> Iterator[tuple[Flat, int]]:
         count, began, said = 0, time.monotonic(), time.monotonic()
         with anchor_bar(self._progress, self._title) as (bar, lines):
             for number, batch in enumerate(chain(self._peeked, self._batches), 1):
-                self._peeked, size = [], batch[2]
+                self._peeked, size = [], batch.count
                 if self._number is not None:  # estimated: the last batch may be smaller
                     self._total = math.ceil((count + size) / number * max(self._number, number))
                 yield batch, count

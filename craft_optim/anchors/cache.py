@@ -21,13 +21,13 @@ Features are, where the cache has them:
 Of several outputs these names end in that of the output, such as `logprobs.species`.
 
 Where there is a mask, outputs and tokens are those of its positions only, anchor after anchor: [positions, ...]; so are
-unpooled hidden states of a span. Nothing is ever unpickled.
+unpooled hidden states of a span, and inputs that are ragged (`Reading.lengths`). Nothing is ever unpickled.
 """
 
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from craft_optim._paths import local
 
 from .images import Encoding, decode
-from .manifest import Manifest, cover, dtype_name, tap_key
+from .manifest import Manifest, cover, dtype_name, is_index, tap_key
 from .outputs import FEATURES, feature
 from .reading import Reading, reading_of
 from .shards import AnchorCacheError, Place, read_plain
@@ -57,11 +57,17 @@ class AnchorBatch(NamedTuple):
 
     Attributes:
         inputs: In the structure of the batches that the cache was built from.
-        features: The teacher's outputs, by name.
+        features: The teacher's outputs, by name; and "lengths.<input>", rows of each anchor, of inputs that hold the
+            rows of all of them one after another.
     """
 
     inputs: Inputs
     features: dict[str, Tensor]
+
+    @property
+    def lengths(self) -> dict[str, Tensor]:
+        """Name of an input that holds the rows of all anchors -> those of each."""
+        return {name.removeprefix("lengths."): x for name, x in self.features.items() if is_index(name)}
 
 
 class AnchorCache:
@@ -183,6 +189,7 @@ class AnchorCache:
         if missing := wanted - set(first.keys):
             raise manifest.error(f"shard {first.path.name} lacks {', '.join(sorted(missing))}, which it speaks of")
         names = [key.removeprefix("features.") for key in first.keys if key.startswith("features.")]
+        self._ragged = {f"inputs.{name}" for name in self.structure.ragged}
         self.joined_features = frozenset(x for x in names if first.is_packed(f"features.{x}") and cover(x) in names)
         for shard in self.shards:
             if set(shard.keys) != set(first.keys):
@@ -192,7 +199,8 @@ class AnchorCache:
                     raise manifest.error(f"shard {shard.path.name} has no bytes for the images {key!r} ({encoding})")
             for key in first.keys:
                 same = first.form(key) == shard.form(key)
-                if not same or (key.removeprefix("features.") in self.joined_features and not shard.is_packed(key)):
+                joined = key in self._ragged or key.removeprefix("features.") in self.joined_features
+                if not same or (joined and not shard.is_packed(key)):
                     raise manifest.error(
                         f"{key!r} is {first.form(key)} in {first.path.name} and {shard.form(key)} in {shard.path.name}"
                     )
@@ -266,7 +274,7 @@ class AnchorCache:
         found = []
         for key in self._keys:
             stored, dtype = first.entries[key].dtype, first.dtype(key)
-            joined = key.removeprefix("features.") in self.joined_features
+            joined = key in self._ragged or key.removeprefix("features.") in self.joined_features
             size = ["positions"] if joined else ["length"] if self._varies(key) else []
             tail = first.form(key)[2] if size else first.entries[key].shape[1:]
             shape = " x ".join(map(str, [*size, *tail])) or "scalar"
@@ -343,7 +351,10 @@ class AnchorCache:
         tensors: dict[str, Tensor] = {}
         encodings: dict[str, Encoding] = {}
         for key in self._keys:
-            if key.removeprefix("features.") in self.joined_features:
+            if key in self._ragged:
+                tensors[key] = _joined(key, places, pin_memory)
+                tensors[f"lengths.{key}"] = torch.tensor([last - first for first, last in _rows(key, places)])
+            elif key.removeprefix("features.") in self.joined_features:
                 if chosen is None or key in chosen:
                     tensors[key] = _joined(key, places, pin_memory)
             elif chosen is None or key in chosen or key.startswith("inputs."):
@@ -361,6 +372,7 @@ class AnchorCache:
         named = {key: decode(x, *encodings[key]) if key in encodings else x for key, x in tensors.items()}
         inputs = {key.removeprefix("inputs."): x for key, x in named.items() if key.startswith("inputs.")}
         features = {key.removeprefix("features."): x for key, x in named.items() if key.startswith("features.")}
+        features |= {key.replace(".inputs.", ".", 1): x for key, x in named.items() if is_index(key)}
         return AnchorBatch(self.structure.rebuild(inputs), features)
 
     def _close_others(self, just_read: list[int]) -> None:
@@ -390,11 +402,14 @@ class AnchorCache:
         self._lock = threading.Lock()
 
 
+def _rows(key: str, places: list[Place]) -> Iterator[tuple[int, int]]:
+    return (shard.rows(key, anchor) for shard, anchor, _ in places)
+
+
 def _joined(key: str, places: list[Place], pin_memory: bool) -> Tensor:
     """The positions that count of several anchors, one after another."""
     entry, ends = places[0][0].entries[key], [0]
-    for shard, anchor, _ in places:
-        first, last = shard.rows(key, anchor)
+    for first, last in _rows(key, places):
         ends.append(ends[-1] + last - first)
     out = torch.empty((ends[-1], *entry.shape[1:]), dtype=entry.dtype, pin_memory=pin_memory)
     if out.numel():

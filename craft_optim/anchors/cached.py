@@ -13,7 +13,7 @@ from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
 from .images import Encoding, decode
-from .manifest import dtype_name, is_mask
+from .manifest import dtype_name, is_index, is_mask
 from .outputs import OutputError, Outputs
 from .passes import autocast_dtype, to_device
 from .reading import AnchorMismatchError, Reading, reading_of, require_functions
@@ -170,7 +170,11 @@ class CachedRetention(AnchorRetention):
             return cache, tensors | {key: decode(tensors[key], *encodings[key]) for key in encodings}, {}, None
         # Masks select positions on the host, and tokens are compared with the number of classes there: an accelerator
         # need not be waited for
-        stay = {key for key in tensors if key == "features.tokens" or is_mask(key.removeprefix("features."))}
+        stay = {
+            key
+            for key in tensors
+            if key == "features.tokens" or is_mask(key.removeprefix("features.")) or is_index(key)
+        }
         moving = {key: x for key, x in tensors.items() if key not in stay}
         there, event = to_device_ahead(moving, device)
         return cache, tensors | there, encodings, event
@@ -204,7 +208,8 @@ class CachedRetention(AnchorRetention):
             )
         inputs = to_device(batch.inputs, self.device)
         try:
-            return self._run(inputs, flatten(inputs)[2], batch.features.get("mask"), batch.features)
+            count = flatten(inputs, batch.lengths).count
+            return self._run(inputs, count, batch.features.get("mask"), batch.features, batch.lengths)
         except (FrozenMismatchError, OutputError) as error:
             raise AnchorMismatchError(f"{error} The cache is {self.cache.path}.") from error
 

@@ -60,8 +60,15 @@ class Extractor:
             self._outputs = Outputs(model, "classes", -1)
         self._run = AnchorForward(model, reading.forward, spec.layers, self._outputs, spec.frozen)
 
-    def __call__(self, inputs: Inputs, size: int, first: int) -> Taught:
-        """The features of `size` anchors, of which the first has the number `first`. Within `steady(model)`."""
+    def __call__(self, inputs: Inputs, size: int, first: int, lengths: Mapping[str, Tensor]) -> Taught:
+        """The features of `size` anchors, of which the first has the number `first`. Within `steady(model)`.
+
+        Args:
+            inputs: The batch.
+            size: Number of anchors.
+            first: Number of the first.
+            lengths: Rows of each anchor in inputs that are ragged.
+        """
         inputs, labels = to_device(inputs, self.device), None
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
@@ -70,7 +77,7 @@ class Extractor:
                 if self.generate is not None:
                     inputs, labels = self.generate(self.model, inputs)
                 valid = None if self._outputs is None else self._valid(inputs, labels)
-                outcome = self._run(inputs, size, valid)
+                outcome = self._run(inputs, size, valid, lengths=lengths)
                 if torch.is_autocast_enabled(self.device.type):
                     # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
                     torch.clear_autocast_cache()

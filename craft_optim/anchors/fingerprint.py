@@ -2,15 +2,20 @@
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .names import plain_name
+from .structure import Flat
 
 __all__ = ["anchor_checksums", "compare_fingerprints", "fingerprint"]
 
+# Of PEFT's adapters that add a product: LoRA, AdaLoRA, LoHa, LoKr and VeRA
+_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_", "hada_", "lokr_", "vera_lambda_")
 _SAMPLES = 64  # values per tensor: one optimizer step changes practically all of them
 
 
@@ -24,6 +29,11 @@ def _sample(tensor: Tensor) -> bytes:
     return values.view(torch.uint8).numpy().tobytes()
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def fingerprint(model: nn.Module) -> str:
     """Names, shapes, dtypes and 64 evenly spaced values of every tensor of the state dict, hashed.
 
@@ -32,20 +42,61 @@ def fingerprint(model: nn.Module) -> str:
     its size (a sharded DTensor is gathered for that, one after the other). Not a checksum of the weights: it detects
     training, casting and other checkpoints, not a single changed value.
 
+    PEFT's adapters count by what they do: with new ones, whose product is zero, or switched off, a model has the
+    fingerprint that it has without; so has another with other random values in them. In use they count as values.
+
     Raises:
         ValueError: A tensor has no data (device "meta").
     """
     structure, dtypes, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted((plain_name(k), v) for k, v in model.state_dict().items() if isinstance(v, Tensor)):
+    tensors = {plain_name(name): x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+    for key, tensor in tensors.items():
         if tensor.device.type == "meta":
-            raise ValueError(f"`model` must be on a real device. Found {name!r} on 'meta': load the weights first.")
-        gather = getattr(tensor, "full_tensor", None)
-        if gather is not None:
-            tensor = gather()
-        structure.update(f"{name}{tuple(tensor.shape)};".encode())
-        dtypes.update(f"{tensor.dtype};".encode())
-        values.update(_sample(tensor))
+            raise ValueError(f"`model` must be on a real device. Found {key!r} on 'meta': load the weights first.")
+    adapters = _adapters(model, tensors)
+    for name, key in sorted((_name_without_adapters(k) if adapters else k, k) for k in tensors):
+        whole, of_adapter = _whole(tensors[key]), key in adapters
+        if of_adapter and not adapters[key]:
+            continue
+        (values if of_adapter else structure).update(f"{name}{tuple(whole.shape)};".encode())
+        (values if of_adapter else dtypes).update(f"{whole.dtype};".encode())
+        values.update(_sample(whole))
     return "-".join(["v1", *(h.hexdigest()[:16] for h in (structure, dtypes, values))])
+
+
+def _adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Name of each tensor of PEFT's adapters -> whether it has a part in what the model computes."""
+    found: dict[str, bool] = {}
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    for prefix, layer in modules:
+        if not isinstance(getattr(type(layer), "disable_adapters", None), property):
+            continue
+        off = layer.disable_adapters or getattr(layer, "merged", False)
+        by_adapter: dict[str, dict[str, Tensor]] = {}
+        kinds = [*getattr(layer, "adapter_layer_names", ()), *getattr(layer, "other_param_names", ())]
+        for kind in dict.fromkeys(kinds):
+            start = plain_name(f"{prefix}.{kind}" if prefix else kind) + "."
+            for name, tensor in tensors.items():
+                if name.startswith(start):
+                    by_adapter.setdefault(name.removeprefix(start).split(".")[0], {})[name] = tensor
+        for adapter, own in by_adapter.items():
+            used = adapter in layer.active_adapters and not off
+            idle = used and _adds_zero(own)
+            found |= {name: used and not (idle and "lora_magnitude_vector" not in name) for name in own}
+    return found
+
+
+def _adds_zero(adapter: Mapping[str, Tensor]) -> bool:
+    """True if one of the factors of what it adds is zero, and so is the bias; DoRA's norms are beside that."""
+    factors = {name: x for name, x in adapter.items() if any(part.startswith(_FACTORS) for part in name.split("."))}
+    zero = {name: not bool(_whole(x).any()) for name, x in sorted(factors.items())}
+    biases = [is_zero for name, is_zero in zero.items() if name.endswith(".bias")]
+    return all(biases) and any(is_zero for name, is_zero in zero.items() if not name.endswith(".bias"))
+
+
+def _name_without_adapters(name: str) -> str:
+    """The name that a tensor has in the model that PEFT was given."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def compare_fingerprints(cached: str, current: str) -> str | None:
@@ -62,16 +113,16 @@ def compare_fingerprints(cached: str, current: str) -> str | None:
     return "the model has other weights than the one the cache was built with"
 
 
-def anchor_checksums(batch: Mapping[str, Tensor]) -> list[str]:
-    """8 hexadecimal digits for each anchor, of its bytes, dtypes and shapes.
-
-    Args:
-        batch: Tensors by name, first dimension the anchors.
-    """
-    sums = [0] * len(next(iter(batch.values())))
-    for _, x in sorted(batch.items()):
+def anchor_checksums(batch: Flat) -> list[str]:
+    """8 hexadecimal digits for each anchor, of its bytes, dtypes and shapes."""
+    sums = [0] * batch.count
+    for name, x in sorted(batch.tensors.items()):
         values = x.detach().cpu().contiguous()
         shape = str((x.dtype, *x.shape[1:])).encode()
-        data = values.reshape(len(values), -1).view(torch.uint8).numpy() if values.numel() else [b""] * len(values)
+        rows = values.reshape(len(values), -1).view(torch.uint8).numpy() if values.numel() else [b""] * len(values)
+        data: Iterable[Any] = rows
+        if name in batch.lengths:
+            ends = [0, *batch.lengths[name].cumsum(0).tolist()]
+            data = [b"".join(map(bytes, rows[first:last])) for first, last in pairwise(ends)]
         sums = [zlib.crc32(anchor, zlib.crc32(shape, total)) for anchor, total in zip(data, sums, strict=True)]
     return [f"{total:08x}" for total in sums]

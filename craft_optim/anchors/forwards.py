@@ -11,7 +11,7 @@ from .capture import Layer, run
 from .frozen import Form, forms_of, leaves, recorded, replayed
 from .outputs import Outputs, Rows, rows_of, whole
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
-from .structure import Inputs, map_tensors
+from .structure import Inputs, anchors_of
 from .valid_head import head_agrees, head_at, output_head
 
 __all__ = ["AnchorForward", "FrozenMismatchError", "Outcome"]
@@ -67,7 +67,12 @@ class AnchorForward:
         return {**self.__dict__, "_forms": None}  # another process finds out for itself
 
     def __call__(
-        self, inputs: Inputs, size: int, valid: Tensor | None = None, stored: Mapping[str, Tensor] | None = None
+        self,
+        inputs: Inputs,
+        size: int,
+        valid: Tensor | None = None,
+        stored: Mapping[str, Tensor] | None = None,
+        lengths: Mapping[str, Tensor] | None = None,
     ) -> Outcome:
         """One forward on `size` anchors.
 
@@ -76,12 +81,17 @@ class AnchorForward:
             size: Number of anchors.
             valid: Positions of the logits that count, on the CPU; None: all.
             stored: Outputs of the frozen modules in a cache; None, or none, has them run.
+            lengths: Rows of each anchor in inputs that are ragged.
 
         Raises:
             FrozenMismatchError: The first time, frozen modules return something else than what is stored.
             OutputError: The outputs are not what they are said to be, or were before.
         """
-        packs = valid is not None and self._outputs is not None and self._can_pack(inputs, valid, self._outputs)
+        packs = (
+            valid is not None
+            and self._outputs is not None
+            and self._can_pack(inputs, valid, self._outputs, lengths or {})
+        )
         known = {key: x for key, x in (stored or {}).items() if key.startswith("frozen.")}
         if not self._frozen or (stored is not None and not known):
             return self._run(inputs, size, valid, packs)
@@ -108,10 +118,10 @@ class AnchorForward:
         found = self._outputs(output, inputs, size, valid)
         return Outcome({name: rows_of(x, valid) for name, x in found.items()}, hidden, {})
 
-    def _can_pack(self, inputs: Inputs, valid: Tensor, outputs: Outputs) -> bool:
+    def _can_pack(self, inputs: Inputs, valid: Tensor, outputs: Outputs, lengths: Mapping[str, Tensor]) -> bool:
         """True if the model's logits stay the same, and there is something to save in this batch."""
         if self._packs is None and output_head(self._model) is not None and not outputs.known:
-            one = map_tensors(lambda x: x[:1], inputs)
+            one = anchors_of(inputs, 0, 1, lengths)
             with isolated_rng(device_of(self._model), None), torch.no_grad():
                 outputs(run(self._model, one, forward=self._forward)[0], one, 1, valid[:1])
         if self._packs is None and not outputs.one_softmax(valid.ndim):
@@ -122,7 +132,7 @@ class AnchorForward:
             probe.flatten()[-1] = False
             with isolated_rng(device_of(self._model), None):  # what the pass draws is not to depend on this
                 self._packs = not is_compiled(self._model) and head_agrees(
-                    self._model, map_tensors(lambda x: x[:1], inputs), probe, forward=self._forward
+                    self._model, anchors_of(inputs, 0, 1, lengths), probe, forward=self._forward
                 )
             self._head = output_head(self._model) if self._packs else None
         return self._packs and 0 < int(valid.sum()) < valid.numel()

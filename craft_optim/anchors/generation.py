@@ -15,7 +15,8 @@ __all__ = ["Generate", "greedy", "right_padded"]
 
 Generate = Callable[[nn.Module, Any], tuple[Inputs, Tensor]]
 
-_WITH_TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # inputs with one entry per token
+# Inputs with one entry per token; `mm_token_type_ids` tell pictures from texts
+_WITH_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 def greedy(max_new_tokens: int) -> Generate:
@@ -29,8 +30,9 @@ def greedy(max_new_tokens: int) -> Generate:
 
     Returns:
         `generate(model, batch) -> (inputs, labels)`: the batch with the new `input_ids` and `attention_mask` (and
-        `token_type_ids`, 1 where generated), and labels of the logits `[B, T]`: at each position the token that comes
-        next, if the model generated it; -100 on the prompt, on padding and after the end.
+        `token_type_ids`, 1 where generated, and `mm_token_type_ids`, 0 there), and labels of the logits `[B, T]`: at
+        each position the token that comes next, if the model generated it; -100 on the prompt, on padding and after the
+        end.
 
     Raises:
         ValueError: In use: the model cannot generate, or the batch is none that it can be generated from.
@@ -112,6 +114,8 @@ def right_padded(
     inputs["attention_mask"] = arranged(mask, torch.ones_like(new))
     if "token_type_ids" in batch:
         inputs["token_type_ids"] = arranged(batch["token_type_ids"], torch.ones_like(new))
+    if "mm_token_type_ids" in batch:
+        inputs["mm_token_type_ids"] = arranged(batch["mm_token_type_ids"], torch.zeros_like(new))
     targets = arranged(torch.full_like(batch["input_ids"], IGNORED), new)
     targets = torch.where(valid[:, :length], targets, IGNORED)
     labels = torch.full_like(targets, IGNORED)

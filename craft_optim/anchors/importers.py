@@ -181,15 +181,15 @@ def write_cache(
     }
     with building(path, settings, Team(None), start_over=True) as folder, Writer(folder) as writer:
         for batch, given in chain(first, stream):
-            structure, inputs, _ = flatten(batch)
+            flat = flatten(batch)
             features = {x: v.to(getattr(torch, spec.dtype)) if x.startswith("hidden.") else v for x, v in given.items()}
             joined = ["tokens"] if "labels" in features else []
             if joined:
                 labels = features.pop("labels")
                 mask = labels != IGNORED
                 features = {"mask": mask, "tokens": labels[mask].int(), **features}
-            writer.expect(structure, inputs)
-            writer.add(inputs, features, {}, joined)
+            writer.expect(flat)
+            writer.add(flat, features, {}, joined)
         writer.finish()
         return AnchorCache.open(path)
 

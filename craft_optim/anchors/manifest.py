@@ -23,6 +23,7 @@ __all__ = [
     "Manifest",
     "cover",
     "dtype_name",
+    "is_index",
     "is_mask",
     "manifest_text",
     "tap_key",
@@ -49,6 +50,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def is_mask(name: str) -> bool:
     """True of features that say which positions count."""
     return name == "mask" or name.startswith("span.")
+
+
+def is_index(key: str) -> bool:
+    """True of what a shard holds besides: lengths of its anchors."""
+    return key.startswith("lengths.")
 
 
 def cover(name: str) -> str | None:
@@ -79,6 +85,7 @@ class FeatureSpec:
         tokens: The way in which the teacher generated tokens, or None if it did not.
         frozen: Modules whose outputs are kept.
         batch_dim: Dimension of the anchors in the hidden states: 0 or 1.
+        lengths: The function that told how many rows of ragged inputs each anchor has, or None.
     """
 
     logits: str | None = None
@@ -96,6 +103,7 @@ class FeatureSpec:
     tokens: str | None = None
     frozen: tuple[str, ...] = ()
     batch_dim: int = 0
+    lengths: str | None = None
 
     def describe(self) -> str:
         """One line for people."""
@@ -181,7 +189,10 @@ class Manifest:
         kind, names = self._get(inputs, "kind", str), self._strings(inputs, "names")
         if kind not in ("tensor", "tuple", "mapping") or not names:
             raise self.error(f"its 'kind' of inputs is unknown: {kind!r:.60} {names!r:.60}")
-        self.structure = Structure(kind, names, self._strings(inputs, "skipped"))
+        ragged = self._strings(inputs, "ragged") if "ragged" in inputs else ()  # older caches have none
+        if not set(ragged) <= set(names):
+            raise self.error(f"its 'ragged' inputs {ragged!r:.60} are not among {names!r:.60}")
+        self.structure = Structure(kind, names, self._strings(inputs, "skipped"), ragged)
         self.teacher: dict[str, Any] = self._get(data, "teacher", dict)
         for key in ("fingerprint", "model_id", "origin"):
             self._get(self.teacher, key, str, optional=True)
@@ -233,7 +244,7 @@ class Manifest:
             raise self.error(f"its 'layers' must be numbers or names. Found {layers!r:.60}")
         words = {
             key: self._get(owner, key, str, optional=True)
-            for key in ("logits", "mask", "spans", "forward", "autocast", "tokens")
+            for key in ("logits", "mask", "spans", "forward", "autocast", "tokens", "lengths")
         }
         if words["logits"] not in (None, "full", "top_k"):
             raise self.error(f"its 'logits' must be 'full', 'top_k' or null. Found {words['logits']!r:.60}")

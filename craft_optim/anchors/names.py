@@ -1,5 +1,7 @@
 """Names of modules and tensors as the model itself has them, whatever wraps it."""
 
+from typing import Any
+
 from torch import nn
 
 __all__ = ["base_model", "class_name", "class_names", "modules_by_name", "plain_name", "unwrapped"]
@@ -45,7 +47,8 @@ def class_names(model: nn.Module) -> set[str]:
 
 
 def class_name(model: nn.Module) -> str:
-    """The class of the model within its wrappers; FSDP2 puts a class of its own in its place."""
-    kind = type(unwrapped(model))
+    """The class of the model within its wrappers, PEFT's among them; FSDP2 puts a class of its own in its place."""
+    inner: Any = unwrapped(model)
+    kind = type(inner.get_base_model() if hasattr(type(inner), "get_base_model") else inner)
     bases = [base for base in kind.__bases__ if base.__name__ != "FSDPModule"]
     return bases[0].__name__ if len(bases) < len(kind.__bases__) else kind.__name__

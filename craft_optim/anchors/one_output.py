@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Unpack
 
 import torch
@@ -11,7 +12,7 @@ from .cache import AnchorBatch, AnchorCache
 from .cached import CachedRetention, CachedSettings
 from .forwards import Outcome
 from .masks import Mask, select, valid_positions, within
-from .outputs import FEATURES, Output, feature
+from .outputs import FEATURES, Output, feature, if_grown
 from .reading import AnchorMismatchError
 
 __all__ = ["OneOutput"]
@@ -81,7 +82,7 @@ class OneOutput(CachedRetention):
         if found != stored:
             raise AnchorMismatchError(
                 f"The model gives {found}, the cache {self.cache.path} was built with {stored}: another model, or "
-                "another `forward=`."
+                f"another `forward=`.{if_grown(found, replace(self.held, dim=len(shape)), batch.inputs)}"
             )
         student = rows.values
         if valid is None:

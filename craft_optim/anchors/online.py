@@ -20,7 +20,7 @@ from .passes import call, device_of, isolated_rng, to_device
 from .reading import AnchorMismatchError, Reading, require_functions
 from .retention import AnchorRetention, Anchors, Settings
 from .sampling import mixed_seed, spread
-from .structure import Inputs, flatten
+from .structure import Inputs, model_inputs
 from .teachers import adapters_off, find_adapters
 
 __all__ = ["Examples", "OnlineRetention", "Teacher"]
@@ -58,8 +58,9 @@ class OnlineRetention(AnchorRetention):
         teacher: None: the model with its adapters switched off. A module: a frozen copy, on any device. A function
             that returns a context manager: the model within that; `Snapshot(model)`, made before fine-tuning, is one
             that keeps the old weights on the CPU.
-        collate: Makes a batch of a list of examples, as for a `DataLoader`; a batch is what `build` takes. None:
-            torch's `default_collate`.
+        collate: Makes a batch of a list of examples, as for a `DataLoader`. The model is called with it as it is, on
+            its device: tensors need not be `[B, ...]`. Texts and None are left out of a mapping. None: torch's
+            `default_collate`.
         reading: Its `forward`, also called with the teacher, if that is a module; its `output` and `class_dim`; its
             `mask`, by default `attention_mask` (of an encoder-decoder model `decoder_attention_mask`, else its labels
             that are not -100) where its shape fits, else all; its `autocast`. None: a cache's own.
@@ -113,7 +114,7 @@ class OnlineRetention(AnchorRetention):
     def _source(self, anchors: Examples) -> Anchors:
         if isinstance(anchors, AnchorCache):
             return anchors
-        return _Collated(anchors, default_collate if self.collate is None else self.collate)
+        return _Collated(anchors, _stacked if self.collate is None else self.collate)
 
     def _read(self, anchors: Anchors, indices: Sequence[int] | Tensor, seed: int) -> AnchorBatch:
         if isinstance(anchors, AnchorCache):
@@ -236,17 +237,30 @@ class _Collated:
 
     def read(self, indices: Sequence[int] | Tensor) -> AnchorBatch:
         numbers = indices.tolist() if isinstance(indices, Tensor) else indices
-        batch = self.collate([self.examples[i] for i in numbers])
-        if isinstance(batch, Mapping):
-            lists = [k for k, v in batch.items() if isinstance(v, list | tuple) and v and isinstance(v[0], Tensor)]
-            if lists:
-                raise TypeError(
-                    f"`collate` must make tensors of the examples. Found lists of tensors in {lists}: the examples "
-                    "hold lists of numbers. Pass a collator that stacks and pads them, such as "
-                    "transformers.DataCollatorWithPadding, or turn them into tensors."
-                )
-        structure, named, _ = flatten(batch)
-        return AnchorBatch(structure.rebuild(named), {})
+        return AnchorBatch(model_inputs(self.collate([self.examples[i] for i in numbers])), {})
+
+
+def _stacked(examples: list[Any]) -> Any:
+    """A batch, by torch's `default_collate`; of tensors only."""
+    hint = (
+        "Pass a collator that stacks and pads them, such as collate=transformers.DataCollatorWithPadding(tokenizer), "
+        "or turn them into tensors."
+    )
+    try:
+        batch = default_collate(examples)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            "`collate` must make tensors of the examples. Found examples that differ in length, or hold something else "
+            f"({str(error).splitlines()[0]}). {hint}"
+        ) from error
+    if isinstance(batch, Mapping):
+        lists = [k for k, v in batch.items() if isinstance(v, list | tuple) and v and isinstance(v[0], Tensor)]
+        if lists:
+            raise TypeError(
+                f"`collate` must make tensors of the examples. Found lists of tensors in {lists}: the examples hold "
+                f"lists of numbers. {hint}"
+            )
+    return batch
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from craft_optim._warn import warn
 
@@ -14,7 +15,19 @@ from .names import base_model
 from .passes import logits_of
 from .structure import Inputs
 
-__all__ = ["FEATURES", "KINDS", "Kind", "Output", "OutputError", "Outputs", "Rows", "feature", "rows_of", "whole"]
+__all__ = [
+    "FEATURES",
+    "KINDS",
+    "Kind",
+    "Output",
+    "OutputError",
+    "Outputs",
+    "Rows",
+    "feature",
+    "if_grown",
+    "rows_of",
+    "whole",
+]
 
 Kind = Literal["classes", "labels", "values"]
 KINDS = get_args(Kind)
@@ -150,6 +163,7 @@ class Outputs:
                 raise OutputError(
                     f"The model gives {_named(name)}{tuple(x.shape)}, where dimension {known.dim} had "
                     f"{known.describe()} before: another model, or another `forward=`."
+                    f"{if_grown(tuple(x.shape), known, inputs)}"
                 )
             self.known[name] = known
             found[name] = known.arranged(x)
@@ -171,6 +185,20 @@ def whole(x: Tensor) -> Tensor:
     """The tensor itself; of one that tensor parallelism has split, all of it."""
     gather = getattr(x, "full_tensor", None)
     return x if gather is None else cast(Tensor, gather())
+
+
+def if_grown(shape: tuple[int, ...], known: Output, inputs: Any) -> str:
+    """What to do if an output of this shape has more classes than before, in words."""
+    if known.dim >= len(shape) or shape[known.dim] <= known.size:
+        return ""
+    called = "batch" if isinstance(inputs, Tensor) else "**batch" if isinstance(inputs, dict) else "*batch"
+    logits = f"model({called}).logits" if isinstance(inputs, dict) else f"model({called})"
+    last = known.dim == len(shape) - 1
+    part = f"[..., :{known.size}]" if last else f".narrow({known.dim}, 0, {known.size})"
+    return (
+        " If it has grown since, by new tokens or new classes, compare those that there were: "
+        f"Reading(forward=lambda model, batch: {logits}{part}, class_dim={-1 if last else known.dim})."
+    )
 
 
 def _pick(output: Any, name: str) -> Tensor | None:
@@ -215,8 +243,7 @@ class _Question:
 
     def __init__(self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None) -> None:
         self.x, self.name = x, name
-        given = inputs.values() if isinstance(inputs, dict) else [inputs] if isinstance(inputs, Tensor) else inputs
-        self.inputs = [x for x in given if isinstance(x, Tensor)]
+        self.inputs = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
         self.one_each = x.ndim == 1 or (valid is not None and valid.shape == x.shape)  # a number for each position
         self.few = x.detach()[:4].float()
         self.model = base_model(model)

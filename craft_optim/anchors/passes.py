@@ -4,6 +4,7 @@ Drift must be the distance between two functions, not noise: dropout is off and 
 And the training around it must not notice: flags, random numbers and autocast are afterwards what they were.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -275,7 +276,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """The batch on `device`; tensors that are there already are not copied."""
-    return map_tensors(lambda x: x.to(device, non_blocking=True), inputs)
+
+    def move(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device)
+
+    moved: Inputs = map_tensors(move, inputs)
+    return moved
 
 
 def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
@@ -287,11 +293,23 @@ def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
         return forward(model, inputs)
     if isinstance(inputs, dict) and "labels" in inputs and _labels_are_targets(model, inputs):
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(**inputs)
+    args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        try:
+            inspect.signature(unwrapped(model).forward).bind(*args, **kwargs)
+        except TypeError as reason:
+            found = f"entries {[*kwargs]}" if kwargs else f"{len(args)} tensor{'s' * (len(args) != 1)}"
+            raise TypeError(
+                f"{type(unwrapped(model)).__name__} cannot be called with this batch of {found}: {reason}. Anchors "
+                "need the model's inputs alone, without labels: leave others out of the batches, or pass "
+                f"forward=lambda model, batch: model(batch[{next(iter(kwargs), 0)!r}])."
+            ) from error
+        except ValueError:  # it does not tell what it takes
+            pass
+        raise
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from .names import plain_name
 from .outputs import KINDS
 from .passes import Forward
 from .shards import AnchorCacheError
+from .structure import Lengths
 
 if TYPE_CHECKING:
     from .cache import AnchorCache
@@ -61,6 +62,10 @@ class Reading:
         class_dim: Dimension of the classes (of values: of the channels), not 0; of several outputs, name -> dimension.
             None: the last one where there are at most three; for values as torch has channels, 1 of four or more
             dimensions and else the last.
+        lengths: `lengths(batch) -> {name: rows of each anchor}` for inputs whose first dimension is not the anchors but
+            the rows of all of them, one anchor after another, such as the patches of all pictures. `build` cuts them up
+            by it; the cache knows the numbers then, and puts the rows of a batch together again. The closures need no
+            such function.
 
     Raises:
         TypeError, ValueError: A value is of another type, out of range, or excludes another.
@@ -76,6 +81,7 @@ class Reading:
     autocast: torch.dtype | None = None
     output: str | Mapping[str, str] | None = "auto"
     class_dim: int | Mapping[str, int] | None = None
+    lengths: Lengths | None = None
 
     def __post_init__(self) -> None:
         if self.batch_dim not in (0, 1):
@@ -89,9 +95,10 @@ class Reading:
         if not (self.autocast is None or isinstance(self.autocast, torch.dtype)):
             raise TypeError(f"`autocast` must be a torch.dtype, or None. Found autocast={self.autocast!r}.")
         self._check_output()
-        for name, also in (("forward", ()), ("spans", ()), ("mask", (str,)), ("tokens", (int,))):
+        also = {"mask": str, "tokens": int}
+        for name in ("forward", "spans", "mask", "tokens", "lengths"):
             value = getattr(self, name)
-            if not (value is None or callable(value) or isinstance(value, also)):
+            if not (value is None or callable(value) or isinstance(value, also.get(name, ()))):
                 raise TypeError(f"`{name}` must be a function. Found {name}={value!r}.")
         if isinstance(self.frozen, str):
             raise TypeError(f"`frozen` must be names of modules. Found one text, {self.frozen!r}: put it in a list.")
@@ -136,7 +143,7 @@ class Reading:
         words = {name: value for name, default in _DEFAULTS.items() if (value := getattr(self, name)) != default}
         words.pop("output", None)  # a manifest has what was found
         words.pop("class_dim", None)
-        for name in ("forward", "mask", "spans"):
+        for name in ("forward", "mask", "spans", "lengths"):
             if callable(words.get(name)):
                 words[name] = name_of(words[name])
         if self.generate is not None:
@@ -172,7 +179,10 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
         there = getattr(features, name)
         if name == "pooling" and not features.layers:
             continue
-        if here != there and not (there is None and cache.fingerprint is None):  # imported caches do not know
+        # Imported caches do not know. A forward where there was none, as after the vocabulary has grown, has to give
+        # what the teacher gave: pass 0 tells.
+        unknown = there is None and (cache.fingerprint is None or name == "forward")
+        if here != there and not unknown:
             raise AnchorMismatchError(
                 f"The anchors in {cache.path} were built with {name}={there!r}. Found {name}={here!r}: pass the "
                 "`Reading` that they were built with, or build them again with this one."

@@ -1,7 +1,7 @@
 """Anchors collected in a thread and written as shards, while the teacher runs on the next batch."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from .build_folder import BuildFolder
 from .fingerprint import anchor_checksums
 from .images import Encoding, decode, encode, encode_alike
 from .packing import packed
+from .structure import Flat
 
 __all__ = ["ShardBuffer"]
 
@@ -44,13 +45,13 @@ class ShardBuffer:
         self._thread = ThreadPoolExecutor(1, "craft_optim-anchors")
         self._waiting: deque[Future[None]] = deque()
 
-    def push(self, tensors: dict[str, Tensor], lengths: dict[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+    def push(self, tensors: dict[str, Tensor], lengths: dict[str, Tensor], batch: Flat) -> None:
         """Adds anchors to the shard.
 
         Args:
             tensors: `inputs.<name>` and `features.<name>`, on the CPU. They must not change any more.
-            lengths: Key of a joined feature -> number of positions of each anchor.
-            batch: The anchors as they were given to `build`, by name.
+            lengths: Key of a joined feature, or of a ragged input -> number of positions, or rows, of each anchor.
+            batch: The anchors as they were given to `build`.
         """
         self._submit(self._push, tensors, lengths, batch)
 
@@ -83,12 +84,12 @@ class ShardBuffer:
         function(*args)
         self._failed = False
 
-    def _push(self, tensors: dict[str, Tensor], lengths: dict[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+    def _push(self, tensors: dict[str, Tensor], lengths: dict[str, Tensor], batch: Flat) -> None:
         encodings: dict[str, Encoding] = {}
         if self._folder.settings["images"] == "uint8":
             for key, x in tensors.items():
                 is_image = key.startswith("inputs.") and x.is_floating_point() and x.ndim >= 4
-                encoded = encode(x) if is_image else None
+                encoded = encode(x) if is_image and key not in lengths else None
                 if encoded is not None:
                     tensors[key], encodings[key] = encoded[0], (encoded[1], x.dtype)
         self._parts.append(_Part(tensors, lengths, encodings, anchor_checksums(batch)))

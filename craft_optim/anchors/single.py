@@ -8,7 +8,7 @@ from .cache import AnchorBatch
 from .forwards import Outcome
 from .manifest import cover, is_mask
 from .outputs import Rows
-from .structure import flatten, map_tensors
+from .structure import anchors_of, flatten
 
 __all__ = ["single_anchors"]
 
@@ -27,7 +27,7 @@ def single_anchors(
         joined: Names of the features that hold the valid positions only, anchor after anchor.
         batch_dim: Dimension of the anchors in hidden states `[B, T, D]`.
     """
-    size, features = flatten(batch.inputs)[2], batch.features
+    size, features = flatten(batch.inputs, batch.lengths).count, batch.features
     counts = {name: x.flatten(1).sum(1).tolist() for name, x in features.items() if is_mask(name)}  # of valid positions
     covers = {name: cover(name) if name in joined else None for name in features}
     parts = {name: torch.split(x, counts.get(covers[name] or "", 1)) for name, x in features.items()}
@@ -40,7 +40,7 @@ def single_anchors(
     }
     for i in range(size):
         hidden = {layer: x.narrow(batch_dim if x.ndim == 3 else 0, i, 1) for layer, x in outcome.hidden.items()}
-        inputs = map_tensors(lambda x, i=i: x[i : i + 1], batch.inputs)  # type: ignore[misc]
+        inputs = anchors_of(batch.inputs, i, i + 1, batch.lengths)
         outputs = {name: Rows(split[name][i], (1, *x.shape[1:])) for name, x in outcome.outputs.items()}
         part = outcome._replace(outputs=outputs, hidden=hidden)
         yield part, AnchorBatch(inputs, {name: x[i] for name, x in parts.items()})

@@ -87,7 +87,8 @@ def _refuse(names: Sequence[str], done: str) -> None:
         raise ValueError(
             f"{len(names)} tensors were {done} since the Snapshot was made, such as {', '.join(names[:3])}: it cannot "
             "make the model what it was. Make it of the model as it is trained: after adapters, freezing, resizing and "
-            "`fully_shard`, before the first step and before a checkpoint is loaded."
+            "`fully_shard`, before the first step and before a checkpoint is loaded. Of new tokens or classes there "
+            "is nothing to keep: leave them out, Reading(forward=lambda model, batch: model(**batch).logits[..., :V])."
         )
 
 

@@ -13,7 +13,7 @@ from .manifest import cover, is_mask
 from .outputs import Output
 from .shard_buffer import ShardBuffer
 from .shards import AnchorCacheError
-from .structure import Structure
+from .structure import Flat, cut
 
 __all__ = ["Writer"]
 
@@ -50,9 +50,11 @@ class Writer:
         finally:
             self._buffer.close()
 
-    def expect(self, structure: Structure, inputs: Mapping[str, Tensor]) -> None:
+    def expect(self, batch: Flat) -> None:
         """Raises ValueError unless inputs look like those before, up to the number of anchors and their length."""
-        signature = {name: (x.dtype, x.ndim, *x.shape[2:]) for name, x in inputs.items()}
+        structure, inputs = batch.structure, batch.tensors
+        ragged = structure.ragged
+        signature = {n: (x.dtype, x.ndim, *x.shape[1 if n in ragged else 2 :]) for n, x in inputs.items()}
         if self.folder.structure is None:
             self.folder.structure, self._signature = structure, signature
         before = self.folder.structure
@@ -61,7 +63,8 @@ class Writer:
                 "All batches must hold the same tensors, with the same dtypes and shapes from dimension 2 on. "
                 f"Found {before.kind} {self._signature} and then {structure.kind} {signature}."
             )
-        changed = [name for name, x in inputs.items() if self._other_width(f"inputs.{name}", x) is not None]
+        even = {name: x for name, x in inputs.items() if name not in ragged}
+        changed = [name for name, x in even.items() if self._other_width(f"inputs.{name}", x) is not None]
         if changed:
             features = self.folder.settings["features"]
             if features["mask"] is None and features["tokens"] is None and "attention_mask" not in inputs:
@@ -82,9 +85,9 @@ class Writer:
             return None
         return self._widths[key]
 
-    def _shares(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[int, int, int]]:
+    def _shares(self, batch: Flat) -> Iterator[tuple[int, int, int]]:
         """This process' shards in the next batch: (shard, first and last + 1 of its anchors in the batch)."""
-        at, size = 0, _count(batch)
+        at, size = 0, batch.count
         while at < size:
             shard = (self._seen + at) // self._size
             end = min(size, (shard + 1) * self._size - self._seen)
@@ -92,7 +95,7 @@ class Writer:
                 yield shard, at, end
             at = end
 
-    def skips(self, batch: Mapping[str, Tensor]) -> bool:
+    def skips(self, batch: Flat) -> bool:
         """True if all anchors of a batch are in complete shards, or in those of other processes: it is done with.
 
         Raises AnchorCacheError if the complete shards are not made of them.
@@ -101,11 +104,11 @@ class Writer:
         if any(shard not in self.folder.complete for shard, _, _ in shares):
             return False
         for shard, at, end in shares:
-            self._compare(shard, at, _cut(batch, at, end))
-        self._seen += _count(batch)
+            self._compare(shard, at, batch.anchors(at, end))
+        self._seen += batch.count
         return True
 
-    def _compare(self, shard: int, at: int, anchors: Mapping[str, Tensor]) -> None:
+    def _compare(self, shard: int, at: int, anchors: Flat) -> None:
         first = self._seen + at - shard * self._size
         given = anchor_checksums(anchors)
         stored = self.folder.complete[shard][first : first + len(given)]
@@ -118,16 +121,16 @@ class Writer:
 
     def add(
         self,
-        inputs: Mapping[str, Tensor],
+        inputs: Flat,
         features: Mapping[str, Tensor],
         outputs: Mapping[str, Output],
         joined: Collection[str] = (),
-        batch: Mapping[str, Tensor] | None = None,
+        batch: Flat | None = None,
     ) -> None:
         """Takes a batch with its features.
 
         Args:
-            inputs: By name, first dimension the anchors, after `expect`. Tensors must not change any more.
+            inputs: After `expect`. Tensors must not change any more.
             features: By name, on the CPU; first dimension the anchors.
             outputs: What the model gives, of what is kept.
             joined: Names of features that hold, instead, the positions of their mask (see `cover`) one after another.
@@ -137,16 +140,17 @@ class Writer:
         self.folder.same_outputs({name: asdict(output) for name, output in outputs.items()})
         self._same_features(features, joined)
         lengths = {f"features.{name}": features[cover(name) or ""].flatten(1).sum(1).int() for name in joined}
-        tensors = {f"inputs.{name}": x.detach().cpu() for name, x in inputs.items()}
+        lengths |= {f"inputs.{name}": x.int() for name, x in inputs.lengths.items() if name in inputs.tensors}
+        tensors = {f"inputs.{name}": x.detach().cpu() for name, x in inputs.tensors.items()}
         tensors |= {f"features.{name}": x for name, x in features.items()}
         for shard, at, end in self._shares(batch):
             if shard in self.folder.complete:
-                self._compare(shard, at, _cut(batch, at, end))
+                self._compare(shard, at, batch.anchors(at, end))
                 continue
-            self._buffer.push(_cut(tensors, at, end, lengths), _cut(lengths, at, end), _cut(batch, at, end))
+            self._buffer.push(cut(tensors, at, end, lengths), cut(lengths, at, end), batch.anchors(at, end))
             if self._seen + end == (shard + 1) * self._size:
                 self._buffer.flush(shard)
-        self._seen += _count(batch)
+        self._seen += batch.count
 
     def _same_features(self, features: Mapping[str, Tensor], joined: Collection[str]) -> None:
         if self._features is not None and self._features != set(features):
@@ -178,20 +182,3 @@ class Writer:
             self._buffer.flush(last)
         self._buffer.drain()
         self.folder.finish(last + (anchors > 0))
-
-
-def _count(batch: Mapping[str, Tensor]) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _cut(
-    tensors: Mapping[str, Tensor], at: int, end: int, lengths: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The anchors from `at` to `end`; of tensors that have `lengths`, their positions."""
-    cut = {}
-    for key, x in tensors.items():
-        first, last = at, end
-        if lengths and key in lengths:
-            first, last = int(lengths[key][:at].sum()), int(lengths[key][:end].sum())
-        cut[key] = x[first:last]
-    return cut

@@ -55,7 +55,8 @@ def render(
     cards = []
     for place in order:
         batch = cache.read([indices[place]])
-        inputs = {name: x[0] for name, x in flatten(batch.inputs)[1].items()}
+        flat = flatten(batch.inputs, batch.lengths)
+        inputs = {name: x if name in flat.lengths else x[0] for name, x in flat.tensors.items()}
         card = [
             tag("header", tag("h3", f"Anchor {indices[place]}"), *_badges(measured, place)),
             *views.pictures(place),
@@ -159,8 +160,10 @@ class _Views:
         are_bytes: dict[str, bool] = {}
         for i in indices:
             small, hidden = {}, {}
-            for name, x in flatten(cache.read([i], features=False).inputs)[1].items():
-                views = _views_of(name, x[0])
+            batch = cache.read([i], features=False)
+            flat = flatten(batch.inputs, batch.lengths)
+            for name, x in flat.tensors.items():
+                views = _views_of(name, x if name in flat.lengths else x[0])
                 if views is not None:
                     are_bytes[name] = x.dtype == torch.uint8
                     small[name], hidden[name] = [_shrunk(view) for view in views[:_VIEWS]], max(0, len(views) - _VIEWS)

@@ -496,3 +496,55 @@ def test_the_bar_knows_how_many_are_left(
     totals.clear()
     build(classifier, (x for x in points.split(20)), tmp_path / "b", progress=True, class_dim=-1)
     assert totals == [(None, 20), (None, 40), (None, 50)]
+
+
+def test_what_is_no_iterable_of_batches_is_refused(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return len(points)
+
+        def __getitem__(self, i: int) -> Tensor:
+            return points[i]
+
+    class Streamed(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(points.split(10))
+
+    for given, words in (
+        (torch.utils.data.TensorDataset(points), r"Found TensorDataset: it holds single examples.*DataLoader\(dataset"),
+        (Rows(), "Found Rows: it holds single examples"),
+        (points, r"Found Tensor: give it in parts, batches.split\(16\)"),
+        ({"x": points}, r"Found dict: one batch is given as a list of one, \[batches\]"),
+        ("prompts", "Found str"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            build(classifier, given, tmp_path, class_dim=-1)
+        assert not contents(tmp_path)
+    assert len(build(classifier, Streamed(), tmp_path, class_dim=-1)) == len(points)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_batches_with_labels_are_refused_with_the_way(
+    wrapped: bool, classifier: nn.Module, points: Tensor, tmp_path: Path
+) -> None:
+    labels = torch.zeros(len(points))
+    model: Any = classifier
+    if wrapped:
+        model = nn.Module()
+        model.module, model.forward = classifier, lambda *args, **kwargs: classifier(*args, **kwargs)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(points, labels), batch_size=10)
+    with pytest.raises(TypeError, match=r"batch of 2 tensors: too many.*without labels.*batch: model\(batch\[0\]\)"):
+        build(model, loader, tmp_path, class_dim=-1)
+    with pytest.raises(TypeError, match=r"entries \['input', 'label'\]: got an unexpected.*model\(batch\['input'\]\)"):
+        build(model, [{"input": points, "label": labels}], tmp_path, class_dim=-1)
+    cache = build(model, loader, tmp_path, forward=lambda model, batch: model(batch[0]), class_dim=-1)
+    assert abs(cache.retention(model, batch_size=8)().item()) < 1e-3
+
+
+def test_a_type_error_of_the_models_own_stays(points: Tensor, tmp_path: Path) -> None:
+    class Broken(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match=r"^of its own$"):
+        build(Broken(6, 4), [points], tmp_path, class_dim=-1)

@@ -139,7 +139,7 @@ def test_images_are_stored_as_bytes(tmp_path: Path) -> None:
     assert torch.equal(got, x[[9, 0, 5]])
     kept = build(Pictures(), x.split(3), tmp_path / "kept", shard_size=4, images="keep", class_dim=-1)
     assert stored_dtypes(kept.path, "inputs.0") == [torch.float32] * 3
-    assert torch.equal(flatten(kept.read([9, 0, 5]).inputs)[1]["0"], x[[9, 0, 5]])
+    assert torch.equal(flatten(kept.read([9, 0, 5]).inputs).tensors["0"], x[[9, 0, 5]])
 
 
 def test_images_that_would_lose_a_bit_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -149,14 +149,14 @@ def test_images_that_would_lose_a_bit_are_kept_as_they_are(tmp_path: Path) -> No
     cache = build(Pictures(), x.split(2), tmp_path, shard_size=4, class_dim=-1)
     assert stored_dtypes(tmp_path, "inputs.0") == [torch.uint8, torch.uint8, torch.float32]
     order = [11, 0, 5, 3, 8]
-    assert torch.equal(flatten(cache.read(order).inputs)[1]["0"], x[order])
+    assert torch.equal(flatten(cache.read(order).inputs).tensors["0"], x[order])
 
 
 def test_images_that_need_one_formula_for_all_get_it(tmp_path: Path) -> None:
     black, whole = torch.zeros(2, 3, 4, 4), torch.randint(0, 256, (2, 3, 4, 4)).float()
     cache = build(Pictures(), [black, whole], tmp_path, class_dim=-1)
     assert stored_dtypes(tmp_path, "inputs.0") == [torch.uint8]
-    assert torch.equal(flatten(cache.read(range(4)).inputs)[1]["0"], torch.cat([black, whole]))
+    assert torch.equal(flatten(cache.read(range(4)).inputs).tensors["0"], torch.cat([black, whole]))
 
 
 @pytest.mark.parametrize("shard_size", [3, 5])  # lengths differ between shards, and within one

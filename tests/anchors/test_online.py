@@ -216,8 +216,15 @@ def test_a_collator_of_transformers(llama: nn.Module) -> None:
             total[name], counted[name] = total[name] + float(kept.sum()), counted[name] + len(kept)
     for name, drift in drifts.items():
         assert drift == pytest.approx(total[name] / counted[name], rel=1e-4)
-    with pytest.raises(TypeError, match=r"lists of tensors in \['input_ids', 'labels'\]"):
+    with pytest.raises(TypeError, match=r"lists of tensors in \['input_ids', 'labels'\].*Pass a collator.*collate="):
         OnlineRetention(llama, [rows[0]] * 3, 2, teacher=teacher)()
+    tensors = [{name: torch.tensor(x) for name, x in row.items()} for row in rows]
+    for ragged in (rows, tensors):
+        with pytest.raises(TypeError, match=r"tensors of the examples.*differ in length.*Pass a collator.*collate="):
+            OnlineRetention(llama, ragged, 2, teacher=teacher)()
+    for texts in (["a", "b", "c"], [{"text": "a"}] * 3):
+        with pytest.raises(TypeError, match="tokenize texts first"):
+            OnlineRetention(llama, texts, 2, teacher=teacher)()
 
 
 def test_an_encoder_decoder_keeps_the_labels_that_it_needs() -> None:

@@ -3,6 +3,7 @@
 from collections import UserDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,26 +28,37 @@ X, Y = torch.zeros(3, 2), torch.ones(3)
     ],
 )
 def test_round_trip(batch: Any, kind: str, names: list[str], skipped: list[str]) -> None:
-    structure, named, size = flatten(batch)
-    assert (structure.kind, list(structure.names), list(structure.skipped), size) == (kind, names, skipped, 3)
+    flat = flatten(batch)
+    structure, named = flat.structure, flat.tensors
+    assert (structure.kind, list(structure.names), list(structure.skipped), flat.count) == (kind, names, skipped, 3)
     rebuilt = structure.rebuild(named)
-    assert flatten(rebuilt)[1].keys() == named.keys()
+    assert flatten(rebuilt).tensors.keys() == named.keys()
     assert isinstance(rebuilt, {"tensor": torch.Tensor, "tuple": tuple, "mapping": dict}[kind])
     if kind == "tuple":
         assert len(rebuilt) == len(batch)
     moved = map_tensors(lambda x: x + 1, rebuilt)
-    for name, x in flatten(moved)[1].items():
+    for name, x in flatten(moved).tensors.items():
         assert torch.equal(x, named[name] + 1)
 
 
 @pytest.mark.parametrize(
     ("batch", "error", "words"),
     [
-        ("text", TypeError, "Found str"),
+        ("text", TypeError, r"Found str: tokenize texts first, such as tokenizer\("),
+        (["a", "b"], TypeError, r"str at place 0: tokenize texts first"),
+        ([["a", "b"], ["c"]], TypeError, r"list at place 0: tokenize texts first"),
+        ({"text": ["a", "b"]}, TypeError, r"\['text'\]: tokenize texts first"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [3]}], TypeError, r"dict at place 0: these look like single examples"),
+        ([{"input_ids": X}, {"input_ids": X}], TypeError, r"dict at place 0: these look like single examples"),
+        ([[1, 2], [3]], TypeError, r"list at place 0: these look like single examples.*DataLoader"),
+        ({"input_ids": [[1, 2], [3]]}, TypeError, r"list of numbers in 'input_ids'.*return_tensors='pt'"),
+        ({"input_ids": X, "attention_mask": [[1, 1]] * 3}, TypeError, r"list of numbers in 'attention_mask'"),
+        ({"input_ids": X, "mask": np.ones((3, 2))}, TypeError, r"ndarray of numbers in 'mask'"),
+        ({"input_ids": X, "rows": [Y, Y]}, TypeError, r"list of numbers in 'rows'"),
         ((X, "text"), TypeError, "str at place 1"),
         ({0: X}, TypeError, "keys"),
         ({"a": "b"}, TypeError, "at least one tensor"),
-        ({"x": X, "y": torch.zeros(2)}, ValueError, "first dimension"),
+        ({"x": X, "y": torch.zeros(2)}, ValueError, r"first dimension.*pass Reading\(lengths="),
         ({"x": torch.tensor(1.0)}, ValueError, "'x'"),
         (torch.zeros(0, 3), ValueError, "at least one"),
         (X.to_sparse(), ValueError, "dense"),

@@ -55,6 +55,38 @@ class Counting:
         return model(batch)
 
 
+class Summing(torch.nn.Module):
+    """Adds up the rows of each anchor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(6, 4)
+
+    def forward(self, counts, rows=None):
+        owners = torch.arange(len(counts)).repeat_interleave(counts)
+        sums = torch.zeros(len(counts), 6)
+        return self.head(sums if rows is None else sums.index_add(0, owners, rows))
+
+
+def build_ragged(path):
+    """The first loss of a closure on a cache whose anchors have 0 to 3 rows each, some batches none."""
+    counts = torch.arange(24) % 4
+    counts[8:12] = 0
+    rows = torch.randn(int(counts.sum()), 6, generator=torch.Generator().manual_seed(1)).split(counts.tolist())
+    given = []
+    for first in range(0, 24, 4):
+        part = torch.cat(rows[first : first + 4])
+        given.append({"counts": counts[first : first + 4]} | ({"rows": part} if len(part) else {}))
+    model = Summing()
+    lengths = lambda batch: {"rows": batch["counts"]}  # noqa: E731 - its name is in the cache
+    cache = build(model, given, path, lengths=lengths, class_dim=-1, dtype=torch.float32, **SETTINGS | {"layers": []})
+    retention = cache.retention(model, batch_size=4)
+    if dist.is_initialized():
+        retention.shard(dist.get_rank(), dist.get_world_size())
+    return retention().item()
+
+
 def build_one(path, parallel="plain", seeds=None, count=None, **settings):
     """How many forwards each rank needed; the cache is what it is about. `seeds`: of each rank's own batches."""
     model = spread(parallel)

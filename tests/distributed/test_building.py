@@ -52,6 +52,14 @@ def test_processes_that_share_layers_do_the_same_and_one_writes(processes, tmp_p
         torch.testing.assert_close(found.read(range(40)).features[name], x, rtol=1e-3, atol=1e-3)
 
 
+def test_rows_of_many_anchors_are_written_as_one_process_would(processes, tmp_path):
+    """As pictures have them: each anchor's rows in one long tensor."""
+    for world_size in (1, 2, 3):
+        drifts = processes.run(world_size, "building.build_ragged", path=str(tmp_path / str(world_size)))
+        assert max(map(abs, drifts)) < 1e-5
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
 def test_each_process_may_have_anchors_of_its_own(processes, tmp_path):
     cases = {"seeds": [1, 2, 3], "count": [3, 2, 8], "replicated": False}
     assert processes.run(3, "building.build_one", path=str(tmp_path), **cases) == [3, 2, 8]
@@ -114,7 +122,7 @@ import torch
 from craft_optim.anchors.build_folder import BuildFolder
 from craft_optim.anchors.folders import locked
 from craft_optim.anchors.processes import Team
-from craft_optim.anchors.structure import Structure
+from craft_optim.anchors.structure import flatten
 from craft_optim.anchors.writing import Writer
 folder = Path(sys.argv[1])
 child = os.fork()
@@ -132,8 +140,8 @@ with locked(folder, rank):
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     x = torch.randn(10, 6)
-    writer.expect(Structure("tensor", ("0",)), {"0": x})
-    writer.add({"0": x}, {"logprobs": x}, {})
+    writer.expect(flatten(x))
+    writer.add(flatten(x), {"logprobs": x}, {})
     writer.finish()
 """
     first = subprocess.run([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.PIPE, text=True)

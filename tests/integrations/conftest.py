@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `runs`, which the tests here share
 
@@ -18,3 +19,10 @@ def caches(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(caches):
     return caches(None)
+
+
+@pytest.fixture
+def without_a_compiler():
+    """torchao compiles its step, half a minute of C++ on a CPU; the arithmetic is the same without."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,89 +1,19 @@
 """Base optimizers beyond torch's defaults, in lockstep with a bare twin that steps on gradients merged by hand."""
 
+import copy
 import importlib
+import math
 
 import pytest
 import torch
-from runs import assert_same, loss_of, network
+from bases import OPTIMIZERS, in_train_mode, make, ways
+from runs import advance, assert_same, evaluation, loss_of, network
 
-from craft_optim import CraftOptimizer, functional
+from craft_optim import CraftOptimizer, calibrate, functional
+from craft_optim._tensors import copies_of
 from craft_optim.anchors import LogitRetention
 
-# Name: the library (None: torch), and a constructor given (library, parameters).
-OPTIMIZERS = {
-    "Adafactor": (None, lambda _, p: torch.optim.Adafactor(p, lr=3e-2)),
-    "AdamW, foreach": (None, lambda _, p: torch.optim.AdamW(p, lr=1e-2, foreach=True)),
-    "AdamW, fused": (None, lambda _, p: torch.optim.AdamW(p, lr=1e-2, fused=True)),
-    "AdamW, fused, tensor lr": (None, lambda _, p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), fused=True)),
-    "AdamW, tensor lr": (None, lambda _, p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), foreach=False)),
-    "torchao.AdamW8bit": ("torchao.optim", lambda ao, p: ao.AdamW8bit(p, lr=1e-2)),
-    "torchao.AdamW4bit": ("torchao.optim", lambda ao, p: ao.AdamW4bit(p, lr=1e-2)),
-    "torchao.AdamWFp8": ("torchao.optim", lambda ao, p: ao.AdamWFp8(p, lr=1e-2)),
-    "bitsandbytes.AdamW8bit": ("bitsandbytes.optim", lambda bnb, p: bnb.AdamW8bit(p, lr=1e-2)),
-    "bitsandbytes.Lion8bit": ("bitsandbytes.optim", lambda bnb, p: bnb.Lion8bit(p, lr=3e-3)),
-    "bitsandbytes.SGD8bit": ("bitsandbytes.optim", lambda bnb, p: bnb.SGD8bit(p, lr=0.1, momentum=0.9)),
-    "bitsandbytes.AdEMAMix8bit": ("bitsandbytes.optim", lambda bnb, p: bnb.AdEMAMix8bit(p, lr=1e-2)),
-    "AdamWScheduleFree": ("schedulefree", lambda sf, p: sf.AdamWScheduleFree(p, lr=1e-2, warmup_steps=3)),
-    "SGDScheduleFree": ("schedulefree", lambda sf, p: sf.SGDScheduleFree(p, lr=1.0)),
-    "RAdamScheduleFree": ("schedulefree", lambda sf, p: sf.RAdamScheduleFree(p, lr=3e-2)),
-    "AdamWScheduleFreeClosure": ("schedulefree", lambda sf, p: sf.AdamWScheduleFreeClosure(p, lr=1e-2)),
-    "transformers.Adafactor": (
-        "transformers.optimization",
-        lambda hf, p: hf.Adafactor(p, lr=3e-2, relative_step=False, scale_parameter=False, beta1=0.5),
-    ),
-    "transformers.Adafactor, lr=None": ("transformers.optimization", lambda hf, p: hf.Adafactor(p)),
-}
-
-
-@pytest.fixture(autouse=True)
-def _without_a_compiler():
-    """torchao compiles its step, half a minute of C++ on a CPU; the arithmetic is the same without."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def make(name):
-    library, build = OPTIMIZERS[name]
-    if library is not None:
-        try:
-            library = importlib.import_module(library)
-        except ImportError as e:
-            pytest.skip(f"pip install --group integrations ({e})")
-    return lambda parameters: build(library, parameters)
-
-
-def in_train_mode(optimizer):
-    """Schedule-free optimizers want to be told; the wrapper has the method exactly if its base does."""
-    if hasattr(optimizer, "train"):
-        optimizer.train()
-    return optimizer
-
-
-def evaluation(model, optimizer, step, then=lambda: None):
-    """A closure: the task gradients of this step, and what else there is to do about them."""
-
-    def closure():
-        torch.manual_seed(step)
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss = loss_of(model, step)
-        loss.backward()
-        then()
-        return loss
-
-    return closure
-
-
-def advance(optimizer, closure, way):
-    if way == "closure":
-        optimizer.step(closure)
-    else:
-        closure()
-        optimizer.step()
-
-
-def ways(name):
-    return ["closure"] if name.endswith("Closure") else ["loop", "closure"]
+pytestmark = pytest.mark.usefixtures("without_a_compiler")
 
 
 def merged_by_hand(optimizer, retention, twin):
@@ -103,7 +33,8 @@ def merged_by_hand(optimizer, retention, twin):
     return then
 
 
-CASES = [(name, way) for name in OPTIMIZERS for way in ways(name)]
+# One evaluation per step: the others are in tests/test_every_torch_optimizer.py
+CASES = [(name, way) for name in OPTIMIZERS for way in ways(name) if name not in ("LBFGS", "SAM")]
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
@@ -144,33 +75,6 @@ def test_without_a_closure_it_is_the_base_and_follows_its_scheduler(name, way):
     assert not rates or rates[-1] == pytest.approx(rates[0] / 8)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_and_loaded_run_goes_on_bit_for_bit(cache, tmp_path, name):
-    build, way = make(name), ways(name)[-1]
-
-    def begin():
-        model = network()
-        retention = LogitRetention(model, cache, 16)
-        return model, retention, in_train_mode(CraftOptimizer(build(model.parameters()), retention, epsilon=1e-3))
-
-    def go_on(model, retention, craft, first, last):
-        for step in range(first, last):
-            advance(craft, evaluation(model, craft, step), way)
-        return dict(model.state_dict()), craft.metrics, craft.state_dict()["param_groups"]
-
-    model, retention, craft = begin()
-    go_on(model, retention, craft, 0, 6)
-    torch.save({"model": model.state_dict(), "optimizer": craft.state_dict()}, tmp_path / "run.pt")
-    expected = go_on(model, retention, craft, 6, 12)
-
-    saved = torch.load(tmp_path / "run.pt", weights_only=True)
-    model, retention, craft = begin()
-    model.load_state_dict(saved["model"])
-    craft.load_state_dict(saved["optimizer"])
-    assert craft.param_groups[0]["craft_anchor_position"] == 6
-    assert_same(expected, go_on(model, retention, craft, 6, 12))
-
-
 @pytest.mark.parametrize(
     ("name", "entry", "kind"),
     [
@@ -187,6 +91,22 @@ def test_the_states_above_are_as_narrow_as_they_claim(name, entry, kind):
     advance(craft, evaluation(model, craft, 0), "loop")
     value = craft.state[model[3].weight][entry]
     assert kind in (type(value).__name__, str(value.dtype))
+
+
+@pytest.mark.parametrize("name", ["torchao.AdamW8bit", "torchao.AdamW4bit", "torchao.AdamWFp8"])
+def test_a_quantised_state_that_has_stepped_can_be_calibrated(cache, name):
+    model = network()
+    base = make(name)(model.parameters())
+    for step in range(3):
+        advance(base, evaluation(model, base, step), "loop")
+    retention = LogitRetention(model, cache, 16, strict=False, tolerance=math.inf)
+    before = copy.deepcopy(dict(model.state_dict())), copies_of(base.state[model[3].weight].values())
+    batches = iter(range(3, 100))
+    found = calibrate(
+        model, retention, train_step=lambda: advance(base, evaluation(model, base, next(batches)), "loop"), steps=(1, 5)
+    )
+    assert found.plain[1].drift != found.plain[0].drift
+    assert_same(before, (dict(model.state_dict()), copies_of(base.state[model[3].weight].values())))
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])

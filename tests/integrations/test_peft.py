@@ -10,7 +10,16 @@ from runs import small_llama
 from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer
-from craft_optim.anchors import AnchorMismatchError, OnlineRetention, Reading
+from craft_optim.anchors import (
+    AnchorCacheError,
+    AnchorMismatchError,
+    LogitRetention,
+    OnlineRetention,
+    Reading,
+    build,
+    fingerprint,
+)
+from craft_optim.anchors.fingerprint import compare_fingerprints
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -319,3 +328,80 @@ def test_adapters_are_saved_and_loaded(anchors: list[dict[str, Tensor]], tmp_pat
     with pytest.raises(AnchorMismatchError, match="loads its optimizer's state, or passes strict=False"):
         retention()
     retention.loss(10)  # as with a checkpoint of the optimizer
+
+
+# The same teacher
+
+
+def batches(anchors: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    names = ("input_ids", "attention_mask")
+    return [{name: torch.stack([row[name] for row in anchors]) for name in names}]
+
+
+FRESH = {**ADAPTERS, "rank": lambda: peft.LoraConfig(r=8, target_modules="all-linear"), "bias": lambda: peft.LoraConfig(
+    r=4, target_modules=TARGETS, lora_bias=True
+), "embedding": lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]), "ada": lambda: (
+    peft.AdaLoraConfig(target_modules=TARGETS, total_step=10)
+), "lokr": lambda: peft.LoKrConfig(r=2, target_modules=TARGETS)}  # fmt: skip
+WITHOUT = {"lora", "rslora", "loha", "rank", "bias", "embedding", "ada", "lokr"}  # add nothing at first
+
+
+def fresh(kind: str, seed: int) -> Any:
+    with torch.random.fork_rng([]):
+        base = small_llama()
+        torch.manual_seed(seed)
+        return peft.get_peft_model(base, FRESH[kind]())
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("kind", FRESH)
+def test_new_adapters_on_the_same_base_are_the_same_teacher(
+    kind: str, anchors: list[dict[str, Tensor]], tmp_path: Any
+) -> None:
+    first, second = fresh(kind, 1), fresh(kind, 2)
+    cache = build(first, batches(anchors), tmp_path, progress=False)
+    seconds = trainable(second)
+    moved = [name for name, p in trainable(first).items() if not torch.equal(p, seconds[name])]
+    # those of the others are copies, ones, or drawn from a seed of their own
+    assert moved or kind in ("tokens", "head", "ia3", "norms", "vera")
+    assert build(second, batches(anchors), tmp_path, progress=False).path == cache.path
+    bare = small_llama()
+    assert (fingerprint(bare) == fingerprint(first)) == (kind in WITHOUT)
+    if kind in WITHOUT:  # and a cache of either serves the other
+        build(bare, batches(anchors), tmp_path, progress=False)
+        assert abs(LogitRetention(second, cache, 4)().item()) < 1e-5
+    disturb(second)
+    with pytest.raises(AnchorCacheError, match="other weights"):
+        build(second, batches(anchors), tmp_path, progress=False)
+    assert compare_fingerprints(str(cache.fingerprint), fingerprint(second)) is not None
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_that_has_trained_one_step_is_another_teacher(kind: str, anchors: list[dict[str, Tensor]]) -> None:
+    model = fresh(kind, 1)
+    before = fingerprint(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model(**batches(anchors)[0], labels=batches(anchors)[0]["input_ids"]).loss.backward()
+    optimizer.step()
+    assert fingerprint(model) != before
+    with model.disable_adapter():
+        assert fingerprint(model) == fingerprint(small_llama())
+
+
+def test_which_adapter_is_in_use_tells(anchors: list[dict[str, Tensor]]) -> None:
+    model = fresh("lora", 1)
+    bare = fingerprint(model)
+    disturb(model)
+    trained = fingerprint(model)
+    model.add_adapter("other", FRESH["rank"]())
+    assert fingerprint(model) == trained != bare
+    model.set_adapter("other")
+    assert fingerprint(model) == bare
+    model.set_adapter("default")
+    model.merge_adapter()
+    assert fingerprint(model) not in (bare, trained), "the weights are others"
+    injected = peft.inject_adapter_in_model(FRESH["lora"](), small_llama())
+    assert fingerprint(injected) == bare
+    wrapped = torch.nn.Module()
+    wrapped.module = fresh("lora", 3)
+    assert fingerprint(wrapped) == bare

@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from craft_optim.metrics import METRICS  # noqa: E402
 from craft_optim.retention import Retention  # noqa: E402
 from craft_optim.transformers import CraftCallback, craft_optimizer  # noqa: E402
 
@@ -88,7 +89,7 @@ class Job(Retention):
             base = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.0)
             given["optimizers"] = (CraftOptimizer(base, self, **craft), None)
         if callbacks is None:
-            callbacks = () if how == "plain" else (CraftCallback(),)
+            callbacks = () if how == "plain" else (CraftCallback(metrics=METRICS),)
         self.trainer = Trainer(
             self.model,
             self.args,
@@ -234,6 +235,214 @@ def test_another_optimizer_is_named(cache: AnchorCache, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Found AdamW: pass `optimizer_cls_and_kwargs="):
         job.train()
     assert job.trainer.state.global_step == 0, "before the first step"
+
+
+def test_a_line_of_the_log_has_four_metrics_unless_more_are_asked_for(cache: AnchorCache, tmp_path: Path) -> None:
+    four = {"craft/retention_loss", "craft/epsilon", "craft/lambda", "craft/capped"}
+    for callback, wanted in (
+        (CraftCallback(), four),
+        (CraftCallback(metrics=["grad_cos"]), {"craft/grad_cos"}),
+        (CraftCallback(metrics=METRICS), {f"craft/{name}" for name in METRICS}),
+    ):
+        job = Job(tmp_path, cache, callbacks=(callback,), max_steps=2).train()
+        assert {name for name in job.logs[0] if name.startswith("craft/")} == wanted
+    job = Job(tmp_path, cache, callbacks=(CraftCallback(),), max_steps=1)
+    job.trainer.optimizer_cls_and_kwargs = craft_optimizer(job.args, {"a": job, "b": lambda: job.retention.loss(0)})
+    job.train()
+    assert {f"{name}/{each}" for name in four for each in "ab"} < set(job.logs[0])
+    assert "craft/grad_cos/a" not in job.logs[0]
+    with pytest.raises(ValueError, match=r"`metrics` must be of retention_loss, .* Found 'drift'"):
+        CraftCallback(metrics=["drift"])
+
+
+@pytest.mark.filterwarnings("ignore:.*is not finite")
+def test_a_pass_that_was_skipped_is_in_the_log(cache: AnchorCache, tmp_path: Path) -> None:
+    class Fails(Job):
+        def loss(self, number: int) -> Tensor:
+            return super().loss(number) * (float("nan") if number == 1 else 1.0)
+
+    job = Fails(tmp_path, cache, callbacks=(CraftCallback(),), max_steps=4).train()
+    assert [row.get("craft/skipped") for row in job.logs] == [None, 1.0, 1.0, 1.0]
+
+
+# What the Trainer changes after it was made
+
+
+CHANGES: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "weight_decay": 0.3,
+    "adam_beta1": 0.5,
+    "adam_epsilon": 1e-3,
+    "optim": "sgd",
+    "optim_args": "momentum=0.7",
+}
+
+
+@pytest.mark.parametrize("how", ["set", "replaced"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_arguments_are_read_when_the_optimizer_is_built(
+    name: str, how: str, cache: AnchorCache, tmp_path: Path
+) -> None:
+    groups = []
+    for kind in ("plain", "factory"):
+        job = Job(tmp_path, cache, kind, **({"optim": "sgd"} if name == "optim_args" else {}))
+        if how == "set":
+            setattr(job.trainer.args, name, CHANGES[name])
+        else:
+            job.trainer.args = copy.copy(job.args)
+            setattr(job.trainer.args, name, CHANGES[name])
+        built = job.trainer.create_optimizer()
+        groups.append([{k: v for k, v in g.items() if k != "params" and "craft_" not in k} for g in built.param_groups])
+        if kind == "factory":
+            assert job.passes == 0
+    assert groups[0] == groups[1]
+
+
+def test_keywords_that_were_changed_go_before_the_arguments(cache: AnchorCache, tmp_path: Path) -> None:
+    job = Job(tmp_path, cache)
+    job.trainer.optimizer_cls_and_kwargs[1]["betas"] = (0.1, 0.2)
+    for rate in (1e-3, 1e-4):
+        job.args.learning_rate = rate
+        job.trainer.optimizer = None
+        (group, *_) = job.trainer.create_optimizer().param_groups
+        assert (group["betas"], group["lr"]) == ((0.1, 0.2), rate)
+
+
+def test_an_optimizer_that_makes_its_groups_of_the_model(
+    cache: AnchorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GaLore's way: the groups come with the keywords, of the model that is trained."""
+
+    def chosen(args: Any, model: Any) -> Any:
+        groups = [] if model is None else [{"params": list(model.lm_head.parameters()), "rank": 2.0}]
+        return torch.optim.SGD, {"lr": args.learning_rate, "params": groups}
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(chosen))
+    args = arguments(tmp_path, max_steps=2)
+    pair = craft_optimizer(args, lambda of: LogitRetention(of, cache, 8))
+    trainer = Trainer(model_init=lambda: model(), args=args, train_dataset=rows(8, 2), optimizer_cls_and_kwargs=pair)
+    for _ in range(2):
+        trainer.train()
+        (group,) = trainer.optimizer.optimizer.param_groups
+        assert group["params"] == list(trainer.model.lm_head.parameters())
+        assert group["rank"] == 2.0
+        assert trainer.optimizer.optimizer.metrics["retention_step"] == 1.0
+
+
+def test_an_optimizer_that_is_refused_later_is_refused_all_the_same(
+    cache: AnchorCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path, cache)
+    job.args.optim = "adafactor"
+    assert type(job.trainer.create_optimizer().base_optimizer).__name__ == "Adafactor"
+    job.trainer.optimizer = None
+    found = (torch.optim.AdamW, {"optimizer_dict": {}})
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *_: found))
+    with pytest.raises(ValueError, match="steps after the backward"):
+        job.trainer.create_optimizer()
+
+
+def test_each_model_of_model_init_has_its_retention_and_its_arguments(cache: AnchorCache, tmp_path: Path) -> None:
+    made: list[LogitRetention] = []
+
+    def retention(of: nn.Module) -> LogitRetention:
+        made.append(LogitRetention(of, cache, 8))
+        return made[-1]
+
+    def drift(of: LogitRetention) -> float:
+        assert of is made[-1]
+        return of.drift()
+
+    args = arguments(tmp_path, eval_strategy="epoch", max_steps=6)
+    trainer = Trainer(
+        model_init=lambda: model(),
+        args=args,
+        train_dataset=rows(40, 2),
+        eval_dataset=rows(8, 4),
+        optimizer_cls_and_kwargs=craft_optimizer(args, retention, epsilon=0.01),
+        callbacks=[CraftCallback(drift)],
+    )
+    assert "eval_craft/drift_heldout" not in trainer.evaluate(), "there is no retention yet"
+    for number, rate in enumerate((1e-3, 1e-2), 1):
+        trainer.args.learning_rate = rate
+        trainer.train()
+        assert len(made) == number
+        assert made[-1].model is trainer.model
+        logs = [row for row in trainer.state.log_history if "loss" in row]
+        assert logs[0]["learning_rate"] == rate
+        assert logs[0]["craft/retention_loss"] == pytest.approx(0.0, abs=1e-5)
+        assert logs[-1]["craft/retention_loss"] > 1e-5
+        assert [row for row in trainer.state.log_history if "eval_craft/drift_heldout" in row]
+    assert made[0].model is not made[1].model
+
+    trainer.train()
+    again = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["loss"] for row in again] == [row["loss"] for row in logs], "nothing is left of the trial before"
+
+
+def test_one_retention_for_models_that_are_made_anew_is_refused(cache: AnchorCache, tmp_path: Path) -> None:
+    args, of_another = arguments(tmp_path), LogitRetention(model(), cache, 8)
+    for given in (of_another, {"held": of_another}):
+        pair = craft_optimizer(args, given)
+        trainer = Trainer(
+            model_init=lambda: model(), args=args, train_dataset=rows(8, 2), optimizer_cls_and_kwargs=pair
+        )
+        with pytest.raises(ValueError, match=r"another model.*model_init.*Pass a function"):
+            trainer.train()
+
+
+def test_a_search_of_hyperparameters_compares_different_runs(cache: AnchorCache, tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    seen: list[float] = []
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            seen.append(optimizer.optimizer.defaults["lr"])
+
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer = Trainer(
+        model_init=lambda: model(),
+        args=args,
+        train_dataset=rows(40, 2),
+        eval_dataset=rows(8, 4),
+        optimizer_cls_and_kwargs=craft_optimizer(args, lambda m: {"held": LogitRetention(m, cache, 8)}),
+        callbacks=[CraftCallback(lambda of: of["held"].drift()), Rates()],
+    )
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-4, 1e-2])},
+        lambda metrics: metrics["eval_craft/drift_heldout"],
+        n_trials=2,
+        backend="optuna",
+        sampler=optuna.samplers.GridSampler({"learning_rate": [1e-4, 1e-2]}, seed=0),
+    )
+    assert set(seen) == {1e-4, 1e-2}
+    assert best.hyperparameters == {"learning_rate": 1e-4}, "which drifts less"
+
+
+@pytest.mark.parametrize(("returned", "words"), [(None, r"Found None"), (3, r"must be callable|mapping")])
+def test_a_function_of_the_model_must_return_a_retention(
+    returned: Any, words: str, cache: AnchorCache, tmp_path: Path
+) -> None:
+    job = Job(tmp_path, cache)
+    job.trainer.optimizer_cls_and_kwargs = craft_optimizer(job.args, lambda model: returned)
+    with pytest.raises((TypeError, ValueError), match=words):
+        job.trainer.create_optimizer()
+    built, keywords = craft_optimizer(job.args, lambda model: job)
+    with pytest.raises(ValueError, match="no Trainer was found"):
+        built(job.model.parameters(), **keywords)
+
+
+def test_of_several_trainers_each_gets_its_own_model(cache: AnchorCache, tmp_path: Path) -> None:
+    """Given one class, and an earlier one over the same model with other arguments."""
+    args = arguments(tmp_path)
+    pair = craft_optimizer(args, lambda m: LogitRetention(m, cache, 8))
+    trainers = [Trainer(model(), args, train_dataset=rows(4, 2), optimizer_cls_and_kwargs=pair) for _ in range(2)]
+    for trainer in trainers:
+        assert trainer.create_optimizer().retention_closure.model is trainer.model
+    later = arguments(tmp_path, learning_rate=1e-5)
+    pair = craft_optimizer(later, lambda m: LogitRetention(m, cache, 8))
+    again = Trainer(trainers[0].model, later, train_dataset=rows(4, 2), optimizer_cls_and_kwargs=pair)
+    assert again.create_optimizer().param_groups[0]["lr"] == 1e-5
 
 
 # Checkpoints
