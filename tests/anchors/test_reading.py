@@ -90,12 +90,12 @@ def test_what_the_manifest_knows_need_not_be_said(classifier: nn.Module, batches
         batch["counts"] = torch.ones(len(batch["x"]), 1)
     known: dict[str, Any] = {"mask": "counts", "pooling": {"all": "last"}, "frozen": ("0",), "autocast": torch.bfloat16}
     build(classifier, batches, tmp_path, Reading(run, **known), layers=("1",), progress=False, class_dim=-1)
-    known |= {"output": "classes", "class_dim": 1}
+    known |= {"output": "classes", "class_dim": 2}
     assert AnchorCache.open(tmp_path).reading == Reading(**known)
     assert AnchorCache.open(tmp_path, Reading(run)).reading == Reading(run, **known)
     with torch.autocast("cpu", torch.bfloat16):  # what the teacher ran under counts, whoever had set it
         cache = build(classifier, batches, tmp_path / "b", Reading(run), progress=False, class_dim=-1)
-    assert cache.reading == Reading(run, autocast=torch.bfloat16, output="classes", class_dim=1)
+    assert cache.reading == Reading(run, autocast=torch.bfloat16, output="classes", class_dim=2)
 
 
 def test_a_function_that_is_missing_is_asked_for(classifier: nn.Module, cache: AnchorCache) -> None:
@@ -150,7 +150,7 @@ def test_pickles_leave_functions_behind(classifier: nn.Module, batches: Any, tmp
     again = pickle.loads(pickle.dumps(cache))
     assert (
         again.reading
-        == Reading(pooling={"all": "mean"}, output="classes", class_dim=2)
+        == Reading(pooling={"all": "mean"}, output="classes", class_dim=1)
         == reading_of(AnchorCache.open(tmp_path))
     )
     with pytest.raises(AnchorMismatchError, match="forward="):
