@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -51,13 +51,13 @@ class Wrapper(torch.optim.Optimizer):
     def _each_parameter(self) -> Iterator[Tensor]:
         return (p for group in self.base_optimizer.param_groups for p in group["params"])
 
-    def _step_base(self, closure: Callable[[], Any] | None) -> Any:
+    def _step_base(self, closure: Callable[[], Any] | None, more: Mapping[str, Any]) -> Any:
         # `self.base_optimizer.step` and not its class's: a scheduler built on the base patches the instance.
         arguments = () if closure is None else (closure,)
         if not any(_global_hooks()):
-            return self.base_optimizer.step(*arguments)
+            return self.base_optimizer.step(*arguments, **more)
         with _without_global_hooks():
-            return self.base_optimizer.step(*arguments)
+            return self.base_optimizer.step(*arguments, **more)
 
     def _make_hooks(self) -> None:
         self._optimizer_step_pre_hooks = OrderedDict()
@@ -118,7 +118,7 @@ class Wrapper(torch.optim.Optimizer):
         if in_eval:
             base.train()
         try:
-            return self._step_base(None)
+            return self._step_base(None, {})
         except Exception as error:
             error.add_note(
                 f"{type(base).__name__} cannot do a step on gradients that are zero. If this is torch's distributed "

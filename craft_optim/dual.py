@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from craft_optim._numbers import number
+
 __all__ = ["AugmentedLagrangian", "Controller", "DualAscent", "MultiplicativePI", "NuPI", "Update", "make_controller"]
 
 
@@ -19,7 +21,7 @@ class Update(NamedTuple):
     Attributes:
         multiplier: lambda for this step's merge, >= 0, never above `cap`.
         state: The state to pass at the next retention step.
-        capped: True if `cap` held the multiplier down.
+        capped: True if `cap`, or the controller's own maximum, held the multiplier down.
     """
 
     multiplier: float
@@ -45,10 +47,8 @@ def _clip(value: float, low: float, high: float) -> float:
 
 def _check(owner: Any, *names: str, low: float = 0.0, open_low: bool = False) -> None:
     for name in names:
-        value = getattr(owner, name)
-        if not math.isfinite(value) or value < low or (open_low and value == low):
-            least = f"{'>' if open_low else '>='} {low:g}"
-            raise ValueError(f"{type(owner).__name__}: `{name}` must be finite and {least}. Found {name}={value!r}.")
+        full = f"{type(owner).__name__}.{name}"
+        object.__setattr__(owner, name, number(full, getattr(owner, name), least=low, above=open_low))
 
 
 def log_violation(loss: float, epsilon: float) -> float:
@@ -66,8 +66,8 @@ class MultiplicativePI:
 
     With e = log(L_ret / epsilon):
 
-        lambda   = min(lambda_I exp(kp clip(e, -4, 2)), cap)
-        lambda_I = clip(lambda_I exp(ki clip(e, -1, 1)), 1e-3, lambda_max)      no increase while capped
+        lambda   = min(lambda_I exp(kp clip(e, -4, 2)), cap, lambda_max)
+        lambda_I = clip(lambda_I exp(ki clip(e, -1, 1)), 1e-3, lambda_max)      no increase while lambda is held down
 
     Working with ratios makes it indifferent to the units of both losses.
 
@@ -95,20 +95,20 @@ class MultiplicativePI:
     def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
         integral = state["integral"]
         error = log_violation(loss, epsilon)
-        wanted = min(integral * math.exp(self.kp * _clip(error, -4.0, 2.0)), self.maximum)
-        capped = wanted > cap
+        wanted, most = integral * math.exp(self.kp * _clip(error, -4.0, 2.0)), min(cap, self.maximum)
+        capped = wanted > most
         if not (capped and error > 0.0):  # anti-windup
             integral = _clip(integral * math.exp(self.ki * _clip(error, -1.0, 1.0)), self.minimum, self.maximum)
-        return Update(min(wanted, cap), {"integral": integral}, capped)
+        return Update(min(wanted, most), {"integral": integral}, capped)
 
 
 @dataclass(frozen=True)
 class DualAscent:
     """Projected gradient ascent on the dual, the published rule (`dual="ascent"`).
 
-        lambda_{t+1} = clip(lambda_t + eta (L_ret - epsilon), 0, lambda_max)
+        lambda_{t+1} = clip(lambda_t + eta (L_ret - epsilon), 0, lambda_max)    no increase while capped
 
-    The merge uses lambda_t. eta has the unit 1 / L_ret^2 x task loss: it has to be tuned per problem.
+    The merge uses min(lambda_t, cap). eta has the unit 1 / L_ret^2 x task loss: it has to be tuned per problem.
 
     Args:
         initial: lambda_0, >= 0.
@@ -127,9 +127,11 @@ class DualAscent:
         return {"multiplier": _clip(self.initial, 0.0, self.maximum)}
 
     def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
-        multiplier = state["multiplier"]
-        following = _clip(multiplier + self.learning_rate * (loss - epsilon), 0.0, self.maximum)
-        return Update(min(multiplier, cap), {"multiplier": following}, multiplier > cap)
+        multiplier, error = state["multiplier"], loss - epsilon
+        capped, following = multiplier > cap, multiplier
+        if not (capped and error > 0.0):
+            following = _clip(multiplier + self.learning_rate * error, 0.0, self.maximum)
+        return Update(min(multiplier, cap), {"multiplier": following}, capped)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ class NuPI:
 
         lambda_t = clip(lambda_0 + kp xi_t + ki sum_{s <= t} e_s, 0, lambda_max)
 
-    The running sum is clipped to [0, lambda_max] so that it cannot wind up, and does not grow while `cap` binds.
+    The running sum is clipped to [0, lambda_max] so that it cannot wind up, and does not grow while `cap` or lambda_max
+    holds lambda down.
     Source: Sohrabi et al. 2024, "On PI controllers for updating Lagrange multipliers", arXiv:2406.04558.
 
     Args:
@@ -158,7 +161,7 @@ class NuPI:
     maximum: float = 1e4
 
     def __post_init__(self) -> None:
-        _check(self, "initial", "ki", "kp", "maximum")
+        _check(self, "initial", "ki", "kp", "nu", "maximum")
         if not 0.0 <= self.nu < 1.0:
             raise ValueError(f"NuPI: `nu` must be in [0, 1). Found nu={self.nu!r}.")
 
@@ -169,11 +172,11 @@ class NuPI:
         error = loss - epsilon
         average = self.nu * state["average"] + (1.0 - self.nu) * error if state["seeded"] else error
         integral = _clip(state["integral"] + self.ki * error, 0.0, self.maximum)
-        wanted = _clip(integral + self.kp * average, 0.0, self.maximum)
-        capped = wanted > cap
+        wanted, most = max(integral + self.kp * average, 0.0), min(cap, self.maximum)
+        capped = wanted > most
         if capped and error > 0.0:
             integral = state["integral"]
-        return Update(min(wanted, cap), {"integral": integral, "average": average, "seeded": 1.0}, capped)
+        return Update(min(wanted, most), {"integral": integral, "average": average, "seeded": 1.0}, capped)
 
 
 @dataclass(frozen=True)
@@ -209,11 +212,11 @@ class AugmentedLagrangian:
     def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
         error = loss - epsilon
         mu = state["multiplier"]
-        wanted = _clip(mu + self.penalty * error, 0.0, self.maximum)
-        capped = wanted > cap
+        wanted, most = max(mu + self.penalty * error, 0.0), min(cap, self.maximum)
+        capped = wanted > most
         if not (capped and error > 0.0):
             mu = _clip(mu + self.learning_rate * error, 0.0, self.maximum)
-        return Update(min(wanted, cap), {"multiplier": mu}, capped)
+        return Update(min(wanted, most), {"multiplier": mu}, capped)
 
 
 _CONTROLLERS: dict[str, tuple[type[Any], str]] = {

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from craft_optim._numbers import count as whole
+from craft_optim._numbers import number
 from craft_optim._warn import warn
 from craft_optim.metrics import keyed
 from craft_optim.retention import Retention, measurable
@@ -77,11 +79,8 @@ class HeldOutDrift:
         name: str | None = None,
         sink: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
-        for what, value in (("every", every), ("count", count)):
-            if value is not None and (int(value) != value or value < 1):
-                raise ValueError(f"`{what}` must be a whole number >= 1. Found {what}={value!r}.")
-        if not factor > 1.0:
-            raise ValueError(f"`factor` must be > 1. Found factor={factor!r}.")
+        every, count = whole("every", every), None if count is None else whole("count", count)
+        factor = number("factor", factor, least=1.0, above=True, finite=False)
         self.retention, self.heldout, self.every, self.count = measurable(retention), heldout, every, count
         self.factor, self.name, self.sink = factor, name, sink
         self._calls = 0

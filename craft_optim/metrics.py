@@ -54,7 +54,7 @@ METRICS: dict[str, Metric] = {
     "task_grad_norm": Metric("|g_t|"),
     "retention_grad_norm": Metric("|g_r|", True),
     "merged_grad_norm": Metric("norm of what the base optimizer stepped on"),
-    "capped": Metric("1 if rho |g_t| / |g_r| held lambda down", True, True),
+    "capped": Metric("1 if lambda was held down: by rho |g_t| / |g_r|, or its maximum", True, True),
     "clipped": Metric("1 if max_grad_norm scaled the merged gradient"),
     "skipped": Metric("retention passes so far that were not finite and left the task step alone"),
     "retention_step": Metric("the step (from 0) on which the values were measured"),
@@ -78,8 +78,8 @@ class JSONLWriter:
     a step took.
 
     Args:
-        path: The file; its folder must exist. Lines are flushed one by one, so a killed run keeps them. A line that it
-            was killed in ends where it is: the next row begins a new one.
+        path: The file; its folder must exist. Lines are flushed one by one, so a killed run keeps them; a line that was
+            cut short, by a kill or a full disk, is ended before the next.
 
     Example:
         >>> import tempfile
@@ -93,11 +93,9 @@ class JSONLWriter:
 
     def __init__(self, path: str | Path) -> None:
         path = local(path)
-        begun = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file: IO[bytes] = path.open("ab", buffering=0)
         weakref.finalize(self, self._file.close)
-        if begun:
-            self._file.write("\n")
+        self._cut_short = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
         self._waiting: dict[str, Any] = {}
 
     def log(self, **values: Any) -> None:
@@ -113,8 +111,11 @@ class JSONLWriter:
     def __call__(self, metrics: Mapping[str, float]) -> None:
         row = {**self._waiting, **metrics, "time": round(time.time(), 6)}
         self._waiting = {}
-        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
-        self._file.flush()
+        line = json.dumps({name: _plain(value) for name, value in row.items()}) + "\n"
+        rest = memoryview(("\n" * self._cut_short + line).encode())
+        while rest:
+            rest = rest[self._file.write(rest) :]
+            self._cut_short = bool(rest)
 
     def close(self) -> None:
         """Closes the file."""

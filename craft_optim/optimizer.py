@@ -4,7 +4,8 @@ import copy
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, Literal, cast
 
@@ -12,7 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from craft_optim._step import floats
 from craft_optim._step.constraint import Constraint, Constraints, constraints_of, initial_state
+from craft_optim._step.evaluations import (
+    Evaluations,
+    ascended,
+    check_base,
+    may_move,
+    stands_still,
+    values_back_after_errors,
+    without_gradients,
+)
 from craft_optim._step.gradients import all_zero, gradients_of
 from craft_optim._step.layout import ONE_PROCESS, Layout, layout_of
 from craft_optim._step.rules import Rules
@@ -27,8 +38,8 @@ from craft_optim.schedules import Linear, Schedule, as_schedule
 
 __all__ = ["CraftOptimizer"]
 
-# Base -> the groups that a CraftOptimizer of this process has written to. Its `load_state_dict` makes others.
-_WRITTEN: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, Any]]]" = weakref.WeakKeyDictionary()
+# Keywords that are no attributes: to set one would do nothing
+_SETTINGS = {"epsilon", "dual", *(field.name for field in fields(Rules))}
 
 
 class CraftOptimizer(Wrapper):
@@ -100,10 +111,11 @@ class CraftOptimizer(Wrapper):
         True
     """
 
-    # Found out at the first retention pass, for the closures and the parameters of these ids.
-    _float16: dict[str | None, bool]
+    _base_moves: bool | None = None  # whether the base evaluates closures elsewhere; None: not yet known
+
+    # Found out at the first retention pass, for these closures, parameters and processes.
     _layout: Layout
-    _found_for: list[int]
+    _found_for: list[Any]
     _measured: int  # retention steps since then
 
     def __init__(
@@ -131,20 +143,16 @@ class CraftOptimizer(Wrapper):
         self._rules = Rules(**rules)
         self._epsilon = None if epsilon is None else as_schedule(epsilon)
         self._dual = None if dual is None else make_controller(dual)
-        self._constraints = self._checked(retention_closure)
         super().__init__(base_optimizer)
+        self._constraints = self._checked(retention_closure)
 
         self.process_group = process_group
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
         self._cap_watch = CapWatch()
-        self._lost_closure = False
+        self._lost_closure = self._sink_failed = False
         self._forget_circumstances()
-        written = _WRITTEN.get(base_optimizer, [])
-        if any(group is known for group in base_optimizer.param_groups for known in written):
-            for group in base_optimizer.param_groups:  # these floats are those of another run, which has ended
-                for key in [key for key in group if key.startswith("craft_")]:
-                    del group[key]
+        floats.begin_anew(base_optimizer)
         self._groups_changed()
 
     @classmethod
@@ -209,6 +217,14 @@ class CraftOptimizer(Wrapper):
         Bound.__name__ = Bound.__qualname__ = f"Craft{optimizer_class.__name__}"
         return Bound
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS:
+            remedy = "set `retention_closure`, with a `Constraint`"
+            if name in Rules.__dataclass_fields__:
+                remedy = f"set `rules`, dataclasses.replace(optimizer.rules, {name}={value!r})"
+            raise AttributeError(f"`{name}` of an optimizer is not an attribute. Found {name}={value!r}: {remedy}.")
+        super().__setattr__(name, value)
+
     @property
     def rules(self) -> Rules:
         return self._rules
@@ -240,28 +256,33 @@ class CraftOptimizer(Wrapper):
         self._groups_changed()
         for name, constraint in self._constraints.items():
             if name in old and old[name].retention is not constraint.retention:  # anchors of its own, from the first
-                self._write({keyed("craft_anchor_position", name): 0.0})
+                floats.write(self.base_optimizer, {keyed("craft_anchor_position", name): 0.0})
 
     def _checked(self, closure: Constraints | None) -> dict[str | None, Constraint]:
         """The constraints by name, if they go with the rules."""
         constraints = constraints_of(closure, self._epsilon, self._dual)
         self._rules.check_for(len(constraints))
+        if constraints:
+            check_base(self.base_optimizer)
         return constraints
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **more: Any) -> Any:  # type: ignore[override]
         """One optimizer step; see the class.
 
         Args:
             closure: As for any torch optimizer; retention is merged after each of its evaluations. Within one step all
-                evaluations use the same anchors and the same multiplier.
+                evaluations use the same anchors and the same coefficients a and w, so that a base with a line search
+                sees one function: it gets a L_task + w L_ret as the closure's value. A base that has moved the
+                parameters before it evaluates (LBFGS, SAM) costs a copy of them.
+            more: What else the base's `step` takes.
 
         Returns:
-            What the base's `step` returns.
+            What the base's `step` returns; L_task where that is the value of an evaluation.
 
         Raises:
-            ValueError: If epsilon(t) is negative or not finite.
+            ValueError: If epsilon(t) is negative or not finite, or the base wants to differentiate through its step.
             TypeError, RuntimeError: If the closure does not return a scalar with a graph, its gradient reaches none of
                 the parameters, or there are several processes and it is not clear whether they train one model. Nothing
                 has changed then, neither parameters nor state nor the anchors' position.
@@ -273,19 +294,21 @@ class CraftOptimizer(Wrapper):
                     "This CraftOptimizer was unpickled, which leaves its retention closure behind: it now steps "
                     "without retention. Set `optimizer.retention_closure` again.",
                 )
-            return self._step_base(closure)
+            return self._step_base(closure, more)
 
-        return self._constrained_step(closure)
+        return self._constrained_step(closure, more)
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
-    def _constrained_step(self, closure: Callable[[], Any] | None) -> Any:
-        if "craft_step" not in self.param_groups[0]:  # the base was given other groups
+    def _constrained_step(self, closure: Callable[[], Any] | None, more: Mapping[str, Any]) -> Any:
+        if not floats.are_complete(self.base_optimizer):  # the base was given other groups
             self._groups_changed()
-        step = int(self.param_groups[0]["craft_step"])
+        groups = self.param_groups
+        check_base(self.base_optimizer)
+        step = int(groups[0]["craft_step"])
         if closure is None and self._is_priming(step):
             return self._prime_base()
-        if step % self._rules.retention_every != 0 or (closure is None and _without_gradients(self._each_parameter())):
-            result = self._step_base(closure)
+        if step % self._rules.retention_every != 0 or (closure is None and without_gradients(self._each_parameter())):
+            result = self._step_base(closure, more)
             self._finish(step, None)
             return result
 
@@ -294,28 +317,37 @@ class CraftOptimizer(Wrapper):
             self._constraints,
             self._rules,
             parameters,
-            state={key: value for key, value in self.param_groups[0].items() if key.startswith("craft_")},
+            ascended=ascended(self.base_optimizer),
+            state={key: value for key, value in groups[0].items() if key.startswith("craft_")},
             layout=self._find_layout(parameters),
-            float16=self._float16,
             find_reached=self._measured + 1 == REACH_AT,
         )
         with retention.task_gradients_back():
             if closure is None:
                 retention.merge()
-                result = self._step_base(None)
+                result = self._step_base(None, more)
             else:
-                evaluate = closure
-
-                def merged_closure() -> Any:
-                    with torch.enable_grad():
-                        loss = evaluate()
-                    if not _without_gradients(parameters):
-                        retention.merge()
-                    return loss
-
-                result = self._step_base(merged_closure)
+                result = self._evaluated(closure, more, parameters, retention)
         self._finish(step, retention)
         return result
+
+    def _evaluated(
+        self,
+        closure: Callable[[], Any],
+        more: Mapping[str, Any],
+        parameters: list[Tensor],
+        retention: RetentionStep,
+    ) -> Any:
+        """The base's step on a closure, which it may evaluate anywhere."""
+        evaluations = Evaluations(closure, parameters, retention)
+        if self._base_moves is None:
+            self._base_moves = may_move(self.base_optimizer)
+        if self._base_moves:
+            retention.check()  # while the parameters are the caller's
+        with values_back_after_errors(parameters) if self._base_moves else nullcontext():
+            result = self._step_base(evaluations, more)
+        self._base_moves = evaluations.moved
+        return evaluations.loss(result)
 
     def _is_priming(self, step: int) -> bool:
         """True if a framework steps on zero gradients only to make the base create its state.
@@ -323,10 +355,7 @@ class CraftOptimizer(Wrapper):
         torch.distributed.checkpoint does so, with lr = 0, whenever it saves or loads an optimizer without state.
         """
 
-        def is_zero(rate: Any) -> bool:  # a rate on an accelerator is not read: that would be a wait on every step
-            return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
-
-        if step != 0 and not all(is_zero(group.get("lr")) for group in self.param_groups):
+        if step != 0 and not stands_still(self.base_optimizer):
             return False
         parameters = list(self._each_parameter())
         layout = self._find_layout(parameters)
@@ -341,24 +370,26 @@ class CraftOptimizer(Wrapper):
         Made known to the closures, which may be others, too.
         """
         closures = [constraint.closure for constraint in self._constraints.values()]
-        found_for = [*map(id, closures), *map(id, parameters)]
-        if found_for != self._found_for:
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        found_for = [self.process_group, world, *closures, *parameters]
+        # Not by ids, which others get when these are gone; nor held, since a framework may have made other parameters
+        known = [one() if isinstance(one, weakref.ref) else one for one in self._found_for]
+        if len(known) != len(found_for) or any(one is not now for one, now in zip(known, found_for, strict=True)):
             self._forget_circumstances()
-            self._found_for = found_for
+            self._found_for = [one if one is None or one is False else weakref.ref(one) for one in found_for]
             self._layout = layout_of(parameters, self.process_group)
-            if self._layout.several:
+            if self._layout.several or any(closure.shared for closure in closures):
                 for closure in closures:
                     closure.shard(self._layout.rank, self._layout.world_size, self._layout.mean)
         return self._layout
 
     def _finish(self, step: int, retention: RetentionStep | None) -> None:
         if retention is None or not retention.ran:
-            self._write({"craft_step": float(step + 1)})
+            floats.write(self.base_optimizer, {"craft_step": float(step + 1)})
             if self.metrics:
                 self.metrics["fresh"] = 0.0
             return
-        self._float16 = retention.float16
-        self._write(retention.state | {"craft_step": float(step + 1)})
+        floats.write(self.base_optimizer, retention.state | {"craft_step": float(step + 1)})
         if not retention.metrics:
             self.metrics |= {"skipped": retention.state["craft_skipped"], "fresh": 0.0}
             return
@@ -373,35 +404,32 @@ class CraftOptimizer(Wrapper):
                 for name in self._constraints:
                     self._cap_watch.look(name, self.metrics, self._rules)
             if self.on_metrics is not None:
-                self.on_metrics(dict(self.metrics))
+                self._tell(self.on_metrics)
+
+    def _tell(self, sink: Callable[[Mapping[str, float]], None]) -> None:
+        """Calls the sink. The step has been made: an error must not look as if it had not."""
+        try:
+            sink(dict(self.metrics))
+        except Exception as error:
+            if not self._sink_failed:
+                self._sink_failed = True
+                warn(
+                    f"`on_metrics` raised {type(error).__name__}: {error}. The step is done, and training goes on; "
+                    "further errors of it are not reported. To stop a run, read `optimizer.metrics` in the loop."
+                )
 
     def _forget_circumstances(self) -> None:
-        self._float16, self._layout, self._found_for, self._measured = {}, ONE_PROCESS, [], 0
+        self._layout, self._found_for, self._measured = ONE_PROCESS, [], 0
 
     # -- our state: floats in every parameter group --------------------------------------------------------------------
 
     def _groups_changed(self) -> None:
-        """Gives every group all of our keys: what the first group has, else the initial values.
-
-        A base restored from one of our checkpoints before it is wrapped thus goes on where the checkpoint was. What
-        belongs to names stays until closures are set that have others.
-        """
-        groups = self.base_optimizer.param_groups
+        """What belongs to names stays until closures are set that have others."""
         known = dict.fromkeys(SHARED_STATE, 0.0)
         controllers = {name: constraint.controller for name, constraint in self._constraints.items()}
         for name, controller in (controllers or {None: self._dual or make_controller("pi")}).items():
             known |= {keyed(what, name): value for what, value in initial_state(controller).items()}
-        present = {key: float(groups[0][key]) for key in known if key in groups[0]}
-        for group in groups:
-            ours = [key for key in group if key.startswith("craft_") and not ("/" in key and not self._constraints)]
-            for stale in set(ours) - set(known):
-                del group[stale]
-        self._write(known | present)
-        _WRITTEN[self.base_optimizer] = list(groups)
-
-    def _write(self, state: Mapping[str, float]) -> None:
-        for group in self.base_optimizer.param_groups:
-            group.update(state)
+        floats.complete(self.base_optimizer, known, keep_named=not self._constraints)
 
     def __getstate__(self) -> dict[str, Any]:
         # The closures and the sink hold models and files.
@@ -444,18 +472,6 @@ def _with_fields_of_rules(signature: inspect.Signature) -> inspect.Signature:
 
 
 CraftOptimizer.__init__.__signature__ = _with_fields_of_rules(inspect.signature(CraftOptimizer.__init__))  # type: ignore[attr-defined]
-
-
-def _without_gradients(parameters: Iterable[Tensor]) -> bool:
-    """True if there is nothing to step on. Usually the first parameter tells: most steps shall cost nothing."""
-    some = False
-    for p in parameters:
-        # FSDP1 may leave a process nothing but parameters without elements: it goes by the others' step.
-        if p.numel() > 0:
-            if p.grad is not None:
-                return False
-            some = True
-    return some
 
 
 def _empty_wrapper() -> CraftOptimizer:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from craft_optim._numbers import count
+
 __all__ = ["Retention", "RetentionClosure", "as_retention", "measurable"]
 
 RetentionClosure = Callable[[], Tensor]
@@ -52,6 +54,12 @@ class Retention(ABC):
     shared: bool = False
 
     _position = 0
+    _fixed: frozenset[str] = frozenset()  # attributes that only the constructor sets: it has made others of them
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and name in self.__dict__:
+            raise AttributeError(f"`{name}` of a closure is fixed. Make another closure with it.")
+        super().__setattr__(name, value)
 
     @abstractmethod
     def loss(self, number: int) -> Tensor:
@@ -74,9 +82,7 @@ class Retention(ABC):
 
     @position.setter
     def position(self, value: int) -> None:
-        if int(value) != value or value < 0:
-            raise ValueError(f"`position` must be a whole number >= 0. Found position={value!r}.")
-        self._position = int(value)
+        self._position = count("position", value, least=0)
 
     def state_dict(self) -> dict[str, int]:
         """The count of calls without a number, for checkpoints of a loop of your own."""
@@ -93,6 +99,12 @@ class Retention(ABC):
     def parameters(self) -> Iterable[Tensor]:
         """All parameters that the backward may reach, whoever owns them. Default: what the loss's graph shows."""
         return ()
+
+    def check(self) -> None:  # noqa: B027 - most have nothing to check
+        """Raises if the model is not the one to keep; called before pass 0 of a base that may move it first.
+
+        Default: no check. What checks in pass 0 shall not do so again after this.
+        """
 
     def drift(self, anchors: Any = None, count: int | None = None) -> float:
         """The mean of L_ret without gradients, in `unit`. Advances nothing.

@@ -7,16 +7,13 @@ any function of your own.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
+
+from craft_optim._numbers import count, number
 
 __all__ = ["Constant", "Cosine", "Exponential", "Linear", "Schedule", "as_schedule", "epsilon_at"]
 
 Schedule = Callable[[int], float]
-
-
-def _check(name: str, value: float, *, positive: bool = False) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        bound = "> 0" if positive else ">= 0"
-        raise ValueError(f"`{name}` must be a finite number {bound}. Found {name}={value!r}.")
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        _check("epsilon", self.value)
+        object.__setattr__(self, "value", number("epsilon", self.value, least=0.0))
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -43,12 +40,12 @@ class _Ramp:
     start: float
     end: float
     steps: int
+    _positive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check("start", self.start)
-        _check("end", self.end)
-        if self.steps < 1:
-            raise ValueError(f"`steps` must be at least 1. Found steps={self.steps!r}.")
+        for name in ("start", "end"):
+            object.__setattr__(self, name, number(name, getattr(self, name), least=0.0, above=self._positive))
+        object.__setattr__(self, "steps", count("steps", self.steps))
 
     def _progress(self, step: int) -> float:
         return min(max(step, 0) / self.steps, 1.0)
@@ -80,10 +77,7 @@ class Exponential(_Ramp):
     Arguments as for `Linear`.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("start", self.start, positive=True)
-        _check("end", self.end, positive=True)
+    _positive = True
 
     def __call__(self, step: int) -> float:
         return float(self.start * (self.end / self.start) ** self._progress(step))
@@ -98,9 +92,11 @@ def as_schedule(epsilon: float | Schedule) -> Schedule:
     """
     if callable(epsilon):
         return epsilon
-    if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-        raise TypeError(f"`epsilon` must be a number or a callable step -> float. Found {type(epsilon).__name__}.")
-    return Constant(float(epsilon))
+    try:
+        return Constant(epsilon)
+    except TypeError:
+        found = type(epsilon).__name__
+        raise TypeError(f"`epsilon` must be a number or a callable step -> float. Found {found}.") from None
 
 
 def epsilon_at(epsilon: float | Schedule, step: int) -> float:
@@ -111,8 +107,7 @@ def epsilon_at(epsilon: float | Schedule, step: int) -> float:
         step: Optimizer steps taken so far, from 0.
 
     Raises:
+        TypeError: If the value is no number.
         ValueError: If the value is negative or not finite.
     """
-    value = float(as_schedule(epsilon)(step))
-    _check(f"epsilon({step})", value)
-    return value
+    return number(f"epsilon({step})", as_schedule(epsilon)(step), least=0.0)

@@ -114,6 +114,25 @@ def test_a_closure_that_is_set_later_is_looked_at_anew():
     assert craft.param_groups[0]["craft_scale_passes"] == 1.0
 
 
+@pytest.mark.parametrize("closure", ["its class", "a function"])
+def test_float16_may_begin_and_end_at_any_step(closure):
+    """Mixed precision after a warm-up: what is small without a scale must not round to zero then."""
+    model = network()
+    drift = Drift(model, 1e-4, half=False)
+    craft = CraftOptimizer(Keep(model.parameters()), drift if closure == "its class" else lambda: drift.loss(0))
+    norms = []
+    for half in (False, True, True, False, True):
+        craft.param_groups[0]["craft_anchor_position"] = 0.0
+        drift.half = half
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        craft.step()
+        norms.append(craft.metrics["retention_grad_norm"])
+    assert norms == pytest.approx([norms[0]] * 5, rel=2e-2)
+    assert norms[0] > 0.0
+    assert craft.param_groups[0]["craft_scale_passes"] == 3.0
+
+
 def test_scales_are_powers_of_two_that_shrink_to_one_and_grow_after_many_passes():
     state = initial_scale()
     for _ in range(10):

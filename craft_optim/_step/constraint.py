@@ -1,20 +1,22 @@
 """Constraint: a retention loss, the drift it may show, the controller of its multiplier; and its pass in one step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from craft_optim._conditions import held
 from craft_optim.dual import Controller, Update, make_controller
 from craft_optim.retention import Retention, RetentionClosure, as_retention
 from craft_optim.schedules import Schedule, as_schedule, epsilon_at
 
 from . import scaling
 from .decision import MOST
-from .gradients import Gradients, gradients_of, leaves, put, set_aside
+from .gradients import Gradients, gradients_of, leaves, put, set_aside, without_hooks
 from .layout import Layout
 from .rules import Projection
 
@@ -167,19 +169,19 @@ class RetentionPass:
         constraint: Itself.
         step: Optimizer steps before this one.
         parameters: All of the optimizer's. Their `.grad` is in the stash: it is None after a pass, or what it gave.
+        ascended: For each parameter, True if the base steps along its gradient and not against it.
         state: The constraint's own `craft_*` floats before the step.
         layout: The processes.
-        float16: True if float16 takes part in the closure's backward; None to find out.
 
     Attributes:
         name, constraint: As given.
         epsilon: At this step.
         state: The floats after the step.
-        float16: As found out.
+        float16: True if float16 took part in the last pass.
         update: The controller's answer; None before it was asked.
 
     Raises:
-        ValueError: epsilon(t) is negative or not finite.
+        ValueError: epsilon(t) is negative or not finite, or a controller's multiplier is.
     """
 
     def __init__(
@@ -189,29 +191,60 @@ class RetentionPass:
         step: int,
         parameters: list[Tensor],
         *,
+        ascended: Sequence[bool],
         state: dict[str, float],
         layout: Layout,
-        float16: bool | None,
     ) -> None:
-        self.name, self.constraint, self.state, self.float16 = name, constraint, state, float16
+        self.name, self.constraint, self.state, self.float16 = name, constraint, state, False
         self.epsilon = epsilon_at(constraint.schedule, step)
         self.update: Update | None = None
         self._closure, self._parameters, self._layout = constraint.closure, parameters, layout
+        self._ascended = ascended
         self._number = int(state["craft_anchor_position"])
 
-    def gradients(self) -> Passed:
-        """Runs the closure and its backward on the anchors of this step."""
+    def gradients(self, wanted: list[bool]) -> Passed:
+        """Runs the closure and its backward on the anchors of this step.
+
+        Args:
+            wanted: For each parameter, whether it has a task gradient. Without one on any process the base does not
+                touch it, and its retention gradient is left out.
+        """
         put(self._parameters, [None] * len(self._parameters))  # they are in the stash
-        with self._layout.own_reduction(), torch.enable_grad():
+        with self._layout.own_reduction(), torch.enable_grad(), held() as conditions:
             loss, scale = self._scaled_loss()
             own = {id(p) for p in self._parameters}
             reachable = list(self._closure.parameters()) or leaves(loss)
-            with set_aside([p for p in reachable if id(p) not in own]):
+            others = [p for p in reachable if id(p) not in own]
+            left_out = [p for p, want in zip(self._parameters, wanted, strict=True) if not want]
+            with set_aside(others), without_hooks([*others, *left_out]), self._unmoved(), conditions():
                 loss.backward()  # type: ignore[no-untyped-call]
                 retention = gradients_of(self._parameters)
-        retention = self._layout.averaged(retention, self._parameters)
+        retention, wanted = self._layout.averaged(retention, self._parameters, wanted)
         self._check_reached(retention)
+        for i, (g, want, ascended) in enumerate(zip(retention, wanted, self._ascended, strict=True)):
+            if g is not None and not want:
+                retention[i] = None
+            elif g is not None and ascended:
+                g.neg_()
         return Passed(loss.detach() if scale == 1.0 else loss.detach() / scale, retention, scale)
+
+    @contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Around a backward: raises if a hook has stepped in it, on the retention gradient alone."""
+        hooked = [(p, p._version) for p in self._parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
+        yield
+        if moved := [tuple(p.shape) for p, version in hooked if p._version != version]:
+            raise RuntimeError(
+                f"{prefix(self.name)}A hook of `register_post_accumulate_grad_hook` has changed {len(moved)} of the "
+                f"optimizer's parameters in the retention backward (the first has shape {moved[0]}): an optimizer that "
+                "steps in the backward would step on the retention gradient. Give each parameter to one optimizer, "
+                "and remove the hook from those that CraftOptimizer has."
+            )
+
+    def check(self) -> None:
+        """Has the closure check the model, before the first pass of a run."""
+        if self._number == 0:
+            self._closure.check()
 
     def count(self) -> None:
         """Writes into the state that the anchors of this step have been used."""
@@ -221,8 +254,8 @@ class RetentionPass:
         """L_ret times the private scale, and the scale."""
         loss = self._closure.loss(self._number)
         _check_loss(loss, self.name)
-        if self.float16 is None:
-            self.float16 = scaling.reaches_float16(loss)
+        # Of every pass: mixed precision may begin after a while, and end
+        self.float16 = scaling.reaches_float16(loss)
         scale = self.state["craft_scale"] if self.float16 else 1.0
         wide = loss.float() if loss.dtype == torch.float16 else loss
         return (wide if scale == 1.0 else wide * scale), scale
@@ -251,18 +284,22 @@ class RetentionPass:
         if self.float16:
             self.state |= scaling.grown(self.state)
 
-    def multiplier(self, loss: float, cap: float) -> float:
-        """Asks the controller."""
+    def asked(self, loss: float, cap: float) -> Update:
+        """The controller's answer; changes nothing."""
         dual = {k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")}
         update = self.constraint.controller(dual, loss=loss, epsilon=self.epsilon, cap=cap)
-        self.state |= {f"craft_dual_{k}": float(v) for k, v in update.state.items()}
-        return self.use(update)
+        if not 0.0 <= update.multiplier < math.inf:
+            raise ValueError(
+                f"{prefix(self.name)}A controller must return a finite multiplier >= 0. Found "
+                f"multiplier={update.multiplier!r} of {self.constraint.controller!r}, for L_ret = {loss:g}."
+            )
+        return update
 
-    def use(self, update: Update) -> float:
-        """Takes an update for the merges of this step."""
+    def use(self, update: Update) -> None:
+        """Takes an answer for the merges of this step."""
         self.update = update
+        self.state |= {f"craft_dual_{k}": float(v) for k, v in update.state.items()}
         self.state["craft_lambda"] = update.multiplier
-        return update.multiplier
 
     def may_project(self, projection: Projection, loss: float) -> bool:
         """Says whether the task gradient may lose its part that works against the constraint."""

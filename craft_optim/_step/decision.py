@@ -44,6 +44,10 @@ __all__ = ["MOST", "Decision", "Gram", "Products", "Weights", "decide"]
 
 # Constraints. Each is a forward and a backward; the programme above would still be fast enough.
 MOST = 8
+# |g_j|^2 / |g_t|^2 below which there is nothing to remove: a direction of a few bits, by a q that float32 cannot hold.
+_TINY = 2.0**-200
+# Largest multiplier: kernels have coefficients in float32.
+_LARGEST = 2.0**100
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ def decide(products: Products, *, lams: Sequence[float], project: Sequence[bool]
     grams = products.grams
     conflict = [gram.cos < rules.conflict_threshold for gram in grams]
     q, projected = _projection(products, grams, conflict, project)
-    a, w = _MERGES[rules.merge](lams, q)
+    a, w = _MERGES[rules.merge]([min(lam, _LARGEST) for lam in lams], q)
     norm = _norm(products, grams, a, w)
     clipped = rules.max_grad_norm is not None and norm > rules.max_grad_norm
     if rules.max_grad_norm is not None and clipped:
@@ -177,7 +181,11 @@ def _projection(
     products: Products, grams: Sequence[Gram], conflict: Sequence[bool], project: Sequence[bool]
 ) -> tuple[list[float], list[bool]]:
     """q of each constraint, and whether the projection acts on it."""
-    chosen = [j for j, (gram, may) in enumerate(zip(grams, project, strict=True)) if may and gram.rr > 0.0 < gram.tt]
+    chosen = [
+        j
+        for j, (gram, may) in enumerate(zip(grams, project, strict=True))
+        if may and gram.tt > 0.0 and gram.rr > 0.0 and gram.rr > gram.tt * _TINY
+    ]
     q, projected = [0.0] * len(grams), [False] * len(grams)
     if not any(conflict[j] for j in chosen):
         return q, projected

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from .rules import GradientMemory
 
-__all__ = ["Gradients", "Stash", "all_zero", "gradients_of", "leaves", "nodes", "not_zero", "put", "set_aside"]
+__all__ = [
+    "Gradients",
+    "Stash",
+    "all_zero",
+    "gradients_of",
+    "leaves",
+    "nodes",
+    "not_zero",
+    "put",
+    "set_aside",
+    "without_hooks",
+]
 
 Gradients = list[Tensor | None]
 
@@ -38,6 +49,29 @@ def set_aside(parameters: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         put(parameters, kept)
+
+
+@contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block no hook of these parameters fires; afterwards, also after an exception, they have them again.
+
+    Hooks that frameworks put at the nodes of the graph stay.
+    """
+    # In place: autograd has these dictionaries, and whoever may remove a hook
+    tables = [
+        table
+        for p in parameters
+        for table in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None))
+        if table
+    ]
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
 
 
 def not_zero(gradients: Iterable[Tensor | None]) -> list[bool]:

@@ -58,9 +58,21 @@ class Layout:
         """Within the block no framework reduces gradients that `averaged` sees to."""
         return nullcontext()
 
-    def averaged(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """Averages, in place, the gradients that no hook has reduced."""
-        return gradients
+    def averaged(
+        self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool]
+    ) -> tuple[Gradients, list[bool]]:
+        """Averages, in place, the gradients that no hook has reduced.
+
+        Args:
+            gradients: Of a retention pass.
+            parameters: All of the optimizer's.
+            wanted: For each parameter, whether this process has a task gradient.
+
+        Returns:
+            The gradients; and for each parameter whether any process that averages it has a task gradient. Frameworks
+            that reduce gradients themselves have one on all of their processes, or on none.
+        """
+        return gradients, wanted
 
     def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
         """The parts of the gradients on this process, as plain tensors, sharded as the parameters are."""

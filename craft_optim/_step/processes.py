@@ -107,23 +107,25 @@ class Processes(Layout):
                 stack.enter_context(module.no_sync())
             yield
 
-    def averaged(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """See `average`."""
+    def averaged(
+        self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool]
+    ) -> tuple[Gradients, list[bool]]:
         if self.averaged_over is None:
-            return gradients
-        wanted = set(dist.get_process_group_ranks(self.averaged_over))
+            return gradients, wanted
+        spanned = set(dist.get_process_group_ranks(self.averaged_over))
 
         def is_reduced(p: Tensor) -> bool:
             # By FSDP2, if the parameter's mesh spans the group; a mesh of tensor parallelism does not.
-            return wanted <= _ranks(p.device_mesh) if isinstance(p, DTensor) else id(p) in self.fsdp1
+            return spanned <= _ranks(p.device_mesh) if isinstance(p, DTensor) else id(p) in self.fsdp1
 
         mine = [i for i, p in enumerate(parameters) if not is_reduced(p)]
         local = [_local(gradients[i]) for i in mine]
-        reduced = average(local, [_local(parameters[i]) for i in mine], self.averaged_over)
-        result = list(gradients)
-        for i, g in zip(mine, reduced, strict=True):
-            result[i] = None if g is None else _like(g, parameters[i])
-        return result
+        of_mine = [_local(parameters[i]) for i in mine]
+        reduced, agreed = average(local, of_mine, self.averaged_over, [wanted[i] for i in mine])
+        result, wanted = list(gradients), list(wanted)
+        for i, g, anywhere in zip(mine, reduced, agreed, strict=True):
+            result[i], wanted[i] = None if g is None else _like(g, parameters[i]), anywhere
+        return result, wanted
 
     def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
         return [
@@ -165,7 +167,9 @@ def _like(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average(gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGroup) -> Gradients:
+def average(
+    gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGroup, flags: Sequence[bool]
+) -> tuple[Gradients, list[bool]]:
     """The mean of each gradient over the group.
 
     Two collectives at least: one says which gradients exist anywhere (a gradient that is None here but not elsewhere
@@ -175,16 +179,18 @@ def average(gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGr
         gradients: Dense or sparse, of any floating or complex dtype; dense ones are overwritten.
         parameters: Plain tensors of the same shapes.
         group: The process group.
+        flags: One for each gradient, which go along with the first collective.
 
     Returns:
-        The means; None where the gradient is None on every process.
+        The means, None where the gradient is None on every process; and the flags that are set on any process.
     """
     if not gradients:
-        return []
+        return [], []
     absent, dense = 0, 99  # between them, sparse gradients by their number of sparse dimensions
     here = [absent if g is None else g.sparse_dim() if g.is_sparse else dense for g in gradients]
-    kinds = torch.tensor(here, dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(kinds, op=dist.ReduceOp.MAX, group=group)
+    told = torch.tensor([here, list(flags)], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
+    kinds, anywhere = told.tolist()
     size = group.size()
     result: Gradients = []
     bucket: list[Tensor] = []
@@ -201,7 +207,7 @@ def average(gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGr
             torch._foreach_copy_(real, [x.view_as(g) for x, g in zip(pieces, real, strict=True)])
         bucket.clear()
 
-    for g, p, kind in zip(gradients, parameters, kinds.tolist(), strict=True):
+    for g, p, kind in zip(gradients, parameters, kinds, strict=True):
         if kind == absent:
             result.append(None)
         elif kind < dense:
@@ -220,7 +226,7 @@ def average(gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGr
             held += g.nbytes
             result.append(g)
     reduce_bucket()
-    return result
+    return result, [bool(flag) for flag in anywhere]
 
 
 def _real(tensor: Tensor) -> Tensor:

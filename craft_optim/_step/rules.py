@@ -1,8 +1,12 @@
 """Rules: the options of a retention step, checked once."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
+
+from craft_optim._numbers import count, number
+from craft_optim._warn import warn
 
 __all__ = ["GradientMemory", "Merge", "Projection", "Rules"]
 
@@ -40,6 +44,7 @@ class Rules:
     | "host" | in host memory | 0 | 0; N in between, for the merge | none | 3 transfers |
 
     Raises:
+        TypeError: A value is no number.
         ValueError: A value is out of its range or no such name.
     """
 
@@ -56,21 +61,37 @@ class Rules:
             if (value := getattr(self, name)) not in get_args(choices):
                 allowed = ", ".join(map(repr, get_args(choices)))
                 raise ValueError(f"`{name}` must be one of {allowed}. Found {name}={value!r}.")
-        if not -1.0 <= (found := self.conflict_threshold) <= 1.0:
-            raise ValueError(f"`conflict_threshold` is a cosine and must be in [-1, 1]. Found {found!r}.")
-        if not isinstance(self.retention_every, int) or self.retention_every < 1:
+        found = {
+            "conflict_threshold": number("conflict_threshold", self.conflict_threshold),
+            "retention_every": count("retention_every", self.retention_every),
+            **{
+                name: number(name, value, least=0.0, above=True, finite=False)
+                for name in ("rho", "max_grad_norm")
+                if (value := getattr(self, name)) is not None
+            },
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+        if not -1.0 <= self.conflict_threshold <= 1.0:
             raise ValueError(
-                f"`retention_every` must be an integer >= 1. Found retention_every={self.retention_every!r}."
+                f"`conflict_threshold` is a cosine and must be in [-1, 1]. Found {self.conflict_threshold!r}."
             )
-        for name in ("rho", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0.0:
-                raise ValueError(f"`{name}` must be > 0, or None. Found {name}={value!r}.")
+        if self.max_grad_norm is not None and self.retention_every > 1:
+            warn(
+                f"`max_grad_norm` holds on steps with retention only. Found retention_every={self.retention_every}: on "
+                f"{self.retention_every - 1} of {self.retention_every} steps nothing is clipped. Clip the task "
+                "gradients, too, before `step`."
+            )
 
     @cached_property
     def cap(self) -> float:
         """rho, or what None stands for."""
         return max(1.0, float(self.retention_every)) if self.rho is None else float(self.rho)
+
+    @property
+    def most(self) -> float:
+        """The largest multiplier that `merge` does not cut off."""
+        return 1.0 if self.merge == "task_priority" else math.inf
 
     def check_for(self, constraints: int) -> None:
         """Raises ValueError if these rules are not for that many constraints."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from craft_optim._warn import warn
+from craft_optim.dual import Update
 from craft_optim.metrics import METRICS, keyed
 
 from .constraint import Constraint, Passed, RetentionPass
@@ -54,16 +55,28 @@ class _Measured(NamedTuple):
     losses: list[float]
 
 
+class Objective(NamedTuple):
+    """What a merged gradient is the gradient of: `task` L_task + `retention`.
+
+    Attributes:
+        task: Coefficient a of the task loss.
+        retention: sum_j w_j L_j.
+    """
+
+    task: float
+    retention: float
+
+
 class RetentionStep:
-    """One step, or all evaluations of a line search, on the same anchors and with the same multipliers.
+    """One step, or all evaluations of a line search, on the same anchors and with the same coefficients.
 
     Args:
         constraints: One without a name, or several with names.
         rules: The rules of the merge.
         parameters: All of the optimizer's.
+        ascended: For each parameter, True if the base steps along its gradient and not against it.
         state: The `craft_*` floats before the step.
         layout: The processes.
-        float16: Name -> True if float16 takes part in the closure's backward; finds out what is not there.
         find_reached: True to look which tensors the retention losses reach: one more read of their gradients.
 
     Attributes:
@@ -82,9 +95,9 @@ class RetentionStep:
         rules: Rules,
         parameters: list[Tensor],
         *,
+        ascended: Sequence[bool],
         state: Mapping[str, float],
         layout: Layout,
-        float16: Mapping[str | None, bool],
         find_reached: bool = False,
     ) -> None:
         self.metrics: dict[str, float] = {}
@@ -94,10 +107,11 @@ class RetentionStep:
         self._shared, own = split_state(state)
         step = int(self._shared["craft_step"])
         self.passes = [
-            RetentionPass(name, constraint, step, parameters, state=own[name], layout=layout, float16=float16.get(name))
+            RetentionPass(name, constraint, step, parameters, ascended=ascended, state=own[name], layout=layout)
             for name, constraint in constraints.items()
         ]
         self._stash: Stash | None = None
+        self._decision: Decision | None = None  # of the first evaluation, if it was finite
 
     @property
     def ran(self) -> bool:
@@ -113,10 +127,11 @@ class RetentionStep:
             state |= {what + end: x for what, x in run.state.items()}
         return state
 
-    @property
-    def float16(self) -> dict[str | None, bool]:
-        """As given, and found out."""
-        return {run.name: run.float16 for run in self.passes if run.float16 is not None}
+    def check(self) -> None:
+        """Has the closures check the model, where they will for the first pass; see `Retention.check`."""
+        with self._layout.own_reduction():
+            for run in self.passes:
+                run.check()
 
     @contextmanager
     def task_gradients_back(self) -> Iterator[None]:
@@ -128,31 +143,36 @@ class RetentionStep:
                 self._stash.give_back(self._parameters)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self) -> Objective:
         """Runs the retention passes and points `.grad` at the merged gradients.
 
-        At the task's, if anything was not finite.
+        At the task's, if anything was not finite. In further evaluations the coefficients are those of the first: a
+        line search compares values of one function, and the merged gradient is that of what is returned. If the first
+        was not finite, they are all the task's alone.
         """
+        if self.ran and self._decision is None:
+            self._stash = Stash(gradients_of(self._parameters), "copy")
+            return Objective(1.0, 0.0)
+        wanted = [p.grad is not None for p in self._parameters]
         self._stash = Stash(gradients_of(self._parameters), self._rules.gradient_memory)
-        sets, task, passed, products, losses = self._measured(self._stash)
-        if not (all(map(math.isfinite, losses)) and products.finite):
+        sets, task, passed, products, losses = self._measured(self._stash, wanted)
+        finite = products.finite and all(map(math.isfinite, losses))
+        decision = self._decision
+        if finite and decision is None:
+            decision = self._decided(products, losses)
+        if decision is None or not finite:
             self._stash.give_back(self._parameters)
             self._note_skip(losses, products.grams)
-            return
+            return self._objective(losses)
+        self._decision = decision
         for run in self.passes:
             run.passed()
-        decision = decide(
-            products,
-            lams=self._multipliers(losses, products),
-            project=[
-                run.may_project(self._rules.projection, loss) for run, loss in zip(self.passes, losses, strict=True)
-            ],
-            rules=self._rules,
-        )
         if self._find_reached and not self.metrics:
             device = next(p.device for p in self._parameters)
             for run, retention in zip(self.passes, sets.retention, strict=True):
-                self.reached[run.name] = self._layout.any(not_zero(retention), device)
+                # What is not touched does not drift
+                flags = [not want or here for want, here in zip(wanted, not_zero(retention), strict=True)]
+                self.reached[run.name] = self._layout.any(flags, device)
         with record_function("CraftOptimizer.merge"):
             merged = sets.merge_(
                 [c._replace(retention=c.retention / of.scale) for c, of in zip(decision.merges, passed, strict=True)]
@@ -161,8 +181,32 @@ class RetentionStep:
             put(self._parameters, self._stash.in_their_dtype(merged))
         if not self.metrics:  # of a line search, the first evaluation: where the step began
             self.metrics = self._report(losses, products.grams, decision)
+        return self._objective(losses)
 
-    def _measured(self, stash: Stash) -> _Measured:
+    def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
+        """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
+        updates = self._updates(products, losses)
+        decision = decide(
+            products,
+            lams=[update.multiplier for update in updates],
+            project=[
+                run.may_project(self._rules.projection, loss) for run, loss in zip(self.passes, losses, strict=True)
+            ],
+            rules=self._rules,
+        )
+        if decision.norm > max(torch.finfo(p.dtype).max for p in self._parameters):
+            return None
+        for run, update in zip(self.passes, updates, strict=True):
+            run.use(update)
+        return decision
+
+    def _objective(self, losses: Sequence[float]) -> Objective:
+        if self._decision is None:
+            return Objective(1.0, 0.0)
+        weights = [merge.retention for merge in self._decision.merges]
+        return Objective(self._decision.merges[0].task, sum(w * loss for w, loss in zip(weights, losses, strict=True)))
+
+    def _measured(self, stash: Stash, wanted: list[bool]) -> _Measured:
         """Runs the retention passes and the inner products.
 
         Repeats a pass whose gradients have overflowed, as long as a smaller scale may help.
@@ -172,7 +216,7 @@ class RetentionStep:
             for run in self.passes:
                 if run not in passed:
                     with record_function("CraftOptimizer.retention"):
-                        passed[run] = run.gradients()
+                        passed[run] = run.gradients(wanted)
             found = [passed[run] for run in self.passes]
             with record_function("CraftOptimizer.merge"):
                 task = stash.for_surgery()
@@ -209,23 +253,19 @@ class RetentionStep:
                 )
         return GradientSets(lists[0], lists[1:], self._layout.shares(self._parameters))
 
-    def _multipliers(self, losses: Sequence[float], products: Products) -> list[float]:
-        """The multipliers of this step; those of the first evaluation, if there are several."""
-        known = [run.update for run in self.passes if run.update is not None]
-        if known:
-            return [update.multiplier for update in known]
+    def _updates(self, products: Products, losses: Sequence[float]) -> list[Update]:
+        """The controllers' answers.
+
+        A controller is told of all that limits its multiplier: what it does not know of it would wind up against.
+        """
         rho = self._rules.cap
-        lams = [
-            run.multiplier(loss, cap) for run, loss, cap in zip(self.passes, losses, products.caps(rho), strict=True)
-        ]
-        factor = products.common_factor(lams, rho)
-        if factor == 1.0:
-            return lams
-        return [
-            run.use(run.update._replace(multiplier=run.update.multiplier * factor, capped=True))
-            for run in self.passes
-            if run.update is not None
-        ]
+        caps = [min(cap, self._rules.most) for cap in products.caps(rho)]
+        updates = [run.asked(loss, cap) for run, loss, cap in zip(self.passes, losses, caps, strict=True)]
+        factor = products.common_factor([update.multiplier for update in updates], rho)
+        if factor < 1.0:
+            caps = [update.multiplier * factor for update in updates]
+            updates = [run.asked(loss, cap) for run, loss, cap in zip(self.passes, losses, caps, strict=True)]
+        return updates
 
     def _report(self, losses: Sequence[float], grams: Sequence[Gram], decision: Decision) -> dict[str, float]:
         rows = {

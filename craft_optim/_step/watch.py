@@ -42,8 +42,8 @@ class CapWatch:
             warn(
                 f"{prefix(name)}lambda has been at its cap for {patience} retention steps while the drift "
                 f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, raise rho "
-                f"(now {rules.cap:g}), lower retention_every (now {rules.retention_every}), or lower the learning "
-                "rate.",
+                f"(now {rules.cap:g}) or the controller's maximum, lower retention_every (now "
+                f"{rules.retention_every}), or lower the learning rate.",
             )
 
 

@@ -40,6 +40,8 @@ class CombinedRetention(Retention):
         ValueError: There is no member, a name is unknown, a weight is out of range, or all are zero.
     """
 
+    _fixed = frozenset(("members", "weights"))
+
     def __init__(self, members: Mapping[str, Retention], weights: Mapping[str, float] | None = None) -> None:
         given = dict(weights or {})
         self.members = {name: as_retention(member, f"members[{name!r}]") for name, member in members.items()}
@@ -53,13 +55,13 @@ class CombinedRetention(Retention):
         groups: dict[Any, dict[str, Retention]] = {}
         for name, member in self.members.items():
             groups.setdefault(_shared_by(member), {})[name] = member
-        self._parts: list[tuple[float, Retention]] = []
+        self._parts: list[tuple[str | None, Retention]] = []  # without a name: the weights are in it
         for group in groups.values():
             cached = {name: m for name, m in group.items() if isinstance(m, CachedRetention)}
             if len(cached) > 1:
-                self._parts.append((1.0, SharedPass(cached, self.weights)))
+                self._parts.append((None, SharedPass(cached, self.weights)))
             else:
-                self._parts += [(self.weights[name], member) for name, member in group.items()]
+                self._parts += group.items()
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
@@ -78,8 +80,17 @@ class CombinedRetention(Retention):
 
     def loss(self, number: int) -> Tensor:
         """The sum on the anchors of a pass: a float32 scalar with a graph."""
-        losses = [part.loss(number) if weight == 1.0 else weight * part.loss(number) for weight, part in self._parts]
+        weights = [1.0 if name is None else self.weights[name] for name, _ in self._parts]
+        losses = [
+            part.loss(number) if weight == 1.0 else weight * part.loss(number)
+            for weight, (_, part) in zip(weights, self._parts, strict=True)
+        ]
         return losses[0] if len(losses) == 1 else torch.stack([x.to(losses[0].device) for x in losses]).sum()
+
+    def check(self) -> None:
+        """Each member's check."""
+        for member in self.members.values():
+            member.check()
 
     def drifts(self, anchors: AnchorCache | None = None, count: int | None = None) -> dict[str, float]:
         """Each member's own `drift`, without weight."""
@@ -120,7 +131,7 @@ class SharedPass(CachedRetention):
 
     def __init__(self, members: Mapping[str, CachedRetention], weights: Mapping[str, float]) -> None:
         first, own = next(iter(members.values())), members.values()
-        self._members, self._weights = dict(members), {name: weights[name] for name in members}
+        self._members, self._weights = dict(members), weights
         self.layers = tuple(dict.fromkeys(layer for member in own for layer in member.layers))
         self._features = [name for member in own for name in member._features]
         self._wants_output = any(member._wants_output for member in own)

@@ -5,7 +5,6 @@ And the training around it must not notice: flags, random numbers and autocast a
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
+
+from craft_optim._conditions import eager, steady_modules
 
 from .names import unwrapped
 from .structure import Inputs, map_tensors
@@ -104,81 +104,6 @@ class Statistics:
                 setattr(module, name, x)
 
 
-class _Conditions:
-    """The state of a model during a pass: noisy modules in eval mode and, if `eager`, nothing compiled.
-
-    Set, and set back; set back also when it is forgotten.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = [m for m in model.modules() if is_noisy(m)]
-        self.turned_off: list[nn.Module] = []
-        self.eager = False
-
-    def off(self) -> None:
-        now = [m for m in self.modules if m.training]
-        self.turned_off += now
-        for module in now:
-            module.training = False
-
-    def repeat(self) -> None:
-        self.off()
-        if self.eager:
-            _EAGER_BACKWARD.enter(id(self))
-
-    def restore(self) -> None:
-        for module in self.turned_off:
-            module.training = True
-        self.turned_off = []
-        _EAGER_BACKWARD.leave(id(self))
-
-    __del__ = restore
-
-
-class _EagerBackward:
-    """Compiled code runs as written while any backward that asked for it goes on: two losses may share one."""
-
-    def __init__(self) -> None:
-        self._asked: set[int] = set()
-        self._stance: Any = None
-
-    def enter(self, who: int) -> None:
-        if not self._asked:
-            self._stance = torch.compiler.set_stance("force_eager")
-        self._asked.add(who)
-
-    def leave(self, who: int) -> None:
-        if who in self._asked:
-            self._asked.remove(who)
-            if not self._asked:
-                self._stance.__exit__(None, None, None)
-
-
-_EAGER_BACKWARD = _EagerBackward()
-
-
-class _SteadyBackward(torch.autograd.Function):
-    """Identity. Its backward, the first of all, sets the conditions again until the whole backward is done.
-
-    Activation checkpointing repeats the forward during the backward: with dropout back on it would be another function,
-    and compiled where it was not it would keep other tensors.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, conditions: _Conditions) -> Tensor:
-        ctx.conditions = conditions
-        return loss.clone()  # not a view: callers may scale it in place
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.conditions.repeat()
-        Variable._execution_engine.queue_callback(ctx.conditions.restore)  # type: ignore[attr-defined]
-        return grad, None
-
-
-_open: list[_Conditions] = []  # of the `steady` blocks that are being run, the innermost last
-
-
 @contextmanager
 def steady(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within the block dropout and normalisation modules are in eval mode; afterwards every flag is what it was.
@@ -187,38 +112,8 @@ def steady(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     a loss remember this for its backward; without activation checkpointing it changes nothing. A compiled model is
     compiled once more for this mode and keeps both.
     """
-    conditions = _Conditions(model)
-    conditions.off()
-    needed = bool(conditions.turned_off)
-
-    def remember(loss: Tensor) -> Tensor:
-        if not ((needed or conditions.eager) and loss.requires_grad):
-            return loss
-        remembering: Tensor = _SteadyBackward.apply(loss, conditions)  # type: ignore[no-untyped-call]
-        return remembering
-
-    _open.append(conditions)
-    try:
+    with steady_modules([module for module in model.modules() if is_noisy(module)]) as remember:
         yield remember
-    finally:
-        _open.remove(conditions)
-        conditions.restore()
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """Within the block what is compiled runs as written; so does the backward of a loss that `steady` makes remember.
-
-    Compiled code knows nothing of hooks and forwards that were set after its compilation, and cannot be left early.
-    Training's compiled code is untouched, and nothing is compiled anew.
-    """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
-        yield
-        return
-    if _open:
-        _open[-1].eager = True
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def saving_hooks() -> Any:

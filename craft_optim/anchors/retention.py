@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
+from craft_optim._numbers import count as whole
+from craft_optim._numbers import number
 from craft_optim.retention import Retention
 
 from .cache import AnchorBatch
@@ -22,9 +24,6 @@ __all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "Settings"]
 # to storage alone: float32 1e-7, float16 1e-6, bfloat16 6e-5. The margin is for accelerators, which compute in other
 # orders.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-_FIXED = frozenset(
-    ("model", "reading", "batch_size", "seed", "cache", "workers", "layers", "pooling", "distance", "output")
-)
 
 _NOTHING_VALID = (
     "No position of these anchors is valid: `mask` (or `spans`) selects none of them. Leave such anchors out."
@@ -77,6 +76,10 @@ class AnchorRetention(Retention):
         ValueError: There are fewer anchors than a batch, or a number is out of range.
     """
 
+    _fixed = frozenset(
+        ("model", "reading", "batch_size", "seed", "strict", "cache", "workers", "layers", "pooling", "distance")
+    ).union(("teacher", "collate", "output"))
+
     def __init__(
         self,
         model: nn.Module,
@@ -89,20 +92,16 @@ class AnchorRetention(Retention):
         device: torch.device | str | None = None,
         tolerance: float | None = None,
     ) -> None:
-        if tolerance is not None and not tolerance >= 0.0:
-            raise ValueError(f"`tolerance` must be >= 0. Found tolerance={tolerance!r}.")
-        self.model, self.batch_size, self.seed = model, batch_size, seed
+        if tolerance is not None:
+            tolerance = number("tolerance", tolerance, least=0.0, finite=False)
+        self.model, self.strict = model, strict
         self.reading = Reading() if reading is None else reading
         self._anchors, self._tolerance = anchors, tolerance
         self._sampler = AnchorSampler(len(anchors), batch_size, seed)
+        self.batch_size, self.seed = self._sampler.batch_size, self._sampler.seed
         self._device = None if device is None else torch.device(device)
         self._mean: Callable[[Tensor], Tensor] | None = None
         self._unchecked, self._statistics = strict, Statistics(model) if strict else None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIXED and name in self.__dict__:
-            raise AttributeError(f"`{name}` of a closure is fixed. Make another closure with it.")
-        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorRetention":
         memo |= {id(x): x for x in (self._anchors, self._mean)}  # neither copied nor moved
@@ -193,6 +192,11 @@ class AnchorRetention(Retention):
             raise ValueError(_NOTHING_VALID)
         return float(self._combine({name: total / weights[name] for name, total in totals.items()}))
 
+    def check(self) -> None:
+        """Raises AnchorMismatchError as pass 0 would, with `strict`; one forward. Not again once they agree."""
+        if self._unchecked:
+            self.loss(0)
+
     def examples(self, count: int) -> list[Any]:
         """Inputs of at most `count` anchors, evenly apart, each a batch of one."""
         return [self._read(self._anchors, [place], 0).inputs for place in spread(len(self._anchors), count)]
@@ -208,16 +212,16 @@ class AnchorRetention(Retention):
         source = self._anchors if anchors is None else self._source(anchors)
         size = self.batch_size if size is None else size
         for name, value in (("batch_size", size), ("count", count)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be >= 1. Found {name}={value}.")
+            if value is not None:
+                whole(name, value)
         if isinstance(source, Iterable):
             if count is not None:
                 raise ValueError("`count` goes with a cache. Found batches: leave it out, and pass fewer of them.")
             yield from ((batch, mixed_seed(self.seed, number)) for number, batch in enumerate(source))
             return
         places = range(len(source)) if count is None else spread(len(source), count)
-        for number, start in enumerate(range(0, len(places), size)):
-            seed = mixed_seed(self.seed, number)
+        for batch, start in enumerate(range(0, len(places), size)):
+            seed = mixed_seed(self.seed, batch)
             yield self._read(source, places[start : start + size], seed), seed
 
     def _weighted(self, terms: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:

@@ -232,7 +232,7 @@ def test_examples_and_drift_on_a_part(make: Any, classifier: nn.Module, cache: A
     assert retention.drift(count=4) != retention.drift() == retention.drift(count=50) == retention.drift(cache, 99)
     assert retention.position == 0
     for bad in (0, -1):
-        with pytest.raises(ValueError, match=f"`count` must be >= 1. Found count={bad}"):
+        with pytest.raises(ValueError, match=f"`count` must be a whole number >= 1. Found count={bad}"):
             retention.drift(count=bad)
 
 

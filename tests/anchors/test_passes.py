@@ -1,14 +1,18 @@
 """A pass over anchors is deterministic, and the training around it does not notice."""
 
 import contextlib
+import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.utils.checkpoint import checkpoint
 
+from craft_optim import CraftOptimizer, Retention
 from craft_optim.anchors import passes
 
 
@@ -93,12 +97,16 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.first, self.reentrant = nn.Linear(6, 16), reentrant
         self.block = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4))
-        self.fail = False
+        self.fail: BaseException | None = None  # in a forward that the backward repeats
 
     def forward(self, x: Tensor) -> Tensor:
+        runs = 0
+
         def block(h: Tensor) -> Tensor:
-            if self.fail:
-                raise RuntimeError("out of memory")
+            nonlocal runs
+            runs += 1
+            if self.fail is not None and runs == 2:
+                raise self.fail
             return self.block(h)
 
         h = self.first(x)
@@ -122,16 +130,85 @@ def test_a_repeated_forward_in_the_backward_is_steady_too(reentrant: bool) -> No
         torch.testing.assert_close(a, b)
 
 
-def test_flags_come_back_after_an_exception_in_the_backward() -> None:
-    model, x = Checkpointed(False), torch.randn(8, 6)
-    before = flags(model)
-    with passes.steady(model) as remember:
-        loss = remember(model(x).square().mean())
-    model.fail = True
-    with pytest.raises(RuntimeError, match="out of memory"):
-        loss.backward()
-    del loss, remember  # they go with the frames of the exception
+@pytest.mark.parametrize("by", ["the optimizer", "an own loop", "an own loop, autograd.grad", "a function"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_flags_come_back_after_an_exception_that_is_kept(by: str, reentrant: bool, error: type[BaseException]) -> None:
+    """As IPython keeps the last one: at once, and not when it is let go, whatever mode the model is in by then."""
+    model, x = Checkpointed(reentrant), torch.randn(8, 6)
+    before, stance = flags(model), eval_frame._stance.stance
+
+    class Own(Retention):
+        def loss(self, number: int) -> Tensor:
+            with passes.steady(model) as remember, passes.eager():
+                return remember(model(x).square().mean())
+
+    own = Own()
+    closure = (lambda: own()) if by == "a function" else own
+    optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), closure)
+    model(x).sum().backward()
+    model.fail = error("stop")
+    kept: list[BaseException] = []
+    try:
+        if by == "an own loop":
+            own().backward()
+        elif by == "an own loop, autograd.grad":
+            torch.autograd.grad(own(), [model.first.weight])
+        else:
+            optimizer.step()
+    except BaseException as stopped:
+        kept.append(stopped)
+    assert kept
     assert flags(model) == before
+    assert eval_frame._stance.stance == stance
+    model.eval()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        kept.clear()
+        gc.collect()
+        assert not any(flags(model))
+        assert eval_frame._stance.stance == "fail_on_recompile"
+    assert eval_frame._stance.stance == stance
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_losses_may_share_a_backward(order: tuple[int, int]) -> None:
+    models, x = [Checkpointed(False), Checkpointed(False)], torch.randn(8, 6)
+    before, stance = [*map(flags, models)], eval_frame._stance.stance
+    losses = []
+    for model in models:
+        with passes.steady(model) as remember, passes.eager():
+            losses.append(remember(model(x).square().mean()))
+    (losses[order[0]] + losses[order[1]]).backward()
+    assert [*map(flags, models)] == before
+    assert eval_frame._stance.stance == stance
+
+
+def test_threads_have_their_own_passes() -> None:
+    """One is in its forward while another is in its backward."""
+    model, other, x = Checkpointed(False), Checkpointed(False), torch.randn(8, 6)
+    within, go_on = threading.Event(), threading.Event()
+
+    class Waits(Retention):
+        def loss(self, number: int) -> Tensor:
+            with passes.steady(other) as remember:
+                within.set()
+                assert go_on.wait(60)
+                return remember(other(x).square().mean())
+
+    optimizers = [
+        CraftOptimizer(torch.optim.SGD(other.parameters(), lr=0.1), Waits()),
+        CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), lambda: model.eval()(x).square().mean()),
+    ]
+    other(x).sum().backward()
+    model(x).sum().backward()
+    thread = threading.Thread(target=optimizers[0].step)
+    thread.start()
+    assert within.wait(60)
+    optimizers[1].step()
+    go_on.set()
+    thread.join()
+    assert all(flags(other))
+    assert optimizers[0].metrics["fresh"] == 1.0
 
 
 def test_recurrent_networks_keep_their_mode() -> None:

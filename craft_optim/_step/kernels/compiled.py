@@ -25,7 +25,8 @@ KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _PIECE = 1 << 18
 _PER_THREAD = 1 << 23
 
-# Others keep what they hold elsewhere than where `data_ptr` says.
+# Others keep what they hold elsewhere than where `data_ptr` says. These too may hold it with another sign, as the
+# imaginary part of a conjugate does: `is_neg`.
 PLAIN = {Tensor, torch.nn.Parameter}
 
 _DTYPE, _IS_CPU = attrgetter("dtype"), attrgetter("is_cpu")
@@ -63,6 +64,7 @@ class Vectors:
                 set(map(type, given)) <= PLAIN
                 and all(map(_IS_CPU, given))
                 and all(map(Tensor.is_contiguous, given))  # sparse ones raise
+                and not any(map(Tensor.is_neg, given))
             ):
                 return None
             return cls(tensors, given)

@@ -40,7 +40,7 @@ class Pair(NamedTuple):
         Gradients have their parameter's strides: those of a transposed or channels-last one may be dense, too.
         """
         given = self.given
-        if any(g.layout != torch.strided or g.is_complex() for g in given):
+        if any(g.layout != torch.strided or g.is_complex() or g.is_neg() for g in given):
             return False
         if all(g.is_contiguous() for g in given):
             return True

@@ -1,0 +1,178 @@
+"""Conditions of a pass over anchors: noisy modules in eval mode and, if asked for, nothing compiled.
+
+They hold in the forward, and once more in the backward, where activation checkpointing repeats the forward: with
+dropout back on it would be another function, and compiled where it was not it would keep other tensors. Who runs both
+has a block around them, `held`. Of a loss that is handed out, autograd's engine owns what sets them back: it goes when
+the engine ends, with an error or without, and nothing else can keep it.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+__all__ = ["eager", "held", "steady_modules"]
+
+
+class _Conditions:
+    """Of one pass.
+
+    Attributes:
+        eager: What is compiled runs as written in the backward.
+        held: A block of `held` sees to the backward.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.needed = any(module.training for module in modules)
+        self.eager = self.held = False
+        self._modules = modules
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block no module is in train mode; afterwards those are that were."""
+        turned_off = [module for module in self._modules if module.training]
+        try:
+            for module in turned_off:
+                module.training = False
+            yield
+        finally:
+            for module in turned_off:
+                module.training = True
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Around a backward."""
+        with self.off(), ExitStack() as stack:
+            if self.eager:
+                stack.enter_context(_EAGER_BACKWARD())
+            yield
+
+
+class _EagerBackward:
+    """Compiled code runs as written while any backward that asked for it goes on: two losses may share one."""
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._stance: Any = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if not self._asked:
+            self._stance = torch.compiler.set_stance("force_eager")
+        self._asked += 1
+        try:
+            yield
+        finally:
+            self._asked -= 1
+            if not self._asked:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER_BACKWARD = _EagerBackward()
+
+
+class _UntilTheEngineEnds:
+    """Sets the conditions; sets them back when the engine calls it, or lets go of it after an error."""
+
+    def __init__(self, conditions: _Conditions) -> None:
+        self._stack = ExitStack()
+        self._stack.enter_context(conditions.again())
+
+    def __call__(self) -> None:
+        self._stack.close()
+
+    __del__ = __call__
+
+
+class _SteadyBackward(torch.autograd.Function):
+    """Identity. Its backward, the first of all, sets the conditions until the whole backward is done."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, conditions: _Conditions) -> Tensor:
+        ctx.conditions = conditions
+        return loss.clone()  # not a view: callers may scale it in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        if not ctx.conditions.held:
+            # No name of this frame's: the traceback of an error keeps the frame
+            Variable._execution_engine.queue_callback(_UntilTheEngineEnds(ctx.conditions))  # type: ignore[attr-defined]
+        return grad, None
+
+
+class _Blocks(threading.local):
+    """The blocks that are being run in this thread, the innermost last: forwards, and what `held` holds."""
+
+    def __init__(self) -> None:
+        self.forwards: list[_Conditions] = []
+        self.holders: list[list[_Conditions]] = []
+
+
+_BLOCKS = _Blocks()
+
+
+@contextmanager
+def steady_modules(modules: Sequence[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the block these modules are in eval mode; afterwards every flag is what it was.
+
+    Yields a function that makes a loss remember this for its backward; without activation checkpointing it changes
+    nothing.
+    """
+    conditions = _Conditions(modules)
+
+    def remember(loss: Tensor) -> Tensor:
+        if not ((conditions.needed or conditions.eager) and loss.requires_grad):
+            return loss
+        if _BLOCKS.holders:
+            _BLOCKS.holders[-1].append(conditions)
+        remembering: Tensor = _SteadyBackward.apply(loss, conditions)  # type: ignore[no-untyped-call]
+        return remembering
+
+    _BLOCKS.forwards.append(conditions)
+    try:
+        with conditions.off():
+            yield remember
+    finally:
+        _BLOCKS.forwards.pop()
+
+
+@contextmanager
+def held() -> Iterator[Callable[[], AbstractContextManager[object]]]:
+    """For who runs the backward of a loss that is made in the block: yields a function of the block around it."""
+    found: list[_Conditions] = []
+
+    @contextmanager
+    def backward() -> Iterator[None]:
+        with ExitStack() as stack:
+            for conditions in found:
+                stack.enter_context(conditions.again())
+                conditions.held = True
+                stack.callback(setattr, conditions, "held", False)
+            yield
+
+    _BLOCKS.holders.append(found)
+    try:
+        yield backward
+    finally:
+        _BLOCKS.holders.pop()
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Within the block what is compiled runs as written; so does the backward of a loss that remembers it.
+
+    Compiled code knows nothing of hooks and forwards that were set after its compilation, and cannot be left early.
+    Training's compiled code is untouched, and nothing is compiled anew.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        yield
+        return
+    if _BLOCKS.forwards:
+        _BLOCKS.forwards[-1].eager = True
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,45 @@
+"""Numbers as users have them: Python's, NumPy's, tensors of one element. True is none."""
+
+import math
+import numbers
+from typing import Any
+
+__all__ = ["count", "number"]
+
+
+def number(name: str, value: Any, *, least: float = -math.inf, above: bool = False, finite: bool = True) -> float:
+    """The value as a float.
+
+    Args:
+        name: Of the argument, for messages.
+        value: Any real number.
+        least: Its smallest value.
+        above: It must be larger than that.
+        finite: It must be finite; else it must not be NaN.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is out of range.
+    """
+    found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    if isinstance(found, bool) or not isinstance(found, numbers.Real):
+        raise TypeError(f"`{name}` must be a number. Found {name}={value!r}, of {type(value).__name__}.")
+    x = float(found)
+    if math.isnan(x) or (finite and math.isinf(x)) or x < least or (above and x == least):
+        bound = "" if least == -math.inf else f" {'>' if above else '>='} {least:g}"
+        raise ValueError(f"`{name}` must be a {'finite ' if finite else ''}number{bound}. Found {name}={found!r}.")
+    return x
+
+
+def count(name: str, value: Any, least: int | None = 1) -> int:
+    """The value as an int.
+
+    Raises:
+        ValueError: It is no whole number, or smaller than `least`.
+    """
+    found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    whole = isinstance(found, numbers.Integral) and not isinstance(found, bool)
+    if not whole or (least is not None and found < least):
+        bound = "" if least is None else f" >= {least}"
+        raise ValueError(f"`{name}` must be a whole number{bound}. Found {name}={found!r}.")
+    return int(found)

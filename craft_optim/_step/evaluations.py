@@ -1,0 +1,117 @@
+"""Bases: what their groups say of the gradients, and those that evaluate a closure where they have moved the model."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .step import RetentionStep
+
+__all__ = [
+    "Evaluations",
+    "ascended",
+    "check_base",
+    "may_move",
+    "stands_still",
+    "values_back_after_errors",
+    "without_gradients",
+]
+
+
+def check_base(base: torch.optim.Optimizer) -> None:
+    """Raises ValueError if a group wants more of its gradients than their values."""
+    for number, group in enumerate(base.param_groups):
+        if group.get("differentiable"):
+            raise ValueError(
+                "`base_optimizer` must have differentiable=False: merged gradients have no graph. Found "
+                f"differentiable=True in group {number}: leave it out, or `retention_closure`."
+            )
+
+
+def ascended(base: torch.optim.Optimizer) -> list[bool]:
+    """For each parameter, True if the base steps along its gradient and not against it."""
+    everywhere = getattr(base, "maximize", False)  # others than torch's keep it there
+    return [bool(group.get("maximize", everywhere)) for group in base.param_groups for _ in group["params"]]
+
+
+def may_move(base: torch.optim.Optimizer) -> bool:
+    """True unless it is known that the base evaluates its closure before all else."""
+    kind = type(base)
+    return isinstance(base, torch.optim.LBFGS) or not kind.__module__.startswith("torch.optim.")
+
+
+def stands_still(base: torch.optim.Optimizer) -> bool:
+    """True if every learning rate is zero."""
+
+    def is_zero(rate: Any) -> bool:  # a rate on an accelerator is not read: that would be a wait on every step
+        return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
+
+    return all(is_zero(group.get("lr")) for group in base.param_groups)
+
+
+def without_gradients(parameters: Iterable[Tensor]) -> bool:
+    """True if there is nothing to step on. Usually the first parameter tells: most steps shall cost nothing."""
+    some = False
+    for p in parameters:
+        # FSDP1 may leave a process nothing but parameters without elements: it goes by the others' step.
+        if p.numel() > 0:
+            if p.grad is not None:
+                return False
+            some = True
+    return some
+
+
+class Evaluations:
+    """A closure with retention merged after each of its calls, for a base to evaluate.
+
+    Its values are those of the merged objective, a L_task + sum_j w_j L_j, of which the base has the gradient: a line
+    search compares them.
+
+    Args:
+        closure: The user's. What it returns is left as it is unless it is one number.
+        parameters: All of the optimizer's.
+        retention: The step.
+
+    Attributes:
+        moved: True if the base has moved a parameter before an evaluation.
+    """
+
+    def __init__(self, closure: Callable[[], Any], parameters: Sequence[Tensor], retention: RetentionStep) -> None:
+        self.moved = False
+        self._closure, self._parameters, self._retention = closure, parameters, retention
+        self._versions = [p._version for p in parameters]
+        self._seen: list[tuple[Any, Any]] = []
+
+    def __call__(self) -> Any:
+        self.moved = self.moved or self._versions != [p._version for p in self._parameters]
+        with torch.enable_grad():
+            loss = self._closure()
+        value = loss
+        if not without_gradients(self._parameters):
+            task, retention = self._retention.merge()
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                value = loss.detach() * task + retention
+            elif isinstance(loss, int | float):
+                value = loss * task + retention
+        self._seen.append((value, loss))
+        self._versions = [p._version for p in self._parameters]
+        return value
+
+    def loss(self, result: Any) -> Any:
+        """What the base returned, or the task's loss if that was the value of an evaluation."""
+        return next((loss for value, loss in self._seen if value is result), result)
+
+
+@contextmanager
+def values_back_after_errors(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """After an exception within the block the parameters hold what they did before it. One copy of them."""
+    with torch.no_grad():
+        kept = [p.detach().clone() for p in parameters]
+        try:
+            yield
+        except BaseException:
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
+            raise

@@ -1,0 +1,65 @@
+"""The optimizer's own state: floats named `craft_*` in every parameter group of the base, which any checkpoint keeps.
+
+A base whose groups another CraftOptimizer of this process has written to begins anew when it is wrapped again: its
+floats are those of a run that has ended. State comes by `load_state_dict`, which makes other groups.
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["are_complete", "begin_anew", "complete", "write"]
+
+# Base -> the groups that have all floats.
+_WRITTEN: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, Any]]]" = weakref.WeakKeyDictionary()
+
+
+def begin_anew(base: torch.optim.Optimizer) -> None:
+    """Removes the floats of an earlier CraftOptimizer of this process."""
+    written = _WRITTEN.get(base, [])
+    if any(group is known for group in base.param_groups for known in written):
+        for group in base.param_groups:
+            _remove(group, [key for key in group if key.startswith("craft_")])
+
+
+def are_complete(base: torch.optim.Optimizer) -> bool:
+    """False if the base has other groups than those that were completed."""
+    groups, written = base.param_groups, _WRITTEN.get(base, [])
+    same = len(groups) == len(written) and all(a is b for a, b in zip(groups, written, strict=True))
+    return same and all("craft_step" in group for group in groups)
+
+
+def complete(base: torch.optim.Optimizer, initial: Mapping[str, float], *, keep_named: bool) -> None:
+    """Gives every group all floats: what the first group that has one has, else its initial value.
+
+    A base restored from one of our checkpoints before it is wrapped thus goes on where the checkpoint was.
+
+    Args:
+        base: The base.
+        initial: All of the floats, before the first step.
+        keep_named: True to keep what belongs to constraints with names that are not known now.
+    """
+    groups = base.param_groups
+    # Of an empty group torch.distributed.checkpoint brings nothing back, though it may be the first
+    present = {key: float(group[key]) for group in reversed(groups) for key in initial if key in group}
+    for group in groups:
+        ours = [key for key in group if key.startswith("craft_") and not ("/" in key and keep_named)]
+        _remove(group, set(ours) - set(initial))
+        if not group["params"]:  # nor of the base's own settings, which the base asks for all the same
+            for name, value in base.defaults.items():
+                group.setdefault(name, value)
+    write(base, {**initial, **present})
+    _WRITTEN[base] = list(groups)
+
+
+def write(base: torch.optim.Optimizer, state: Mapping[str, float]) -> None:
+    """Writes floats into every group."""
+    for group in base.param_groups:
+        group.update(state)
+
+
+def _remove(group: dict[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
+        del group[key]
