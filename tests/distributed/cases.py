@@ -412,3 +412,24 @@ def ignored_parameter():
         except RuntimeError as error:
             outcomes.append(str(error))
     return outcomes
+
+
+def left_out(parallel):
+    """A block without task gradients; a head that has one on the first rank only, where nothing averages it."""
+    model, _, _ = PARALLEL[parallel](network())
+    net = model.module if isinstance(model, DistributedDataParallel) else model
+    group = dist.group.WORLD if parallel == "plain" else None
+    optimizer = CraftOptimizer(BASES["adamw"](model.parameters()), Drift(model), process_group=group)
+    before = full(model)
+    x = torch.ones(2, 6) * (1 + dist.get_rank())
+    (net.inlet(x) if parallel == "plain" else model(x)).square().sum().backward()
+    kept = net.blocks[0]
+    for p in kept.parameters():
+        p.grad = None
+    if parallel == "plain":
+        for p in net.inlet.parameters():
+            dist.all_reduce(p.grad)
+        if dist.get_rank() == 0:
+            net.head.bias.grad = torch.zeros_like(net.head.bias)
+    optimizer.step()
+    return before, full(model), optimizer.metrics

@@ -98,3 +98,15 @@ def test_priming_is_agreed_on(processes):
     """All zero everywhere: the base primes its state. All zero on one shard: a step."""
     for rank in processes.run(2, "cases.priming"):
         assert rank == [(0, 0.0), (1, 1.0)]
+
+
+@pytest.mark.parametrize("parallel", ["plain", "ddp", "fsdp2", "fsdp1"])
+def test_what_no_process_has_a_task_gradient_of_is_not_touched(processes, parallel):
+    ranks = processes.run(2, "cases.left_out", parallel=parallel)
+    assert ranks[0][2] == ranks[1][2]
+    for before, after, _ in ranks:
+        for name, p in after.items():
+            untouched = name.startswith("blocks.0.") or (
+                parallel == "plain" and not name.startswith("inlet") and name != "head.bias"
+            )
+            assert torch.equal(p, before[name]) is untouched, name
