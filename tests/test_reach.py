@@ -69,6 +69,16 @@ def test_frozen_parameters_of_the_optimizer_do_not_count():
     assert train(model, lambda: model.small.square().sum()) == []
 
 
+def test_what_has_no_task_gradient_does_not_count():
+    """It is not touched, and so does not drift."""
+    model = Parts()
+    optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), lambda: model.small.square().sum())
+    for _ in range(12):
+        optimizer.zero_grad()
+        model.small.sum().backward()
+        optimizer.step()
+
+
 def test_another_closure_is_looked_at_anew():
     model = Parts()
     optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), retention_every=2)

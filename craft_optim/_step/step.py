@@ -169,10 +169,11 @@ class RetentionStep:
             run.passed()
         if self._find_reached and not self.metrics:
             device = next(p.device for p in self._parameters)
+            touched = self._layout.any(wanted, device)
             for run, retention in zip(self.passes, sets.retention, strict=True):
+                reached = self._layout.any(not_zero(retention), device)
                 # What is not touched does not drift
-                flags = [not want or here for want, here in zip(wanted, not_zero(retention), strict=True)]
-                self.reached[run.name] = self._layout.any(flags, device)
+                self.reached[run.name] = [r or not t for r, t in zip(reached, touched, strict=True)]
         with record_function("CraftOptimizer.merge"):
             merged = sets.merge_(
                 [c._replace(retention=c.retention / of.scale) for c, of in zip(decision.merges, passed, strict=True)]
