@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import pickle
@@ -255,6 +256,41 @@ def test_gradients_of_parameters_that_others_own_are_protected(kind):
     kept = [p.grad.clone() for p in head.parameters()]
     task_loss(model, 0).backward()
     craft.step()
+    assert all(torch.equal(p.grad, k) for p, k in zip(head.parameters(), kept, strict=True))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x, scale=1.0):
+        return scale * self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["module", "method", "partial", "lambda", "default", "list", "nested"])
+def test_what_a_reentrant_checkpoint_hides_is_protected_too(how):
+    """Its function is run in the backward, on parameters that the graph does not show."""
+    model, head = network(), Twice()
+    functions = {
+        "module": head,
+        "method": head.forward,
+        "partial": functools.partial(head.forward, scale=2.0),
+        "lambda": lambda h: head(h),
+        "default": lambda h, of=head.inner: of(h),
+        "list": lambda h, of=[head.inner]: of[0](h),  # noqa: B006
+        "nested": lambda h: torch.utils.checkpoint.checkpoint(lambda g: head(g), h, use_reentrant=True),
+    }
+
+    def drift():
+        return torch.utils.checkpoint.checkpoint(functions[how], model(torch.ones(2, 4)), use_reentrant=True).sum()
+
+    craft = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), drift)
+    head(torch.ones(1, 3)).sum().backward()
+    kept = [p.grad.clone() for p in head.parameters()]
+    task_loss(model, 0).backward()
+    craft.step()
+    assert craft.metrics["retention_grad_norm"] > 0.0
     assert all(torch.equal(p.grad, k) for p, k in zip(head.parameters(), kept, strict=True))
 
 

@@ -257,7 +257,10 @@ def test_settings_of_an_optimizer_are_no_attributes(name):
 def test_settings_of_closures_are_fixed_or_take_effect(tmp_path):
     model, data = model_of(), torch.randn(32, 3)
     cache = build(model, data.split(8), tmp_path / "a")
-    logits, online = LogitRetention(model, cache, 8), OnlineRetention(model, list(data), 8, teacher=copy.deepcopy(model))
+    logits, online = (
+        LogitRetention(model, cache, 8),
+        OnlineRetention(model, list(data), 8, teacher=copy.deepcopy(model)),
+    )
     combined = CombinedRetention({"a": logits, "b": LogitRetention(model, cache, 8)}, {"b": 2.0})
     for closure, names in (
         (logits, ["batch_size", "seed", "strict", "cache", "model", "tolerance", "device"]),

@@ -1,8 +1,10 @@
 """Gradients of parameters as lists of pointers: taken out of `.grad`, kept in a `Stash`, put back."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from inspect import getclosurevars
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +105,47 @@ def nodes(loss: Tensor) -> Iterator[Any]:
 
 
 def leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors whose `.grad` the backward of the loss writes, as far as its graph shows."""
-    return [node.variable for node in nodes(loss) if type(node).__name__ == "AccumulateGrad"]
+    """The tensors whose `.grad` the backward of the loss writes, as far as its graph shows.
+
+    Of what a reentrant checkpoint will run, those that its function holds.
+    """
+    found: list[Tensor] = []
+    for node in nodes(loss):
+        if type(node).__name__ == "AccumulateGrad":
+            found.append(node.variable)
+        elif hasattr(node, "run_function"):
+            found += _held_by(node.run_function)
+    return [x for x in {id(x): x for x in found}.values() if x.is_leaf]
+
+
+def _held_by(function: Any) -> list[Tensor]:
+    """The tensors that a function has: in modules, in what it is bound to, in its arguments, or by its names."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting = [function]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, torch.nn.Module):
+            found += one.parameters()
+        elif isinstance(one, list | tuple | set):
+            waiting += one
+        elif isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, MethodType):
+            waiting += [one.__self__, one.__func__]
+        elif isinstance(one, partial):
+            waiting += [one.func, one.args, one.keywords]
+        elif isinstance(one, FunctionType):
+            waiting += [one.__defaults__ or (), one.__kwdefaults__ or {}]
+            with suppress(ValueError):  # a name that is not bound yet
+                known = getclosurevars(one)
+                waiting += [known.nonlocals, known.globals]
+    return found
 
 
 class _Away(NamedTuple):
