@@ -111,6 +111,7 @@ class CraftOptimizer(Wrapper):
         True
     """
 
+    _sink_failed = False
     _base_moves: bool | None = None  # whether the base evaluates closures elsewhere; None: not yet known
 
     # Found out at the first retention pass, for these closures, parameters and processes.
@@ -150,7 +151,7 @@ class CraftOptimizer(Wrapper):
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
         self._cap_watch = CapWatch()
-        self._lost_closure = self._sink_failed = False
+        self._lost_closure = False
         self._forget_circumstances()
         floats.begin_anew(base_optimizer)
         self._groups_changed()

@@ -88,7 +88,8 @@ def test_lbfgs_holds_the_constraint(cache, kind, search, several):
 @pytest.mark.parametrize("projection", ["violated", "always", "never"])
 @pytest.mark.parametrize("merge", ["weighted", "equal", "task_priority"])
 @pytest.mark.parametrize("most", [None, 0.1])
-def test_the_base_gets_the_value_whose_gradient_it_gets(projection, merge, most):
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_base_gets_the_value_whose_gradient_it_gets(projection, merge, most, maximize):
     """By central differences, at the second evaluation and at later ones."""
     x = nn.Parameter(torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64))
     centre = torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64)
@@ -114,12 +115,12 @@ def test_the_base_gets_the_value_whose_gradient_it_gets(projection, merge, most)
 
     def task():
         optimizer.zero_grad()
-        loss = (x - centre).square().sum()
+        loss = (x - centre).square().sum() * (-1.0 if maximize else 1.0)
         loss.backward()
         return loss
 
     optimizer = CraftOptimizer(
-        Probe([x], lr=0.1),
+        Probe([x], lr=0.1, maximize=maximize),
         {"a": Constraint(lambda: x.square().sum(), 0.1), "b": Constraint(lambda: (x[0] - x[1]) ** 2, 0.01)},
         projection=projection,
         merge=merge,

@@ -278,7 +278,7 @@ def test_what_a_reentrant_checkpoint_hides_is_protected_too(how):
         "partial": functools.partial(head.forward, scale=2.0),
         "lambda": lambda h: head(h),
         "default": lambda h, of=head.inner: of(h),
-        "list": lambda h, of=[head.inner]: of[0](h),  # noqa: B006
+        "list": lambda h, of=[head.inner]: of[0](h),
         "nested": lambda h: torch.utils.checkpoint.checkpoint(lambda g: head(g), h, use_reentrant=True),
     }
 

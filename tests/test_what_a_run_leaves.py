@@ -22,7 +22,8 @@ class Pull(Retention):
         self.model, self.start = model, [p.detach().clone() for p in model.parameters()]
 
     def loss(self, number):
-        return sum((p - q - 0.01 * (number % 7)).square().sum() for p, q in zip(self.model.parameters(), self.start))
+        away = 0.01 * (number % 7)
+        return sum((p - q - away).square().sum() for p, q in zip(self.model.parameters(), self.start, strict=True))
 
 
 def model_of(seed=0):

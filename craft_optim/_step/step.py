@@ -60,7 +60,7 @@ class Objective(NamedTuple):
 
     Attributes:
         task: Coefficient a of the task loss.
-        retention: sum_j w_j L_j.
+        retention: sum_j w_j L_j; less than nothing where the base ascends.
     """
 
     task: float
@@ -102,7 +102,7 @@ class RetentionStep:
     ) -> None:
         self.metrics: dict[str, float] = {}
         self.reached: dict[str | None, list[bool]] = {}
-        self._rules, self._layout = rules, layout
+        self._rules, self._layout, self._ascended = rules, layout, ascended
         self._parameters, self._find_reached = parameters, find_reached
         self._shared, own = split_state(state)
         step = int(self._shared["craft_step"])
@@ -204,8 +204,8 @@ class RetentionStep:
     def _objective(self, losses: Sequence[float]) -> Objective:
         if self._decision is None:
             return Objective(1.0, 0.0)
-        weights = [merge.retention for merge in self._decision.merges]
-        return Objective(self._decision.merges[0].task, sum(w * loss for w, loss in zip(weights, losses, strict=True)))
+        held = sum(merge.retention * loss for merge, loss in zip(self._decision.merges, losses, strict=True))
+        return Objective(self._decision.merges[0].task, -held if all(self._ascended) else held)
 
     def _measured(self, stash: Stash, wanted: list[bool]) -> _Measured:
         """Runs the retention passes and the inner products.

@@ -52,6 +52,29 @@ def test_unscaled():
     assert scaled.unscaled([1.0, 4.0]).matrix.tolist() == [[4.0, -3.0, 0.25], [-3.0, 9.0, 0.5], [0.25, 0.5, 1.0]]
 
 
+@pytest.mark.parametrize("threshold", [0.0, -0.3])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_what_rho_bounds(m, threshold):
+    """lambda alone; what the projection adds, |cos| of the task's gradient at most, comes on top."""
+    rng = np.random.default_rng(0)
+    largest = 0.0
+    for rho in (0.5, 1.0, 3.0):
+        for _ in range(200):
+            vectors = rng.normal(size=(m + 1, 3)) * np.exp(rng.normal(size=(m + 1, 1)))
+            found = Products(vectors @ vectors.T)
+            lams = found.caps(rho)
+            lams = [min(lam, 1e3) for lam in lams]
+            factor = found.common_factor(lams, rho)
+            lams = [lam * factor for lam in lams]
+            rules = Rules(rho=rho, conflict_threshold=threshold)
+            decision = decide(found, lams=lams, project=[True] * m, rules=rules)
+            added = sum(c.retention * v for c, v in zip(decision.merges, vectors[1:], strict=True))
+            share = np.linalg.norm(added) / np.linalg.norm(vectors[0])
+            assert share <= rho + (abs(found.grams[0].cos) if m == 1 else 1.0) + 1e-9
+            largest = max(largest, share / rho)
+    assert largest > 1.5, "it is not lambda's bound"
+
+
 def test_caps():
     assert products([16.0, 1.0], [1.0, 4.0]).caps(3.0) == [6.0]  # 3 * 4 / 2
     assert products([16.0, 0.0], [0.0, 0.0]).caps(3.0) == [math.inf]
