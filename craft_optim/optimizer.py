@@ -153,7 +153,7 @@ class CraftOptimizer(Wrapper):
         self._cap_watch = CapWatch()
         self._lost_closure = False
         self._forget_circumstances()
-        floats.begin_anew(base_optimizer)
+        floats.begin_anew(base_optimizer, self)
         self._groups_changed()
 
     @classmethod
@@ -284,6 +284,7 @@ class CraftOptimizer(Wrapper):
 
         Raises:
             ValueError: If epsilon(t) is negative or not finite, or the base wants to differentiate through its step.
+            RuntimeError: If another CraftOptimizer was made around the same base since.
             TypeError, RuntimeError: If the closure does not return a scalar with a graph, its gradient reaches none of
                 the parameters, or there are several processes and it is not clear whether they train one model. Nothing
                 has changed then, neither parameters nor state nor the anchors' position.
@@ -301,6 +302,7 @@ class CraftOptimizer(Wrapper):
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
     def _constrained_step(self, closure: Callable[[], Any] | None, more: Mapping[str, Any]) -> Any:
+        floats.check_owner(self.base_optimizer, self)
         if not floats.are_complete(self.base_optimizer):  # the base was given other groups
             self._groups_changed()
         groups = self.param_groups
@@ -341,13 +343,12 @@ class CraftOptimizer(Wrapper):
     ) -> Any:
         """The base's step on a closure, which it may evaluate anywhere."""
         evaluations = Evaluations(closure, parameters, retention)
-        if self._base_moves is None:
-            self._base_moves = may_move(self.base_optimizer)
-        if self._base_moves:
+        moves = may_move(self.base_optimizer) if self._base_moves is None else self._base_moves
+        if moves:
             retention.check()  # while the parameters are the caller's
-        with values_back_after_errors(parameters) if self._base_moves else nullcontext():
+        with values_back_after_errors(parameters) if moves else nullcontext():
             result = self._step_base(evaluations, more)
-        self._base_moves = evaluations.moved
+        self._base_moves = evaluations.moved or bool(self._base_moves)
         return evaluations.loss(result)
 
     def _is_priming(self, step: int) -> bool:

@@ -107,6 +107,27 @@ def test_a_second_task_on_the_same_base_begins_anew(tmp_path):
     train(model, second, 1)
 
 
+def test_of_two_around_one_base_the_later_steps():
+    """As after a cell of a notebook was run again, where something still has the first."""
+    model = model_of()
+    base = torch.optim.AdamW(model.parameters(), lr=0.02)
+    first = CraftOptimizer(base, Pull(model))
+    train(model, first, 2)
+    second = CraftOptimizer(base, Pull(model))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="Another CraftOptimizer has been made around this base"):
+        train(model, first, 1)
+    assert all(map(torch.equal, before, model.parameters()))
+    train(model, second, 2)
+    twin, twin_model = copy.deepcopy((second, model))
+    train(twin_model, twin, 1)
+    train(model, second, 1)
+    del second, twin
+    gc.collect()
+    train(model, first, 1)
+    assert base.param_groups[0]["craft_step"] == 4.0
+
+
 def test_two_optimizers_of_one_model_resume_in_any_order():
     def run():
         model = model_of()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -93,8 +94,8 @@ class Evaluations:
             task, retention = self._retention.merge()
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 value = loss.detach() * task + retention
-            elif isinstance(loss, int | float):
-                value = loss * task + retention
+            elif isinstance(loss, Real) and not isinstance(loss, bool):
+                value = float(loss) * task + retention
         self._seen.append((value, loss))
         self._versions = [p._version for p in self._parameters]
         return value

@@ -10,18 +10,35 @@ from typing import Any
 
 import torch
 
-__all__ = ["are_complete", "begin_anew", "complete", "write"]
+__all__ = ["are_complete", "begin_anew", "check_owner", "complete", "write"]
 
 # Base -> the groups that have all floats.
 _WRITTEN: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, Any]]]" = weakref.WeakKeyDictionary()
 
 
-def begin_anew(base: torch.optim.Optimizer) -> None:
-    """Removes the floats of an earlier CraftOptimizer of this process."""
+# Base -> the CraftOptimizer that was made around it last.
+_OWNERS: "weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]]" = weakref.WeakKeyDictionary()
+
+
+def begin_anew(base: torch.optim.Optimizer, owner: object) -> None:
+    """Removes the floats of an earlier CraftOptimizer of this process, which from now on may not step."""
+    _OWNERS[base] = weakref.ref(owner)
     written = _WRITTEN.get(base, [])
     if any(group is known for group in base.param_groups for known in written):
         for group in base.param_groups:
             _remove(group, [key for key in group if key.startswith("craft_")])
+
+
+def check_owner(base: torch.optim.Optimizer, owner: object) -> None:
+    """Raises RuntimeError if the base has been wrapped anew: two would share one step, multiplier and place."""
+    last = _OWNERS[base]() if base in _OWNERS else None
+    if last is None:  # a copy, unpickled, or the other is gone
+        _OWNERS[base] = weakref.ref(owner)
+    elif last is not owner:
+        raise RuntimeError(
+            "Another CraftOptimizer has been made around this base optimizer since, with a state of its own. Step "
+            "that one, or make a base of its own for each."
+        )
 
 
 def are_complete(base: torch.optim.Optimizer) -> bool:
