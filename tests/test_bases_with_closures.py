@@ -38,7 +38,7 @@ def classifier():
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
-    return build(classifier(), inputs.split(16), tmp_path_factory.mktemp("anchors") / "a", layers=["1"])
+    return build(classifier(), inputs.split(16), tmp_path_factory.mktemp("anchors") / "a", layers=["1"], class_dim=-1)
 
 
 def combined(model, cache, size):

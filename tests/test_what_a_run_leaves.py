@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from craft_optim import Constraint, CraftOptimizer, Retention, schedules
-from craft_optim.anchors import CombinedRetention, LogitRetention, OnlineRetention, build
+from craft_optim.anchors import CombinedRetention, LogitRetention, OnlineRetention, Reading, build
 from craft_optim.metrics import JSONLWriter
 
 
@@ -92,7 +92,7 @@ def test_groups_that_the_base_was_given_get_all_floats(way):
 def test_a_second_task_on_the_same_base_begins_anew(tmp_path):
     """Its schedule, its multiplier, its anchors, and the check of their teacher."""
     model, data = model_of(), torch.randn(32, 3)
-    first = build(model, data.split(8), tmp_path / "first")
+    first = build(model, data.split(8), tmp_path / "first", class_dim=-1)
     base = torch.optim.AdamW(model.parameters(), lr=0.02)
     ramp = schedules.Linear(0.5, 0.05, 20)
     train(model, CraftOptimizer(base, LogitRetention(model, first, 8), epsilon=ramp), 30)
@@ -103,7 +103,9 @@ def test_a_second_task_on_the_same_base_begins_anew(tmp_path):
     }
     with pytest.raises(ValueError, match="does not reproduce"):
         train(model, again, 1)
-    second = CraftOptimizer(base, LogitRetention(model, build(model, data.split(8), tmp_path / "second"), 8))
+    second = CraftOptimizer(
+        base, LogitRetention(model, build(model, data.split(8), tmp_path / "second", class_dim=-1), 8)
+    )
     train(model, second, 1)
 
 
@@ -278,7 +280,7 @@ def test_settings_of_an_optimizer_are_no_attributes(name):
 
 def test_settings_of_closures_are_fixed_or_take_effect(tmp_path):
     model, data = model_of(), torch.randn(32, 3)
-    cache = build(model, data.split(8), tmp_path / "a")
+    cache = build(model, data.split(8), tmp_path / "a", class_dim=-1)
     logits, online = (
         LogitRetention(model, cache, 8),
         OnlineRetention(model, list(data), 8, teacher=copy.deepcopy(model)),
