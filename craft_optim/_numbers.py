@@ -4,7 +4,7 @@ import math
 import numbers
 from typing import Any
 
-__all__ = ["count", "number"]
+__all__ = ["number", "whole"]
 
 
 def number(name: str, value: Any, *, least: float = -math.inf, above: bool = False, finite: bool = True) -> float:
@@ -31,15 +31,15 @@ def number(name: str, value: Any, *, least: float = -math.inf, above: bool = Fal
     return x
 
 
-def count(name: str, value: Any, least: int | None = 1) -> int:
+def whole(name: str, value: Any, least: int | None = 1) -> int:
     """The value as an int.
 
     Raises:
         ValueError: It is no whole number, or smaller than `least`.
     """
     found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    whole = isinstance(found, numbers.Integral) and not isinstance(found, bool)
-    if not whole or (least is not None and found < least):
+    integral = isinstance(found, numbers.Integral) and not isinstance(found, bool)
+    if not integral or (least is not None and found < least):
         bound = "" if least is None else f" >= {least}"
         raise ValueError(f"`{name}` must be a whole number{bound}. Found {name}={found!r}.")
     return int(found)

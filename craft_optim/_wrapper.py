@@ -13,7 +13,10 @@ from torch.optim import optimizer as torch_optimizer
 
 from craft_optim._tensors import copies_of
 
-__all__ = ["Wrapper"]
+__all__ = ["Arguments", "Wrapper"]
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""What a `step` takes beside the closure: by place, and by name"""
 
 # By name: none of these libraries need be installed.
 _WRAPPERS_OF_FRAMEWORKS = {
@@ -51,13 +54,13 @@ class Wrapper(torch.optim.Optimizer):
     def _each_parameter(self) -> Iterator[Tensor]:
         return (p for group in self.base_optimizer.param_groups for p in group["params"])
 
-    def _step_base(self, closure: Callable[[], Any] | None, more: Mapping[str, Any]) -> Any:
+    def _step_base(self, closure: Callable[[], Any] | None, more: Arguments) -> Any:
         # `self.base_optimizer.step` and not its class's: a scheduler built on the base patches the instance.
-        arguments = () if closure is None else (closure,)
+        arguments = () if closure is None and not more[0] else (closure, *more[0])
         if not any(_global_hooks()):
-            return self.base_optimizer.step(*arguments, **more)
+            return self.base_optimizer.step(*arguments, **more[1])
         with _without_global_hooks():
-            return self.base_optimizer.step(*arguments, **more)
+            return self.base_optimizer.step(*arguments, **more[1])
 
     def _make_hooks(self) -> None:
         self._optimizer_step_pre_hooks = OrderedDict()
@@ -118,7 +121,7 @@ class Wrapper(torch.optim.Optimizer):
         if in_eval:
             base.train()
         try:
-            return self._step_base(None, {})
+            return self._step_base(None, ((), {}))
         except Exception as error:
             error.add_note(
                 f"{type(base).__name__} cannot do a step on gradients that are zero. If this is torch's distributed "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from craft_optim._numbers import count
+from craft_optim._numbers import whole
 from craft_optim._warn import warn
 from craft_optim.anchors import AnchorCache, AnchorRetention
 from craft_optim.anchors.passes import device_of
@@ -199,9 +199,9 @@ def calibrate(
     its gradients and its optimizer's state on the CPU.
     """
     steps, restore = tuple(steps), list(restore)
-    if not steps or sorted({count("steps", x) for x in steps}) != list(steps):
+    if not steps or sorted({whole("steps", x) for x in steps}) != list(steps):
         raise ValueError(f"`steps` must be whole numbers >= 1, ascending. Found steps={steps!r}.")
-    steps, anchors = tuple(map(int, steps)), count("anchors", anchors)
+    steps, anchors = tuple(map(int, steps)), whole("anchors", anchors)
     closure = _closure(model, retention)
     search = _search(closure, anchors)
     for batch in task_batches or ():

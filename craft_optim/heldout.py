@@ -5,8 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from craft_optim._numbers import count as whole
-from craft_optim._numbers import number
+from craft_optim._numbers import number, whole
 from craft_optim._warn import warn
 from craft_optim.metrics import keyed
 from craft_optim.retention import Retention, measurable

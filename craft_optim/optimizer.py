@@ -28,9 +28,9 @@ from craft_optim._step.gradients import all_zero, gradients_of
 from craft_optim._step.layout import ONE_PROCESS, Layout, layout_of
 from craft_optim._step.rules import Rules
 from craft_optim._step.step import SHARED_STATE, RetentionStep
-from craft_optim._step.watch import REACH_AT, CapWatch, warn_of_little_reach
+from craft_optim._step.watch import REACH_AT, CapWatch, SinkWatch, warn_of_little_reach
 from craft_optim._warn import warn
-from craft_optim._wrapper import Wrapper
+from craft_optim._wrapper import Arguments, Wrapper
 from craft_optim.dual import Controller, DualAscent, make_controller
 from craft_optim.metrics import keyed
 from craft_optim.retention import RetentionClosure
@@ -111,7 +111,6 @@ class CraftOptimizer(Wrapper):
         True
     """
 
-    _sink_failed = False
     _base_moves: bool | None = None  # whether the base evaluates closures elsewhere; None: not yet known
 
     # Found out at the first retention pass, for these closures, parameters and processes.
@@ -150,7 +149,7 @@ class CraftOptimizer(Wrapper):
         self.process_group = process_group
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
-        self._cap_watch = CapWatch()
+        self._cap_watch, self._sink_watch = CapWatch(), SinkWatch()
         self._lost_closure = False
         self._forget_circumstances()
         floats.begin_anew(base_optimizer, self)
@@ -269,7 +268,7 @@ class CraftOptimizer(Wrapper):
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None, **more: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *others: Any, **named: Any) -> Any:  # type: ignore[override]
         """One optimizer step; see the class.
 
         Args:
@@ -277,7 +276,7 @@ class CraftOptimizer(Wrapper):
                 evaluations use the same anchors and the same coefficients a and w, so that a base with a line search
                 sees one function: it gets a L_task + w L_ret as the closure's value. A base that has moved the
                 parameters before it evaluates (LBFGS, SAM) costs a copy of them.
-            more: What else the base's `step` takes.
+            others, named: What else the base's `step` takes.
 
         Returns:
             What the base's `step` returns; L_task where that is the value of an evaluation.
@@ -296,12 +295,13 @@ class CraftOptimizer(Wrapper):
                     "This CraftOptimizer was unpickled, which leaves its retention closure behind: it now steps "
                     "without retention. Set `optimizer.retention_closure` again.",
                 )
-            return self._step_base(closure, more)
-
-        return self._constrained_step(closure, more)
+            return self._step_base(closure, (others, named))
+        if not (closure is None or callable(closure)):
+            raise TypeError(f"`closure` must be a function without arguments, or None. Found {type(closure).__name__}.")
+        return self._constrained_step(closure, (others, named))
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
-    def _constrained_step(self, closure: Callable[[], Any] | None, more: Mapping[str, Any]) -> Any:
+    def _constrained_step(self, closure: Callable[[], Any] | None, more: Arguments) -> Any:
         floats.check_owner(self.base_optimizer, self)
         if not floats.are_complete(self.base_optimizer):  # the base was given other groups
             self._groups_changed()
@@ -337,7 +337,7 @@ class CraftOptimizer(Wrapper):
     def _evaluated(
         self,
         closure: Callable[[], Any],
-        more: Mapping[str, Any],
+        more: Arguments,
         parameters: list[Tensor],
         retention: RetentionStep,
     ) -> Any:
@@ -406,19 +406,7 @@ class CraftOptimizer(Wrapper):
                 for name in self._constraints:
                     self._cap_watch.look(name, self.metrics, self._rules)
             if self.on_metrics is not None:
-                self._tell(self.on_metrics)
-
-    def _tell(self, sink: Callable[[Mapping[str, float]], None]) -> None:
-        """Calls the sink. The step has been made: an error must not look as if it had not."""
-        try:
-            sink(dict(self.metrics))
-        except Exception as error:
-            if not self._sink_failed:
-                self._sink_failed = True
-                warn(
-                    f"`on_metrics` raised {type(error).__name__}: {error}. The step is done, and training goes on; "
-                    "further errors of it are not reported. To stop a run, read `optimizer.metrics` in the loop."
-                )
+                self._sink_watch.tell(self.on_metrics, self.metrics)
 
     def _forget_circumstances(self) -> None:
         self._layout, self._found_for, self._measured = ONE_PROCESS, [], 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from craft_optim._numbers import count
+from craft_optim._numbers import whole
 
 __all__ = ["Retention", "RetentionClosure", "as_retention", "measurable"]
 
@@ -82,7 +82,7 @@ class Retention(ABC):
 
     @position.setter
     def position(self, value: int) -> None:
-        self._position = count("position", value, least=0)
+        self._position = whole("position", value, least=0)
 
     def state_dict(self) -> dict[str, int]:
         """The count of calls without a number, for checkpoints of a loop of your own."""

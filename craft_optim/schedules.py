@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from craft_optim._numbers import count, number
+from craft_optim._numbers import number, whole
 
 __all__ = ["Constant", "Cosine", "Exponential", "Linear", "Schedule", "as_schedule", "epsilon_at"]
 
@@ -45,7 +45,7 @@ class _Ramp:
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             object.__setattr__(self, name, number(name, getattr(self, name), least=0.0, above=self._positive))
-        object.__setattr__(self, "steps", count("steps", self.steps))
+        object.__setattr__(self, "steps", whole("steps", self.steps))
 
     def _progress(self, step: int) -> float:
         return min(max(step, 0) / self.steps, 1.0)

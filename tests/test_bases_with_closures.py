@@ -290,7 +290,7 @@ def test_bases_that_evaluate_first_cost_no_copy(monkeypatch):
 @pytest.mark.parametrize("every", [1, 2])
 def test_more_arguments_reach_the_base(retention, every):
     class Takes(torch.optim.SGD):
-        def step(self, closure=None, *, scale=1.0, note=None):
+        def step(self, closure=None, scale=1.0, *, note=None):
             seen.append((closure is not None, scale, note))
             return super().step(closure)
 
@@ -307,6 +307,12 @@ def test_more_arguments_reach_the_base(retention, every):
         optimizer.step(scale=2.0)
         optimizer.step(evaluate, note="a")
         optimizer.step(closure=evaluate, scale=3.0)
-    assert seen == [(False, 2.0, None), (True, 1.0, "a"), (True, 3.0, None)] * 2
+        optimizer.step(None, 4.0)
+        optimizer.step(evaluate, 5.0, note="b")
+    calls = [(False, 2.0, None), (True, 1.0, "a"), (True, 3.0, None), (False, 4.0, None), (True, 5.0, "b")]
+    assert seen == calls * 2
     with pytest.raises(TypeError, match="unexpected keyword argument 'other'"):
         optimizer.step(other=1)
+    if retention is not None:
+        with pytest.raises(TypeError, match="Found dict"):
+            optimizer.step({"scale": 1.0})

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from craft_optim import Constraint, CraftOptimizer, Retention, schedules
-from craft_optim.anchors import CombinedRetention, LogitRetention, OnlineRetention, Reading, build
+from craft_optim.anchors import CombinedRetention, LogitRetention, OnlineRetention, build
 from craft_optim.metrics import JSONLWriter
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
-from craft_optim._numbers import count, number
+from craft_optim._numbers import number, whole
 from craft_optim._warn import warn
 
 __all__ = ["GradientMemory", "Merge", "Projection", "Rules"]
@@ -63,7 +63,7 @@ class Rules:
                 raise ValueError(f"`{name}` must be one of {allowed}. Found {name}={value!r}.")
         found = {
             "conflict_threshold": number("conflict_threshold", self.conflict_threshold),
-            "retention_every": count("retention_every", self.retention_every),
+            "retention_every": whole("retention_every", self.retention_every),
             **{
                 name: number(name, value, least=0.0, above=True, finite=False)
                 for name in ("rho", "max_grad_norm")

@@ -1,4 +1,4 @@
-"""Watch over a run: warnings about a multiplier that stays at its cap, and about retention that reaches little."""
+"""Watch over a run: warnings about a multiplier that stays at its cap, a sink that fails, and too little reach."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from craft_optim._warn import warn
-from craft_optim.metrics import keyed
+from craft_optim.metrics import Sink, keyed
 
 from .constraint import prefix
 from .layout import Layout
 from .rules import Rules
 
-__all__ = ["REACH_AT", "CapWatch", "warn_of_little_reach"]
+__all__ = ["REACH_AT", "CapWatch", "SinkWatch", "warn_of_little_reach"]
 
 # The retention step that shows how much of the model retention reaches. Earlier gradients may be zero for good reasons:
 # at the teacher's own weights, or of a LoRA matrix whose partner is still zero.
@@ -45,6 +45,25 @@ class CapWatch:
                 f"(now {rules.cap:g}) or the controller's maximum, lower retention_every (now "
                 f"{rules.retention_every}), or lower the learning rate.",
             )
+
+
+class SinkWatch:
+    """Calls a sink of metrics; warns once if it fails."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def tell(self, sink: Sink, metrics: Mapping[str, float]) -> None:
+        """The step has been made: an error must not look as if it had not."""
+        try:
+            sink(dict(metrics))
+        except Exception as error:
+            if not self._failed:
+                self._failed = True
+                warn(
+                    f"`on_metrics` raised {type(error).__name__}: {error}. The step is done, and training goes on; "
+                    "further errors of it are not reported. To stop a run, read `optimizer.metrics` in the loop.",
+                )
 
 
 def warn_of_little_reach(

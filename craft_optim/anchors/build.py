@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from craft_optim._numbers import whole
 from craft_optim._paths import local
 
 from .build_folder import building, clean, require_same
@@ -124,14 +125,14 @@ def build(
         raise ValueError(f"`images` must be 'uint8' or 'keep'. Found {images!r}.")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"`dtype` must be float16, bfloat16 or float32. Found {dtype}.")
-    if shard_size < 1:
-        raise ValueError(f"`shard_size` must be >= 1. Found shard_size={shard_size}.")
+    shard_size = whole("shard_size", shard_size)
     reading = Reading() if reading is None else reading
     if unknown := sorted(set(fields) - {field.name for field in dataclass_fields(Reading)}):
         raise TypeError(f"`build` and `Reading` have no `{unknown[0]}`.")
     reading = replace(reading, **fields)
-    if top_k is not None and (top_k < 1 or reading.output is None):
-        raise ValueError(f"`top_k` must be >= 1, of an output. Found top_k={top_k}, output={reading.output!r}.")
+    top_k = None if top_k is None else whole("top_k", top_k)
+    if top_k is not None and reading.output is None:
+        raise ValueError(f"`top_k` must be of an output. Found top_k={top_k}, output={reading.output!r}.")
     layers = resolve_layers(model, layers)
     if reading.output is None and not layers and reading.tokens is None:
         raise ValueError("Nothing to cache: leave `output` as it is, or pass `layers` or `tokens`.")

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from craft_optim._numbers import whole
+
 from .ahead import Ahead, to_device_ahead, wait_for
 from .cache import AnchorBatch, AnchorCache
 from .capture import Layer
@@ -83,8 +85,7 @@ class CachedRetention(AnchorRetention):
         workers: int = 1,
         **settings: Unpack[Settings],
     ) -> None:
-        if workers < 0:
-            raise ValueError(f"`workers` must be >= 0. Found workers={workers}.")
+        workers = whole("workers", workers, least=0)
         self._check_kind(cache)
         reading = cache.reading if reading is None else reading_of(cache, reading)
         require_functions(cache, reading, "forward")

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from craft_optim._numbers import whole
+
 from .masks import IGNORED
 from .names import unwrapped
 from .passes import is_encoder_decoder
@@ -37,8 +39,7 @@ def greedy(max_new_tokens: int) -> Generate:
     Raises:
         ValueError: In use: the model cannot generate, or the batch is none that it can be generated from.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"`tokens` must be >= 1. Found tokens={max_new_tokens}.")
+    max_new_tokens = whole("tokens", max_new_tokens)
 
     def generate(model: nn.Module, batch: Any) -> tuple[Inputs, Tensor]:
         writer: Any = unwrapped(model)

@@ -9,8 +9,7 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
-from craft_optim._numbers import count as whole
-from craft_optim._numbers import number
+from craft_optim._numbers import number, whole
 from craft_optim.retention import Retention
 
 from .cache import AnchorBatch

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from craft_optim._numbers import count
+from craft_optim._numbers import whole
 
 __all__ = ["AnchorSampler", "mixed_seed", "spread"]
 
@@ -48,7 +48,7 @@ class AnchorSampler:
     """
 
     def __init__(self, n: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
-        batch_size, seed = count("batch_size", batch_size), count("seed", seed, least=None)
+        batch_size, seed = whole("batch_size", batch_size), whole("seed", seed, least=None)
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be in [0, world_size). Found rank={rank}, world_size={world_size}.")
         if n < batch_size * world_size:
