@@ -346,6 +346,21 @@ def test_unpickling_is_told_of_unless_a_closure_was_set():
 
 
 @pytest.mark.filterwarnings("ignore:.*lambda has been at its cap")
+@pytest.mark.filterwarnings("ignore:.*After 10 retention steps")
+@pytest.mark.parametrize("dual", ["pi", "ascent", "nupi", "augmented_lagrangian"])
+def test_nor_where_no_multiplier_helps(dual):
+    """The constraint is violated, and nothing that the task trains now is what holds it."""
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = CraftOptimizer(torch.optim.SGD([a, b], lr=1e-4), lambda: b.square().sum(), epsilon=0.1, dual=dual)
+    for _ in range(200):
+        a.grad = torch.ones(2)
+        optimizer.step()
+    (floats,) = optimizer.param_groups
+    assert max(value for key, value in floats.items() if key.startswith("craft_dual")) < 3.0
+    assert floats["craft_lambda"] == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:.*lambda has been at its cap")
 @pytest.mark.parametrize("dual", ["pi", "ascent", "nupi", "augmented_lagrangian"])
 @pytest.mark.parametrize(("merge", "several"), [("weighted", False), ("weighted", True), ("task_priority", False)])
 def test_no_integral_winds_up_against_what_limits_the_multiplier(dual, merge, several):

@@ -260,7 +260,11 @@ class RetentionStep:
         A controller is told of all that limits its multiplier: what it does not know of it would wind up against.
         """
         rho = self._rules.cap
-        caps = [min(cap, self._rules.most) for cap in products.caps(rho)]
+        caps = [
+            # Without a gradient no multiplier helps
+            0.0 if gram.rr == 0.0 and loss > run.epsilon else min(cap, self._rules.most)
+            for run, loss, gram, cap in zip(self.passes, losses, products.grams, products.caps(rho), strict=True)
+        ]
         updates = [run.asked(loss, cap) for run, loss, cap in zip(self.passes, losses, caps, strict=True)]
         factor = products.common_factor([update.multiplier for update in updates], rho)
         if factor < 1.0:

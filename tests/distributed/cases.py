@@ -433,3 +433,16 @@ def left_out(parallel):
             net.head.bias.grad = torch.zeros_like(net.head.bias)
     optimizer.step()
     return before, full(model), optimizer.metrics
+
+
+def ascent(parallel, maximize):
+    """Whole parameters and metrics of a run that ascends the negative loss, or descends the loss."""
+    model, rank, world_size = PARALLEL[parallel](network())
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, maximize=maximize)
+    optimizer = CraftOptimizer(base, Drift(model), epsilon=1e-3)
+    for step in range(4):
+        optimizer.zero_grad()
+        x, y = (t.chunk(world_size)[rank] for t in samples(step))
+        ((-1.0 if maximize else 1.0) * cross_entropy(model(x), y)).backward()
+        optimizer.step()
+    return full(model), optimizer.metrics

@@ -110,3 +110,12 @@ def test_what_no_process_has_a_task_gradient_of_is_not_touched(processes, parall
                 parallel == "plain" and not name.startswith("inlet") and name != "head.bias"
             )
             assert torch.equal(p, before[name]) is untouched, name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "fsdp1"])
+def test_a_base_that_ascends_lowers_the_drift_all_the_same(processes, parallel):
+    down = processes.run(2, "cases.ascent", parallel=parallel, maximize=False)
+    up = processes.run(2, "cases.ascent", parallel=parallel, maximize=True)
+    for (expected, metrics), (found, of_ascent) in zip(down, up, strict=True):
+        assert metrics == of_ascent
+        assert all(torch.equal(p, found[name]) for name, p in expected.items())
