@@ -102,7 +102,14 @@ class Wrapper(torch.optim.Optimizer):
         if name in ("train", "eval", "_get_lr") and "base_optimizer" in self.__dict__:
             method = getattr(self.base_optimizer, name)
             return method if name == "_get_lr" else partial(self._switched, method)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        said = f"{type(self).__name__!r} object has no attribute {name!r}"
+        base = self.__dict__.get("base_optimizer")
+        if not name.startswith("_") and hasattr(base, name):
+            said += (
+                f". Its `base_optimizer` has, which knows nothing of retention. If {type(base).__name__} wraps an "
+                "optimizer, let that be the CraftOptimizer: pass it `CraftOptimizer.bind(...)`, or an instance"
+            )
+        raise AttributeError(said)
 
     def _switched(self, train_or_eval: Callable[[], Any]) -> Any:
         """Before a first step schedule-free bases leave an empty entry per parameter behind, by looking for one.

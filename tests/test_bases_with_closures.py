@@ -68,9 +68,8 @@ def values(model):
 # -- line searches ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", RETENTIONS)
+@pytest.mark.parametrize(("kind", "several"), [*((kind, False) for kind in RETENTIONS), ("hidden", True)])
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
-@pytest.mark.parametrize("several", [False, True])
 def test_lbfgs_holds_the_constraint(cache, kind, search, several):
     model = classifier()
     retention = RETENTIONS[kind](model, cache, 64)
@@ -281,6 +280,43 @@ def test_bases_that_evaluate_first_cost_no_copy(monkeypatch):
         for _ in range(4):
             optimizer.step(closure_of(model, optimizer))
         assert len(copies) == expected
+
+
+def test_an_optimizer_that_wraps_another_is_told_to_wrap_ours():
+    class Wraps(torch.optim.SGD):
+        def first_step(self):
+            raise AssertionError("not ours to call")
+
+    optimizer = CraftOptimizer(Wraps([nn.Parameter(torch.ones(2))], lr=0.1))
+    assert not hasattr(optimizer, "first_step")
+    with pytest.raises(AttributeError, match=r"'first_step'\. Its `base_optimizer` has.*If Wraps wraps.*bind"):
+        optimizer.first_step  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'$"):
+        optimizer.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_base_steps_in_the_callers_grad_mode(enabled):
+    seen = []
+
+    class Own(torch.optim.Optimizer):
+        def step(self, closure=None):
+            seen.append(torch.is_grad_enabled())
+            return closure and closure()
+
+    x = nn.Parameter(torch.ones(2))
+    optimizer = CraftOptimizer(Own([x], {}), lambda: x.square().sum())
+
+    def closure():
+        seen.append(torch.is_grad_enabled())
+        x.grad = torch.ones(2)
+
+    with torch.set_grad_enabled(enabled):
+        closure()
+        optimizer.step()
+        optimizer.step(closure)
+        optimizer.step(closure)
+    assert seen == [enabled, enabled, enabled, True, enabled, True]
 
 
 # -- what else a step takes ------------------------------------------------------------------------------------------

@@ -48,16 +48,16 @@ def trained(maximize, make, several=False, **settings):
     return parameters, optimizer.metrics
 
 
-@pytest.mark.parametrize("make", [lambda g: torch.optim.SGD(g, lr=0.02), lambda g: torch.optim.AdamW(g, lr=0.01)])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("maximize", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.filterwarnings("ignore:`max_grad_norm`")
-def test_ascending_the_negative_loss_is_descending_the_loss_bit_for_bit(make, settings, maximize):
-    expected, metrics = trained((False, False), make, **settings)
-    found, of_ascent = trained(maximize, make, **settings)
-    assert all(map(torch.equal, expected, found))
-    assert of_ascent == metrics
+def test_ascending_the_negative_loss_is_descending_the_loss_bit_for_bit(settings):
+    make = {"one": lambda g: torch.optim.AdamW(g, lr=0.01)}.get(settings, lambda g: torch.optim.SGD(g, lr=0.02))
+    expected, metrics = trained((False, False), make, **SETTINGS[settings])
     assert metrics["violation"] < 1.3
+    for maximize in ((True, True), (True, False), (False, True)):
+        found, of_ascent = trained(maximize, make, **SETTINGS[settings])
+        assert all(map(torch.equal, expected, found))
+        assert of_ascent == metrics
 
 
 def test_a_group_that_changes_its_mind_is_asked_at_every_step():

@@ -108,11 +108,11 @@ class Evaluations:
 @contextmanager
 def values_back_after_errors(parameters: Sequence[Tensor]) -> Iterator[None]:
     """After an exception within the block the parameters hold what they did before it. One copy of them."""
-    with torch.no_grad():
-        kept = [p.detach().clone() for p in parameters]
-        try:
-            yield
-        except BaseException:
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
             for p, value in zip(parameters, kept, strict=True):
                 p.copy_(value)
-            raise
+        raise
