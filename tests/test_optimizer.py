@@ -238,7 +238,7 @@ def test_a_parameter_with_a_task_gradient_of_zeros_is_moved_by_retention():
     assert (extra < 1.0).all()
 
 
-@pytest.mark.parametrize("kind", ["it names them", "its graph shows them", "a plain function"])
+@pytest.mark.parametrize("kind", ["it names them", "it names some", "its graph shows them", "a plain function"])
 def test_gradients_of_parameters_that_others_own_are_protected(kind):
     model, head = network(), nn.Linear(3, 3)
 
@@ -247,7 +247,8 @@ def test_gradients_of_parameters_that_others_own_are_protected(kind):
             return super().loss(number) + head(self.model(self.inputs(number))).square().mean()
 
         def parameters(self):
-            return [*self.model.parameters(), *head.parameters()] if kind == "it names them" else []
+            named = {"it names them": [*self.model.parameters(), *head.parameters()], "it names some": [head.bias]}
+            return named.get(kind, [])
 
     both = Both(model)
     closure = (lambda: both.loss(0)) if kind == "a plain function" else both

@@ -16,7 +16,7 @@ from craft_optim.schedules import Schedule, as_schedule, epsilon_at
 
 from . import scaling
 from .decision import MOST
-from .gradients import Gradients, gradients_of, leaves, put, set_aside, without_hooks
+from .gradients import Gradients, gradients_of, leaves, nodes, put, set_aside, without_hooks
 from .layout import Layout
 from .rules import Projection
 
@@ -211,10 +211,14 @@ class RetentionPass:
         """
         put(self._parameters, [None] * len(self._parameters))  # they are in the stash
         with self._layout.own_reduction(), torch.enable_grad(), held() as conditions:
-            loss, scale = self._scaled_loss()
+            loss, graph, scale = self._scaled_loss()
             own = {id(p) for p in self._parameters}
-            reachable = list(self._closure.parameters()) or leaves(loss)
-            others = [p for p in reachable if id(p) not in own]
+            named = list(self._closure.parameters())
+            if not (named and self._layout.several):  # those that shard put tensors of their own into the graph
+                named += leaves(graph)
+            reachable = {id(p): p for p in named}
+            others = [p for key, p in reachable.items() if key not in own]
+            del graph  # it is freed as the backward goes
             left_out = [p for p, want in zip(self._parameters, wanted, strict=True) if not want]
             with set_aside(others), without_hooks([*others, *left_out]), self._unmoved(), conditions():
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -250,15 +254,16 @@ class RetentionPass:
         """Writes into the state that the anchors of this step have been used."""
         self.state["craft_anchor_position"] = self._number + 1.0
 
-    def _scaled_loss(self) -> tuple[Tensor, float]:
-        """L_ret times the private scale, and the scale."""
+    def _scaled_loss(self) -> tuple[Tensor, list[Any], float]:
+        """L_ret times the private scale, the nodes of L_ret's graph, and the scale."""
         loss = self._closure.loss(self._number)
         _check_loss(loss, self.name)
         # Of every pass: mixed precision may begin after a while, and end
-        self.float16 = scaling.reaches_float16(loss)
+        graph = list(nodes(loss))
+        self.float16 = scaling.reaches_float16(graph)
         scale = self.state["craft_scale"] if self.float16 else 1.0
         wide = loss.float() if loss.dtype == torch.float16 else loss
-        return (wide if scale == 1.0 else wide * scale), scale
+        return (wide if scale == 1.0 else wide * scale), graph, scale
 
     def _check_reached(self, retention: Gradients) -> None:
         # FSDP1 leaves a process parameters without elements, and those without gradients.

@@ -104,13 +104,13 @@ def nodes(loss: Tensor) -> Iterator[Any]:
             waiting += [following for following, _ in node.next_functions]
 
 
-def leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors whose `.grad` the backward of the loss writes, as far as its graph shows.
+def leaves(graph: Iterable[Any]) -> list[Tensor]:
+    """The tensors whose `.grad` a backward through these nodes writes, as far as they show.
 
     Of what a reentrant checkpoint will run, those that its function holds.
     """
     found: list[Tensor] = []
-    for node in nodes(loss):
+    for node in graph:
         if type(node).__name__ == "AccumulateGrad":
             found.append(node.variable)
         elif hasattr(node, "run_function"):

@@ -5,11 +5,10 @@ is read or written for it. S shrinks and the pass is repeated when gradients ove
 not. A GradScaler does the same for the task; it never sees retention gradients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import Tensor, float16
-
-from .gradients import nodes
+from torch import float16
 
 __all__ = ["grown", "initial_scale", "reaches_float16", "shrunk"]
 
@@ -38,6 +37,6 @@ def grown(state: Mapping[str, float]) -> dict[str, float]:
     return {"craft_scale": min(_LARGEST, state["craft_scale"] * 2.0), "craft_scale_passes": 0.0}
 
 
-def reaches_float16(loss: Tensor) -> bool:
-    """True if any gradient in the loss's graph is float16. Visits every node of the graph once."""
-    return any(output.dtype == float16 for node in nodes(loss) for output in node._input_metadata)
+def reaches_float16(graph: Iterable[Any]) -> bool:
+    """True if any gradient of these nodes is float16."""
+    return any(output.dtype == float16 for node in graph for output in node._input_metadata)
