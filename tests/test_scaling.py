@@ -178,6 +178,12 @@ def test_pure_float16_and_bfloat16():
         assert reaches_float16(nodes(network().to(dtype)(torch.ones(1, 8, dtype=dtype)).float().mean())) is found
 
 
+def test_a_parameter_in_float16_is_enough():
+    p = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    assert reaches_float16(nodes(p.float().sum()))
+    assert not reaches_float16(nodes(p.detach().float().requires_grad_().sum()))
+
+
 class Halves(torch.autograd.Function):
     """One node with two outputs, of which one is float16."""
 

@@ -259,7 +259,7 @@ class RetentionPass:
         loss = self._closure.loss(self._number)
         _check_loss(loss, self.name)
         # Of every pass: mixed precision may begin after a while, and end
-        graph = list(nodes(loss))
+        graph = nodes(loss)
         self.float16 = scaling.reaches_float16(graph)
         scale = self.state["craft_scale"] if self.float16 else 1.0
         wide = loss.float() if loss.dtype == torch.float16 else loss

@@ -17,6 +17,7 @@ __all__ = [
     "Stash",
     "all_zero",
     "gradients_of",
+    "is_leaf",
     "leaves",
     "nodes",
     "not_zero",
@@ -93,15 +94,21 @@ def all_zero(gradients: Sequence[Tensor | None]) -> bool:
         return any(g is not None for g in gradients) and not any(not_zero(gradients))
 
 
-def nodes(loss: Tensor) -> Iterator[Any]:
+def nodes(loss: Tensor) -> list[Any]:
     """Every node of the loss's graph once; what a reentrant checkpoint will compute is not there yet."""
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [following for following, _ in node.next_functions]
+    found = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = set(found)
+    for node in found:  # grows on the way
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                found.append(following)
+    return found
+
+
+def is_leaf(node: Any) -> bool:
+    """True for a node that writes a `.grad`."""
+    return type(node).__name__ == "AccumulateGrad"
 
 
 def leaves(graph: Iterable[Any]) -> list[Tensor]:
@@ -111,7 +118,7 @@ def leaves(graph: Iterable[Any]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for node in graph:
-        if type(node).__name__ == "AccumulateGrad":
+        if is_leaf(node):
             found.append(node.variable)
         elif hasattr(node, "run_function"):
             found += _held_by(node.run_function)

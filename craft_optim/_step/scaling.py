@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import float16
 
+from .gradients import is_leaf
+
 __all__ = ["grown", "initial_scale", "reaches_float16", "shrunk"]
 
 # S begins where torch's GradScaler does; it shrinks faster, since a repeated pass costs more than a skipped step.
@@ -39,4 +41,9 @@ def grown(state: Mapping[str, float]) -> dict[str, float]:
 
 def reaches_float16(graph: Iterable[Any]) -> bool:
     """True if any gradient of these nodes is float16."""
-    return any(output.dtype == float16 for node in graph for output in node._input_metadata)
+    return any(
+        node.variable.dtype == float16
+        if is_leaf(node)  # which tells in a tenth of the time
+        else any(output.dtype == float16 for output in node._input_metadata)
+        for node in graph
+    )
