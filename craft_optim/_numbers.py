@@ -7,7 +7,9 @@ from typing import Any
 __all__ = ["number", "whole"]
 
 
-def number(name: str, value: Any, *, least: float = -math.inf, above: bool = False, finite: bool = True) -> float:
+def number(
+    name: str, value: Any, *, least: float = -math.inf, above: bool = False, finite: bool = True, or_else: str = ""
+) -> float:
     """The value as a float.
 
     Args:
@@ -16,6 +18,7 @@ def number(name: str, value: Any, *, least: float = -math.inf, above: bool = Fal
         least: Its smallest value.
         above: It must be larger than that.
         finite: It must be finite; else it must not be NaN.
+        or_else: What it may be instead, for messages.
 
     Raises:
         TypeError: It is no number.
@@ -23,11 +26,13 @@ def number(name: str, value: Any, *, least: float = -math.inf, above: bool = Fal
     """
     found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if isinstance(found, bool) or not isinstance(found, numbers.Real):
-        raise TypeError(f"`{name}` must be a number. Found {name}={value!r}, of {type(value).__name__}.")
+        raise TypeError(f"`{name}` must be a number{or_else}. Found {name}={value!r}, of {type(value).__name__}.")
     x = float(found)
     if math.isnan(x) or (finite and math.isinf(x)) or x < least or (above and x == least):
         bound = "" if least == -math.inf else f" {'>' if above else '>='} {least:g}"
-        raise ValueError(f"`{name}` must be a {'finite ' if finite else ''}number{bound}. Found {name}={found!r}.")
+        raise ValueError(
+            f"`{name}` must be a {'finite ' if finite else ''}number{bound}{or_else}. Found {name}={found!r}."
+        )
     return x
 
 

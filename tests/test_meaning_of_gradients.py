@@ -49,7 +49,6 @@ def trained(maximize, make, several=False, **settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.filterwarnings("ignore:`max_grad_norm`")
 def test_ascending_the_negative_loss_is_descending_the_loss_bit_for_bit(settings):
     make = {"one": lambda g: torch.optim.AdamW(g, lr=0.01)}.get(settings, lambda g: torch.optim.SGD(g, lr=0.02))
     expected, metrics = trained((False, False), make, **SETTINGS[settings])

@@ -74,8 +74,3 @@ def test_a_schedule_may_return_any_kind():
     craft = optimizer(epsilon=lambda step: "small")
     with pytest.raises(TypeError, match=r"`epsilon\(0\)` must be a number"):
         craft.step()
-
-
-def test_steps_that_are_not_clipped_are_told_of():
-    with pytest.warns(UserWarning, match="on 4 of 5 steps nothing is clipped"):
-        Rules(max_grad_norm=1.0, retention_every=5)

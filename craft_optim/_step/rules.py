@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from craft_optim._numbers import number, whole
-from craft_optim._warn import warn
 
 __all__ = ["GradientMemory", "Merge", "Projection", "Rules"]
 
@@ -30,8 +29,8 @@ class Rules:
             several constraints in [-1, 0].
         merge: "weighted", "equal" or "task_priority".
         retention_every: Run retention on every K-th step, beginning with the first; the others are the base's alone.
-        max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. Clip task gradients
-            as ever, before `step`.
+        max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. The steps between are
+            not clipped: clip task gradients as ever, before `step`.
         gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see
             the table.
 
@@ -65,7 +64,7 @@ class Rules:
             "conflict_threshold": number("conflict_threshold", self.conflict_threshold),
             "retention_every": whole("retention_every", self.retention_every),
             **{
-                name: number(name, value, least=0.0, above=True, finite=False)
+                name: number(name, value, least=0.0, above=True, finite=False, or_else=", or None")
                 for name in ("rho", "max_grad_norm")
                 if (value := getattr(self, name)) is not None
             },
@@ -75,12 +74,6 @@ class Rules:
         if not -1.0 <= self.conflict_threshold <= 1.0:
             raise ValueError(
                 f"`conflict_threshold` is a cosine and must be in [-1, 1]. Found {self.conflict_threshold!r}."
-            )
-        if self.max_grad_norm is not None and self.retention_every > 1:
-            warn(
-                f"`max_grad_norm` holds on steps with retention only. Found retention_every={self.retention_every}: on "
-                f"{self.retention_every - 1} of {self.retention_every} steps nothing is clipped. Clip the task "
-                "gradients, too, before `step`."
             )
 
     @cached_property

@@ -42,7 +42,7 @@ DATA = ASSETS / "demonstrations" / OLD_TASK
         ("lambda_init=-1", "--craft.lambda_init must be finite and > 0"),
         ("lambda_lr=-1", "--craft.lambda_lr must be finite and >= 0"),
         ("lambda_max=-3", "--craft.lambda_max must be finite and >= 0.001"),
-        ("rho=-1", "--craft.rho must be > 0, or None. Found --craft.rho=-1"),
+        ("rho=-1", "--craft.rho must be a number > 0, or None. Found --craft.rho=-1"),
         ("retention_every=2.5", "--craft.retention_every must be a whole number. Found 2.5"),
         ("batch_size=2.0", "--craft.batch_size must be a whole number. Found 2.0"),
         ("anchors=3", "--craft.anchors must hold names and values. Found 3"),

@@ -317,7 +317,7 @@ def test_whose_statistics_a_checkpoint_holds(act, tmp_path, choice, source):
         (["--craft.anchors.root=null"], "craft needs examples"),
         (["--craft.epsilon_start=1"], "belong together"),
         (["--craft.config=nowhere.yaml"], "nowhere.yaml"),
-        (["--craft.rho=-1"], "--craft.rho must be > 0, or None. Found --craft.rho=-1"),
+        (["--craft.rho=-1"], "--craft.rho must be a number > 0, or None. Found --craft.rho=-1"),
         (["--craft.retention_every=0"], "Found --craft.retention_every=0"),
         (["--craft.conflict_threshold=-2"], "must be in [-1, 1]. Found -2"),
         (["--craft.merge=sum"], "must be one of weighted, equal, task_priority. Found 'sum'"),
