@@ -47,8 +47,11 @@ def _clip(value: float, low: float, high: float) -> float:
 
 def _check(owner: Any, *names: str, low: float = 0.0, open_low: bool = False) -> None:
     for name in names:
-        full = f"{type(owner).__name__}.{name}"
-        object.__setattr__(owner, name, number(full, getattr(owner, name), least=low, above=open_low))
+        try:
+            value = number(name, getattr(owner, name), least=low, above=open_low)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{type(owner).__name__}: {error}") from None
+        object.__setattr__(owner, name, value)
 
 
 def log_violation(loss: float, epsilon: float) -> float:

@@ -170,7 +170,7 @@ def test_unknown_names_and_objects():
     ],
 )
 def test_bad_settings_name_themselves(build, name):
-    with pytest.raises(ValueError, match=rf"`(\w+\.)?{name}`"):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         build()
 
 
@@ -198,8 +198,7 @@ def test_bad_settings_name_themselves(build, name):
 def test_settings_have_a_least_value(make, name, least):
     sign, bound = least.split()
     for bad in (-1.0, math.nan, math.inf, *([float(bound)] if sign == ">" else [])):
-        name_of = f"{make.__name__}\\.{name}"
-        message = f"^`{name_of}` must be a finite number {least}\\. Found {name_of}={bad!r}\\.$"
+        message = f"^{make.__name__}: `{name}` must be a finite number {least}\\. Found {name}={bad!r}\\.$"
         with pytest.raises(ValueError, match=message):
             make(**{name: bad})
     for fine in (float(bound) + 1e-6, *([float(bound)] if sign == ">=" else [])):
