@@ -173,6 +173,7 @@ WITHIN = {  # given paths by those above
     "adapter_checkpoints.with_adapters",
     "cli.sources.load_policy",
     "evaluation.checkpoints.short_names",
+    "lerobot.frames.require_count",
 }
 
 

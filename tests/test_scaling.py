@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from craft_optim import CraftOptimizer, Retention
-from craft_optim._step.gradients import nodes
+from craft_optim._step.gradients import graph_of
 from craft_optim._step.scaling import grown, initial_scale, reaches_float16, shrunk
 
 
@@ -170,18 +170,18 @@ def test_float16_is_found_anywhere_in_the_graph(half, checkpointed):
         y = torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=checkpointed == "reentrant")
     else:
         y = forward(x)
-    assert reaches_float16(nodes(y.float().mean())) is half
+    assert reaches_float16(graph_of(y.float().mean())) is half
 
 
 def test_pure_float16_and_bfloat16():
     for dtype, found in ((torch.float16, True), (torch.bfloat16, False)):
-        assert reaches_float16(nodes(network().to(dtype)(torch.ones(1, 8, dtype=dtype)).float().mean())) is found
+        assert reaches_float16(graph_of(network().to(dtype)(torch.ones(1, 8, dtype=dtype)).float().mean())) is found
 
 
 def test_a_parameter_in_float16_is_enough():
     p = nn.Parameter(torch.ones(2, dtype=torch.float16))
-    assert reaches_float16(nodes(p.float().sum()))
-    assert not reaches_float16(nodes(p.detach().float().requires_grad_().sum()))
+    assert reaches_float16(graph_of(p.float().sum()))
+    assert not reaches_float16(graph_of(p.detach().float().requires_grad_().sum()))
 
 
 class Halves(torch.autograd.Function):
@@ -198,11 +198,11 @@ class Halves(torch.autograd.Function):
 
 def test_one_output_of_several_in_float16_is_enough():
     half, single = Halves.apply(torch.ones(2, requires_grad=True))
-    assert reaches_float16(nodes(half.float().sum() + single.sum()))
+    assert reaches_float16(graph_of(half.float().sum() + single.sum()))
 
 
 def test_every_node_is_visited_once():
     x = torch.ones(1, requires_grad=True)
     for _ in range(100):  # 2^100 ways through 100 nodes
         x = x + x
-    assert not reaches_float16(nodes(x.sum()))
+    assert not reaches_float16(graph_of(x.sum()))

@@ -16,7 +16,7 @@ from craft_optim.schedules import Schedule, as_schedule, epsilon_at
 
 from . import scaling
 from .decision import MOST
-from .gradients import Gradients, gradients_of, leaves, nodes, put, set_aside, without_hooks
+from .gradients import Gradients, Graph, gradients_of, graph_of, leaves, put, set_aside, without_hooks
 from .layout import Layout
 from .rules import Projection
 
@@ -254,12 +254,12 @@ class RetentionPass:
         """Writes into the state that the anchors of this step have been used."""
         self.state["craft_anchor_position"] = self._number + 1.0
 
-    def _scaled_loss(self) -> tuple[Tensor, list[Any], float]:
-        """L_ret times the private scale, the nodes of L_ret's graph, and the scale."""
+    def _scaled_loss(self) -> tuple[Tensor, Graph, float]:
+        """L_ret times the private scale, L_ret's graph, and the scale."""
         loss = self._closure.loss(self._number)
         _check_loss(loss, self.name)
         # Of every pass: mixed precision may begin after a while, and end
-        graph = nodes(loss)
+        graph = graph_of(loss)
         self.float16 = scaling.reaches_float16(graph)
         scale = self.state["craft_scale"] if self.float16 else 1.0
         wide = loss.float() if loss.dtype == torch.float16 else loss

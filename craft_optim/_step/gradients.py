@@ -14,12 +14,12 @@ from .rules import GradientMemory
 
 __all__ = [
     "Gradients",
+    "Graph",
     "Stash",
     "all_zero",
     "gradients_of",
-    "is_leaf",
+    "graph_of",
     "leaves",
-    "nodes",
     "not_zero",
     "put",
     "set_aside",
@@ -94,33 +94,39 @@ def all_zero(gradients: Sequence[Tensor | None]) -> bool:
         return any(g is not None for g in gradients) and not any(not_zero(gradients))
 
 
-def nodes(loss: Tensor) -> list[Any]:
-    """Every node of the loss's graph once; what a reentrant checkpoint will compute is not there yet."""
-    found = [] if loss.grad_fn is None else [loss.grad_fn]
+class Graph(NamedTuple):
+    """The nodes of a loss's graph; what a reentrant checkpoint will compute is not there yet.
+
+    Attributes:
+        ends: Those that write a `.grad`.
+        inner: All others.
+    """
+
+    ends: list[Any]
+    inner: list[Any]
+
+
+def graph_of(loss: Tensor) -> Graph:
+    """Every node of the loss's graph once."""
+    graph, found = Graph([], []), [] if loss.grad_fn is None else [loss.grad_fn]
     seen = set(found)
     for node in found:  # grows on the way
+        (graph.ends if type(node).__name__ == "AccumulateGrad" else graph.inner).append(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 found.append(following)
-    return found
+    return graph
 
 
-def is_leaf(node: Any) -> bool:
-    """True for a node that writes a `.grad`."""
-    return type(node).__name__ == "AccumulateGrad"
-
-
-def leaves(graph: Iterable[Any]) -> list[Tensor]:
-    """The tensors whose `.grad` a backward through these nodes writes, as far as they show.
+def leaves(graph: Graph) -> list[Tensor]:
+    """The tensors whose `.grad` a backward through the graph writes, as far as it shows.
 
     Of what a reentrant checkpoint will run, those that its function holds.
     """
-    found: list[Tensor] = []
-    for node in graph:
-        if is_leaf(node):
-            found.append(node.variable)
-        elif hasattr(node, "run_function"):
+    found: list[Tensor] = [node.variable for node in graph.ends]
+    for node in graph.inner:
+        if hasattr(node, "run_function"):
             found += _held_by(node.run_function)
     return [x for x in {id(x): x for x in found}.values() if x.is_leaf]
 

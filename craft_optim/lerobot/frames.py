@@ -7,6 +7,7 @@ from typing import Any
 
 from lerobot.processor import RenameObservationsProcessorStep
 
+from craft_optim._paths import local
 from craft_optim._warn import warn
 from craft_optim.anchors import AnchorCache
 from craft_optim.anchors.manifest import MANIFEST
@@ -82,7 +83,7 @@ def open_frames(
 
 def require_count(path: str | os.PathLike[str], count: int) -> None:
     """Raises ValueError if a folder holds a finished cache of another number of anchors than was asked for."""
-    if (Path(path) / MANIFEST).is_file() and (found := len(AnchorCache.open(path))) != count:
+    if (local(path) / MANIFEST).is_file() and (found := len(AnchorCache.open(path))) != count:
         raise ValueError(
             f"{path} holds a finished cache of {found} anchors, and {count} were asked for: take another folder, or "
             "build it anew (--overwrite of build-anchors, or remove it)."
