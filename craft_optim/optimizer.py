@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from craft_optim._interrupts import interrupts_wait
 from craft_optim._step import floats
 from craft_optim._step.constraint import Constraint, Constraints, constraints_of, initial_state
 from craft_optim._step.evaluations import (
@@ -325,13 +326,14 @@ class CraftOptimizer(Wrapper):
             layout=self._find_layout(parameters),
             find_reached=self._measured + 1 == REACH_AT,
         )
-        with retention.task_gradients_back():
-            if closure is None:
-                retention.merge()
-                result = self._step_base(None, more)
-            else:
-                result = self._evaluated(closure, more, parameters, retention)
-        self._finish(step, retention)
+        with interrupts_wait():
+            with retention.task_gradients_back():
+                if closure is None:
+                    retention.merge()
+                    result = self._step_base(None, more)
+                else:
+                    result = self._evaluated(closure, more, parameters, retention)
+            self._finish(step, retention)
         return result
 
     def _evaluated(
