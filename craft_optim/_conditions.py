@@ -1,4 +1,4 @@
-"""Conditions of a pass over anchors: noisy modules in eval mode and, if asked for, nothing compiled.
+"""Conditions of a pass over anchors: attributes that make noise set otherwise and, if asked for, nothing compiled.
 
 They hold in the forward, and once more in the backward, where activation checkpointing repeats the forward: with
 dropout back on it would be another function, and compiled where it was not it would keep other tensors. Who runs both
@@ -10,13 +10,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Variable
 
-__all__ = ["eager", "held", "steady_modules"]
+__all__ = ["Setting", "eager", "held", "with_settings"]
+
+
+class Setting(NamedTuple):
+    """The value of an attribute in a pass."""
+
+    owner: Any
+    name: str
+    value: Any
 
 
 class _Conditions:
@@ -27,22 +35,26 @@ class _Conditions:
         held: A block of `held` sees to the backward.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.needed = any(module.training for module in modules)
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        self.needed = any(getattr(one.owner, one.name) != one.value for one in settings)
         self.eager = self.held = False
-        self._modules = modules
+        self._settings = settings
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within the block no module is in train mode; afterwards those are that were."""
-        turned_off = [module for module in self._modules if module.training]
+        """Within the block the settings are made; afterwards attributes are what they were."""
+        before = [
+            Setting(one.owner, one.name, now)
+            for one in self._settings
+            if (now := getattr(one.owner, one.name)) != one.value
+        ]
         try:
-            for module in turned_off:
-                module.training = False
+            for one in self._settings:
+                _set(one)
             yield
         finally:
-            for module in turned_off:
-                module.training = True
+            for one in before:
+                _set(one)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -51,6 +63,11 @@ class _Conditions:
             if self.eager:
                 stack.enter_context(_EAGER_BACKWARD())
             yield
+
+
+def _set(setting: Setting) -> None:
+    # Past what configs make of it: a dataclass may be frozen, or check its types
+    object.__setattr__(setting.owner, setting.name, setting.value)
 
 
 class _EagerBackward:
@@ -117,13 +134,13 @@ _BLOCKS = _Blocks()
 
 
 @contextmanager
-def steady_modules(modules: Sequence[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the block these modules are in eval mode; afterwards every flag is what it was.
+def with_settings(settings: Sequence[Setting]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the block these settings are made; afterwards every attribute is what it was.
 
     Yields a function that makes a loss remember this for its backward; without activation checkpointing it changes
     nothing.
     """
-    conditions = _Conditions(modules)
+    conditions = _Conditions(settings)
 
     def remember(loss: Tensor) -> Tensor:
         if not ((conditions.needed or conditions.eager) and loss.requires_grad):

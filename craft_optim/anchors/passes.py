@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from craft_optim._conditions import eager, steady_modules
+from craft_optim._conditions import Setting, eager, with_settings
 
 from .names import unwrapped
 from .structure import Inputs, map_tensors
@@ -46,6 +46,7 @@ _KINDS = (
     nn.MultiheadAttention,  # drops attention weights by a functional call
 )
 _NAMES = ("Dropout", "DropPath", "StochasticDepth", "BatchNorm", "SpectralNorm")
+_NUMBERS = ("drop", "jitter", "mask_time_prob", "mask_feature_prob")  # in names of probabilities, 0 for no noise
 
 
 def is_noisy(module: nn.Module) -> bool:
@@ -60,9 +61,40 @@ def is_noisy(module: nn.Module) -> bool:
     # GPT-2's attention reads the probability off its dropout child and its own `training`.
     if any(isinstance(child, nn.modules.dropout._DropoutNd) for child in module._modules.values()):
         return True
-    return "drop" in names and any(
-        "drop" in name and isinstance(value, float | int) and value > 0 for name, value in own.items()
-    )
+    return bool(_probabilities(module))
+
+
+def _probabilities(owner: Any) -> list[str]:
+    """Names of the owner's numbers that make noise while a module that reads them is in train mode."""
+    own = vars(owner)
+    text = " ".join(own)
+    if not any(part in text for part in _NUMBERS):
+        return []
+    return [
+        name
+        for name, value in own.items()
+        if isinstance(value, float | int) and 0 < value <= 1 and value is not True and any(x in name for x in _NUMBERS)
+    ]
+
+
+def _steady_settings(model: nn.Module) -> Iterator[Setting]:
+    """Noisy modules in eval mode; 0 for the probabilities that others read.
+
+    Those are modules which checkpoint their activations, and so have to stay in train mode, and what a forward reads of
+    a config.
+    """
+    configs = {}
+    for module in model.modules():
+        if is_noisy(module):
+            yield Setting(module, "training", False)
+        elif "checkpoint" in " ".join(vars(module)) and checkpoints_activations(module):
+            yield from (Setting(module, name, 0.0) for name in _probabilities(module))
+            drops = (child for child in module._modules.values() if isinstance(child, nn.modules.dropout._DropoutNd))
+            yield from (Setting(drop, "p", 0.0) for drop in drops)
+        if module.training and hasattr(config := vars(module).get("config"), "__dict__"):
+            configs[id(config)] = config
+    for config in configs.values():
+        yield from (Setting(config, name, 0.0) for name in _probabilities(config))
 
 
 def checkpoints_activations(module: nn.Module) -> bool:
@@ -106,13 +138,14 @@ class Statistics:
 
 @contextmanager
 def steady(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the block dropout and normalisation modules are in eval mode; afterwards every flag is what it was.
+    """Within the block nothing is random and normalisation stands still; afterwards everything is what it was.
 
-    Other modules keep their mode: `model.eval()` would switch gradient checkpointing off. Yields a function that makes
-    a loss remember this for its backward; without activation checkpointing it changes nothing. A compiled model is
-    compiled once more for this mode and keeps both.
+    Noisy modules are in eval mode. Others keep theirs: `model.eval()` would switch gradient checkpointing off. Of
+    modules that checkpoint, and of configs, the probabilities are 0. Yields a function that makes a loss remember this
+    for its backward; without activation checkpointing it changes nothing. A compiled model is compiled once more for
+    this mode and keeps both.
     """
-    with steady_modules([module for module in model.modules() if is_noisy(module)]) as remember:
+    with with_settings([*_steady_settings(model)]) as remember:
         yield remember
 
 
