@@ -313,6 +313,7 @@ class CraftOptimizer(Wrapper):
             return self._prime_base()
         if step % self._rules.retention_every != 0 or (closure is None and without_gradients(self._each_parameter())):
             result = self._step_base(closure, more)
+            self._count(step, None)
             self._finish(step, None)
             return result
 
@@ -333,6 +334,7 @@ class CraftOptimizer(Wrapper):
                     result = self._step_base(None, more)
                 else:
                     result = self._evaluated(closure, more, parameters, retention)
+                self._count(step, retention)  # before anything else, as memory for the gradients, may be missing
             self._finish(step, retention)
         return result
 
@@ -387,13 +389,15 @@ class CraftOptimizer(Wrapper):
                     closure.shard(self._layout.rank, self._layout.world_size, self._layout.mean)
         return self._layout
 
+    def _count(self, step: int, retention: RetentionStep | None) -> None:
+        state = retention.state if retention is not None and retention.ran else {}
+        floats.write(self.base_optimizer, state | {"craft_step": float(step + 1)})
+
     def _finish(self, step: int, retention: RetentionStep | None) -> None:
         if retention is None or not retention.ran:
-            floats.write(self.base_optimizer, {"craft_step": float(step + 1)})
             if self.metrics:
                 self.metrics["fresh"] = 0.0
             return
-        floats.write(self.base_optimizer, retention.state | {"craft_step": float(step + 1)})
         if not retention.metrics:
             self.metrics |= {"skipped": retention.state["craft_skipped"], "fresh": 0.0}
             return

@@ -129,6 +129,34 @@ def same(a, b):
     return a == b
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_memory_for_one_gradient_only_is_missing(first, tmp_path, monkeypatch):
+    """Of those that wait in bfloat16, after the base's step: the others are there, and the step is counted."""
+    run, twin = (Run("ahead", tmp_path / "anchors", True) for _ in range(2))
+    twin.step()
+    to = torch.Tensor.to
+    count = itertools.count()
+
+    def fails(self, *arguments, **named):
+        if self.dtype == torch.bfloat16 and torch.float32 in arguments and next(count) == first:
+            raise RuntimeError("out of memory")
+        return to(self, *arguments, **named)
+
+    step = run.optimizer.base_optimizer.step
+
+    def then(*arguments):
+        step(*arguments)
+        monkeypatch.setattr(torch.Tensor, "to", fails)
+
+    run.optimizer.base_optimizer.step = then
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.step()
+    monkeypatch.undo()
+    assert same(run.values(), twin.values())
+    lost = [g is None for g in run.gradients()]
+    assert lost == [number == first for number in range(len(lost))]
+
+
 def pressed_at(function, at=None):
     """Calls it, with Ctrl-C before line `at` of ours; returns how many lines there are."""
     count = itertools.count()
@@ -188,7 +216,7 @@ def faults(make, fail, keep=True):
     kept = None
     try:
         fail(run)
-    except (KeyboardInterrupt, RuntimeError) as error:
+    except (KeyboardInterrupt, RuntimeError, TypeError) as error:  # the last one where a message says more
         kept = error if keep else type(error)
     now, values = run.surroundings(), run.values()
     found = [name for name, value in around.items() if not same(value, now[name])]

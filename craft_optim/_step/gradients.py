@@ -197,13 +197,20 @@ class Stash:
     def give_back(self, parameters: Sequence[Tensor]) -> None:
         """Points each `.grad` at what it was, up to rounding.
 
-        One after another, and each where another gradient was freed: no third list of gradients lives at any time.
+        One after another, and each where another gradient was freed: no third list of gradients lives at any time. One
+        that there is no memory for is None, and the error is raised when all others are there.
         """
+        failed: RuntimeError | None = None
         for i, p in enumerate(parameters):
             kept, p.grad = self._kept[i], None
             if isinstance(kept, _Away):
-                kept = self._kept[i] = kept.wrap(kept.copy.to(kept.device, kept.dtype, non_blocking=True))
+                try:
+                    kept = self._kept[i] = kept.wrap(kept.copy.to(kept.device, kept.dtype, non_blocking=True))
+                except RuntimeError as error:
+                    kept, failed = None, error
             p.grad = kept
+        if failed is not None:
+            raise failed
 
     def in_their_dtype(self, merged: Sequence[Tensor | None]) -> Gradients:
         """The merged gradients, where they are rounded task gradients in the dtype of before."""
