@@ -34,7 +34,7 @@ from craft_optim._warn import warn
 from craft_optim._wrapper import Arguments, Wrapper
 from craft_optim.dual import Controller, DualAscent, make_controller
 from craft_optim.metrics import keyed
-from craft_optim.retention import RetentionClosure
+from craft_optim.retention import Retention, RetentionClosure
 from craft_optim.schedules import Linear, Schedule, as_schedule
 
 __all__ = ["CraftOptimizer"]
@@ -136,18 +136,14 @@ class CraftOptimizer(Wrapper):
                 f"CraftOptimizer has no `{unknown[0]}`. Its keywords are {', '.join(known[2:])}; a controller of your "
                 "own is dual=craft_optim.dual.DualAscent(...)."
             )
-        if not (process_group is None or process_group is False or hasattr(process_group, "rank")):
-            raise TypeError(
-                "`process_group` must be a torch.distributed.ProcessGroup that this process belongs to, False or None. "
-                f"Found process_group={process_group!r}."
-            )
+        self.process_group = process_group
         self._rules = Rules(**rules)
         self._epsilon = None if epsilon is None else as_schedule(epsilon)
         self._dual = None if dual is None else make_controller(dual)
         super().__init__(base_optimizer)
         self._constraints = self._checked(retention_closure)
+        self._left: dict[str | None, weakref.ref[Retention]] = {}  # closures whose places are in the state
 
-        self.process_group = process_group
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
         self._cap_watch, self._sink_watch = CapWatch(), SinkWatch()
@@ -224,6 +220,11 @@ class CraftOptimizer(Wrapper):
             if name in Rules.__dataclass_fields__:
                 remedy = f"set `rules`, dataclasses.replace(optimizer.rules, {name}={value!r})"
             raise AttributeError(f"`{name}` of an optimizer is not an attribute. Found {name}={value!r}: {remedy}.")
+        if name == "process_group" and not (value is None or value is False or hasattr(value, "rank")):
+            raise TypeError(
+                "`process_group` must be a torch.distributed.ProcessGroup that this process belongs to, False or None. "
+                f"Found process_group={value!r}."
+            )
         super().__setattr__(name, value)
 
     @property
@@ -252,12 +253,19 @@ class CraftOptimizer(Wrapper):
 
     @retention_closure.setter
     def retention_closure(self, closure: Constraints | None) -> None:
-        old, self._constraints = self._constraints, self._checked(closure)
-        self._lost_closure = False
+        constraints = self._checked(closure)
+        old = {name: weakref.ref(one.closure) for name, one in self._constraints.items()} or self._left
+        closures = {name: one() for name, one in old.items()}
+        self._left = {} if constraints else old
+        self._constraints, self._lost_closure = constraints, False
         self._groups_changed()
-        for name, constraint in self._constraints.items():
-            if name in old and old[name].retention is not constraint.retention:  # anchors of its own, from the first
+        for name, constraint in constraints.items():
+            if name in closures and closures[name] is not constraint.closure:  # anchors of its own, from the first
                 floats.write(self.base_optimizer, {keyed("craft_anchor_position", name): 0.0})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._left = {}
 
     def _checked(self, closure: Constraints | None) -> dict[str | None, Constraint]:
         """The constraints by name, if they go with the rules."""
@@ -429,12 +437,12 @@ class CraftOptimizer(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         # The closures and the sink hold models and files.
-        left_behind = ("_constraints", "on_metrics", "process_group", "_layout", "_found_for")
+        left_behind = ("_constraints", "on_metrics", "process_group", "_layout", "_found_for", "_left")
         return {k: v for k, v in super().__getstate__().items() if k not in left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._constraints = {}
+        self._constraints, self._left = {}, {}
         self.on_metrics = None
         self.process_group = None
         self._forget_circumstances()

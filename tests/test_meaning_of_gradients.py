@@ -274,6 +274,36 @@ def test_a_merged_gradient_that_its_dtype_cannot_hold_is_a_counted_skip(dual):
     assert optimizer.param_groups[0]["craft_lambda"] == 0.0
 
 
+def test_of_several_dtypes_the_narrowest_decides():
+    """Each of these gradients fits; with nothing said, what is put together in float16 would be infinite."""
+    x, y = nn.Parameter(torch.zeros(2, dtype=torch.float16)), nn.Parameter(torch.zeros(2))
+    optimizer = CraftOptimizer(
+        torch.optim.SGD([x, y], lr=1e-7), lambda: 100.0 * (x.float() + y + 1.0).sum(), dual=DualAscent(500.0)
+    )
+    for p in (x, y):
+        p.grad = torch.full_like(p, 40000.0)
+    with pytest.warns(UserWarning, match="merged gradient, in its dtype, is not finite"):
+        optimizer.step()
+    assert torch.isfinite(x).all()
+    assert optimizer.param_groups[0]["craft_skipped"] == 1.0
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_parameters_of_whole_numbers_are_carried_along(several):
+    """As those of a quantised model, all of which are given to the optimizer."""
+    x, frozen = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    closures = [lambda: (x + 1.0).square().sum(), lambda: x.square().sum()]
+    optimizer = CraftOptimizer(
+        torch.optim.AdamW([frozen, x], lr=0.1), dict(zip("ab", closures, strict=True)) if several else closures[0]
+    )
+    for _ in range(11):
+        x.grad = torch.ones(2)
+        optimizer.step()
+    assert optimizer.metrics["retention_grad_norm"] > 0.0
+    assert optimizer.metrics["skipped"] == 0.0
+    assert torch.equal(frozen, torch.ones(3, dtype=torch.int8))
+
+
 def test_a_controller_of_ones_own_must_return_a_multiplier():
     class Broken(DualAscent):
         def __call__(self, state, **measured):

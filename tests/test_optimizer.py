@@ -260,6 +260,14 @@ def test_gradients_of_parameters_that_others_own_are_protected(kind):
     assert all(torch.equal(p.grad, k) for p, k in zip(head.parameters(), kept, strict=True))
 
 
+class Holder:
+    def __init__(self, head):
+        self.head = head
+
+    def run(self, h):
+        return self.head(h)
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -269,7 +277,7 @@ class Twice(nn.Module):
         return scale * self.inner(x)
 
 
-@pytest.mark.parametrize("how", ["module", "method", "partial", "lambda", "default", "list", "nested"])
+@pytest.mark.parametrize("how", ["module", "method", "partial", "lambda", "default", "list", "object", "nested"])
 def test_what_a_reentrant_checkpoint_hides_is_protected_too(how):
     """Its function is run in the backward, on parameters that the graph does not show."""
     model, head = network(), Twice()
@@ -280,6 +288,7 @@ def test_what_a_reentrant_checkpoint_hides_is_protected_too(how):
         "lambda": lambda h: head(h),
         "default": lambda h, of=head.inner: of(h),
         "list": lambda h, of=[head.inner]: of[0](h),
+        "object": Holder(head).run,
         "nested": lambda h: torch.utils.checkpoint.checkpoint(lambda g: head(g), h, use_reentrant=True),
     }
 

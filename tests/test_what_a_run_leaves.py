@@ -130,6 +130,36 @@ def test_of_two_around_one_base_the_later_steps():
     assert base.param_groups[0]["craft_step"] == 4.0
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_another_closure_begins_anew_after_a_while_without_one(several):
+    def given(pull):
+        return {"a": pull, "b": Pull(model)} if several else pull
+
+    model = model_of()
+    place = "craft_anchor_position" + "/a" * several
+    first = given(Pull(model))
+    optimizer = CraftOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), first)
+    train(model, optimizer, 3)
+    for closure, expected in ((first, 3.0), (given(Pull(model)), 0.0)):
+        optimizer.retention_closure = None
+        train(model, optimizer, 1)
+        optimizer.retention_closure = closure
+        assert optimizer.param_groups[0][place] == expected
+    train(model, optimizer, 2)
+    optimizer.retention_closure = None
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.retention_closure = given(Pull(model))
+    assert optimizer.param_groups[0][place] == 2.0, "the place is that of the state"
+
+
+def test_groups_that_another_base_had_bring_no_place_along():
+    model = model_of()
+    old = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.02), Pull(model))
+    train(model, old, 3)
+    new = CraftOptimizer(torch.optim.AdamW(old.param_groups), Pull(model))
+    assert {new.param_groups[0][key] for key in ("craft_step", "craft_anchor_position", "craft_lambda")} == {0.0}
+
+
 def test_two_optimizers_of_one_model_resume_in_any_order():
     def run():
         model = model_of()
@@ -276,6 +306,15 @@ def test_settings_of_an_optimizer_are_no_attributes(name):
     with pytest.raises(AttributeError, match=f"`{name}` of an optimizer is not an attribute. Found {name}=5: set `r"):
         setattr(optimizer, name, 5)
     assert not hasattr(optimizer, name)
+
+
+def test_processes_may_be_set_and_are_checked_then():
+    model = model_of()
+    optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Pull(model))
+    with pytest.raises(TypeError, match=r"`process_group` must be .* Found process_group=5"):
+        optimizer.process_group = 5
+    optimizer.process_group = False
+    train(model, optimizer, 1)
 
 
 def test_settings_of_closures_are_fixed_or_take_effect(tmp_path):

@@ -23,8 +23,9 @@ _OWNERS: "weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]]" = 
 def begin_anew(base: torch.optim.Optimizer, owner: object) -> None:
     """Removes the floats of an earlier CraftOptimizer of this process, which from now on may not step."""
     _OWNERS[base] = weakref.ref(owner)
-    written = _WRITTEN.get(base, [])
-    if any(group is known for group in base.param_groups for known in written):
+    # Groups that were handed on to another base are known, too
+    known = {id(group) for written in _WRITTEN.values() for group in written}
+    if any(id(group) in known for group in base.param_groups):
         for group in base.param_groups:
             _remove(group, [key for key in group if key.startswith("craft_")])
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import getclosurevars
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -158,6 +158,8 @@ def _held_by(function: Any) -> list[Tensor]:
             with suppress(ValueError):  # a name that is not bound yet
                 known = getclosurevars(one)
                 waiting += [known.nonlocals, known.globals]
+        elif not isinstance(one, ModuleType | type):  # an object of the user's own
+            waiting += [x for x in getattr(one, "__dict__", {}).values() if isinstance(x, Tensor | torch.nn.Module)]
     return found
 
 

@@ -39,11 +39,13 @@ def grown(state: Mapping[str, float]) -> dict[str, float]:
 
 
 def reaches_float16(graph: Graph) -> bool:
-    """True if any gradient in the graph is float16."""
+    """True if any gradient in the graph is float16, or may be: what a reentrant checkpoint will run is not there."""
     for node in graph.ends:
         if node.variable.dtype == float16:
             return True
     for node in graph.inner:  # a loop, since this is asked of every node at every pass
+        if hasattr(node, "run_function"):
+            return True
         for output in node._input_metadata:
             if output.dtype == float16:
                 return True

@@ -195,7 +195,8 @@ class RetentionStep:
             ],
             rules=self._rules,
         )
-        if decision.norm > max(torch.finfo(p.dtype).max for p in self._parameters):
+        # Of all that train, which are the same on every process; integers, of a quantised model, do not
+        if decision.norm > min(torch.finfo(p.dtype).max for p in self._parameters if p.requires_grad):
             return None
         for run, update in zip(self.passes, updates, strict=True):
             run.use(update)
@@ -309,6 +310,8 @@ class RetentionStep:
         culprit = "retention pass" + (f" of {' and of '.join(names)}" if names else "")
         if not math.isfinite(grams[j].tt):
             culprit = "task gradient"
+        elif not bad:
+            culprit = "merged gradient, in its dtype,"
         if self._layout.first and skipped in (1.0, 10.0, 100.0, 1000.0):
             warn(
                 f"The {culprit} is not finite (L_ret = {losses[j]:g}, |g_ret|^2 = {grams[j].rr:g}, |g_task|^2 = "
