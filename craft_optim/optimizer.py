@@ -28,7 +28,7 @@ from craft_optim._step.evaluations import (
 from craft_optim._step.gradients import all_zero, gradients_of
 from craft_optim._step.layout import ONE_PROCESS, Layout, layout_of
 from craft_optim._step.rules import Rules
-from craft_optim._step.step import SHARED_STATE, RetentionStep
+from craft_optim._step.step import SHARED_STATE, RetentionStep, split_state
 from craft_optim._step.watch import REACH_AT, CapWatch, SinkWatch, warn_of_little_reach
 from craft_optim._warn import warn
 from craft_optim._wrapper import Arguments, Wrapper
@@ -258,7 +258,7 @@ class CraftOptimizer(Wrapper):
         closures = {name: one() for name, one in old.items()}
         self._left = {} if constraints else old
         self._constraints, self._lost_closure = constraints, False
-        self._groups_changed()
+        self._complete_groups()
         for name, constraint in constraints.items():
             if name in closures and closures[name] is not constraint.closure:  # anchors of its own, from the first
                 floats.write(self.base_optimizer, {keyed("craft_anchor_position", name): 0.0})
@@ -428,6 +428,17 @@ class CraftOptimizer(Wrapper):
     # -- our state: floats in every parameter group --------------------------------------------------------------------
 
     def _groups_changed(self) -> None:
+        ours = (key for group in self.param_groups for key in group if key.startswith("craft_"))
+        _, brought = split_state(dict.fromkeys(ours, 0.0))
+        if brought and (new := [name for name in self._constraints if name not in brought]):
+            warn(
+                f"The state that was loaded is of constraints named {[*brought]} (None: without a name), and has "
+                f"nothing of {new}: what is new begins with its first anchors and the first lambda. If it is not new, "
+                "name it as in the run that was saved.",
+            )
+        self._complete_groups()
+
+    def _complete_groups(self) -> None:
         """What belongs to names stays until closures are set that have others."""
         known = dict.fromkeys(SHARED_STATE, 0.0)
         controllers = {name: constraint.controller for name, constraint in self._constraints.items()}

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -150,6 +151,26 @@ def test_another_closure_begins_anew_after_a_while_without_one(several):
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     optimizer.retention_closure = given(Pull(model))
     assert optimizer.param_groups[0][place] == 2.0, "the place is that of the state"
+
+
+@pytest.mark.parametrize("way", [lambda optimizer: optimizer, lambda optimizer: optimizer.base_optimizer])
+@pytest.mark.parametrize(("then", "now"), [("a", "b"), ("a", None), (None, "b"), ("ab", "ac"), ("ab", "a"), ("a", "a")])
+def test_constraints_that_a_state_does_not_know_are_told_of(then, now, way):
+    def run(names):
+        model = model_of()
+        given = Pull(model) if names is None else {name: Pull(model) for name in names}
+        return model, CraftOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), given)
+
+    model, optimizer = run(then)
+    train(model, optimizer, 3)
+    other, later = run(now)
+    other.load_state_dict(model.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        way(later).load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(other, later, 1)
+    new = sorted(set([now] if now is None else now) - set([then] if then is None else then), key=str)
+    assert [f"has nothing of {new}" in str(warning.message) for warning in caught] == [True] * bool(new)
 
 
 def test_groups_that_another_base_had_bring_no_place_along():
