@@ -449,7 +449,8 @@ class CraftOptimizer(Wrapper):
     def __getstate__(self) -> dict[str, Any]:
         # The closures and the sink hold models and files.
         left_behind = ("_constraints", "on_metrics", "process_group", "_layout", "_found_for", "_left")
-        return {k: v for k, v in super().__getstate__().items() if k not in left_behind}
+        kept = {k: v for k, v in super().__getstate__().items() if k not in left_behind}
+        return kept | {"_lost_closure": self._lost_closure or bool(self._constraints)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -457,7 +458,6 @@ class CraftOptimizer(Wrapper):
         self.on_metrics = None
         self.process_group = None
         self._forget_circumstances()
-        self._lost_closure = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CraftOptimizer":
         """A copy of the base, the state and the closures, which run the copied model; the sink is shared."""

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import os
+import pickle
 import warnings
 
 import pytest
@@ -129,6 +130,16 @@ def test_of_two_around_one_base_the_later_steps():
     gc.collect()
     train(model, first, 1)
     assert base.param_groups[0]["craft_step"] == 4.0
+
+
+def test_unpickling_what_had_no_closure_has_nothing_to_tell():
+    model = model_of()
+    optimizer = CraftOptimizer(torch.optim.AdamW(model.parameters(), lr=0.02), Pull(model))
+    optimizer.retention_closure = None
+    copied, twin = pickle.loads(pickle.dumps((model, optimizer)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(copied, twin, 1)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -390,9 +401,6 @@ def test_a_closure_at_the_place_of_one_that_is_gone_is_another():
 
 
 def test_unpickling_is_told_of_unless_a_closure_was_set():
-    import pickle
-    import warnings
-
     model = model_of()
     optimizer = pickle.loads(pickle.dumps(CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Pull(model))))
     optimizer.retention_closure = Pull(model)
