@@ -297,6 +297,7 @@ class CraftOptimizer(Wrapper):
                 the parameters, or there are several processes and it is not clear whether they train one model. Nothing
                 has changed then, neither parameters nor state nor the anchors' position.
         """
+        floats.check_owner(self.base_optimizer, self)
         if not self._constraints:
             if self._lost_closure:
                 self._lost_closure = False
@@ -311,7 +312,6 @@ class CraftOptimizer(Wrapper):
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
     def _constrained_step(self, closure: Callable[[], Any] | None, more: Arguments) -> Any:
-        floats.check_owner(self.base_optimizer, self)
         if not floats.are_complete(self.base_optimizer):  # the base was given other groups
             self._groups_changed()
         groups = self.param_groups

@@ -140,6 +140,28 @@ def test_the_caller_gets_the_loss_of_the_task(cache, base):
         assert optimizer.step(closure_of(model, optimizer, seen)).item() == seen[0]
 
 
+class Numbers(torch.optim.SGD):
+    """Returns a number, as some bases do."""
+
+    def step(self, closure=None):
+        value = float(closure())
+        super().step()
+        return value
+
+
+def test_the_caller_gets_the_tasks_loss_of_a_base_that_returns_a_number():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = CraftOptimizer(Numbers([p], lr=0.1), lambda: (p - 1.0).square().sum() + 5.0, epsilon=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 3.0
+
+
 @pytest.mark.parametrize("returned", [None, "text", 2.0, 3, torch.ones(2)], ids=str)
 def test_a_closure_may_return_what_it_likes(returned):
     x = nn.Parameter(torch.ones(2))

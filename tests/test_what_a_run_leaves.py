@@ -447,3 +447,14 @@ def test_no_integral_winds_up_against_what_limits_the_multiplier(dual, merge, se
         what, _, name = key.partition("/")
         if what in ("craft_dual_integral", "craft_dual_multiplier"):
             assert value <= 1.1 * floats[f"craft_lambda/{name}" if name else "craft_lambda"] + 1.0, key
+
+
+def test_of_two_optimizers_around_one_base_the_older_does_not_step_without_retention_either():
+    p = torch.nn.Parameter(torch.ones(3))
+    base = torch.optim.SGD([p], lr=0.1)
+    older = CraftOptimizer(base, None)
+    newer = CraftOptimizer(base, lambda: p.square().sum())
+    p.sum().backward()
+    with pytest.raises(RuntimeError, match="Another CraftOptimizer has been made around this base"):
+        older.step()
+    newer.step()

@@ -102,7 +102,17 @@ class Evaluations:
 
     def loss(self, result: Any) -> Any:
         """What the base returned, or the task's loss if that was the value of an evaluation."""
-        return next((loss for value, loss in self._seen if value is result), result)
+        for value, loss in self._seen:
+            if value is result:
+                return loss
+            if (
+                isinstance(result, float)
+                and isinstance(value, Tensor)
+                and value.numel() == 1
+                and float(value) == result
+            ):
+                return float(loss)  # some bases return `float(closure())`
+        return result
 
 
 @contextmanager
