@@ -214,7 +214,7 @@ class BuildFolder:
             with suppress(OSError):
                 reason = (self.path / f"rank-{rank}.failed").read_text()
                 raise AnchorCacheError(
-                    f"Rank {rank} could not go on building the anchors in {self.path}: {reason}. {_GOES_ON}"
+                    f"Rank {rank} could not go on building the anchors in {self.path}: {reason.rstrip('.')}. {_GOES_ON}"
                 )
 
     def fail(self, error: BaseException) -> None:

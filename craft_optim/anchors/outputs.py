@@ -43,7 +43,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 _CLASSES_LAST = (
     "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForCTC", "LMHeadModel",
 )  # fmt: skip
-_MANY = 16  # so many logits are not in [0, 1] by chance
+_MANY = 16  # so many logits are hardly in [0, 1] by chance
 _FORWARD = "pass a `forward=` that returns such a tensor, or output=None and `layers`."
 _BY_PROBLEM = {"single_label_classification": "classes", "multi_label_classification": "labels", "regression": "values"}
 
@@ -126,7 +126,7 @@ class Outputs:
         self._kinds = dict(kinds) if isinstance(kinds, Mapping) else {"": kinds}
         self._dims = {name: dims.get(name) if isinstance(dims, Mapping) else dims for name in self._kinds}
         self.known: dict[str, Output] = dict(known or {})
-        self._in_unit: dict[str, int] = {}  # numbers of an output, as long as all of them are in [0, 1]
+        self._range: dict[str, tuple[int, float, float]] = {}  # count, least and largest of the first
 
     @property
     def names(self) -> list[str]:
@@ -163,7 +163,7 @@ class Outputs:
             if known is None:
                 known = _Question(self._model, x, name, inputs, valid).answer(kind, self._dims[name])
                 if known.kind != "values":
-                    self._in_unit[name] = 0
+                    self._range[name] = 0, torch.inf, -torch.inf
             elif known.dim > x.ndim or known.arranged(x).shape[-1] != known.size:
                 raise OutputError(
                     f"The model gives {_named(name)}{tuple(x.shape)}, where dimension {known.dim} had "
@@ -172,23 +172,25 @@ class Outputs:
                 )
             self.known[name] = known
             found[name] = known.arranged(x)
-            if name in self._in_unit:
+            if name in self._range:
                 self._warn_of_probabilities(name, x, known.kind)
         return found
 
     def _warn_of_probabilities(self, name: str, x: Tensor, kind: str) -> None:
-        low, high = torch.aminmax(x.detach()) if x.numel() else (0.0, 1.0)
-        constant = low == high and x.numel() > 1  # as of a head that is zero at first
-        if constant or not (float(low) >= 0.0 and float(high) <= 1.0):
-            del self._in_unit[name]
+        if not x.numel():
             return
-        self._in_unit[name] += x.numel()
-        if self._in_unit[name] >= _MANY:
-            warn(
-                f"All {self._in_unit.pop(name)} numbers of the output {_named(name)}{tuple(x.shape)} are in [0, 1]. "
-                f"{kind.capitalize()} are taken for logits: if these are probabilities, pass a `forward=` that leaves "
-                "the sigmoid or softmax out.",
-            )
+        count, low, high = self._range[name]
+        count, low, high = count + x.numel(), min(low, float(x.detach().min())), max(high, float(x.detach().max()))
+        self._range[name] = count, low, high
+        if low < 0.0 or high > 1.0 or count >= _MANY:
+            del self._range[name]
+            # Constant is a head that is zero at first; small numbers are an untrained one's
+            if 0.0 <= low < high <= 1.0 and high > 0.5:
+                warn(
+                    f"All {count} numbers of the output {_named(name)}{tuple(x.shape)} are in [0, 1]. "
+                    f"{kind.capitalize()} are taken for logits: if these are probabilities, pass a `forward=` that "
+                    "leaves the sigmoid or softmax out.",
+                )
 
     def _picked(self, output: Any, name: str, size: int | None) -> Tensor:
         at = _at(output, name) if name else logits_of(output)

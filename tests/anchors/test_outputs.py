@@ -181,7 +181,10 @@ def test_logits_and_silent_heads_are_not_taken_for_probabilities(tmp_path: Path)
     silent = mlp(4)
     nn.init.zeros_(silent[2].weight)
     nn.init.zeros_(silent[2].bias)
-    for name, model in {"logits": mlp(4), "silent": silent}.items():
+    untrained = copy.deepcopy(silent)
+    nn.init.constant_(untrained[2].bias, 0.2)
+    nn.init.normal_(untrained[2].weight, std=0.01)
+    for name, model in {"logits": mlp(4), "silent": silent, "untrained": untrained}.items():
         build(model, torch.randn(32, 6).split(8), tmp_path / name, output="labels")
 
 
