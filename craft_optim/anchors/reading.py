@@ -125,7 +125,7 @@ class Reading:
                     f"class_dim={self.class_dim!r}."
                 )
             alone = not named or isinstance(self.class_dim, Mapping)
-            if name not in kinds or (alone and dim is not None and kinds[name] in ("labels", None)):
+            if name not in kinds or (alone and dim is not None and kinds[name] == "labels"):
                 raise ValueError(
                     "`class_dim` is a dimension of classes, or of values' channels. Found "
                     f"class_dim={self.class_dim!r} with output={self.output!r}."

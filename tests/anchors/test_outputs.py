@@ -130,7 +130,6 @@ def test_only_parts_that_can_be_outputs_are_offered(returned: Any, words: str, t
         (mlp(4), {"output": "labels", "top_k": 2}, "top_k=2 and an output of labels"),
         (mlp(4), {"output": "values", "tokens": 3}, "`tokens` need classes"),
         (mlp(4), {"output": "values", "class_dim": 5}, "class_dim=5"),
-        (mlp(4), {"output": None, "class_dim": 1, "layers": ["1"]}, "class_dim=1 with output=None"),
         (nn.Sequential(mlp(1), nn.Flatten(0)), {"output": "values", "class_dim": 5}, "class_dim=5"),
         (nn.Sequential(mlp(4), nn.LogSoftmax(-1)), {"output": "labels"}, "Found log-probabilities"),
         (mlp(4), {"output": {"T": "labels"}}, "Found one tensor, .*: leave its name out, output='labels'"),
