@@ -76,7 +76,11 @@ class BuildFolder:
     def same_outputs(self, outputs: dict[str, Any]) -> None:
         """Raises ValueError if the model gave something else so far."""
         if self.outputs is not None and outputs != self.outputs:
-            raise ValueError(f"All batches must give the same outputs. Found {self.outputs} and then {outputs}.")
+            begun = " when the build was begun" if self.complete else ""
+            raise ValueError(
+                f"All batches must give the same outputs. Found {self.outputs}{begun} and then {outputs}: pass the "
+                "same `output`, `class_dim` and `forward`, or start over with overwrite=True."
+            )
         self.outputs = outputs
 
     # The beginning
@@ -210,7 +214,7 @@ class BuildFolder:
             with suppress(OSError):
                 reason = (self.path / f"rank-{rank}.failed").read_text()
                 raise AnchorCacheError(
-                    f"Rank {rank} could not go on building the anchors in {self.path}: {reason}. {_GOES_ON}"
+                    f"Rank {rank} could not go on building the anchors in {self.path}: {reason.rstrip('.')}. {_GOES_ON}"
                 )
 
     def fail(self, error: BaseException) -> None:

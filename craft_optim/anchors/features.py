@@ -17,6 +17,7 @@ from .passes import autocast_to, isolated_rng, to_device
 from .reading import Reading
 from .sampling import mixed_seed
 from .structure import Inputs
+from .variance import ChannelVariance, scales_of
 
 __all__ = ["Extractor", "Taught"]
 
@@ -52,6 +53,7 @@ class Extractor:
         self.model, self.device, self.spec, self.dtype, self.reading = model, device, spec, dtype, reading
         self.generate = reading.generate
         self._outputs: Outputs | None = None
+        self._seen: dict[str, ChannelVariance] = {}  # of each output of values
         if spec.logits is not None:
             certain = self.generate is not None or spec.top_k is not None
             kinds = "classes" if certain and reading.output == "auto" else reading.output or "auto"
@@ -132,7 +134,7 @@ class Extractor:
             features["mask"] = valid
         for name, output in found.items():
             values = output.values if name in fits else output.values.reshape(*output.shape, -1)
-            kept = {} if self.spec.logits is None else self._kept(outputs.known[name].kind, values)
+            kept = {} if self.spec.logits is None else self._kept(name, outputs.known[name].kind, values)
             if labels is not None:
                 tokens, logprobs = labels[labels != IGNORED], F.log_softmax(values.float(), dim=-1)
                 kept["tokens"] = tokens.int()
@@ -143,25 +145,29 @@ class Extractor:
             features |= kept
         return features
 
-    def _kept(self, kind: str, values: Tensor) -> dict[str, Tensor]:
+    def _kept(self, name: str, kind: str, values: Tensor) -> dict[str, Tensor]:
         if kind == "classes":
             return self._logits(F.log_softmax(values.float(), dim=-1))
         if self.spec.top_k is not None:
             raise ValueError(f"`top_k` needs classes. Found top_k={self.spec.top_k} and an output of {kind}.")
+        of = f" of {name!r}" if name else ""
         if kind == "labels":
-            return {"logits": self._round(values, "logits")}
-        self._check_rounding(values)
-        return {"values": self._round(values, "output")}
+            return {"logits": self._round(values, f"logits{of}")}
+        what = f"values{of}"
+        self._check_rounding(values, what)
+        return {"values": self._round(values, what)}
 
-    def _check_rounding(self, values: Tensor) -> None:
-        """Raises where the storage dtype is too coarse for how much the values vary."""
-        wide = values.double()
-        spread = float(wide.flatten(0, -2).var(0, correction=0).mean())
-        apart = float((wide - values.to(self.dtype).double()).square().mean())
-        if spread > 0.0 and not apart <= _COARSE * spread:
+    def _check_rounding(self, values: Tensor, what: str) -> None:
+        """Raises where the storage dtype is too coarse for how much the values of a channel have varied so far."""
+        flat = values.flatten(0, -2).cpu()
+        self._seen.setdefault(what, ChannelVariance()).add(flat)
+        apart = (flat.double() - flat.to(self.dtype).double()).square().mean(0)
+        scales = scales_of(self._seen[what].result())
+        drift = float((apart / scales).mean()) if bool((scales > 0.0).all()) else 0.0
+        if drift > _COARSE:
             raise ValueError(
-                f"The teacher's output varies so little around its mean that rounding to dtype={self.dtype} alone is a "
-                f"drift of {apart / spread:.2g} of its variance: pass dtype=torch.float32."
+                f"The teacher's {what} vary so little around their mean that rounding to dtype={self.dtype} alone is a "
+                f"drift of {drift:.2g} of their variance: pass dtype=torch.float32."
             )
 
     def _logits(self, logprobs: Tensor) -> dict[str, Tensor]:

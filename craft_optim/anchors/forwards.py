@@ -1,7 +1,7 @@
 """One forward on anchors, at the least cost: no head where nothing is compared, nothing that is known already."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .capture import Layer, run
 from .frozen import Form, forms_of, leaves, recorded, replayed
-from .outputs import Outputs, Rows, rows_of, whole
+from .outputs import OutputError, Outputs, Rows, rows_of, whole
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
 from .structure import Inputs, anchors_of
 from .valid_head import head_agrees, head_at, output_head
@@ -122,7 +122,8 @@ class AnchorForward:
         """True if the model's logits stay the same, and there is something to save in this batch."""
         if self._packs is None and output_head(self._model) is not None and not outputs.known:
             one = anchors_of(inputs, 0, 1, lengths)
-            with isolated_rng(device_of(self._model), None), torch.no_grad():
+            # What is wrong with it is said of the whole batch, in its own forward
+            with isolated_rng(device_of(self._model), None), torch.no_grad(), suppress(OutputError):
                 outputs(run(self._model, one, forward=self._forward)[0], one, 1, valid[:1])
         if self._packs is None and not outputs.one_softmax(valid.ndim):
             self._packs = False

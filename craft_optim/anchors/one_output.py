@@ -65,6 +65,13 @@ class OneOutput(CachedRetention):
                 f"{cache.describe()}: cache.retention(model) is the closure that fits it, or build it with "
                 f'output="{self.kind}".'
             )
+        own = getattr(self, "cache", cache).features.outputs[self.output]  # held-out anchors come later
+        if held != own:
+            raise AnchorMismatchError(
+                f"The anchors in {cache.path} must hold {own.describe()} in dimension {own.dim}, as {self.cache.path} "
+                f"does. Found {held.describe()} in dimension {held.dim}: build them with the same model and "
+                f"class_dim={own.dim}."
+            )
 
     @property
     def held(self) -> Output:

@@ -14,7 +14,7 @@ from .bernoulli_retention import BernoulliRetention, bernoulli_term
 from .cache import AnchorBatch, AnchorCache
 from .logit_retention import LogitRetention, kl_term
 from .masks import rows, valid_positions
-from .output_retention import UNITS, scales_of, values_term
+from .output_retention import UNITS, values_term
 from .outputs import OutputError, Outputs, rows_of
 from .passes import call, device_of, isolated_rng, to_device
 from .reading import AnchorMismatchError, Reading, require_functions
@@ -22,12 +22,17 @@ from .retention import AnchorRetention, Anchors, Settings
 from .sampling import mixed_seed, spread
 from .structure import Inputs, model_inputs
 from .teachers import adapters_off, find_adapters
+from .variance import ChannelVariance, scales_of
 
 __all__ = ["Examples", "OnlineRetention", "Teacher"]
 
 _TEACHER = "teacher"  # name of the feature that holds what it says
 _UNITS = {"classes": LogitRetention.unit, "labels": BernoulliRetention.unit, "values": UNITS["mse"]}
 _SOME = 256  # anchors that variances are measured on
+_NOT_FINITE = (
+    "Check the model and the anchors on their own; numbers that are masked with -inf must be left out, or clamped, by "
+    "`forward=`."
+)
 
 Teacher = nn.Module | Callable[[], AbstractContextManager[Any]]
 Examples = AnchorCache | Dataset[Any] | Sequence[Any]
@@ -134,13 +139,15 @@ class OnlineRetention(AnchorRetention):
         return batch._replace(features={_TEACHER: taught})
 
     def _measured_scales(self) -> Tensor:
-        places, found = spread(len(self._anchors), _SOME), []
+        places, found = spread(len(self._anchors), _SOME), ChannelVariance()
         for number, start in enumerate(range(0, len(places), self.batch_size)):
             seed = mixed_seed(self.seed, number)
             batch = self._read(self._anchors, places[start : start + self.batch_size], seed)
-            found.append(rows_of(self._by_teacher(batch, seed), self._valid(batch.inputs)).values.double().cpu())
-        scales = scales_of(torch.cat(found).var(0, correction=0).tolist())
+            found.add(rows_of(self._by_teacher(batch, seed), self._valid(batch.inputs)).values.cpu())
+        scales = scales_of(found.result())
         if not bool((scales > 0.0).all()):
+            if not bool(scales.isfinite().all()):
+                raise ValueError(f"The teacher's output is not finite. {_NOT_FINITE}")
             raise ValueError(
                 "The drift of values is measured in units of their variance over the anchors, and the teacher's do not "
                 f"vary over {len(places)} of them: use more, and more varied, anchors."
@@ -207,6 +214,8 @@ class OnlineRetention(AnchorRetention):
         return [*super()._precisions(), *(p.dtype for p in others if p.is_floating_point())]
 
     def _cause(self, batch: AnchorBatch) -> str:
+        if not bool(batch.features[_TEACHER].isfinite().all()):
+            return f"Cause: the teacher's output is not finite. {_NOT_FINITE}"
         if self.teacher is None:
             return (
                 "Likely: adapters that are not new, adapters whose initialisation changes the base weights (PiSSA, "

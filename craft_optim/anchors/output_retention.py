@@ -1,6 +1,6 @@
 """Retention of continuous outputs: regressions, denoisers, series, velocity fields, embeddings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
@@ -10,23 +10,15 @@ from . import losses
 from .cache import AnchorCache
 from .cached import CachedSettings, DriftOfEach
 from .one_output import OneOutput
+from .variance import scales_of
 
-__all__ = ["UNITS", "OutputRetention", "scales_of", "values_term"]
+__all__ = ["UNITS", "OutputRetention", "values_term"]
 
 UNITS = {
     "mse": "shares of the teacher's variance",
     "cosine": "cosine distance",
     "similarity": "squared difference of cosine similarities",
 }
-
-_CONSTANT = 1e-8  # of the mean variance: rounding of a channel that the teacher keeps constant
-
-
-def scales_of(variances: Sequence[float]) -> Tensor:
-    """What squared differences of each channel are divided by: its variance; the mean one where it is constant."""
-    scales = torch.tensor(variances, dtype=torch.float64)
-    mean = scales.mean()
-    return torch.where(scales > _CONSTANT * mean, scales, mean)
 
 
 def values_term(student: Tensor, teacher: Tensor, loss: str, scales: Tensor | None) -> tuple[Tensor, int]:

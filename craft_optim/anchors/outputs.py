@@ -1,6 +1,6 @@
 """What a model gives: classes of one softmax, labels of their own, or values. Found out, or asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -43,6 +43,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
 _CLASSES_LAST = (
     "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForCTC", "LMHeadModel",
 )  # fmt: skip
+_MANY = 16  # so many logits are hardly in [0, 1] by chance
+_FORWARD = "pass a `forward=` that returns such a tensor, or output=None and `layers`."
 _BY_PROBLEM = {"single_label_classification": "classes", "multi_label_classification": "labels", "regression": "values"}
 
 
@@ -124,6 +126,7 @@ class Outputs:
         self._kinds = dict(kinds) if isinstance(kinds, Mapping) else {"": kinds}
         self._dims = {name: dims.get(name) if isinstance(dims, Mapping) else dims for name in self._kinds}
         self.known: dict[str, Output] = dict(known or {})
+        self._range: dict[str, tuple[int, float, float]] = {}  # count, least and largest of the first
 
     @property
     def names(self) -> list[str]:
@@ -159,6 +162,8 @@ class Outputs:
             known = self.known.get(name)
             if known is None:
                 known = _Question(self._model, x, name, inputs, valid).answer(kind, self._dims[name])
+                if known.kind != "values":
+                    self._range[name] = 0, torch.inf, -torch.inf
             elif known.dim > x.ndim or known.arranged(x).shape[-1] != known.size:
                 raise OutputError(
                     f"The model gives {_named(name)}{tuple(x.shape)}, where dimension {known.dim} had "
@@ -167,17 +172,40 @@ class Outputs:
                 )
             self.known[name] = known
             found[name] = known.arranged(x)
+            if name in self._range:
+                self._warn_of_probabilities(name, x, known.kind)
         return found
 
+    def _warn_of_probabilities(self, name: str, x: Tensor, kind: str) -> None:
+        if not x.numel():
+            return
+        count, low, high = self._range[name]
+        count, low, high = count + x.numel(), min(low, float(x.detach().min())), max(high, float(x.detach().max()))
+        self._range[name] = count, low, high
+        if low < 0.0 or high > 1.0 or count >= _MANY:
+            del self._range[name]
+            # Constant is a head that is zero at first; small numbers are an untrained one's
+            if 0.0 <= low < high <= 1.0 and high > 0.5:
+                warn(
+                    f"All {count} numbers of the output {_named(name)}{tuple(x.shape)} are in [0, 1]. "
+                    f"{kind.capitalize()} are taken for logits: if these are probabilities, pass a `forward=` that "
+                    "leaves the sigmoid or softmax out.",
+                )
+
     def _picked(self, output: Any, name: str, size: int | None) -> Tensor:
-        x = _pick(output, name)
+        at = _at(output, name) if name else logits_of(output)
+        x = at if isinstance(at, Tensor) else None
         if x is None or not x.is_floating_point() or x.ndim == 0 or (size is not None and len(x) != size):
             what = f"its output {name!r}" if name else "its output, a tensor or `.logits`,"
             anchors = "" if size is None else f" with B = {size} anchors"
-            raise OutputError(
-                f"The model must give {what} as floating numbers [B, ...]{anchors}. Found "
-                f"{_in_words(output if x is None else x)}: {_remedy_of_form(output if x is None else x)}"
-            )
+            if name and at is not None:
+                instead = f"{_in_words(at)} there: {_FORWARD}"
+            elif name and isinstance(output, Tensor):
+                kind = self._kinds[name]
+                instead = f"one tensor, {_in_words(output)}: leave its name out, output={kind!r}."
+            else:
+                instead = f"{_in_words(output if x is None else x)}: {_remedy_of_form(output if x is None else x)}"
+            raise OutputError(f"The model must give {what} as floating numbers [B, ...]{anchors}. Found {instead}")
         return whole(x)
 
 
@@ -201,17 +229,17 @@ def if_grown(shape: tuple[int, ...], known: Output, inputs: Any) -> str:
     )
 
 
-def _pick(output: Any, name: str) -> Tensor | None:
-    if not name:
-        return logits_of(output)
-    x = None
+def _at(output: Any, name: str) -> Any:
+    """What the model returned by that name: a key, a place or an attribute; None if there is nothing."""
+    if isinstance(output, Tensor):  # its attributes, such as `T`, are not the model's
+        return None
     if isinstance(output, Mapping):
         x = output.get(name)
     elif isinstance(output, tuple | list) and name.isdecimal():
         x = output[int(name)] if int(name) < len(output) else None
-    if x is None:
-        x = getattr(output, name, None)
-    return x if isinstance(x, Tensor) else None
+    else:
+        x = None
+    return getattr(output, name, None) if x is None else x
 
 
 def _in_words(x: Any) -> str:
@@ -225,13 +253,15 @@ def _in_words(x: Any) -> str:
 
 
 def _remedy_of_form(x: Any) -> str:
-    if heads := list(map(str, x if isinstance(x, Mapping) else range(len(x)) if isinstance(x, tuple) else ())):
+    parts = x if isinstance(x, Mapping) else dict(enumerate(x)) if isinstance(x, tuple | list) else {}
+    heads = [str(name) for name, part in parts.items() if isinstance(part, Tensor) and part.is_floating_point()]
+    if heads := [name for name in heads if _at(x, name).ndim]:
         example = ", ".join(f'"{name}": "classes"' for name in heads[:2])
         return (
             "say what its parts are, output={" + example + ', ...}, each "classes", "labels" or "values", pass a '
             "`forward=` that returns one tensor, or output=None and `layers`."
         )
-    return "pass a `forward=` that returns such a tensor, or output=None and `layers`."
+    return _FORWARD
 
 
 def _named(name: str) -> str:
@@ -244,7 +274,7 @@ class _Question:
     def __init__(self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None) -> None:
         self.x, self.name = x, name
         self.inputs = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-        self.one_each = x.ndim == 1 or (valid is not None and valid.shape == x.shape)  # a number for each position
+        self.one_each = x.ndim == 1 or (valid is not None and valid.shape == x.shape)  # a number for each position?
         self.few = x.detach()[:4].float()
         self.model = base_model(model)
 
@@ -257,17 +287,21 @@ class _Question:
             dim = self._class_dim() if dim is None else self._in_range(dim)
             self._check_classes(dim)
             if told:
-                self._warn_of_places(dim)
-        elif self.one_each:
+                self._warn_of_places(dim, "classes")
+        elif told and dim is not None:
+            dim = dim if self.one_each and dim == x.ndim else self._in_range(dim)
+        elif self.one_each and not self._of_anchors():
             dim = x.ndim
         elif kind == "labels":
             dim = x.ndim - 1
-        elif dim is None:  # channels stand where torch has them
+        else:  # channels stand where torch has them
             dim = 2 if x.ndim == 3 else 1
-        else:
-            dim = self._in_range(dim)
-        if kind == "labels":
-            self._warn_of_probabilities()
+            self._warn_of_places(dim, "channels")
+        if kind == "labels" and self._normalised() is not None:
+            raise OutputError(
+                f"Labels must be logits. Found log-probabilities of one softmax, {_named(self.name)}{tuple(x.shape)}: "
+                'say output="classes", or pass a `forward=` that returns the logits.'
+            )
         return Output(cast(Kind, kind), dim, 1 if dim == x.ndim else x.shape[dim])
 
     def _in_range(self, dim: int) -> int:
@@ -340,6 +374,21 @@ class _Question:
         widths = {m.embedding_dim for m in self.model.modules() if isinstance(m, nn.Embedding)}
         return tokens and self.x.shape[-1] in sizes - widths
 
+    def _of_anchors(self) -> bool:
+        """True if numbers of the mask's shape [B, T] are T of each anchor, and not one of each position."""
+        if self.x.ndim != 2 or self.x.shape[1] < 2:
+            return False
+        size, kind = self.x.shape[1], type(self.model).__name__
+        if kind.endswith("Classification") and not kind.endswith("TokenClassification"):
+            return bool(size == getattr(getattr(self.model, "config", None), "num_labels", None))
+        if any(m.out_features == size for m in self.model.modules() if isinstance(m, nn.Linear)):
+            raise OutputError(
+                f"The model gives {_named(self.name)}numbers {tuple(self.x.shape)}: one of each of the mask's "
+                f"positions, or {size} of each anchor? Pass a `forward=` that returns {(*self.x.shape, 1)} in the "
+                f"first case, {(len(self.x), 1, size)} in the second."
+            )
+        return False
+
     def _check_classes(self, dim: int) -> None:
         shape, few = tuple(self.x.shape), self.few
         if dim == len(shape) or shape[dim] < 2:
@@ -353,20 +402,13 @@ class _Question:
                 f"dimension {dim}. Pass a `forward=` that leaves the softmax out, or takes the logarithm."
             )
 
-    def _warn_of_places(self, dim: int) -> None:
+    def _warn_of_places(self, dim: int, what: str) -> None:
         shape = self.x.shape
-        if dim > 1 and any(x.ndim == len(shape) > 3 and x.shape[2:] == shape[2:] for x in self.inputs):
+        if dim > 1 and any(x.is_floating_point() and _same_places(x.shape, shape) for x in self.inputs):
             warn(
-                f"Dimension {dim} of the output {tuple(shape)} is taken for {shape[dim]} classes, and the input has "
-                f"the same size there, as of rows or columns of a picture. Is it class_dim=1, {shape[1]} classes?",
-            )
-
-    def _warn_of_probabilities(self) -> None:
-        low, high = torch.aminmax(self.x.detach())
-        if self.x.numel() >= 16 and float(low) >= 0.0 and float(high) <= 1.0:
-            warn(
-                f"All {self.x.numel()} numbers of the output {tuple(self.x.shape)} are in [0, 1]. Labels are taken for "
-                "logits: if these are probabilities, pass a `forward=` that leaves the sigmoid out.",
+                f"Dimension {dim} of the output {_named(self.name)}{tuple(shape)} is taken for {shape[dim]} {what}, "
+                "and has the input's size or a part of it, as have rows or columns of a picture, or times of a series. "
+                f"Is it class_dim=1, {shape[1]} {what}?",
             )
 
     def _unclear(self, problem: str) -> str:
@@ -382,3 +424,12 @@ class _Question:
         ways.append(f"{one} if every number is the logit of a label of its own (binary cross-entropy)")
         ways.append(f"{one.replace('labels', 'values')} if they are values: a regression, a denoiser, an embedding")
         return f"Pass to `build`, or set in the Reading: {'; '.join(ways)}."
+
+
+def _same_places(given: Sequence[int], found: Sequence[int]) -> bool:
+    """True if [B, C, places...] come out of [B, C', places...], also of fewer places, as convolutions make them."""
+    if not len(given) == len(found) > 2:
+        return False
+    if len(found) == 3:  # [B, T, D] has the same T and perhaps the same D
+        return given[2] == found[2] and given[1] != found[1]
+    return all(x * found[2] == y * given[2] for x, y in zip(given[2:], found[2:], strict=True))

@@ -10,7 +10,7 @@ from .capture import POOLINGS, Spans
 from .generation import Generate, greedy
 from .masks import Mask
 from .names import plain_name
-from .outputs import KINDS
+from .outputs import FEATURES, KINDS, feature
 from .passes import Forward
 from .shards import AnchorCacheError
 from .structure import Lengths
@@ -218,13 +218,24 @@ def _output_of(cache: "AnchorCache", given: Reading) -> dict[str, Any]:
             f"The anchors in {cache.path} were built with output={kinds!r}. Found output={asked!r}: pass the `Reading` "
             "that they were built with, or build them again with this one."
         )
-    told = given.class_dim if isinstance(given.class_dim, Mapping) else {"": given.class_dim}
+    told = given.class_dim if isinstance(given.class_dim, Mapping) else dict.fromkeys(held, given.class_dim)
     for name, dim in told.items():
-        if name in held and dim is not None and dim > 0 and dim != held[name].dim:  # negative ones depend on the shape
+        if name not in held or dim is None or held[name].kind == "labels":
+            continue
+        if (dim if dim > 0 else dim + _ndim(cache, name)) != held[name].dim:
             raise AnchorMismatchError(
                 f"The anchors in {cache.path} were built with class_dim={held[name].dim}. Found class_dim={dim}."
             )
     return {"output": kinds, "class_dim": dims or None}
+
+
+def _ndim(cache: "AnchorCache", name: str) -> int:
+    """Number of dimensions that the output had."""
+    output = cache.features.outputs[name]
+    keys = [feature(key, name) for key in FEATURES[output.kind]]
+    key = next(key for key in keys if f"features.{key}" in cache.shards[0].entries)
+    joined = key in cache.joined_features  # of these the mask has the shape, without the classes
+    return cache.shards[0].form("features.mask" if joined else f"features.{key}")[1] + joined
 
 
 def require_functions(cache: "AnchorCache", reading: Reading, *names: str) -> None:

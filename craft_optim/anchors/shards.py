@@ -28,6 +28,7 @@ from torch import Tensor
 from . import images
 from .files import Folder, OpenFile
 from .packing import MAX_LEFT_OUT
+from .variance import ChannelVariance
 
 __all__ = ["AnchorCacheError", "Place", "Shard", "mean_variance", "read_plain", "variances"]
 
@@ -367,17 +368,10 @@ def mean_variance(shards: Iterable[Shard], key: str) -> float:
 
 
 def variances(shards: Iterable[Shard], key: str) -> list[float]:
-    """The variance of a feature over anchors (and positions), for each entry of its last dimension.
-
-    In float64, shard by shard: means and squared deviations of parts combine exactly (Chan et al. 1979).
-    """
-    count, mean, deviation = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    """The variance of a feature over anchors (and positions), for each entry of its last dimension."""
+    found = ChannelVariance()
     for shard in shards:
         values = shard.whole(key)
         shard.close()  # there may be more of them than descriptors
-        values = values.reshape(-1, values.shape[-1]).double()
-        n, m = len(values), values.mean(0)
-        deviation = deviation + (values - m).square().sum(0) + (m - mean).square() * (count * n / (count + n))
-        mean = mean + (m - mean) * (n / (count + n))
-        count += n
-    return [float(f"{x:.9g}") for x in (deviation / count).tolist()]  # the last digits depend on the number of threads
+        found.add(values.reshape(-1, values.shape[-1]))
+    return found.result()

@@ -95,6 +95,23 @@ def test_several_heads_are_asked_for_by_name(heads: nn.Module, words: str, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda x: (x.mean(), x), r'output=\{"1": "classes", \.\.\.\}'),  # a loss has no anchors
+        (lambda x: [x, x], r'output=\{"0": "classes", "1": "classes"'),
+        (lambda x: {"kind": x.argmax(-1), "out": x}, r'output=\{"out": "classes", \.\.\.\}'),
+        (lambda x: {"a": {"deep": x}}, "Found dict of a: pass a `forward=`"),
+    ],
+)
+def test_only_parts_that_can_be_outputs_are_offered(returned: Any, words: str, tmp_path: Path) -> None:
+    model = mlp(4)
+    with pytest.raises(ValueError, match=words):
+        build(model, [torch.randn(5, 6)], tmp_path, forward=lambda m, x: returned(m(x)))
+    with pytest.raises(ValueError, match="Found dict of deep there"):
+        build(model, [torch.randn(5, 6)], tmp_path, forward=lambda m, x: {"a": {"deep": m(x)}}, output={"a": "labels"})
+
+
+@pytest.mark.parametrize(
     ("model", "settings", "words"),
     [
         (mlp(1), {"class_dim": -1}, "softmax is 1 whatever"),
@@ -112,6 +129,10 @@ def test_several_heads_are_asked_for_by_name(heads: nn.Module, words: str, tmp_p
         (mlp(4), {"output": {"a": "classes"}}, "its output 'a'"),
         (mlp(4), {"output": "labels", "top_k": 2}, "top_k=2 and an output of labels"),
         (mlp(4), {"output": "values", "tokens": 3}, "`tokens` need classes"),
+        (mlp(4), {"output": "values", "class_dim": 5}, "class_dim=5"),
+        (nn.Sequential(mlp(1), nn.Flatten(0)), {"output": "values", "class_dim": 5}, "class_dim=5"),
+        (nn.Sequential(mlp(4), nn.LogSoftmax(-1)), {"output": "labels"}, "Found log-probabilities"),
+        (mlp(4), {"output": {"T": "labels"}}, "Found one tensor, .*: leave its name out, output='labels'"),
         (nn.Sequential(mlp(4), nn.Softmax(-1)), {"class_dim": -1}, "Found probabilities"),
         (maps(4), {"output": "classes"}, "does not say which dimension"),
         (nn.Sequential(mlp(4), nn.Threshold(0.0, 0.0)), {"outputs": "classes"}, "no `outputs`"),
@@ -129,9 +150,41 @@ def test_rows_of_a_picture_for_classes_are_warned_of(tmp_path: Path) -> None:
         build(maps(4), [torch.randn(8, 3, 6, 7)], tmp_path, class_dim=-1)
 
 
-def test_probabilities_for_labels_are_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"All 32 numbers .* are in \[0, 1\]"):
-        build(nn.Sequential(mlp(4), nn.Sigmoid()), [torch.randn(8, 6)], tmp_path, output="labels")
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (nn.Conv2d(3, 4, 2, 2), torch.randn(8, 3, 6, 8)),  # fewer places, in proportion
+        (nn.Conv1d(3, 4, 3, padding=1), torch.randn(8, 3, 7)),
+    ],
+)
+def test_places_of_a_convolution_are_warned_of(model: nn.Module, inputs: Tensor, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"Is it class_dim=1, 4 classes"):
+        build(model, [inputs], tmp_path / "a", class_dim=-1)
+    if inputs.ndim == 3:
+        with pytest.warns(UserWarning, match=r"for 7 channels, .* Is it class_dim=1, 4 channels"):
+            build(model, [inputs], tmp_path / "b", output="values")
+    build(model, [inputs], tmp_path / "c", output="values", class_dim=1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+@pytest.mark.parametrize("settings", [{"output": "labels"}, {"output": "classes"}])
+def test_probabilities_are_warned_of(size: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Also where a batch alone has too few numbers to tell."""
+    inputs = torch.randn(32, 6).split(size)
+    with pytest.warns(UserWarning, match=r"numbers .* are in \[0, 1\]\. (Labels|Classes) are taken for logits") as seen:
+        build(nn.Sequential(mlp(4), nn.Sigmoid()), inputs, tmp_path, **settings)
+    assert len(seen) == 1
+
+
+def test_logits_and_silent_heads_are_not_taken_for_probabilities(tmp_path: Path) -> None:
+    silent = mlp(4)
+    nn.init.zeros_(silent[2].weight)
+    nn.init.zeros_(silent[2].bias)
+    untrained = copy.deepcopy(silent)
+    nn.init.constant_(untrained[2].bias, 0.2)
+    nn.init.normal_(untrained[2].weight, std=0.01)
+    for name, model in {"logits": mlp(4), "silent": silent, "untrained": untrained}.items():
+        build(model, torch.randn(32, 6).split(8), tmp_path / name, output="labels")
 
 
 # Found out
@@ -297,12 +350,30 @@ def test_channels_count_alike_whatever_their_unit(tmp_path: Path) -> None:
     cache = build(model, [inputs], tmp_path, output="values", dtype=torch.float32)
     retention = cache.retention(model, batch_size=10)
     variances = cache.features.scales[""]
+    assert variances[2] == 0.0
     for channel, unit in ((0, variances[0]), (1, variances[1]), (2, sum(variances) / 3)):
         moved = copy.deepcopy(model)
         with torch.no_grad():
             moved[2].bias[channel] += unit**0.5
         assert OutputRetention(moved, cache, 10, strict=False).drift() == pytest.approx(1 / 3, rel=1e-3)
     assert retention.drift() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_small_unit_beside_a_large_one_counts(tmp_path: Path) -> None:
+    """Pascals beside a fraction: the fraction is not taken for a constant."""
+    model, inputs = mlp(2), torch.randn(50, 6)
+    with torch.no_grad():
+        model[2].weight[0] *= 1e5
+        model[2].bias[0] = 1e5
+    cache = build(model, [inputs], tmp_path, output="values", dtype=torch.float32)
+    reading, teacher = Reading(output="values"), copy.deepcopy(model)
+    with torch.no_grad():
+        model[2].bias[1] += cache.features.scales[""][1] ** 0.5
+    for retention in (
+        OutputRetention(model, cache, 10, strict=False),
+        OnlineRetention(model, inputs, 10, teacher=teacher, reading=reading, strict=False),
+    ):
+        assert retention.drift() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_values_that_do_not_vary_have_no_unit(tmp_path: Path) -> None:
@@ -330,6 +401,31 @@ def test_values_that_rounding_would_hide_are_refused(tmp_path: Path) -> None:
         build(model, [inputs], tmp_path, output="values", dtype=torch.float32).retention(model, batch_size=4).drift()
         < 1e-4
     )
+
+
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_rounding_of_one_channel_is_not_hidden_by_another(size: int, tmp_path: Path) -> None:
+    """Nor by a batch of one, which does not vary."""
+    model, inputs = mlp(2), torch.randn(9, 6)
+    with torch.no_grad():
+        model[2].weight[0] *= 1e4
+        model[2].bias[1] += 1000.0
+    with pytest.raises(ValueError, match=r"values of 'size' vary so little .* pass dtype=torch\.float32"):
+        build(model, inputs.split(size), tmp_path, forward=lambda m, x: {"size": m(x)}, output={"size": "values"})
+
+
+def test_a_teacher_that_is_not_finite_is_named() -> None:
+    model, inputs = mlp(3), torch.randn(9, 6)
+
+    def masked(m: nn.Module, x: Tensor) -> Tensor:
+        return m(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+    for kind in ("classes", "labels", "values"):
+        retention = OnlineRetention(
+            model, inputs, 4, teacher=copy.deepcopy(model), reading=Reading(forward=masked, output=kind)
+        )
+        with pytest.raises(ValueError, match="teacher's output is not finite"):
+            retention()
 
 
 # Heads
@@ -409,6 +505,31 @@ def test_another_kind_or_dimension_is_another_build(tmp_path: Path) -> None:
         LogitRetention(model, cache)
 
 
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_another_dimension_is_another_build_from_whichever_end_it_is_counted(kind: str, tmp_path: Path) -> None:
+    model, inputs = maps(5), torch.randn(4, 3, 6, 7)
+    build(model, [inputs], tmp_path, output=kind, class_dim=-3)
+    assert AnchorCache.open(tmp_path, Reading(output=kind, class_dim=1)).features.outputs[""].dim == 1
+    assert build(model, [inputs], tmp_path, output=kind, class_dim=-3).features.outputs[""].dim == 1
+    for dim in (-1, -2, -4, -9, 2, 9):
+        with pytest.raises(AnchorMismatchError, match=rf"class_dim=1\. Found class_dim={dim}"):
+            build(model, [inputs], tmp_path, output=kind, class_dim=dim)
+
+
+def test_held_out_anchors_have_the_same_output(tmp_path: Path) -> None:
+    """Of another dimension with the same size the numbers would go through."""
+    model, inputs = nn.Sequential(mlp(36), nn.Unflatten(1, (6, 6))), torch.randn(4, 6)
+    for kind in ("classes", "values"):
+        first, other = (build(model, [inputs], tmp_path / f"{kind}{dim}", output=kind, class_dim=dim) for dim in (1, 2))
+        with pytest.raises(AnchorMismatchError, match=r"must hold 6 .* in dimension 1.* Found 6 .* in dimension 2"):
+            first.retention(model, batch_size=4).drift(other)
+    for kind in ("classes", "labels", "values"):
+        first = build(mlp(4), [torch.randn(8, 6)], tmp_path / f"{kind}4", output=kind)
+        other = build(mlp(5), [torch.randn(8, 6)], tmp_path / f"{kind}5", output=kind)
+        with pytest.raises(AnchorMismatchError, match=r"must hold 4 .* Found 5 "):
+            first.retention(mlp(4), batch_size=4, strict=False).drift(other)
+
+
 def test_a_build_is_taken_up_with_the_same_outputs(tmp_path: Path) -> None:
     model, batches = mlp(4), torch.randn(20, 6).split(5)
 
@@ -418,7 +539,7 @@ def test_a_build_is_taken_up_with_the_same_outputs(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         build(model, dying(), tmp_path, shard_size=5, output="labels")
-    with pytest.raises(ValueError, match="must give the same outputs"):
+    with pytest.raises(ValueError, match=r"must give the same outputs.* when the build was begun and then"):
         build(model, batches, tmp_path, shard_size=5, output="values")
     assert build(model, batches, tmp_path, shard_size=5, output="labels").kinds == ("labels",)
 
@@ -453,6 +574,46 @@ def test_tokens_with_a_number_each(tmp_path: Path) -> None:
         cache = build(model, [batch], tmp_path / kind, output=kind)
         assert cache.features.outputs == {"": Output(kind, 2, 1)}  # type: ignore[arg-type]
         assert cache.read([0]).features["logits" if kind == "labels" else "values"].shape == (3, 1)
+
+
+class Pooled(nn.Module):
+    """As many labels as its inputs have tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embedding(input_ids).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["labels", "values"])
+def test_as_many_labels_as_tokens_are_not_masked(kind: str, tmp_path: Path) -> None:
+    model, mask = Pooled(), torch.ones(6, 5).long()
+    mask[:, 3:] = 0
+    batch = {"input_ids": torch.randint(9, (6, 5)), "attention_mask": mask}
+    with pytest.raises(ValueError, match=r"numbers \(6, 5\): one of each of the mask's positions, or 5 of each anchor"):
+        build(model, [batch], tmp_path, output=kind)
+    caches = [build(model, [batch], tmp_path / "a", Reading(lambda m, b: m(**b).unsqueeze(1)), output=kind)]
+    if kind == "values":
+        caches.append(build(model, [batch], tmp_path / "b", output=kind, class_dim=1))
+    for cache in caches:
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            moved.head.bias[4] += 1.0  # where the mask has none
+        assert cache.retention(moved, batch_size=6, strict=False).drift() > 0.01
+
+
+def test_as_many_labels_as_tokens_of_transformers_are_told_by_the_config(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        vocab_size=9, **sizes, num_labels=5, problem_type="multi_label_classification", pad_token_id=0
+    )
+    batch = {"input_ids": torch.randint(1, 9, (6, 5)), "attention_mask": torch.ones(6, 5).long()}
+    model = transformers.BertForSequenceClassification(config)
+    assert build(model, [batch], tmp_path).features.outputs == {"": Output("labels", 1, 5)}
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bart", "Bert", "Llama"])
