@@ -63,7 +63,7 @@ class HeldOutDrift:
 
     Raises:
         TypeError: `retention` does not measure its drift.
-        ValueError: `every`, `count` or `factor` is out of range.
+        ValueError: `every`, `count` or `factor` is out of range, or `heldout` is of another kind.
         RuntimeError: In a call: the closure is one of several processes'.
     """
 
@@ -82,6 +82,7 @@ class HeldOutDrift:
         factor = number("factor", factor, least=1.0, above=True, finite=False)
         self.retention, self.heldout, self.every, self.count = measurable(retention), heldout, every, count
         self.factor, self.name, self.sink = factor, name, sink
+        self.retention.check_anchors(heldout)
         self._calls = 0
         self._warned = False
 

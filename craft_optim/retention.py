@@ -118,6 +118,9 @@ class Retention(ABC):
         """
         raise TypeError(f"{type(self).__name__} has no `drift`: it tells its loss on the next anchors only.")
 
+    def check_anchors(self, anchors: Any) -> None:  # noqa: B027 - nothing to check by default
+        """Raises ValueError if `drift` cannot take these anchors, as far as can be told without a forward."""
+
     def examples(self, count: int) -> list[Any]:
         """Inputs of at most `count` of its anchors, evenly apart, each a batch of one; none if it does not tell."""
         return []

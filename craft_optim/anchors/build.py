@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from dataclasses import fields as dataclass_fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +29,7 @@ from .names import class_name, unwrapped
 from .passes import autocast_dtype, device_of, isolated_rng, steady
 from .processes import Team, find_team
 from .progress import anchor_bar
-from .reading import Reading, reading_of
+from .reading import Reading, reading_of, with_fields
 from .shards import AnchorCacheError
 from .structure import Flat, Lengths, flatten
 from .writing import Writer
@@ -126,10 +125,7 @@ def build(
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"`dtype` must be float16, bfloat16 or float32. Found {dtype}.")
     shard_size = whole("shard_size", shard_size)
-    reading = Reading() if reading is None else reading
-    if unknown := sorted(set(fields) - {field.name for field in dataclass_fields(Reading)}):
-        raise TypeError(f"`build` and `Reading` have no `{unknown[0]}`.")
-    reading = replace(reading, **fields)
+    reading = with_fields(Reading() if reading is None else reading, fields, "build")
     top_k = None if top_k is None else whole("top_k", top_k)
     if top_k is not None and reading.output is None:
         raise ValueError(f"`top_k` must be of an output. Found top_k={top_k}, output={reading.output!r}.")

@@ -15,8 +15,9 @@ from .capture import Layer
 from .fingerprint import compare_fingerprints, fingerprint
 from .forwards import AnchorForward, FrozenMismatchError, Outcome
 from .images import Encoding, decode
+from .kinds import OutputError
 from .manifest import dtype_name, is_index, is_mask
-from .outputs import OutputError, Outputs
+from .outputs import Outputs
 from .passes import autocast_dtype, to_device
 from .reading import AnchorMismatchError, Reading, reading_of, require_functions
 from .retention import AnchorRetention, Anchors, Settings

@@ -105,6 +105,11 @@ class CombinedRetention(Retention):
         """
         return float(sum(self.weights[name] * drift for name, drift in self.drifts(anchors, count).items()))
 
+    def check_anchors(self, anchors: Any) -> None:
+        """See `Retention.check_anchors`; they are for all members."""
+        for member in self.members.values():
+            member.check_anchors(anchors)
+
     def examples(self, count: int) -> list[Any]:
         """Examples of the first member."""
         return next(iter(self.members.values())).examples(count)

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from .capture import Layer, default_spans, pool, positions
 from .forwards import AnchorForward
+from .kinds import Output
 from .manifest import FeatureSpec, tap_key
 from .masks import IGNORED, valid_positions
-from .outputs import Output, Outputs, Rows, feature
+from .outputs import Outputs, Rows, feature
 from .passes import autocast_to, isolated_rng, to_device
 from .reading import Reading
 from .sampling import mixed_seed

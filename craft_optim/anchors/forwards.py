@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .capture import Layer, run
 from .frozen import Form, forms_of, leaves, recorded, replayed
-from .outputs import OutputError, Outputs, Rows, rows_of, whole
+from .kinds import OutputError
+from .outputs import Outputs, Rows, rows_of, whole
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
 from .structure import Inputs, anchors_of
 from .valid_head import head_agrees, head_at, output_head

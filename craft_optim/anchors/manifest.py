@@ -12,7 +12,7 @@ import torch
 
 from . import images
 from .files import Folder
-from .outputs import KINDS, Output
+from .kinds import KINDS, Output
 from .shards import AnchorCacheError, Shard
 from .structure import Structure
 

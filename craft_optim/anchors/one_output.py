@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .cache import AnchorBatch, AnchorCache
 from .cached import CachedRetention, CachedSettings
 from .forwards import Outcome
+from .kinds import Output
 from .masks import Mask, select, valid_positions, within
-from .outputs import FEATURES, Output, feature, if_grown
+from .outputs import FEATURES, feature, if_grown
 from .reading import AnchorMismatchError
 
 __all__ = ["OneOutput"]

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from .bernoulli_retention import BernoulliRetention, bernoulli_term
 from .cache import AnchorBatch, AnchorCache
+from .kinds import OutputError
 from .logit_retention import LogitRetention, kl_term
 from .masks import rows, valid_positions
 from .output_retention import UNITS, values_term
-from .outputs import OutputError, Outputs, rows_of
+from .outputs import Outputs, rows_of
 from .passes import call, device_of, isolated_rng, to_device
-from .reading import AnchorMismatchError, Reading, require_functions
+from .reading import AnchorMismatchError, Reading, require_functions, with_fields
 from .retention import AnchorRetention, Anchors, Settings
 from .sampling import mixed_seed, spread
 from .structure import Inputs, model_inputs
@@ -69,10 +70,12 @@ class OnlineRetention(AnchorRetention):
         reading: Its `forward`, also called with the teacher, if that is a module; its `output` and `class_dim`; its
             `mask`, by default `attention_mask` (of an encoder-decoder model `decoder_attention_mask`, else its labels
             that are not -100) where its shape fits, else all; its `autocast`. None: a cache's own.
-        **settings: See `AnchorRetention`. `seed` is also of what `anchors` and `collate` draw.
+        **settings: See `AnchorRetention`; `seed` is also of what `anchors` and `collate` draw. And fields of `Reading`
+            by keyword, instead of those of `reading`: `class_dim`, `output`, `mask` and so on.
 
     Raises:
-        TypeError: `anchors` are not a sequence of examples, or `teacher` is none of the three.
+        TypeError: `anchors` are not a sequence of examples, `teacher` is none of the three, or there is no such
+            argument.
         ValueError: There is no teacher (no adapters, a learned prompt), it shares trainable parameters with the model,
             there are fewer anchors than a batch, or `reading` names several outputs: make one closure of each. In a
             call: nothing says what the output is, or it is something else; also see `teachers.adapters_off`.
@@ -87,11 +90,13 @@ class OnlineRetention(AnchorRetention):
         teacher: Teacher | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         reading: Reading | None = None,
-        **settings: Unpack[Settings],
+        **settings: Any,
     ) -> None:
+        own = {name: settings.pop(name) for name in list(settings) if name not in Settings.__annotations__}
         if reading is None and isinstance(anchors, AnchorCache):
             reading = anchors.reading
-            require_functions(anchors, reading, "forward", "mask")
+            require_functions(anchors, with_fields(reading, own, "OnlineRetention"), "forward", "mask")
+        reading = with_fields(Reading() if reading is None else reading, own, "OnlineRetention")
         self.teacher, self.collate = teacher, collate
         super().__init__(model, self._source(anchors), batch_size, reading=reading, **settings)
         self._scales: Tensor | None = None

@@ -8,9 +8,10 @@ import torch
 
 from .capture import POOLINGS, Spans
 from .generation import Generate, greedy
+from .kinds import KINDS
 from .masks import Mask
 from .names import plain_name
-from .outputs import FEATURES, KINDS, feature
+from .outputs import FEATURES, feature
 from .passes import Forward
 from .shards import AnchorCacheError
 from .structure import Lengths
@@ -18,7 +19,7 @@ from .structure import Lengths
 if TYPE_CHECKING:
     from .cache import AnchorCache
 
-__all__ = ["AnchorMismatchError", "Reading", "name_of", "reading_of", "require_functions"]
+__all__ = ["AnchorMismatchError", "Reading", "name_of", "reading_of", "require_functions", "with_fields"]
 
 
 class AnchorMismatchError(ValueError):
@@ -159,6 +160,17 @@ class Reading:
 
 _NO_NAMES = ("hidden", "tokens", "actions")  # kinds of retention
 _DEFAULTS = {field.name: field.default for field in fields(Reading)}
+
+
+def with_fields(reading: Reading, given: Mapping[str, Any], owner: str) -> Reading:
+    """The reading with some of its fields replaced.
+
+    Raises:
+        TypeError: It has no such field; `owner` has no such argument either.
+    """
+    if unknown := sorted(set(given) - set(_DEFAULTS)):
+        raise TypeError(f"`{owner}` and `Reading` have no `{unknown[0]}`.")
+    return replace(reading, **given) if given else reading
 
 
 def name_of(function: Any) -> str:

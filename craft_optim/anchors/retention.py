@@ -196,6 +196,10 @@ class AnchorRetention(Retention):
         if self._unchecked:
             self.loss(0)
 
+    def check_anchors(self, anchors: Any) -> None:
+        """See `Retention.check_anchors`."""
+        self._source(anchors)
+
     def examples(self, count: int) -> list[Any]:
         """Inputs of at most `count` anchors, evenly apart, each a batch of one."""
         return [self._read(self._anchors, [place], 0).inputs for place in spread(len(self._anchors), count)]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .build_folder import BuildFolder
 from .fingerprint import anchor_checksums
+from .kinds import Output
 from .manifest import cover, is_mask
-from .outputs import Output
 from .shard_buffer import ShardBuffer
 from .shards import AnchorCacheError
 from .structure import Flat, cut

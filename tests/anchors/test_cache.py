@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, AnchorCacheError, LogitRetention, Reading, build
+from craft_optim.anchors.kinds import Output
 from craft_optim.anchors.manifest import manifest_text
-from craft_optim.anchors.outputs import Output
 from craft_optim.anchors.shards import Shard
 from craft_optim.anchors.structure import flatten
 

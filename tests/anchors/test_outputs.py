@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from craft_optim import CraftOptimizer
+from craft_optim import CraftOptimizer, HeldOutDrift
 from craft_optim.anchors import (
     AnchorCache,
     AnchorMismatchError,
@@ -22,7 +22,7 @@ from craft_optim.anchors import (
     Reading,
     build,
 )
-from craft_optim.anchors.outputs import Output
+from craft_optim.anchors.kinds import Output
 
 
 def mlp(outputs: int) -> nn.Sequential:
@@ -655,3 +655,25 @@ def test_labels_of_a_model_that_does_not_say_are_asked_for(tmp_path: Path) -> No
     batch = {"ids": torch.randint(9, (4, 6)), "labels": torch.randint(9, (4, 6))}
     with pytest.raises(ValueError, match=r"mask=lambda batch"):
         build(model, [batch], tmp_path, Reading(lambda m, b: m(b["ids"]), mask="labels"))
+
+
+def test_held_out_anchors_of_another_kind_are_refused_before_the_run(tmp_path: Path) -> None:
+    model, inputs = mlp(4), torch.randn(20, 6)
+    retention = build(model, [inputs], tmp_path / "a", output="labels").retention(model, batch_size=4)
+    other = build(model, [inputs], tmp_path / "b", output="values")
+    for closure in (retention, CombinedRetention({"only": retention})):
+        with pytest.raises(ValueError, match="output of labels"):
+            HeldOutDrift(closure, other)
+
+
+def test_what_an_output_is_may_be_said_beside_the_examples() -> None:
+    model, inputs = mlp(4), torch.randn(20, 6)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    said = OnlineRetention(model, inputs, 4, teacher=teacher, output="labels", seed=3)
+    read = OnlineRetention(model, inputs, 4, teacher=teacher, reading=Reading(output="labels"), seed=3)
+    assert said.reading == read.reading
+    assert said.unit == BernoulliRetention.unit
+    disturb(model)
+    assert said.drift() == read.drift() > 0.0
+    with pytest.raises(TypeError, match="`OnlineRetention` and `Reading` have no `outputs`"):
+        OnlineRetention(model, inputs, 4, teacher=teacher, outputs="labels")
