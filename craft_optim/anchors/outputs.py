@@ -30,7 +30,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "values": ("values",),
 }
 
-_MANY = 16  # so many logits are hardly in [0, 1] by chance
+_MANY = {"labels": 32, "classes": 128}  # so many logits are hardly in [0, 1] by chance
 _FORWARD = "pass a `forward=` that returns such a tensor, or output=None and `layers`."
 
 
@@ -137,7 +137,7 @@ class Outputs:
         count, low, high = self._range[name]
         count, low, high = count + x.numel(), min(low, float(x.detach().min())), max(high, float(x.detach().max()))
         self._range[name] = count, low, high
-        if low < 0.0 or high > 1.0 or count >= _MANY:
+        if low < 0.0 or high > 1.0 or count >= _MANY[kind]:
             del self._range[name]
             # Constant is a head that is zero at first; small numbers are an untrained one's
             if 0.0 <= low < high <= 1.0 and high > 0.5:

@@ -3,14 +3,20 @@
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 IMAGE, START, END = 30, 28, 29  # tokens
-ROPE = "rope_scaling" if transformers.__version__.startswith("4") else "rope_parameters"
+
+
+def _since_5() -> bool:
+    import transformers  # not above: doctests are looked for in this file, too, where it is not installed
+
+    return not transformers.__version__.startswith("4")
 
 
 def qwen(seed: int = 0) -> nn.Module:
+    import transformers
+
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         config = transformers.Qwen2VLConfig(
@@ -22,7 +28,7 @@ def qwen(seed: int = 0) -> nn.Module:
                 "num_attention_heads": 2,
                 "num_key_value_heads": 2,
                 "initializer_range": 0.2,
-                ROPE: {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+                "rope_parameters" if _since_5() else "rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
             },
             vision_config={
                 "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2,
@@ -60,7 +66,7 @@ def collate(rows: list[Example]) -> dict[str, Tensor]:
     """As the processor does."""
     ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True)
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
-    if ROPE == "rope_parameters":  # since transformers 5
+    if _since_5():
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
     for name in ("pixel_values", "image_grid_thw"):
         flat = torch.cat([row[name] for row in rows])
