@@ -17,6 +17,7 @@ def _since_5() -> bool:
 def qwen(seed: int = 0) -> nn.Module:
     import transformers
 
+    rope = "rope_parameters" if _since_5() else "rope_scaling"
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         config = transformers.Qwen2VLConfig(
@@ -28,7 +29,7 @@ def qwen(seed: int = 0) -> nn.Module:
                 "num_attention_heads": 2,
                 "num_key_value_heads": 2,
                 "initializer_range": 0.2,
-                "rope_parameters" if _since_5() else "rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+                rope: {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
             },
             vision_config={
                 "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2,
