@@ -1,10 +1,11 @@
 """The tables of docs/findings.md are what the commands' results say."""
 
 import pytest
-from findings import PAGE, TABLES, marks, read_results, updated
 from pareto.beyond import VARIANTS
 from pareto.methods import METHODS
 from pareto.summary import fronts, outcomes
+
+from findings import PAGE, TABLES, marks, read_results, updated
 
 
 @pytest.fixture(scope="module")
