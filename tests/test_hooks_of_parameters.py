@@ -27,18 +27,23 @@ class Named(Retention):
 CLOSURES = {"its class": Named, "a function": lambda model: lambda: model(torch.ones(2, 3)).square().mean()}
 
 
-@pytest.mark.parametrize("register", ["register_post_accumulate_grad_hook", "register_hook"])
-@pytest.mark.parametrize("kind", CLOSURES)
-def test_an_optimizer_in_the_backward_of_other_parameters_steps_once(register, kind):
-    model = parts()
-    fused = {p: torch.optim.SGD([p], lr=0.1) for p in model[0].parameters()}
-    fired = []
+def in_the_backward(parameters):
+    """An optimizer for each parameter, the parameters that have stepped, and the hook by which they do."""
+    fused, fired = {p: torch.optim.SGD([p], lr=0.1) for p in parameters}, []
 
     def hook(p):
         fired.append(p)
         fused[p].step()
         fused[p].zero_grad()
 
+    return fused, fired, hook
+
+
+@pytest.mark.parametrize("register", ["register_post_accumulate_grad_hook", "register_hook"])
+@pytest.mark.parametrize("kind", CLOSURES)
+def test_an_optimizer_in_the_backward_of_other_parameters_steps_once(register, kind):
+    model = parts()
+    fused, fired, hook = in_the_backward(model[0].parameters())
     for p in fused:
         getattr(p, register)(hook if register != "register_hook" else lambda g, p=p: fired.append(p))
     optimizer = CraftOptimizer(torch.optim.AdamW(model[2].parameters(), lr=1e-3), CLOSURES[kind](model))
@@ -54,14 +59,7 @@ def test_an_optimizer_in_the_backward_of_other_parameters_steps_once(register, k
 def test_so_it_does_where_its_parameters_are_ours_too():
     """The task's gradient is used up by the time we step: there is none, and the parameter is not touched."""
     model = parts()
-    fused = {p: torch.optim.SGD([p], lr=0.1) for p in model[0].parameters()}
-    fired = []
-
-    def hook(p):
-        fired.append(p)
-        fused[p].step()
-        fused[p].zero_grad()
-
+    fused, fired, hook = in_the_backward(model[0].parameters())
     for p in fused:
         p.register_post_accumulate_grad_hook(hook)
     optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Named(model))

@@ -42,6 +42,20 @@ def train(model, optimizer, steps, start=0):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def assert_resumes(run):
+    """By torch's distributed checkpoint, from the 10th step, to the bit; `run()` makes model and optimizer."""
+    model, optimizer = run()
+    train(model, optimizer, 10)
+    saved = copy.deepcopy((model.state_dict(), get_optimizer_state_dict(model, optimizer)))
+    expected, groups = train(model, optimizer, 5, 10), len(optimizer.param_groups)
+    model, optimizer = run()
+    model.load_state_dict(saved[0])
+    set_optimizer_state_dict(model, optimizer, saved[1])
+    assert [group["craft_step"] for group in optimizer.param_groups] == [10.0] * groups
+    found = train(model, optimizer, 5, 10)
+    assert all(map(torch.equal, expected, found))
+
+
 # -- floats in the groups ----------------------------------------------------------------------------------------------
 
 
@@ -56,16 +70,7 @@ def test_a_run_resumes_from_a_distributed_checkpoint_with_an_empty_group(empty, 
         given = {"a": pull, "b": Constraint(Pull(model), 0.2)} if several else pull
         return model, CraftOptimizer(torch.optim.AdamW(groups, lr=0.02), given)
 
-    model, optimizer = run()
-    train(model, optimizer, 10)
-    saved = copy.deepcopy((model.state_dict(), get_optimizer_state_dict(model, optimizer)))
-    expected = train(model, optimizer, 5, 10)
-    model, optimizer = run()
-    model.load_state_dict(saved[0])
-    set_optimizer_state_dict(model, optimizer, saved[1])
-    assert [group["craft_step"] for group in optimizer.param_groups] == [10.0] * 3
-    found = train(model, optimizer, 5, 10)
-    assert all(map(torch.equal, expected, found))
+    assert_resumes(run)
 
 
 @pytest.mark.parametrize("way", ["replaced", "loaded", "one more", "without ours"])
@@ -235,15 +240,7 @@ def test_schedule_free_resumes_from_a_distributed_checkpoint():
         optimizer.train()
         return model, optimizer
 
-    model, optimizer = run()
-    train(model, optimizer, 10)
-    saved = copy.deepcopy((model.state_dict(), get_optimizer_state_dict(model, optimizer)))
-    expected = train(model, optimizer, 5, 10)
-    model, optimizer = run()
-    model.load_state_dict(saved[0])
-    set_optimizer_state_dict(model, optimizer, saved[1])
-    found = train(model, optimizer, 5, 10)
-    assert all(map(torch.equal, expected, found))
+    assert_resumes(run)
 
 
 # -- sinks -------------------------------------------------------------------------------------------------------------

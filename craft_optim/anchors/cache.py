@@ -130,8 +130,12 @@ class AnchorCache:
         """
         f = self.features
         others = {"hidden": bool(f.layers), "tokens": f.tokens is not None}
-        outputs = (name or _OF_ONE[output.kind] for name, output in f.outputs.items())
-        return (*outputs, *(kind for kind, held in others.items() if held))
+        return (*self._outputs, *(kind for kind, held in others.items() if held))
+
+    @property
+    def _outputs(self) -> dict[str, str]:
+        """Kind of retention of an output -> its name."""
+        return {name or _OF_ONE[output.kind]: name for name, output in self.features.outputs.items()}
 
     def retention(
         self, model: nn.Module, kind: str | None = None, batch_size: int = 16, **settings: Any
@@ -168,9 +172,9 @@ class AnchorCache:
             "hidden": HiddenRetention,
             "tokens": TokenRetention,
         }
-        outputs = {name or _OF_ONE[output.kind]: (name, output.kind) for name, output in self.features.outputs.items()}
-        if kind in outputs:
-            settings["output"], kind = outputs[kind]
+        if kind in self._outputs:
+            settings["output"] = name = self._outputs[kind]
+            kind = self.features.outputs[name].kind
         retention: CachedRetention = classes[kind](model, self, batch_size, **settings)
         return retention
 

@@ -168,13 +168,15 @@ class OnlineRetention(AnchorRetention):
         else:
             switched = adapters_off(self.model) if teacher is None else teacher()
         with torch.no_grad(), switched, self._pass(seed, other):
-            return self._output(batch.inputs, other)
+            # It tells what the output is, once; a mask that is a function need not run for that again
+            valid = None if self._outputs.known else self._valid(batch.inputs)
+            return self._output(batch.inputs, valid, other)
 
-    def _output(self, inputs: Inputs, other: nn.Module | None = None) -> Tensor:
+    def _output(self, inputs: Inputs, valid: Tensor | None, other: nn.Module | None = None) -> Tensor:
         """Output of the model, or of a teacher that is a module of its own: `[B, ..., V]`."""
         model, device = (self.model, self.device) if other is None else (other, device_of(other))
         output = call(model, to_device(inputs, device), self.reading.forward)
-        (found,) = self._outputs(output, inputs, None, self._valid(inputs)).values()
+        (found,) = self._outputs(output, inputs, None, valid).values()
         return found
 
     def _valid(self, inputs: Inputs) -> Tensor | None:
@@ -188,7 +190,7 @@ class OnlineRetention(AnchorRetention):
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         teacher, valid = batch.features[_TEACHER], self._valid(batch.inputs)
         try:
-            student = self._output(batch.inputs)
+            student = self._output(batch.inputs, valid)
         except OutputError as error:
             raise AnchorMismatchError(str(error)) from error
         if student.shape != teacher.shape:
