@@ -36,8 +36,26 @@ class Controller(Protocol):
         """Finite floats, the same keys for the whole run."""
         ...
 
-    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
-        """One update. `loss` and `epsilon` are finite and `epsilon` >= 0; `cap` >= 0."""
+    def __call__(
+        self,
+        state: Mapping[str, float],
+        *,
+        loss: float,
+        epsilon: float,
+        cap: float = math.inf,
+        unit: float = 1.0,
+        steps: int = 1,
+    ) -> Update:
+        """One update.
+
+        Args:
+            state: Of the update before.
+            loss: L_ret on this pass's anchors, finite.
+            epsilon: The allowed drift, finite and >= 0.
+            cap: The largest multiplier that will be used, >= 0.
+            unit: |g_t| / |g_r|: the multiplier at which both gradients are equally long. 0 or infinite without one.
+            steps: Optimizer steps that this pass stands for: those until the next one.
+        """
         ...
 
 
@@ -65,44 +83,70 @@ def log_violation(loss: float, epsilon: float) -> float:
 
 @dataclass(frozen=True)
 class MultiplicativePI:
-    """PI control of the relative violation, on the logarithm of the multiplier (the default, `dual="pi"`).
+    """PI control of the relative violation, on the logarithm of retention's share of a step (the default, `dual="pi"`).
 
-    With e = log(L_ret / epsilon):
+    With u the average of |g_t| / |g_r| over passes, in its logarithm, and K the steps that a pass stands for:
 
-        lambda   = min(lambda_I exp(kp clip(e, -4, 2)), cap, lambda_max)
-        lambda_I = clip(lambda_I exp(ki clip(e, -1, 1)), 1e-3, lambda_max)      no increase while lambda is held down
+        lambda = min(K s exp(kp clip(log(L_ret / epsilon), -4, 2)) u, cap)
+        s      = clip(s exp(ki K clip(L_ret / epsilon - 1, -1, 8)), 1e-6, 1e6)    no increase while lambda is held down
 
-    Working with ratios makes it indifferent to the units of both losses.
+    s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
+    task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
+    and not its logarithm: it comes to rest where the *mean* of L_ret is epsilon, however noisy the batches are. u
+    follows each pass alone until L_ret has come to epsilon / 2, as |g_r| grows from 0 until then; afterwards over up
+    to ten passes.
 
     Args:
-        initial: lambda_I(0), > 0.
-        ki: Integral gain per retention step, >= 0.
+        initial: s at the start, in [1e-6, 1e6].
+        ki: Integral gain per optimizer step, >= 0.
         kp: Proportional gain, >= 0.
-        maximum: Upper bound of the multiplier.
     """
 
     initial: float = 1.0
     ki: float = 0.1
     kp: float = 1.0
-    maximum: float = 1e4
-    minimum: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self, "initial", "minimum", open_low=True)
+        _check(self, "initial", open_low=True)
         _check(self, "ki", "kp")
-        _check(self, "maximum", low=self.minimum)
 
     def initial_state(self) -> dict[str, float]:
-        return {"integral": _clip(self.initial, self.minimum, self.maximum)}
+        return {"integral": _clip(self.initial, *_SHARES), "log_unit": 0.0, "passes": 0.0}
 
-    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
-        integral = state["integral"]
+    def __call__(
+        self,
+        state: Mapping[str, float],
+        *,
+        loss: float,
+        epsilon: float,
+        cap: float = math.inf,
+        unit: float = 1.0,
+        steps: int = 1,
+    ) -> Update:
+        integral, log_unit, passes = (state[name] for name in ("integral", "log_unit", "passes"))
+        if passes > 0.0 or loss >= _NEAR * epsilon:
+            passes += 1.0
+        if 0.0 < unit < math.inf:
+            log_unit += max(1.0 - _SLOWEST, _PASSES / (_PASSES + passes)) * (math.log(unit) - log_unit)
         error = log_violation(loss, epsilon)
-        wanted, most = integral * math.exp(self.kp * _clip(error, -4.0, 2.0)), min(cap, self.maximum)
-        capped = wanted > most
-        if not (capped and error > 0.0):  # anti-windup
-            integral = _clip(integral * math.exp(self.ki * _clip(error, -1.0, 1.0)), self.minimum, self.maximum)
-        return Update(min(wanted, most), {"integral": integral}, capped)
+        wanted = steps * integral * math.exp(_clip(self.kp * _clip(error, -4.0, 2.0) + log_unit, -700.0, 700.0))
+        capped, excess = wanted > cap, _excess(loss, epsilon)
+        if not (capped and excess > 0.0):  # anti-windup
+            integral = _clip(integral * math.exp(_clip(self.ki * steps * excess, -50.0, 50.0)), *_SHARES)
+        state = {"integral": integral, "log_unit": log_unit, "passes": passes}
+        return Update(min(wanted, cap), state, capped or integral == _SHARES[1])
+
+
+_SHARES = (1e-6, 1e6)
+_NEAR = 0.5  # of epsilon
+_SLOWEST, _PASSES = 0.9, 10.0
+
+
+def _excess(loss: float, epsilon: float) -> float:
+    """clip(loss / epsilon - 1, -1, 8)."""
+    if epsilon == 0.0:
+        return 8.0 if loss > 0.0 else -1.0
+    return _clip(loss / epsilon - 1.0, -1.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -129,7 +173,9 @@ class DualAscent:
     def initial_state(self) -> dict[str, float]:
         return {"multiplier": _clip(self.initial, 0.0, self.maximum)}
 
-    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+    def __call__(
+        self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf, **_: Any
+    ) -> Update:
         multiplier, error = state["multiplier"], loss - epsilon
         capped, following = multiplier > cap, multiplier
         if not (capped and error > 0.0):
@@ -171,7 +217,9 @@ class NuPI:
     def initial_state(self) -> dict[str, float]:
         return {"integral": _clip(self.initial, 0.0, self.maximum), "average": 0.0, "seeded": 0.0}
 
-    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+    def __call__(
+        self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf, **_: Any
+    ) -> Update:
         error = loss - epsilon
         average = self.nu * state["average"] + (1.0 - self.nu) * error if state["seeded"] else error
         integral = _clip(state["integral"] + self.ki * error, 0.0, self.maximum)
@@ -212,7 +260,9 @@ class AugmentedLagrangian:
     def initial_state(self) -> dict[str, float]:
         return {"multiplier": _clip(self.initial, 0.0, self.maximum)}
 
-    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf) -> Update:
+    def __call__(
+        self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = math.inf, **_: Any
+    ) -> Update:
         error = loss - epsilon
         mu = state["multiplier"]
         wanted, most = max(mu + self.penalty * error, 0.0), min(cap, self.maximum)
@@ -238,12 +288,12 @@ def make_controller(
     Args:
         dual: "pi", "ascent", "nupi", "augmented_lagrangian", or an object with the interface of `Controller`, which
             has the other three already.
-        initial: lambda at the start. None, here and below: the default of the class.
+        initial: lambda at the start; of "pi", retention's share. None, here and below: the default of the class.
         gain: Gain of the integral or ascent term.
-        maximum: Upper bound of lambda.
+        maximum: Upper bound of lambda; "pi" has none but the cap.
 
     Raises:
-        ValueError: If the name is unknown or a value is out of its range.
+        ValueError: If the name is unknown, a value is out of its range, or "pi" is given a maximum.
         TypeError: If `dual` is neither a name nor a controller.
     """
     if not isinstance(dual, str):
@@ -254,6 +304,11 @@ def make_controller(
         names = ", ".join(map(repr, _CONTROLLERS))
         raise ValueError(f"`dual` must be one of {names}, or a controller. Found dual={dual!r}.")
     kind, name_of_gain = _CONTROLLERS[dual]
+    if maximum is not None and kind is MultiplicativePI:
+        raise ValueError(
+            f"`maximum` is a bound of lambda in the units of both losses, and dual='pi' has none of these. Found "
+            f"maximum={maximum!r}: set `rho`, the bound of retention's share of a step, or leave it out."
+        )
     given = {"initial": initial, name_of_gain: gain, "maximum": maximum}
     controller: Controller = kind(**{name: value for name, value in given.items() if value is not None})
     return controller

@@ -27,9 +27,10 @@ from craft_optim._step.evaluations import (
 )
 from craft_optim._step.gradients import all_zero, gradients_of
 from craft_optim._step.layout import ONE_PROCESS, Layout, layout_of
+from craft_optim._step.pace import due
 from craft_optim._step.rules import Rules
 from craft_optim._step.step import SHARED_STATE, RetentionStep, split_state
-from craft_optim._step.watch import REACH_AT, CapWatch, SinkWatch, warn_of_little_reach
+from craft_optim._step.watch import REACH_AT, CapWatch, HeldOutWatch, SinkWatch, StepWatch, warn_of_little_reach
 from craft_optim._warn import warn
 from craft_optim._wrapper import Arguments, Wrapper
 from craft_optim.dual import Controller, DualAscent, make_controller
@@ -40,7 +41,7 @@ from craft_optim.schedules import Linear, Schedule, as_schedule
 __all__ = ["CraftOptimizer"]
 
 # Keywords that are no attributes: to set one would do nothing
-_SETTINGS = {"epsilon", "dual", *(field.name for field in fields(Rules))}
+_SETTINGS = {"epsilon", "dual", "heldout", *(field.name for field in fields(Rules))}
 
 
 class CraftOptimizer(Wrapper):
@@ -77,6 +78,8 @@ class CraftOptimizer(Wrapper):
             step -> float. None: 0.05, or what each `Constraint` says.
         dual: How lambda is found: "pi", "ascent", "nupi", "augmented_lagrangian" or a `craft_optim.dual.Controller`.
             None: "pi", or what each `Constraint` says.
+        heldout: Anchors that are not trained on, such as a cache of others: epsilon is then the drift on these, see
+            `Constraint`. None: epsilon is the drift on the anchors.
         process_group: The processes that gradients of plain (not sharded) parameters are averaged over. None: those of
             the DDP module that holds the parameters; needed where gradients are averaged in another way. False: none.
         on_metrics: Called with `metrics` after every retention step, for example `craft_optim.metrics.JSONLWriter`; of
@@ -126,6 +129,7 @@ class CraftOptimizer(Wrapper):
         *,
         epsilon: float | Schedule | None = None,
         dual: str | Controller | None = None,
+        heldout: Any = None,
         process_group: "dist.ProcessGroup | Literal[False] | None" = None,
         on_metrics: Callable[[Mapping[str, float]], None] | None = None,
         **rules: Any,
@@ -140,6 +144,7 @@ class CraftOptimizer(Wrapper):
         self._rules = Rules(**rules)
         self._epsilon = None if epsilon is None else as_schedule(epsilon)
         self._dual = None if dual is None else make_controller(dual)
+        self._heldout = heldout
         super().__init__(base_optimizer)
         self._constraints = self._checked(retention_closure)
         self._left: dict[str | None, weakref.ref[Retention]] = {}  # closures whose places are in the state
@@ -147,6 +152,7 @@ class CraftOptimizer(Wrapper):
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
         self._cap_watch, self._sink_watch = CapWatch(), SinkWatch()
+        self._heldout_watch, self._step_watch = HeldOutWatch(), StepWatch()
         self._lost_closure = False
         self._forget_circumstances()
         floats.begin_anew(base_optimizer, self)
@@ -179,6 +185,7 @@ class CraftOptimizer(Wrapper):
             "projection": "always",
             "conflict_threshold": -0.1,
             "retention_every": 5,
+            "trust_region": None,
         }
         return cls(base_optimizer, retention_closure, **(settings | overrides))
 
@@ -261,7 +268,10 @@ class CraftOptimizer(Wrapper):
         self._complete_groups()
         for name, constraint in constraints.items():
             if name in closures and closures[name] is not constraint.closure:  # anchors of its own, from the first
-                floats.write(self.base_optimizer, {keyed("craft_anchor_position", name): 0.0})
+                known = initial_state(constraint.controller)
+                lam = [what for what in known if what.startswith(("craft_lambda", "craft_dual_"))]
+                anew = {keyed(what, name): value for what, value in known.items() if what not in lam}
+                floats.write(self.base_optimizer, anew)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -269,7 +279,7 @@ class CraftOptimizer(Wrapper):
 
     def _checked(self, closure: Constraints | None) -> dict[str | None, Constraint]:
         """The constraints by name, if they go with the rules."""
-        constraints = constraints_of(closure, self._epsilon, self._dual)
+        constraints = constraints_of(closure, self._epsilon, self._dual, self._heldout)
         self._rules.check_for(len(constraints))
         if constraints:
             check_base(self.base_optimizer)
@@ -319,7 +329,8 @@ class CraftOptimizer(Wrapper):
         step = int(groups[0]["craft_step"])
         if closure is None and self._is_priming(step):
             return self._prime_base()
-        if step % self._rules.retention_every != 0 or (closure is None and without_gradients(self._each_parameter())):
+        state = {key: value for key, value in groups[0].items() if key.startswith("craft_")}
+        if not due(state, self._rules) or (closure is None and without_gradients(self._each_parameter())):
             result = self._step_base(closure, more)
             self._count(step, None)
             self._finish(step, None)
@@ -331,8 +342,9 @@ class CraftOptimizer(Wrapper):
             self._rules,
             parameters,
             ascended=ascended(self.base_optimizer),
-            state={key: value for key, value in groups[0].items() if key.startswith("craft_")},
+            state=state,
             layout=self._find_layout(parameters),
+            shorten=closure is None or not self._may_move,
             find_reached=self._measured + 1 == REACH_AT,
         )
         with interrupts_wait():
@@ -342,7 +354,10 @@ class CraftOptimizer(Wrapper):
                     result = self._step_base(None, more)
                 else:
                     result = self._evaluated(closure, more, parameters, retention)
-                self._count(step, retention)  # before anything else, as memory for the gradients, may be missing
+                try:
+                    retention.shorten()
+                finally:
+                    self._count(step, retention)  # before anything else, as memory for the gradients, may be missing
             self._finish(step, retention)
         return result
 
@@ -355,13 +370,17 @@ class CraftOptimizer(Wrapper):
     ) -> Any:
         """The base's step on a closure, which it may evaluate anywhere."""
         evaluations = Evaluations(closure, parameters, retention)
-        moves = may_move(self.base_optimizer) if self._base_moves is None else self._base_moves
+        moves = self._may_move
         if moves:
             retention.check()  # while the parameters are the caller's
         with values_back_after_errors(parameters) if moves else nullcontext():
             result = self._step_base(evaluations, more)
         self._base_moves = evaluations.moved or bool(self._base_moves)
         return evaluations.loss(result)
+
+    @property
+    def _may_move(self) -> bool:
+        return may_move(self.base_optimizer) if self._base_moves is None else self._base_moves
 
     def _is_priming(self, step: int) -> bool:
         """True if a framework steps on zero gradients only to make the base create its state.
@@ -419,6 +438,10 @@ class CraftOptimizer(Wrapper):
             if self.metrics["capped"] or self._cap_watch.counts:
                 for name in self._constraints:
                     self._cap_watch.look(name, self.metrics, self._rules)
+            self._step_watch.look(self.metrics)
+            for name, constraint in self._constraints.items():
+                if constraint.heldout is not None:
+                    self._heldout_watch.look(name, self.metrics)
             if self.on_metrics is not None:
                 self._sink_watch.tell(self.on_metrics, self.metrics)
 
@@ -440,7 +463,7 @@ class CraftOptimizer(Wrapper):
 
     def _complete_groups(self) -> None:
         """What belongs to names stays until closures are set that have others."""
-        known = dict.fromkeys(SHARED_STATE, 0.0)
+        known = dict(SHARED_STATE)
         controllers = {name: constraint.controller for name, constraint in self._constraints.items()}
         for name, controller in (controllers or {None: self._dual or make_controller("pi")}).items():
             known |= {keyed(what, name): value for what, value in initial_state(controller).items()}
@@ -463,7 +486,7 @@ class CraftOptimizer(Wrapper):
         """A copy of the base, the state and the closures, which run the copied model; the sink is shared."""
         twin = cast(CraftOptimizer, super().__deepcopy__(memo))
         twin._constraints = {
-            name: Constraint(copy.deepcopy(one.retention, memo), one.epsilon, one.dual)
+            name: Constraint(copy.deepcopy(one.retention, memo), one.epsilon, one.dual, one.heldout)
             for name, one in self._constraints.items()
         }
         twin.on_metrics = self.on_metrics

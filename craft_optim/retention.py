@@ -31,6 +31,8 @@ class Retention(ABC):
     Attributes:
         unit: Unit of L_ret and of epsilon, in words.
         tolerance: Largest |L_ret| of an unchanged model that is rounding; infinite if that is not known.
+        repeats: True if the same number gives the same anchors again, so that L_ret can be compared before and after a
+            step.
         shared: True if several processes have a share of the anchors each, see `shard`.
 
     Example:
@@ -51,6 +53,7 @@ class Retention(ABC):
 
     unit: str = "the closure's own unit"
     tolerance: float = math.inf
+    repeats: bool = True
     shared: bool = False
 
     _position = 0
@@ -140,6 +143,8 @@ class Retention(ABC):
 
 class _Function(Retention):
     """A plain function; it counts for itself, if at all."""
+
+    repeats = False
 
     def __init__(self, function: RetentionClosure) -> None:
         self.function = function

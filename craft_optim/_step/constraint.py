@@ -11,7 +11,7 @@ from torch import Tensor
 
 from craft_optim._conditions import held
 from craft_optim.dual import Controller, Update, make_controller
-from craft_optim.retention import Retention, RetentionClosure, as_retention
+from craft_optim.retention import Retention, RetentionClosure, as_retention, measurable
 from craft_optim.schedules import Schedule, as_schedule, epsilon_at
 
 from . import scaling
@@ -19,8 +19,9 @@ from .decision import MOST
 from .gradients import Gradients, Graph, gradients_of, graph_of, leaves, put, set_aside, without_hooks
 from .layout import Layout
 from .rules import Projection
+from .trust import root, share_of_step
 
-__all__ = ["Constraint", "Passed", "RetentionPass", "constraints_of", "initial_state", "prefix"]
+__all__ = ["HELDOUT_MOST", "Constraint", "Passed", "RetentionPass", "constraints_of", "initial_state", "prefix"]
 
 _EPSILON, _DUAL = 0.05, "pi"
 
@@ -34,6 +35,10 @@ class Constraint:
         epsilon: The drift to allow, in the unit of L_ret: a number, a `craft_optim.schedules` object, or any callable
             step -> float.
         dual: How lambda is found: "pi", "ascent", "nupi", "augmented_lagrangian" or a `craft_optim.dual.Controller`.
+        heldout: Anchors that are not trained on, as `retention.drift` takes them: epsilon is then the drift on these.
+            They are measured, 128 of them without a backward, on a pass every 25 steps, and epsilon of the anchors
+            becomes epsilon times the quotient of drift on the anchors and on these, averaged over measurements; at
+            least a thirtieth of it.
 
     Attributes:
         closure: `retention`, as an object that can be asked.
@@ -41,8 +46,8 @@ class Constraint:
         controller: `dual`, as an object.
 
     Raises:
-        TypeError: `retention` cannot be called, or `epsilon` or `dual` is none.
-        ValueError: A value is out of its range, or a name is unknown.
+        TypeError: `retention` cannot be called, or not measure its `drift` for `heldout`, or `epsilon` or `dual` is none.
+        ValueError: A value is out of its range, a name is unknown, or `heldout` is of another kind.
 
     Example:
         >>> import torch
@@ -61,6 +66,7 @@ class Constraint:
     retention: RetentionClosure
     epsilon: float | Schedule = _EPSILON
     dual: str | Controller = _DUAL
+    heldout: Any = None
     closure: Retention = field(init=False, repr=False, compare=False)
     schedule: Schedule = field(init=False, repr=False, compare=False)
     controller: Controller = field(init=False, repr=False, compare=False)
@@ -73,6 +79,8 @@ class Constraint:
         }
         for name, value in found.items():
             object.__setattr__(self, name, value)
+        if self.heldout is not None:
+            measurable(self.closure).check_anchors(self.heldout)
 
 
 Constraints = RetentionClosure | Constraint | Mapping[str, RetentionClosure | Constraint] | Sequence[Constraint]
@@ -80,7 +88,10 @@ Constraints = RetentionClosure | Constraint | Mapping[str, RetentionClosure | Co
 
 
 def constraints_of(
-    given: Constraints | None, epsilon: float | Schedule | None = None, dual: str | Controller | None = None
+    given: Constraints | None,
+    epsilon: float | Schedule | None = None,
+    dual: str | Controller | None = None,
+    heldout: Any = None,
 ) -> dict[str | None, Constraint]:
     """The constraints by name, whose name is None if it is the only one and has none; empty for None.
 
@@ -88,11 +99,12 @@ def constraints_of(
         given: As `CraftOptimizer` takes it. Places of a list are the names "0", "1", ...
         epsilon: For closures that are no `Constraint`; None for 0.05.
         dual: For closures that are no `Constraint`; None for "pi".
+        heldout: For one closure that is no `Constraint`.
 
     Raises:
         TypeError: One cannot be called, or a name is not a string.
-        ValueError: There is none, too many, a name that keys cannot be made of, or a Constraint and an `epsilon` or
-            `dual` beside it.
+        ValueError: There is none, too many, a name that keys cannot be made of, or a Constraint and an `epsilon`,
+            `dual` or `heldout` beside it.
     """
     what = "`retention_closure`"
     if given is None:
@@ -118,18 +130,23 @@ def constraints_of(
             "that may share an epsilon into one `craft_optim.anchors.CombinedRetention`."
         )
     ready = [one for one in named.values() if isinstance(one, Constraint)]
-    for setting, value in (("epsilon", epsilon), ("dual", dual)):
+    for setting, value in (("epsilon", epsilon), ("dual", dual), ("heldout", heldout)):
         if ready and value is not None:
             raise ValueError(
                 f"`{setting}` is the closures' that are no Constraint, and {what} has {len(ready)} Constraint objects. "
                 f"Found {setting}={value!r}: say it in each, Constraint(retention, {setting}=...)."
             )
+    if heldout is not None and len(named) > 1:
+        raise ValueError(
+            f"`heldout` is one closure's, and {what} names {len(named)}: say it in each, Constraint(retention, "
+            "heldout=...)."
+        )
 
     def constraint(name: str | None, one: Any) -> Constraint:
         if isinstance(one, Constraint):
             return one
         as_retention(one, "retention_closure" if name is None else f"retention_closure[{name!r}]")
-        return Constraint(one, _EPSILON if epsilon is None else epsilon, _DUAL if dual is None else dual)
+        return Constraint(one, _EPSILON if epsilon is None else epsilon, _DUAL if dual is None else dual, heldout)
 
     return {name: constraint(name, one) for name, one in named.items()}
 
@@ -137,7 +154,28 @@ def constraints_of(
 def initial_state(controller: Controller) -> dict[str, float]:
     """The floats of one constraint before its first pass."""
     dual = {f"craft_dual_{key}": float(value) for key, value in controller.initial_state().items()}
-    return {"craft_lambda": 0.0, "craft_anchor_position": 0.0, **scaling.initial_scale(), **dual}
+    return {"craft_lambda": 0.0, "craft_anchor_position": 0.0, **_WATCHED, **scaling.initial_scale(), **dual}
+
+
+# The average of L_ret and the passes in it; the most that a step of late has added to L_ret's root, below 0 if unknown;
+# of held-out anchors the drift, the logarithm of its quotient to the anchors', the measurements in that and the step of
+# the next.
+_WATCHED = {
+    "craft_drift": 0.0,
+    "craft_drift_passes": 0.0,
+    "craft_growth": -1.0,
+    "craft_heldout": 0.0,
+    "craft_heldout_quotient": 0.0,
+    "craft_heldout_count": 0.0,
+    "craft_heldout_next": 0.0,
+}
+_OLD = 0.8  # weight of what was, in the average of L_ret
+_GROWTH_KEPT = 0.97
+_LOOK_AGAIN = 16  # passes after which the growth of a step is measured anew
+_HELDOUT_EVERY, _HELDOUT_COUNT = 25, 128  # steps; anchors
+_HELDOUT_WEIGHT = 0.3
+_HELDOUT_LEAST, HELDOUT_MOST = 1.0 / 3.0, 30.0  # of the quotient
+_TOO_LITTLE = 0.02  # of epsilon: drift below it says nothing of the quotient
 
 
 def prefix(name: str | None) -> str:
@@ -175,7 +213,7 @@ class RetentionPass:
 
     Attributes:
         name, constraint: As given.
-        epsilon: At this step.
+        epsilon: At this step; of the anchors, where held-out ones have a part in it.
         state: The floats after the step.
         float16: True if float16 took part in the last pass.
         update: The controller's answer; None before it was asked.
@@ -196,7 +234,7 @@ class RetentionPass:
         layout: Layout,
     ) -> None:
         self.name, self.constraint, self.state, self.float16 = name, constraint, state, False
-        self.epsilon = epsilon_at(constraint.schedule, step)
+        self._step, self._asked_for = step, epsilon_at(constraint.schedule, step)
         self.update: Update | None = None
         self._closure, self._parameters, self._layout = constraint.closure, parameters, layout
         self._ascended = ascended
@@ -289,14 +327,90 @@ class RetentionPass:
         if self.float16:
             self.state |= scaling.grown(self.state)
 
-    def asked(self, loss: float, cap: float) -> Update:
+    @property
+    def epsilon(self) -> float:
+        return self._asked_for / math.exp(self.state["craft_heldout_quotient"])
+
+    @property
+    def drift(self) -> float:
+        """The average of L_ret: over about nine passes."""
+        return self.state["craft_drift"]
+
+    @property
+    def repeats(self) -> bool:
+        """True if the closure can be asked again about the same anchors."""
+        return self._closure.repeats
+
+    def saw(self, loss: float) -> None:
+        """Takes L_ret of this pass into the average; measures held-out anchors where that is due. Collective."""
+        passes = self.state["craft_drift_passes"]
+        drift = loss if passes == 0.0 else _OLD * self.drift + (1.0 - _OLD) * loss
+        self.state |= {"craft_drift": drift, "craft_drift_passes": passes + 1.0}
+        if (
+            self.constraint.heldout is not None
+            and self._step >= self.state["craft_heldout_next"]
+            and drift > _TOO_LITTLE * self.epsilon
+        ):
+            found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+            if found > 0.0 and math.isfinite(found):
+                self._compare(found)
+
+    def _compare(self, heldout: float) -> None:
+        count, quotient = self.state["craft_heldout_count"] + 1.0, self.state["craft_heldout_quotient"]
+        quotient += max(_HELDOUT_WEIGHT, 1.0 / count) * (math.log(heldout / self.drift) - quotient)
+        least, most = math.log(_HELDOUT_LEAST), math.log(HELDOUT_MOST)
+        self.state |= {
+            "craft_heldout": heldout,
+            "craft_heldout_quotient": min(max(quotient, least), most),
+            "craft_heldout_count": count,
+            "craft_heldout_next": float(self._step + _HELDOUT_EVERY),
+        }
+
+    @property
+    def heldout(self) -> dict[str, float]:
+        """The metrics of held-out anchors; none without them."""
+        if self.constraint.heldout is None:
+            return {}
+        count = self.state["craft_heldout_count"]
+        return {"epsilon_heldout": self._asked_for, "heldout": self.state["craft_heldout"] if count else math.nan}
+
+    def may_leave(self, trust: float, starting: bool) -> bool:
+        """True if the step that comes may lead drift beyond `trust` epsilon, as far as is known: in the start any."""
+        growth = self.state["craft_growth"]
+        if self._asked_for == 0.0 or not self.repeats:
+            return False
+        if starting:
+            return True
+        again = int(self.state["craft_drift_passes"]) % _LOOK_AGAIN == 0
+        return again or growth < 0.0 or root(self.drift) + growth >= root(trust * self.epsilon)
+
+    def losses_again(self, more: int) -> list[Tensor]:
+        """L_ret of this pass's anchors now, and of as many passes after it, without gradients."""
+        with torch.no_grad(), held():
+            return [self._closure.loss(self._number + i).detach().double() for i in range(1 + more)]
+
+    def share_of_step(self, before: float, after: Sequence[float], trust: float) -> float:
+        """The share of the step to keep; takes note of how far it led.
+
+        Args:
+            before: L_ret of this pass's anchors before the step.
+            after: The same after it, and of other passes.
+            trust: As a multiple of epsilon.
+        """
+        growth = _GROWTH_KEPT * max(self.state["craft_growth"], 0.0)
+        self.state["craft_growth"] = max(root(after[0]) - root(before), growth)
+        measured = sum(after) / len(after) if len(after) > 1 else 0.0
+        return share_of_step(before, after[0], self.drift, trust * self.epsilon, measured)
+
+    def asked(self, loss: float, cap: float, unit: float, steps: int) -> Update:
         """The controller's answer; changes nothing."""
         dual = {k.removeprefix("craft_dual_"): v for k, v in self.state.items() if k.startswith("craft_dual_")}
-        update = self.constraint.controller(dual, loss=loss, epsilon=self.epsilon, cap=cap)
+        controller = self.constraint.controller
+        update = controller(dual, loss=loss, epsilon=self.epsilon, cap=cap, unit=unit, steps=steps)
         if not 0.0 <= update.multiplier < math.inf:
             raise ValueError(
                 f"{prefix(self.name)}A controller must return a finite multiplier >= 0. Found "
-                f"multiplier={update.multiplier!r} of {self.constraint.controller!r}, for L_ret = {loss:g}."
+                f"multiplier={update.multiplier!r} of {controller!r}, for L_ret = {loss:g}."
             )
         return update
 
@@ -306,13 +420,14 @@ class RetentionPass:
         self.state |= {f"craft_dual_{k}": float(v) for k, v in update.state.items()}
         self.state["craft_lambda"] = update.multiplier
 
-    def may_project(self, projection: Projection, loss: float) -> bool:
+    def may_project(self, projection: Projection) -> bool:
         """Says whether the task gradient may lose its part that works against the constraint."""
-        return projection == "always" or (projection == "violated" and loss > self.epsilon)
+        return projection == "always" or (projection == "violated" and self.drift > self.epsilon)
 
-    def violation(self, loss: float) -> float:
-        """loss / epsilon."""
-        return loss / self.epsilon if self.epsilon > 0.0 else math.inf if loss > 0.0 else 0.0
+    @property
+    def violation(self) -> float:
+        """drift / epsilon."""
+        return self.drift / self.epsilon if self.epsilon > 0.0 else math.inf if self.drift > 0.0 else 0.0
 
 
 def _check_loss(loss: object, name: str | None) -> None:

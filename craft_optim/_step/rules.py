@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 from craft_optim._numbers import number, whole
 
-__all__ = ["GradientMemory", "Merge", "Projection", "Rules"]
+__all__ = ["Every", "GradientMemory", "Merge", "Projection", "Rules"]
 
+Every = int | Literal["auto"]
 Projection = Literal["violated", "always", "never"]
 Merge = Literal["weighted", "equal", "task_priority"]
 GradientMemory = Literal["copy", "bfloat16", "host"]
@@ -22,13 +22,20 @@ class Rules:
     `CraftOptimizer` takes these as keywords and keeps them as `optimizer.rules`; lerobot's flags have the same names.
 
     Attributes:
-        rho: Cap on the retention gradient's share: lambda <= rho |g_t| / |g_r|. None means max(1, retention_every);
-            `math.inf` turns it off.
-        projection: "violated" (only while L_ret > epsilon), "always", or "never".
+        rho: Cap on the retention gradient's share: lambda |g_r| <= rho K |g_t| on a pass that stands for K steps;
+            `math.inf` turns it off. What the projection removes is not counted: it is at most |g_t|.
+        projection: "violated" (only while drift is above epsilon), "always", or "never".
         conflict_threshold: The projection acts where the *cosine* of the gradients is below this; in [-1, 1], with
             several constraints in [-1, 0].
         merge: "weighted", "equal" or "task_priority".
-        retention_every: Run retention on every K-th step, beginning with the first; the others are the base's alone.
+        retention_every: "auto": as often as the drift needs it, between every step and every tenth. Or K: on every
+            K-th step, beginning with the first, blind to what happens between. The other steps are the base's alone.
+        total_steps: Length of the run in optimizer steps, so that "auto" has a pass on its last one; None if unknown.
+        trust_region: The multiple of epsilon that no step shall lead beyond; None to look at none. A step that would is
+            shortened: theta goes back along it until the drift, with L_ret's root taken as linear along the step, is
+            just there. Where a step might come near, it costs a copy of the trained parameters and a forward of the
+            anchors after the base's step, without a backward. Plain functions are not asked again after a step, so
+            that there is none for them; nor for a base that moves the parameters itself to evaluate a closure.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. The steps between are
             not clipped: clip task gradients as ever, before `step`.
         gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see
@@ -47,11 +54,13 @@ class Rules:
         ValueError: A value is out of its range or no such name.
     """
 
-    rho: float | None = None
+    rho: float = 3.0
     projection: Projection = "violated"
     conflict_threshold: float = 0.0
     merge: Merge = "weighted"
-    retention_every: int = 1
+    retention_every: Every = "auto"
+    total_steps: int | None = None
+    trust_region: float | None = 1.6
     max_grad_norm: float | None = None
     gradient_memory: GradientMemory = "copy"
 
@@ -62,24 +71,28 @@ class Rules:
                 raise ValueError(f"`{name}` must be one of {allowed}. Found {name}={value!r}.")
         found = {
             "conflict_threshold": number("conflict_threshold", self.conflict_threshold),
-            "retention_every": whole("retention_every", self.retention_every),
-            **{
-                name: number(name, value, least=0.0, above=True, finite=False, or_else=", or None")
-                for name in ("rho", "max_grad_norm")
-                if (value := getattr(self, name)) is not None
-            },
+            "rho": number("rho", self.rho, least=0.0, above=True, finite=False),
         }
+        if isinstance(self.retention_every, str) and self.retention_every != "auto":
+            raise ValueError(
+                f"`retention_every` must be 'auto' or a whole number. Found retention_every={self.retention_every!r}."
+            )
+        if self.retention_every != "auto":
+            found["retention_every"] = whole("retention_every", self.retention_every)
+        if self.total_steps is not None:
+            found["total_steps"] = whole("total_steps", self.total_steps)
+        if self.max_grad_norm is not None:
+            found["max_grad_norm"] = number(
+                "max_grad_norm", self.max_grad_norm, least=0.0, above=True, finite=False, or_else=", or None"
+            )
+        if self.trust_region is not None:
+            found["trust_region"] = number("trust_region", self.trust_region, least=1.0, above=True, or_else=", or None")
         for name, value in found.items():
             object.__setattr__(self, name, value)
         if not -1.0 <= self.conflict_threshold <= 1.0:
             raise ValueError(
                 f"`conflict_threshold` is a cosine and must be in [-1, 1]. Found {self.conflict_threshold!r}."
             )
-
-    @cached_property
-    def cap(self) -> float:
-        """rho, or what None stands for."""
-        return max(1.0, float(self.retention_every)) if self.rho is None else float(self.rho)
 
     @property
     def most(self) -> float:

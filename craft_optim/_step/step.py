@@ -18,13 +18,15 @@ from .constraint import Constraint, Passed, RetentionPass
 from .decision import Decision, Gram, Products, decide
 from .gradients import Gradients, Stash, gradients_of, not_zero, put
 from .layout import Layout
+from .pace import PACE, paced, starting
 from .rules import Rules
 from .surgery import GradientSets
+from .trust import KeptValues
 
 __all__ = ["SHARED_STATE", "RetentionStep", "put_together", "split_state"]
 
-# Floats of the state that belong to no constraint.
-SHARED_STATE = ("craft_step", "craft_skipped")
+SHARED_STATE = {"craft_step": 0.0, "craft_skipped": 0.0, **PACE}
+"""Floats of the state that belong to no constraint, before the first step"""
 
 
 def split_state(state: Mapping[str, float]) -> tuple[dict[str, float], dict[str | None, dict[str, float]]]:
@@ -77,6 +79,7 @@ class RetentionStep:
         ascended: For each parameter, True if the base steps along its gradient and not against it.
         state: The `craft_*` floats before the step.
         layout: The processes.
+        shorten: False where the base may have a use for all of its step; see `shorten`.
         find_reached: True to look which tensors the retention losses reach: one more read of their gradients.
 
     Attributes:
@@ -98,6 +101,7 @@ class RetentionStep:
         ascended: Sequence[bool],
         state: Mapping[str, float],
         layout: Layout,
+        shorten: bool = True,
         find_reached: bool = False,
     ) -> None:
         self.metrics: dict[str, float] = {}
@@ -110,6 +114,9 @@ class RetentionStep:
             RetentionPass(name, constraint, step, parameters, ascended=ascended, state=own[name], layout=layout)
             for name, constraint in constraints.items()
         ]
+        self._trust, self._starting = rules.trust_region if shorten else None, starting(self._shared)
+        self._kept: KeptValues | None = None
+        self._losses: list[float] = []
         self._stash: Stash | None = None
         self._decision: Decision | None = None  # of the first evaluation, if it was finite
 
@@ -182,17 +189,52 @@ class RetentionStep:
             put(self._parameters, self._stash.in_their_dtype(merged))
         if not self.metrics:  # of a line search, the first evaluation: where the step began
             self.metrics = self._report(losses, products.grams, decision)
+            self._keep(losses)
         return self._objective(losses)
+
+    def _keep(self, losses: list[float]) -> None:
+        """Copies what the base will move, if its step may lead too far."""
+        if self._trust is None or not any(run.may_leave(self._trust, self._starting) for run in self._watched):
+            return
+        touched = [p for p in self._parameters if p.grad is not None]
+        local = self._layout.local([p.detach() for p in touched], touched)
+        self._losses = losses
+        self._kept = KeptValues([x for x in local if x is not None], host=self._rules.gradient_memory == "host")
+
+    @property
+    def _watched(self) -> list[RetentionPass]:
+        return [run for run in self.passes if run.repeats]
+
+    def shorten(self) -> None:
+        """Goes back along the base's step as far as the trust region asks for. Collective.
+
+        In the start it looks at the anchors of two more passes: those of one may be any.
+        """
+        if self._kept is None or self._trust is None:
+            return
+        trust, more = (1.0, 2) if self._starting else (self._trust, 0)
+        with self._layout.own_reduction():
+            found = [torch.stack([x.reshape(()) for x in run.losses_again(more)]) for run in self._watched]
+        after = self._layout.mean(torch.stack(found)).tolist()
+        share = min(
+            run.share_of_step(self._losses[self.passes.index(run)], values, trust)
+            for run, values in zip(self._watched, after, strict=True)
+        )
+        if share < 1.0:
+            self._kept.go_back(share)
+        self.metrics["step_kept"] = share
+        self._kept = None
 
     def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
         """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
-        updates = self._updates(products, losses)
+        for run, loss in zip(self.passes, losses, strict=True):
+            run.saw(loss)
+        pace, steps = paced(self._shared, max(run.violation for run in self.passes), self._rules)
+        updates = self._updates(products, losses, steps)
         decision = decide(
             products,
             lams=[update.multiplier for update in updates],
-            project=[
-                run.may_project(self._rules.projection, loss) for run, loss in zip(self.passes, losses, strict=True)
-            ],
+            project=[run.may_project(self._rules.projection) for run in self.passes],
             rules=self._rules,
         )
         # Of all that train, which are the same on every process; integers, of a quantised model, do not
@@ -200,6 +242,7 @@ class RetentionStep:
             return None
         for run, update in zip(self.passes, updates, strict=True):
             run.use(update)
+        self._shared |= pace
         return decision
 
     def _objective(self, losses: Sequence[float]) -> Objective:
@@ -255,31 +298,39 @@ class RetentionStep:
                 )
         return GradientSets(lists[0], lists[1:], self._layout.shares(self._parameters))
 
-    def _updates(self, products: Products, losses: Sequence[float]) -> list[Update]:
-        """The controllers' answers.
+    def _updates(self, products: Products, losses: Sequence[float], steps: int) -> list[Update]:
+        """The controllers' answers, for a pass that stands for so many steps.
 
         A controller is told of all that limits its multiplier: what it does not know of it would wind up against.
         """
-        rho = self._rules.cap
+        rho = self._rules.rho * steps
         caps = [
             # Without a gradient no multiplier helps
             0.0 if gram.rr == 0.0 and loss > run.epsilon else min(cap, self._rules.most)
             for run, loss, gram, cap in zip(self.passes, losses, products.grams, products.caps(rho), strict=True)
         ]
-        updates = [run.asked(loss, cap) for run, loss, cap in zip(self.passes, losses, caps, strict=True)]
+        units = [math.sqrt(gram.tt / gram.rr) if gram.rr > 0.0 else math.inf for gram in products.grams]
+        updates = self._asked(losses, caps, units, steps)
         factor = products.common_factor([update.multiplier for update in updates], rho)
         if factor < 1.0:
-            caps = [update.multiplier * factor for update in updates]
-            updates = [run.asked(loss, cap) for run, loss, cap in zip(self.passes, losses, caps, strict=True)]
+            updates = self._asked(losses, [update.multiplier * factor for update in updates], units, steps)
         return updates
+
+    def _asked(self, losses: Sequence[float], caps: Sequence[float], units: Sequence[float], steps: int) -> list[Update]:
+        return [
+            run.asked(loss, cap, unit, steps)
+            for run, loss, cap, unit in zip(self.passes, losses, caps, units, strict=True)
+        ]
 
     def _report(self, losses: Sequence[float], grams: Sequence[Gram], decision: Decision) -> dict[str, float]:
         rows = {
             run.name: {
                 "retention_loss": loss,
+                "drift": run.drift,
                 "epsilon": run.epsilon,
+                **run.heldout,
                 "lambda": run.state["craft_lambda"],
-                "violation": run.violation(loss),
+                "violation": run.violation,
                 "grad_dot": gram.tr,
                 "grad_cos": gram.cos,
                 "conflict": float(conflict),
@@ -295,6 +346,8 @@ class RetentionStep:
             "task_grad_norm": math.sqrt(grams[0].tt),
             "merged_grad_norm": decision.norm,
             "clipped": float(decision.clipped),
+            "step_kept": 1.0,
+            "interval": self._shared["craft_next"] - self._shared["craft_step"],
             "skipped": self._shared["craft_skipped"],
         }
 

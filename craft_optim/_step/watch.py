@@ -8,11 +8,11 @@ from torch import Tensor
 from craft_optim._warn import warn
 from craft_optim.metrics import Sink, keyed
 
-from .constraint import prefix
+from .constraint import HELDOUT_MOST, prefix
 from .layout import Layout
 from .rules import Rules
 
-__all__ = ["REACH_AT", "CapWatch", "SinkWatch", "warn_of_little_reach"]
+__all__ = ["REACH_AT", "CapWatch", "HeldOutWatch", "SinkWatch", "StepWatch", "warn_of_little_reach"]
 
 # The retention step that shows how much of the model retention reaches. Earlier gradients may be zero for good reasons:
 # at the teacher's own weights, or of a LoRA matrix whose partner is still zero.
@@ -20,6 +20,8 @@ REACH_AT = 10
 _LITTLE_REACH = 0.1
 # Steps in a row with lambda at its cap and the constraint violated before a warning says so.
 _PATIENCE_AT_CAP = 100
+_LITTLE_STEP = 0.25
+_BEYOND = 1.25  # of epsilon
 _LEAST_PATIENCE = 20  # with a large `retention_every`, where a hundred may be more than the run has
 
 
@@ -33,17 +35,55 @@ class CapWatch:
 
     def look(self, name: str | None, metrics: Mapping[str, float], rules: Rules) -> None:
         """Takes the metrics of a retention step."""
-        capped, drift, epsilon = (metrics[keyed(what, name)] for what in ("capped", "retention_loss", "epsilon"))
+        capped, drift, epsilon = (metrics[keyed(what, name)] for what in ("capped", "drift", "epsilon"))
         self._at_cap[name] = self._at_cap.get(name, 0) + 1 if capped == 1.0 and drift > epsilon else 0
         self.counts = any(self._at_cap.values())
-        patience = max(_LEAST_PATIENCE, math.ceil(_PATIENCE_AT_CAP / rules.retention_every))
-        if self._at_cap[name] == patience and name not in self._warned:
+        every = metrics["interval"]
+        patience = max(_LEAST_PATIENCE, math.ceil(_PATIENCE_AT_CAP / every))
+        if self._at_cap[name] >= patience and name not in self._warned:
             self._warned.add(name)
             warn(
-                f"{prefix(name)}lambda has been at its cap for {patience} retention steps while the drift "
+                f"{prefix(name)}lambda has been at its cap for {self._at_cap[name]} retention steps while the drift "
                 f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, raise rho "
-                f"(now {rules.cap:g}) or the controller's maximum, lower retention_every (now "
-                f"{rules.retention_every}), or lower the learning rate.",
+                f"(now {rules.rho:g}) or the controller's maximum, lower retention_every (now {rules.retention_every}), "
+                "or lower the learning rate.",
+            )
+
+
+class HeldOutWatch:
+    """Warns once where drift on held-out anchors stays above epsilon and the anchors' epsilon is as small as it gets."""
+
+    def __init__(self) -> None:
+        self._warned: set[str | None] = set()
+
+    def look(self, name: str | None, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a retention step."""
+        asked, found = (metrics.get(keyed(what, name), math.nan) for what in ("epsilon_heldout", "heldout"))
+        epsilon = metrics[keyed("epsilon", name)]
+        if found > _BEYOND * asked and epsilon <= asked / HELDOUT_MOST * (1.0 + 1e-6) and name not in self._warned:
+            self._warned.add(name)
+            warn(
+                f"{prefix(name)}Drift on held-out anchors is {found:.3g}, above epsilon ({asked:.3g}), and more than "
+                f"{HELDOUT_MOST:g} times the drift on the anchors: to hold these more tightly (epsilon is {epsilon:.3g} "
+                "there, and goes no lower) does not hold others like them. Use more anchors, and more varied ones, or "
+                'raise epsilon. See docs/choosing.md, "How many anchors".'
+            )
+
+
+class StepWatch:
+    """Warns once where the trust region has left little of a hundred steps in a row."""
+
+    def __init__(self) -> None:
+        self._short = 0
+
+    def look(self, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of a retention step."""
+        self._short = self._short + 1 if metrics["step_kept"] < _LITTLE_STEP else 0
+        if self._short == _PATIENCE_AT_CAP:
+            warn(
+                f"The trust region has left less than {_LITTLE_STEP:g} of each of the last {self._short} steps that had "
+                f"a pass: at this learning rate a whole step leads beyond epsilon ({metrics['epsilon']:.3g}). Lower the "
+                "learning rate, raise epsilon, or take more anchors per pass."
             )
 
 

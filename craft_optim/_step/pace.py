@@ -1,0 +1,65 @@
+"""The pace of retention: how many steps a pass stands for, found from the drift that passes measure. Pure.
+
+`retention_every="auto"` begins with a pass on each step. When the start is over, after each pass with drift d, an average
+of L_ret, and epsilon e of the constraint that is violated most:
+
+    K <- max(K / 2, 1)           where d > 1.1 e
+    K <- min(K + 1 / (2 K), 10)  where d < e
+
+and the next pass comes after round(K) steps. The start is the first 40 passes, and another 20 from where d has come to
+e / 2 if that is later: what is forgotten within the first steps does not all come back. All of it is in floats of the
+state, and d is the same on all processes.
+"""
+
+from collections.abc import Mapping
+
+from .rules import Rules
+
+__all__ = ["PACE", "due", "paced", "starting"]
+
+PACE = {"craft_every": 1.0, "craft_next": 0.0, "craft_start": 40.0, "craft_near": 0.0}
+"""K; the step of the next pass; passes until the start is over; 1 once drift has come to epsilon / 2. At first."""
+
+_MOST = 10.0
+_AFTER_NEAR = 20.0
+_NEAR, _ABOVE = 0.5, 1.1
+
+
+def due(state: Mapping[str, float], rules: Rules) -> bool:
+    """True if the step that comes has a pass."""
+    step = int(state["craft_step"])
+    if rules.retention_every == "auto":
+        return step >= state["craft_next"]
+    return step % rules.retention_every == 0
+
+
+def starting(state: Mapping[str, float]) -> bool:
+    """True while the next pass belongs to the start."""
+    return state["craft_start"] > 0.0
+
+
+def paced(state: Mapping[str, float], violation: float, rules: Rules) -> tuple[dict[str, float], int]:
+    """The floats after a pass, and the number of steps that it stands for.
+
+    Args:
+        state: `PACE`, with `craft_step`, the step of the pass.
+        violation: Drift / epsilon, the largest of all constraints.
+        rules: With K, if it is fixed.
+    """
+    every, start, near = (state[f"craft_{name}"] for name in ("every", "start", "near"))
+    if not near and violation >= _NEAR:
+        near, start = 1.0, max(start, _AFTER_NEAR)
+    if start > 0.0:
+        every, start = 1.0, start - 1.0
+    elif violation > _ABOVE:
+        every = max(every / 2.0, 1.0)
+    elif violation < 1.0:
+        every = min(every + 0.5 / every, _MOST)
+    step = int(state["craft_step"])
+    steps = round(every)
+    if rules.retention_every != "auto":
+        steps = rules.retention_every
+    elif rules.total_steps is not None and step < rules.total_steps - 1:
+        steps = min(steps, rules.total_steps - 1 - step)
+    found = {"craft_every": every, "craft_next": float(step + steps), "craft_start": start, "craft_near": near}
+    return found, steps

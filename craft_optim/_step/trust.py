@@ -1,0 +1,63 @@
+"""The trust region of a step: no farther than where drift would be a multiple of epsilon.
+
+Retention has no gradient at the snapshot, and an optimizer like Adam steps as far as its rate allows whatever the
+gradient is: no weight of the retention gradient holds the first steps of a run. What bounds the step does. With L(a) the
+L_ret of this pass's anchors at theta + a (theta' - theta), theta' where the base has led, and d the average of L_ret:
+
+    v = sqrt(L(1)) - sqrt(L(0))                      drift's root is a distance of outputs, about linear along a step
+    a = 1 - (sqrt(d) + v - sqrt(trust epsilon)) / v  within [1/64, 1], where v > 0 and that is below 1
+
+as in the line search of a trust region on KL (Schulman et al. 2015, arXiv:1502.05477), by one forward.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEAST", "KeptValues", "share_of_step"]
+
+LEAST = 1.0 / 64.0
+"""What is kept of any step, so that a base without momentum does not stand still."""
+
+
+def share_of_step(before: float, after: float, drift: float, bound: float, measured: float = 0.0) -> float:
+    """a, the share of the step to keep.
+
+    Args:
+        before: L_ret of the pass's anchors before the step, L(0).
+        after: The same after it, L(1).
+        drift: The average of L_ret.
+        bound: L_ret that is not to be exceeded.
+        measured: L_ret after the step over more anchors, where that is known.
+    """
+    growth = root(after) - root(before)
+    beyond = max(root(drift) + growth, root(measured)) - root(bound)
+    if growth <= 0.0 or beyond <= 0.0:
+        return 1.0
+    return min(max(1.0 - beyond / growth, LEAST), 1.0)
+
+
+def root(loss: float) -> float:
+    """sqrt(max(loss, 0)): an estimate of a divergence may be below 0."""
+    return math.sqrt(max(loss, 0.0))
+
+
+class KeptValues:
+    """The values of parameters before a step: one copy of them.
+
+    Args:
+        tensors: The parts on this process of those that the base will move, plain tensors.
+        host: True to copy them to host memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, host: bool = False) -> None:
+        self._tensors = list(tensors)
+        self._values = [x.to("cpu", copy=True) if host else x.clone() for x in tensors]
+
+    @torch.no_grad()
+    def go_back(self, share: float) -> None:
+        """Leaves that share of the step since then."""
+        for now, before in zip(self._tensors, self._values, strict=True):
+            now.copy_(torch.lerp(before.to(now.device), now, share))
