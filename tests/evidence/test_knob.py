@@ -116,7 +116,15 @@ def test_held_out_drift_is_that_of_the_half_that_is_not_steered_by():
 
 
 def test_runs_that_began_differently_are_no_pair():
-    plain = {"setting": "language", "seed": 10, "lr": 1.0, "new": -1.0, "old": -3.0, "new_before": -2.0, "old_before": -1.0}
+    plain = {
+        "setting": "language",
+        "seed": 10,
+        "lr": 1.0,
+        "new": -1.0,
+        "old": -3.0,
+        "new_before": -2.0,
+        "old_before": -1.0,
+    }
     row = a_run(new=-1.1, old=-1.2, new_before=-2.0, old_before=-1.0, chance=-3.0)
     (found,) = tables.rated([row], [plain])
     assert (found["P"], found["R"]) == pytest.approx((0.9, 0.9))
