@@ -46,7 +46,8 @@ class Constraint:
         controller: `dual`, as an object.
 
     Raises:
-        TypeError: `retention` cannot be called, or not measure its `drift` for `heldout`, or `epsilon` or `dual` is none.
+        TypeError: `retention` cannot be called, or not measure its `drift` for `heldout`; or `epsilon` or `dual` is
+            none.
         ValueError: A value is out of its range, a name is unknown, or `heldout` is of another kind.
 
     Example:
@@ -387,7 +388,7 @@ class RetentionPass:
     def losses_again(self, more: int) -> list[Tensor]:
         """L_ret of this pass's anchors now, and of as many passes after it, without gradients."""
         with torch.no_grad(), held():
-            return [self._closure.loss(self._number + i).detach().double() for i in range(1 + more)]
+            return [self._closure.loss(self._number + i).detach().float().reshape(()) for i in range(1 + more)]
 
     def share_of_step(self, before: float, after: Sequence[float], trust: float) -> float:
         """The share of the step to keep; takes note of how far it led.
