@@ -385,23 +385,29 @@ class RetentionPass:
         again = int(self.state["craft_drift_passes"]) % _LOOK_AGAIN == 0
         return again or growth < 0.0 or root(self.drift) + growth >= root(trust * self.epsilon)
 
-    def losses_again(self, more: int) -> list[Tensor]:
-        """L_ret of this pass's anchors now, and of as many passes after it, without gradients."""
-        with torch.no_grad(), held():
-            return [self._closure.loss(self._number + i).detach().float().reshape(()) for i in range(1 + more)]
+    def look(self, passes: int) -> Tensor:
+        """L_ret now on the anchors of as many passes to come, without gradients.
 
-    def share_of_step(self, before: float, after: Sequence[float], trust: float) -> float:
+        Not on those of this pass: its gradient is theirs, and holds them better than others.
+        """
+        with torch.no_grad(), held():
+            losses = [self._closure.loss(self._number + 1 + i).detach().float() for i in range(passes)]
+        return torch.stack([loss.reshape(()) for loss in losses]).mean()
+
+    def share_of_step(self, before: float, after: float, starting: bool, trust: float) -> float:
         """The share of the step to keep; takes note of how far it led.
 
         Args:
-            before: L_ret of this pass's anchors before the step.
-            after: The same after it, and of other passes.
-            trust: As a multiple of epsilon.
+            before: `look` before the step.
+            after: `look` after it.
+            starting: True in the start, where the bound is epsilon itself and a look over several passes says more
+                than the average, which has yet to come up.
+            trust: The bound, as a multiple of epsilon.
         """
         growth = _GROWTH_KEPT * max(self.state["craft_growth"], 0.0)
-        self.state["craft_growth"] = max(root(after[0]) - root(before), growth)
-        measured = sum(after) / len(after) if len(after) > 1 else 0.0
-        return share_of_step(before, after[0], self.drift, trust * self.epsilon, measured)
+        self.state["craft_growth"] = max(root(after) - root(before), growth)
+        bound = (1.0 if starting else trust) * self.epsilon
+        return share_of_step(before, after, self.drift, bound, after if starting else 0.0)
 
     def asked(self, loss: float, cap: float, unit: float, steps: int) -> Update:
         """The controller's answer; changes nothing."""

@@ -39,6 +39,10 @@ def split_state(state: Mapping[str, float]) -> tuple[dict[str, float], dict[str 
     return shared, own
 
 
+# Passes whose anchors tell, in the start, how far a step leads: those of one may be any
+_LOOKS = 2
+
+
 class _Measured(NamedTuple):
     """The retention passes of one evaluation.
 
@@ -116,7 +120,7 @@ class RetentionStep:
         ]
         self._trust, self._starting = rules.trust_region if shorten else None, starting(self._shared)
         self._kept: KeptValues | None = None
-        self._losses: list[float] = []
+        self._before: Tensor | None = None  # L_ret of the anchors that tell how far the step leads
         self._stash: Stash | None = None
         self._decision: Decision | None = None  # of the first evaluation, if it was finite
 
@@ -189,16 +193,16 @@ class RetentionStep:
             put(self._parameters, self._stash.in_their_dtype(merged))
         if not self.metrics:  # of a line search, the first evaluation: where the step began
             self.metrics = self._report(losses, products.grams, decision)
-            self._keep(losses)
+            self._keep()
         return self._objective(losses)
 
-    def _keep(self, losses: list[float]) -> None:
-        """Copies what the base will move, if its step may lead too far."""
+    def _keep(self) -> None:
+        """Copies what the base will move, if its step may lead too far. Collective."""
         if self._trust is None or not any(run.may_leave(self._trust, self._starting) for run in self._watched):
             return
         touched = [p for p in self._parameters if p.grad is not None]
         local = self._layout.local([p.detach() for p in touched], touched)
-        self._losses = losses
+        self._before = self._look()
         self._kept = KeptValues([x for x in local if x is not None], host=self._rules.gradient_memory == "host")
 
     @property
@@ -206,24 +210,24 @@ class RetentionStep:
         return [run for run in self.passes if run.repeats]
 
     def shorten(self) -> None:
-        """Goes back along the base's step as far as the trust region asks for. Collective.
-
-        In the start it looks at the anchors of two more passes: those of one may be any.
-        """
-        if self._kept is None or self._trust is None:
+        """Goes back along the base's step as far as the trust region asks for. Collective."""
+        if self._kept is None or self._before is None or self._trust is None:
             return
-        trust, more = (1.0, 2) if self._starting else (self._trust, 0)
-        with self._layout.own_reduction():
-            found = [torch.stack(run.losses_again(more)) for run in self._watched]
-        after = self._layout.mean(torch.stack([x.to(found[0].device) for x in found])).tolist()
+        looks = self._layout.mean(torch.stack([self._before, self._look()])).tolist()
         share = min(
-            run.share_of_step(self._losses[self.passes.index(run)], values, trust)
-            for run, values in zip(self._watched, after, strict=True)
+            run.share_of_step(before, after, self._starting, self._trust)
+            for run, before, after in zip(self._watched, *looks, strict=True)
         )
         if share < 1.0:
             self._kept.go_back(share)
         self.metrics["step_kept"] = share
-        self._kept = None
+        self._kept = self._before = None
+
+    def _look(self) -> Tensor:
+        """L_ret of each watched constraint on anchors of passes to come, on this process."""
+        with self._layout.own_reduction():
+            found = [run.look(_LOOKS if self._starting else 1) for run in self._watched]
+        return torch.stack([x.to(found[0].device) for x in found])
 
     def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
         """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
