@@ -32,6 +32,8 @@ def share_of_step(before: float, after: float, drift: float, bound: float, measu
         bound: L_ret that is not to be exceeded.
         measured: L_ret after the step over more anchors, where that is known.
     """
+    if not (math.isfinite(after) and math.isfinite(measured)):
+        return LEAST
     growth = root(after) - root(before)
     beyond = max(root(drift) + growth, root(measured)) - root(bound)
     if growth <= 0.0 or beyond <= 0.0:
@@ -58,6 +60,6 @@ class KeptValues:
 
     @torch.no_grad()
     def go_back(self, share: float) -> None:
-        """Leaves that share of the step since then."""
+        """Leaves that share of the step since then. In place: memory may be short, and half of the parameters is no step."""
         for now, before in zip(self._tensors, self._values, strict=True):
-            now.copy_(torch.lerp(before.to(now.device), now, share))
+            now.lerp_(before.to(now.device), 1.0 - share)
