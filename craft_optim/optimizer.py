@@ -305,7 +305,8 @@ class CraftOptimizer(Wrapper):
             RuntimeError: If another CraftOptimizer was made around the same base since.
             TypeError, RuntimeError: If the closure does not return a scalar with a graph, its gradient reaches none of
                 the parameters, or there are several processes and it is not clear whether they train one model. Nothing
-                has changed then, neither parameters nor state nor the anchors' position.
+                has changed then, neither parameters nor state nor the anchors' position. After an error where the drift
+                of a step that has been made is measured (`trust_region`), the whole step stays, and is counted.
         """
         floats.check_owner(self.base_optimizer, self)
         if not self._constraints:

@@ -338,9 +338,9 @@ class RetentionPass:
         return self.state["craft_drift"]
 
     @property
-    def repeats(self) -> bool:
-        """True if the closure can be asked again about the same anchors."""
-        return self._closure.repeats
+    def bounds_steps(self) -> bool:
+        """True if some drift is allowed, and the closure can be asked again about the same anchors."""
+        return self._asked_for > 0.0 and self._closure.repeats
 
     def saw(self, loss: float) -> None:
         """Takes L_ret of this pass into the average; measures held-out anchors where that is due. Collective."""
@@ -378,8 +378,6 @@ class RetentionPass:
     def may_leave(self, trust: float, starting: bool) -> bool:
         """True if the step that comes may lead drift beyond `trust` epsilon, as far as is known: in the start any."""
         growth = self.state["craft_growth"]
-        if self._asked_for == 0.0 or not self.repeats:
-            return False
         if starting:
             return True
         again = int(self.state["craft_drift_passes"]) % _LOOK_AGAIN == 0
@@ -405,7 +403,8 @@ class RetentionPass:
             trust: The bound, as a multiple of epsilon.
         """
         growth = _GROWTH_KEPT * max(self.state["craft_growth"], 0.0)
-        self.state["craft_growth"] = max(root(after) - root(before), growth)
+        if math.isfinite(after):
+            self.state["craft_growth"] = max(root(after) - root(before), growth)
         bound = (1.0 if starting else trust) * self.epsilon
         return share_of_step(before, after, self.drift, bound, after if starting else 0.0)
 

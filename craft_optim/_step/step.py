@@ -207,7 +207,7 @@ class RetentionStep:
 
     @property
     def _watched(self) -> list[RetentionPass]:
-        return [run for run in self.passes if run.repeats]
+        return [run for run in self.passes if run.bounds_steps]
 
     def shorten(self) -> None:
         """Goes back along the base's step as far as the trust region asks for. Collective."""

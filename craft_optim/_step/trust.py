@@ -33,6 +33,8 @@ def share_of_step(before: float, after: float, drift: float, bound: float, measu
         bound: L_ret that is not to be exceeded.
         measured: L_ret after the step, where that is known better than by d and the growth.
     """
+    if not (math.isfinite(after) and math.isfinite(measured)):
+        return LEAST
     growth = root(after) - root(before)
     beyond = max(root(drift) + growth, root(measured)) - root(bound)
     if growth <= 0.0 or beyond <= 0.0:
@@ -59,6 +61,6 @@ class KeptValues:
 
     @torch.no_grad()
     def go_back(self, share: float) -> None:
-        """Leaves that share of the step since then."""
+        """Leaves that share of the step since then, in place: if memory ran out half-way, a part would be moved."""
         for now, before in zip(self._tensors, self._values, strict=True):
-            now.copy_(torch.lerp(before.to(now.device), now, share))
+            now.lerp_(before.to(now.device), 1.0 - share)

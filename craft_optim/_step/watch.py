@@ -73,12 +73,13 @@ class StepWatch:
     """Warns once where the trust region has left little of a hundred steps in a row."""
 
     def __init__(self) -> None:
-        self._short = 0
+        self._short, self._warned = 0, False
 
     def look(self, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a retention step."""
         self._short = self._short + 1 if metrics["step_kept"] < _LITTLE_STEP else 0
-        if self._short == _PATIENCE_AT_CAP:
+        if self._short == _PATIENCE_AT_CAP and not self._warned:
+            self._warned = True
             warn(
                 f"The trust region has left less than {_LITTLE_STEP:g} of each of the last {self._short} steps that "
                 f"had a pass: at this learning rate a whole step leads beyond epsilon ({metrics['epsilon']:.3g}). "
