@@ -4,7 +4,7 @@
 average of L_ret, and epsilon e of the constraint that is violated most:
 
     K <- max(K / 2, 1)           where d > 1.1 e
-    K <- min(K + 1 / (2 K), 10)  where d < e
+    K <- min(K + 3 / (4 K), 10)  where d < e
 
 and the next pass comes after round(K) steps. The start is the first 40 passes, and another 20 from where d has come to
 e / 2 if that is later: what is forgotten within the first steps does not all come back. All of it is in floats of the
@@ -54,7 +54,7 @@ def paced(state: Mapping[str, float], violation: float, rules: Rules) -> tuple[d
     elif violation > _ABOVE:
         every = max(every / 2.0, 1.0)
     elif violation < 1.0:
-        every = min(every + 0.5 / every, _MOST)
+        every = min(every + 0.75 / every, _MOST)
     step = int(state["craft_step"])
     steps = round(every)
     if rules.retention_every != "auto":
