@@ -218,6 +218,14 @@ def test_nothing_around_a_pass_notices(
         assert any(p.grad is not None for p in noisy.parameters())
 
 
+def test_a_look_after_a_step_builds_no_graph(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+    """It would keep the activations of a training pass. In a loop of one's own the loss is for a backward."""
+    retention = LogitRetention(classifier, build(classifier, [points], tmp_path, class_dim=-1), 16)
+    with torch.no_grad():
+        assert not retention.loss(1).requires_grad
+        assert retention().requires_grad
+
+
 def test_dropout_in_the_pass_is_off_but_training_goes_on(noisy: Any, points: Tensor, tmp_path: Path) -> None:
     """Without that, dropout puts a floor under the drift, and the task draws other masks than without retention."""
     noisy.body[1].eval()  # its statistics would drift with the task's batches
