@@ -52,9 +52,11 @@ class CraftOptimizer(Wrapper):
 
         g = a g_t + w g_r,        by default a = 1, w = lambda - p
 
-    where p = <g_t, g_r> / |g_r|^2 while L_ret > epsilon and the gradients conflict, else 0, and lambda follows L_ret /
-    epsilon (`craft_optim.dual`). `p.grad` holds the task gradients again afterwards. Without a retention closure it is
-    the base optimizer, bit for bit.
+    where p = <g_t, g_r> / |g_r|^2 while drift, an average of L_ret, is above epsilon and the gradients conflict, else
+    0, and lambda follows L_ret / epsilon (`craft_optim.dual`). How often that is follows drift, too
+    (`retention_every`); and a step that leads far beyond epsilon is shortened (`trust_region`).
+    `p.grad` holds the task gradients again afterwards. Without a retention closure it is the base optimizer, bit for
+    bit.
 
     Several constraints L_j <= epsilon_j(t): pass a mapping name -> closure or `Constraint`, or a list of `Constraint`.
     Each has a pass, a multiplier and metrics of its own, called "lambda/name" and so on; docs/constraints.md says how
@@ -66,9 +68,10 @@ class CraftOptimizer(Wrapper):
     this process has had begins anew.
 
     Cost of a step that runs retention: one forward and backward of the closure, one additional copy of the gradients
-    while they live (see `gradient_memory`), about 5N elements of memory traffic, one read of the device. Other steps
-    cost the base's step. With several processes, an all-reduce of a few numbers; under DDP one of all retention
-    gradients, too.
+    while they live (see `gradient_memory`), about 5N elements of memory traffic, one read of the device. The first of
+    them, and those that might lead too far, also cost a copy of the parameters and forwards of anchors (`Rules`).
+    Other steps cost the base's step. With several processes, an all-reduce of a few numbers; under DDP one of all
+    retention gradients, too.
 
     Args:
         base_optimizer: The optimizer that does the step.

@@ -33,9 +33,10 @@ class Rules:
         total_steps: Length of the run in optimizer steps, so that "auto" has a pass on its last one; None if unknown.
         trust_region: The multiple of epsilon that no step shall lead beyond; None to look at none. A step that would is
             shortened: theta goes back along it until the drift, with L_ret's root taken as linear along the step, is
-            just there. Where a step might come near, it costs a copy of the trained parameters and a forward of the
-            anchors after the base's step, without a backward. Plain functions are not asked again after a step, so
-            that there is none for them; nor for a base that moves the parameters itself to evaluate a closure.
+            just there. Where a step might come near, it costs a copy of the trained parameters and two forwards of
+            anchors, before and after the base's step, without a backward; in the start, four. Plain functions are not
+            asked again in a step, so that there is none for them; nor for a base that moves the parameters itself to
+            evaluate a closure.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. The steps between are
             not clipped: clip task gradients as ever, before `step`.
         gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see

@@ -41,11 +41,13 @@ class CapWatch:
         patience = max(_LEAST_PATIENCE, math.ceil(_PATIENCE_AT_CAP / metrics["interval"]))
         if self._at_cap[name] >= patience and name not in self._warned:
             self._warned.add(name)
+            every = rules.retention_every
+            rarely = "" if every in ("auto", 1) else f"lower retention_every (now {every}), "
             warn(
                 f"{prefix(name)}lambda has been at its cap for {self._at_cap[name]} retention steps while the drift "
-                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, raise rho "
-                f"(now {rules.rho:g}) or the controller's maximum, lower retention_every (now "
-                f"{rules.retention_every}), or lower the learning rate.",
+                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, {rarely}"
+                f"lower the learning rate, or raise rho (now {rules.rho:g}), or the maximum of a controller that has "
+                "one."
             )
 
 

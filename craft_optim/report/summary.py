@@ -19,7 +19,7 @@ BAND = (0.9, 1.1)
 _LAST = 0.05  # the part of a run whose rows stand for its end
 _AT_LEAST = 20  # rows, where there are as many
 _COMPLETE = 0.9  # of the steps: skipped passes have no interval
-_REMEDY = "raise epsilon, raise rho, lower retention_every, or lower the learning rate"  # as CraftOptimizer's warning
+_REMEDY = "raise epsilon, lower retention_every, lower the learning rate, or raise rho"  # as CraftOptimizer's warning
 
 Source = Literal["anchors", "heldout", "average", "batches"]
 

@@ -170,8 +170,10 @@ def test_the_remedy_is_the_optimizers():
     from craft_optim import CraftOptimizer
 
     weight = torch.nn.Parameter(torch.ones(1))
-    stuck = CraftOptimizer(torch.optim.SGD([weight], lr=0.0), lambda: weight.square().sum(), epsilon=1e-3)
-    with pytest.warns(CraftWarning, match="at its cap") as caught:  # noqa: PT031 - it comes on the 100th
+    stuck = CraftOptimizer(
+        torch.optim.SGD([weight], lr=0.0), lambda: weight.square().sum(), epsilon=1e-3, retention_every=2
+    )
+    with pytest.warns(CraftWarning, match="at its cap") as caught:  # noqa: PT031 - it comes on the 50th pass
         for _ in range(120):
             weight.grad = torch.ones(1)
             stuck.step()
