@@ -351,7 +351,11 @@ class RetentionPass:
             and self._step >= self.state["craft_heldout_next"]
             and drift > _TOO_LITTLE * self.epsilon
         ):
-            found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+            with self._layout.without_backward():
+                found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+            if self._layout.several:  # each has measured the whole, but other machines round otherwise
+                place = next(p.device for p in self._parameters)
+                found = float(self._layout.mean(torch.tensor(found, dtype=torch.float64, device=place)))
             if found > 0.0 and math.isfinite(found):
                 self._compare(found)
 
@@ -386,7 +390,7 @@ class RetentionPass:
 
     def losses_again(self, more: int) -> list[Tensor]:
         """L_ret of this pass's anchors now, and of as many passes after it, without gradients."""
-        with torch.no_grad(), held():
+        with self._layout.without_backward(), torch.no_grad(), held():
             return [self._closure.loss(self._number + i).detach().double() for i in range(1 + more)]
 
     def share_of_step(self, before: float, after: Sequence[float], trust: float) -> float:

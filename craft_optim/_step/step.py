@@ -213,9 +213,9 @@ class RetentionStep:
         if self._kept is None or self._trust is None:
             return
         trust, more = (1.0, 2) if self._starting else (self._trust, 0)
-        with self._layout.own_reduction():
-            found = [torch.stack([x.reshape(()) for x in run.losses_again(more)]) for run in self._watched]
-        after = self._layout.mean(torch.stack(found)).tolist()
+        found = [x.reshape(()) for run in self._watched for x in run.losses_again(more)]
+        mean = self._layout.mean(torch.stack([x.to(found[0].device) for x in found]))
+        after = mean.reshape(len(self._watched), 1 + more).tolist()
         share = min(
             run.share_of_step(self._losses[self.passes.index(run)], values, trust)
             for run, values in zip(self._watched, after, strict=True)
@@ -316,7 +316,9 @@ class RetentionStep:
             updates = self._asked(losses, [update.multiplier * factor for update in updates], units, steps)
         return updates
 
-    def _asked(self, losses: Sequence[float], caps: Sequence[float], units: Sequence[float], steps: int) -> list[Update]:
+    def _asked(
+        self, losses: Sequence[float], caps: Sequence[float], units: Sequence[float], steps: int
+    ) -> list[Update]:
         return [
             run.asked(loss, cap, unit, steps)
             for run, loss, cap, unit in zip(self.passes, losses, caps, units, strict=True)
