@@ -352,7 +352,11 @@ class RetentionPass:
             and self._step >= self.state["craft_heldout_next"]
             and drift > _TOO_LITTLE * self.epsilon
         ):
-            found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+            with self._layout.without_backward():
+                found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+            if self._layout.several:  # each has measured the whole, but other machines round otherwise
+                place = next(p.device for p in self._parameters)
+                found = float(self._layout.mean(torch.tensor(found, dtype=torch.float64, device=place)))
             if found > 0.0 and math.isfinite(found):
                 self._compare(found)
 
@@ -388,7 +392,7 @@ class RetentionPass:
 
         Not on those of this pass: its gradient is theirs, and holds them better than others.
         """
-        with torch.no_grad(), held():
+        with self._layout.without_backward(), torch.no_grad(), held():
             losses = [self._closure.loss(self._number + 1 + i).detach().float() for i in range(passes)]
         return torch.stack([loss.reshape(()) for loss in losses]).mean()
 

@@ -225,8 +225,7 @@ class RetentionStep:
 
     def _look(self) -> Tensor:
         """L_ret of each watched constraint on anchors of passes to come, on this process."""
-        with self._layout.own_reduction():
-            found = [run.look(_LOOKS if self._starting else 1) for run in self._watched]
+        found = [run.look(_LOOKS if self._starting else 1) for run in self._watched]
         return torch.stack([x.to(found[0].device) for x in found])
 
     def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
