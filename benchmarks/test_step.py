@@ -28,16 +28,21 @@ RATE = 1e-5
 
 
 class Setting(NamedTuple):
-    """What a step with retention is; the anchors are a share of the training batch."""
+    """What a step with retention is; the anchors are a share of the training batch.
+
+    In the start of a run, its first 40 passes, each looks at the anchors of two more after the base's step.
+    """
 
     every: int
     share: float
+    start: bool = False
 
 
 SETTINGS = {
     "K = 1": Setting(1, 1.0),
     "K = 1, quarter of the anchors": Setting(1, 0.25),
     "K = 5": Setting(5, 1.0),
+    "K = 1, in the start": Setting(1, 1.0, start=True),
 }
 
 
@@ -76,6 +81,9 @@ class Training:
         """As many steps as run retention once."""
         retention = self.retention(int(self.batch_size * setting.share))
         optimizer = CraftOptimizer(self.base, retention, epsilon=0.05, retention_every=setting.every)
+        if not setting.start:
+            for group in optimizer.param_groups:
+                group["craft_start"] = 0.0
         return self.steps(optimizer, setting.every)
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md, from the results of `retention_pareto.py` and `beyond_the_front.py`.
+"""The tables of docs/findings.md, from the results of `retention_pareto.py`, `beyond_the_front.py` and `knob.py`.
 
 python benchmarks/evidence/findings.py   # writes the page's tables from benchmarks/evidence/results
 """
@@ -15,6 +15,7 @@ from pareto.beyond import VARIANTS
 from pareto.methods import METHODS
 from pareto.summary import standard_error
 from performance_table import with_table
+from steering.tables import TABLES as OF_KNOB
 
 __all__ = ["PAGE", "TABLES", "marks", "read_results", "updated"]
 
@@ -25,7 +26,7 @@ Results = Mapping[str, Any]
 
 def read_results() -> dict[str, Any]:
     """Name of the command -> its JSON."""
-    names = ("retention_pareto", "beyond_the_front")
+    names = ("retention_pareto", "beyond_the_front", "knob")
     return {name: json.loads((_paths.RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in names}
 
 
@@ -98,6 +99,11 @@ def variants(results: Results, reference: str) -> str:
     return markdown_table(header, rows)
 
 
+def knob(results: Results, table: Callable[[Any], str]) -> str:
+    """A table of `knob.py`."""
+    return table(results["knob"]["runs"])
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "pareto-fronts": fronts,
     "pareto-robustness": partial(robustness, command="retention_pareto"),
@@ -105,6 +111,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "variants-against-craft": partial(variants, reference="craft"),
     "variants-robustness": partial(robustness, command="beyond_the_front"),
     "variants-against-fixed": partial(variants, reference="fixed"),
+    **{f"knob-{name}": partial(knob, table=table) for name, table in OF_KNOB.items()},
 }
 
 

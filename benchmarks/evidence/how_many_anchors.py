@@ -25,7 +25,14 @@ from craft_optim.anchors.sampling import spread
 DATA = ASSETS / "demonstrations"
 OF_LAST = 50  # steps that the new task's loss is averaged over
 # What measures the drift and changes no gradient
-NONE = {"dual": "ascent", "lambda_init": 0, "lambda_max": 0, "projection": "never", "max_grad_norm": 1e9}
+NONE = {
+    "dual": "ascent",
+    "lambda_init": 0,
+    "lambda_max": 0,
+    "projection": "never",
+    "trust_region": "null",
+    "max_grad_norm": 1e9,
+}
 HELD_OUT = 4, 256  # episodes, and frames of them
 # Name of a run -> what it is, its anchors, and its flags
 RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from _paths import RESULTS
 from vla import command, figure, methods, runs, summary
 from vla.methods import METHODS, Method
 
+from craft_optim import Retention
 from craft_optim.anchors.sampling import AnchorSampler
 from craft_optim.evaluation.statistics import wilson
 
@@ -78,8 +80,8 @@ def test_replay_takes_the_next_anchors_and_their_labels():
 def test_every_kind_with_anchors_runs_at_both_k():
     assert len({method.name for method in METHODS}) == len(METHODS)
     for kind, strengths in (("replay", {1.0}), ("kl", {0.1, 1.0, 10.0}), ("logits", {0.03}), ("hidden", {0.005})):
-        found = {(method.strength, method.every) for method in METHODS if method.kind == kind}
-        swept = {(0.05, 1), (0.1, 1)} if kind == "logits" else set()
+        found = {(method.strength, method.every) for method in METHODS if method.kind == kind and not method.heldout}
+        swept = {(0.05, 1), (0.1, 1), (0.03, "auto"), (0.05, "auto")} if kind == "logits" else set()
         assert found == {(strength, every) for strength in strengths for every in (1, 5)} | swept
 
 
@@ -89,6 +91,51 @@ def test_names_of_files_say_the_strength_that_is_not_usual():
     assert names["kl", 1.0, 5] == "kl-1-every-5"
     assert (names["logits", 0.03, 1], names["logits", 0.05, 1]) == ("logits-every-1", "logits-0.05-every-1")
     assert (names["plain", 0.0, 0], names["replay", 1.0, 5]) == ("plain", "replay-every-5")
+    assert (names["logits", 0.03, "auto"], names["logits", 0.2, "auto"]) == (
+        "logits-every-auto",
+        "logits-0.2-every-auto-heldout",
+    )
+
+
+@pytest.mark.evidence
+def test_epsilon_may_be_that_of_held_out_frames():
+    """The one change: what is held out is the constraint's, and the rest is as in other runs."""
+
+    class Drift(Retention):
+        def loss(self, number):
+            return policy.x.square().sum()
+
+        def drift(self, anchors=None, count=None):
+            asked.append((anchors, count))
+            return 0.02
+
+    policy, asked, aside = Point(), [], object()
+    policy.x.data[0] = 0.1
+    method = Method("logits", "auto", 0.2, heldout=True)
+    args, of_optimizers = methods.arguments(method, steps=3), []
+
+    def take(policy, batch, optimizer, scheduler):
+        of_optimizers.append((optimizer, scheduler))
+        return torch.zeros(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods.craft, "train_step", take)
+        for which in (method, replace(method, heldout=False)):
+            methods.make_step(which, policy, Drift(), args, aside)(0, {})
+    (ours, schedule), (theirs, their_schedule) = of_optimizers
+    assert schedule.get_last_lr() == their_schedule.get_last_lr() == [args.lr / 50]
+    assert ours.rules == theirs.rules
+    assert [one.constraints[None].epsilon(0) for one in (ours, theirs)] == [0.2, 0.2]
+    step = methods.make_step(method, policy, Drift(), args, aside)
+    for number in range(3):
+        step(number, {"slope": torch.tensor([-0.1, 0.0])})
+    assert {anchors for anchors, _ in asked} == {aside}
+
+
+def test_what_is_judged_is_not_what_epsilon_is_steered_by():
+    method = Method("logits", "auto", 0.2, heldout=True)
+    row = summary.summarise(method, [run_of(method, seed, drift_logits_judged=0.1 * (seed + 1)) for seed in (0, 1)])
+    assert row["over_epsilon_per_seed"] == pytest.approx([0.5, 1.0])
 
 
 @pytest.mark.evidence
@@ -107,6 +154,7 @@ def test_runs_differ_in_their_method_alone(method):
 def run_of(method, seed, drift=0.1, **more):
     drifts = {name: drift * factor for name, factor in zip(summary.DRIFTS, (1, 2, 3, 4), strict=True)}
     run = {"method": method.name, "seed": seed, "old_ce": 1.0 + seed, "new_ce": 2.0 + seed}
+    run["drift_logits_judged"] = drift
     return run | {"old_success": [True, True], "new_success": [False, True]} | drifts | more
 
 

@@ -1,84 +1,104 @@
 """Ideas for a better trade-off than that of a penalty: variants of CraftOptimizer, one change each."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from craft_optim import CraftOptimizer
-from craft_optim.dual import Controller, MultiplicativePI, Update
-from craft_optim.functional import gram, project_and_merge_
+from craft_optim import Constraint, CraftOptimizer, Retention
+from craft_optim.anchors import LogitRetention
+from craft_optim.anchors.sampling import AnchorSampler, mixed_seed
+from craft_optim.dual import MultiplicativePI, Update
 
 from .methods import METHODS, Method, Run, Step, craft, stepping
-from .setting import divergence, orders, teacher_logprobs
+from .prepared import cache_of
+from .setting import divergence, teacher_logprobs
 from .training import Job, Record, fine_tune
 
-__all__ = ["VARIANTS", "HeldOutDual", "vary"]
+__all__ = ["VARIANTS", "vary"]
 
 _ASIDE = 4  # one anchor of so many drives the multiplier only
 _LOOSER = 2.0
+_OLD = 0.8  # weight of what was, in an averaged gradient
 _REPLACED = 0.05  # share of characters
 
 
-class HeldOutDual:
-    """A controller that follows the drift on anchors that no gradient is taken of, instead of those of the batch.
+class Drift(Retention):
+    """KL from the pretrained network on the anchors that `LogitRetention` of the same seed takes.
 
     Args:
-        inner: What makes the multiplier of it.
-        drift: Measures it.
+        run: With model, anchors and seed.
+        change: Makes other anchors of them, anew in each pass; the pretrained network says what is right on these.
     """
 
-    def __init__(self, inner: Controller, drift: Callable[[], float]) -> None:
-        self._inner, self._drift = inner, drift
+    unit = "nats"
 
-    def initial_state(self) -> dict[str, float]:
-        return self._inner.initial_state()
+    def __init__(self, run: Run, change: Callable[[Tensor, torch.Generator], Tensor] | None = None) -> None:
+        setting = run.prepared.setting
+        self.run, self._change, self._before = run, change, run.prepared.model()
+        self._sampler = AnchorSampler(len(setting.anchors), setting.anchor_batch, run.seed)
 
-    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = float("inf")) -> Update:
-        return self._inner(state, loss=self._drift(), epsilon=epsilon, cap=cap)
+    def loss(self, number: int) -> Tensor:
+        rows = self._sampler.indices(number)
+        inputs, teacher = self.run.prepared.setting.anchors.inputs[rows], self.run.prepared.teacher[rows]
+        if self._change is not None:
+            inputs = self._change(inputs, torch.Generator().manual_seed(mixed_seed(self.run.seed, number)))
+            teacher = teacher_logprobs(self._before, inputs)
+        return divergence(self.logits(inputs), teacher)
 
-
-def _drift_of(run: Run, rows: Tensor) -> Tensor:
-    inputs = run.prepared.setting.anchors.inputs[rows]
-    return divergence(run.model(inputs), run.prepared.teacher[rows])
-
-
-def held_out_dual(run: Run) -> Step:
-    """A quarter of the anchors is kept aside: lambda follows the drift on these, the gradient is of the others."""
-    count, size = len(run.prepared.setting.anchors), run.prepared.setting.anchor_batch
-    places = torch.arange(count)
-    aside, others = places[places % _ASIDE == 0], places[places % _ASIDE != 0]
-    of_aside, of_others = orders(len(aside), size, run.seed), orders(len(others), size, run.seed)
-
-    @torch.no_grad()
-    def measured() -> float:
-        return float(_drift_of(run, aside[next(of_aside)]))
-
-    def closure() -> Tensor:
-        return _drift_of(run, others[next(of_others)])
-
-    dual = HeldOutDual(MultiplicativePI(), measured)
-    return stepping(run, CraftOptimizer(run.base, closure, epsilon=run.strength, dual=dual))
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Of the model in training."""
+        found: Tensor = self.run.model(inputs)
+        return found
 
 
-def _changed_anchors(change: Callable[[Tensor, torch.Generator], Tensor]) -> Callable[[Run], Step]:
-    """Anchors are changed anew for each pass; the pretrained network says what is right on what they have become."""
+def with_defaults(run: Run, retention: Retention, **settings: Any) -> CraftOptimizer:
+    """`CraftOptimizer` as the method "craft" has it, on another closure or with other settings."""
+    return CraftOptimizer(run.base, retention, epsilon=run.strength, **settings)
 
-    def start(run: Run) -> Step:
-        teacher, inputs = run.prepared.model(), run.prepared.setting.anchors.inputs
-        generator, rows = torch.Generator().manual_seed(run.seed), run.anchor_rows()
 
-        def closure() -> Tensor:
-            batch = change(inputs[next(rows)], generator)
-            return divergence(run.model(batch), teacher_logprobs(teacher, batch))
+def held_out(run: Run) -> CraftOptimizer:
+    """A quarter of the anchors is kept aside, and epsilon is the drift on these; the gradient is of the others."""
+    inputs, size = run.prepared.setting.anchors.inputs, run.prepared.setting.anchor_batch
+    aside = torch.arange(len(inputs)) % _ASIDE == 0
+    caches = {name: cache_of(run.prepared, name, inputs[rows]) for name, rows in (("aside", aside), ("others", ~aside))}
+    retention = LogitRetention(run.model, caches["others"], batch_size=size, seed=run.seed, workers=0)
+    return with_defaults(run, retention, heldout=caches["aside"])
 
-        return stepping(run, CraftOptimizer(run.base, closure, epsilon=run.strength))
 
-    return start
+class Averaged(Retention):
+    """Another closure's loss with a gradient that is averaged over passes.
+
+        g_n = 0.8 g_(n-1) + 0.2 grad L_n        on pass n, g_0 = grad L_0
+
+    One more copy of the gradients, for as long as training lasts, which is in no checkpoint.
+
+    Args:
+        inner: The closure.
+        parameters: What the gradients are of.
+    """
+
+    unit = "nats"
+
+    def __init__(self, inner: Retention, parameters: Sequence[nn.Parameter]) -> None:
+        self._inner, self._parameters = inner, list(parameters)
+        self._average: list[Tensor] | None = None
+
+    def loss(self, number: int) -> Tensor:
+        loss = self._inner.loss(number)
+        if not torch.is_grad_enabled():  # the trust region looks at the same anchors again, and at others
+            return loss
+        new = torch.autograd.grad(loss, self._parameters)
+        old = self._average or new
+        self._average = [torch.lerp(b, a, _OLD) for a, b in zip(old, new, strict=True)]
+        linear = torch.stack([(p * g).sum() for p, g in zip(self._parameters, self._average, strict=True)]).sum()
+        return loss.detach() + linear - linear.detach()
 
 
 def mixed(inputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -137,40 +157,28 @@ def interpolate(run: Run) -> None:
         excess(brentq(excess, 0.0, 1.0, xtol=1e-4))
 
 
-class _Multiplier:
-    """A controller with its state, capped as in CraftOptimizer."""
-
-    def __init__(self) -> None:
-        self._controller = MultiplicativePI()
-        self._state = self._controller.initial_state()
-
-    def __call__(self, loss: float, epsilon: float, task: Sequence[Tensor], anchors: Sequence[Tensor]) -> float:
-        found = gram(list(task), list(anchors))
-        cap = (found.tt / found.rr) ** 0.5 if found.rr > 0.0 else float("inf")
-        update = self._controller(self._state, loss=loss, epsilon=epsilon, cap=cap)
-        self._state = update.state
-        return update.multiplier
-
-
 def update_projection(run: Run) -> Step:
     """While drift is above epsilon, the *update* loses what works against the anchors, not the task gradient.
 
     AdamW's step on g_t + lambda g_r is made as it is; then theta loses the component of the step along g_r, if that
     would let the drift grow to first order.
     """
-    multiplier, rows = _Multiplier(), run.anchor_rows()
+    optimizer = with_defaults(run, Drift(run), projection="never")
+    merged: list[Tensor] = []
+
+    def look(*_: Any) -> None:
+        merged[:] = [p.grad for p in run.parameters if p.grad is not None]
+
+    run.base.register_step_pre_hook(look)
 
     def step(task: Tensor) -> None:
-        ours = torch.autograd.grad(task, run.parameters)
-        drift = _drift_of(run, next(rows))
-        theirs = torch.autograd.grad(drift, run.parameters)
-        lam = multiplier(drift.item(), run.strength, ours, theirs)
-        for p, g, r in zip(run.parameters, ours, theirs, strict=True):
-            p.grad = g + lam * r
+        task.backward()  # type: ignore[no-untyped-call]
         before = run.snapshot()
-        run.base.step()
-        if drift.item() > run.strength:
-            project_update(run.parameters, before, theirs)
+        optimizer.step()
+        found = optimizer.metrics
+        if found["fresh"] and found["violation"] > 1.0 and found["lambda"] > 0.0:
+            ours = [p.grad for p in run.parameters if p.grad is not None]  # `step` has put the task's back
+            project_update(run.parameters, before, [g - t for g, t in zip(merged, ours, strict=True)])
 
     return step
 
@@ -185,47 +193,41 @@ def project_update(parameters: Sequence[Tensor], before: Sequence[Tensor], ancho
             p.sub_(share * r)
 
 
-@dataclass(frozen=True)
-class _Half:
-    """Some of the parameters, with a multiplier of their own."""
+class HalfDrift(Drift):
+    """The drift that some of the parameters make alone: the others are as pretrained.
 
-    names: tuple[str, ...]
-    multiplier: _Multiplier
+    Args:
+        run: As for `Drift`.
+        names: Of these parameters.
+    """
+
+    def __init__(self, run: Run, names: Sequence[str]) -> None:
+        super().__init__(run)
+        named = dict(run.model.named_parameters())
+        self._weights = run.prepared.weights | {name: named[name] for name in names}
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        found: Tensor = functional_call(self.run.model, self._weights, (inputs,))
+        return found
 
 
-def own_budgets(run: Run) -> Step:
+def own_budgets(run: Run) -> CraftOptimizer:
     """Early and late layers may each make half of epsilon of drift, measured with the other half as pretrained."""
-    named, head = dict(run.model.named_parameters()), run.prepared.setting.head
-    late = tuple(name for name in named if name.startswith(head))
-    halves = [_Half(names, _Multiplier()) for names in (tuple(n for n in named if n not in late), late)]
-    rows = run.anchor_rows()
-
-    def alone(half: _Half, batch: Tensor) -> Tensor:
-        weights = run.prepared.weights | {name: named[name] for name in half.names}
-        logits = functional_call(run.model, weights, (run.prepared.setting.anchors.inputs[batch],))
-        return divergence(logits, run.prepared.teacher[batch])
-
-    def step(task: Tensor) -> None:
-        gradients = dict(zip(named, torch.autograd.grad(task, list(named.values())), strict=True))
-        batch, budget = next(rows), run.strength / 2.0
-        for half in halves:
-            drift, own = alone(half, batch), [named[name] for name in half.names]
-            ours, theirs = [gradients[name] for name in half.names], torch.autograd.grad(drift, own)
-            lam = half.multiplier(drift.item(), budget, ours, theirs)
-            merged: list[Tensor | None] = [*theirs]
-            project_and_merge_([*ours], merged, lam=lam, project=drift.item() > budget)
-            for p, g in zip(own, merged, strict=True):
-                p.grad = g
-        run.base.step()
-
-    return step
+    names = [name for name, _ in run.model.named_parameters()]
+    late = [name for name in names if name.startswith(run.prepared.setting.head)]
+    halves = {"early": [name for name in names if name not in late], "late": late}
+    return CraftOptimizer(
+        run.base, {half: Constraint(HalfDrift(run, own), run.strength / 2.0) for half, own in halves.items()}
+    )
 
 
 class LeastShare:
-    """A controller that keeps the retention gradient from becoming small beside the task's: lambda >= share x cap.
+    """A controller that keeps the retention gradient from becoming small beside the task's.
 
-    With rho = 1, as by default at K = 1, the cap is |g_t| / |g_r|: lambda |g_r| is at least this share of |g_t|, also
-    while the drift is far below epsilon. Like the rest of the controller it knows no units.
+        lambda >= min(share K |g_t| / |g_r|, cap)        K: steps that the pass stands for
+
+    lambda |g_r| is at least this share of |g_t|, also while the drift is far below epsilon. Like the rest of the
+    controller it knows no units.
 
     Args:
         share: In [0, 1].
@@ -237,38 +239,45 @@ class LeastShare:
     def initial_state(self) -> dict[str, float]:
         return self._inner.initial_state()
 
-    def __call__(self, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = float("inf")) -> Update:
-        found = self._inner(state, loss=loss, epsilon=epsilon, cap=cap)
-        least = min(self._share * cap, self._inner.maximum)  # the cap is without bound where nothing has drifted
-        return found._replace(multiplier=max(found.multiplier, least))
-
-
-def least_share(share: float) -> Callable[[Run], Step]:
-    """Epsilon is a bound and no aim: retention always has a share of the step."""
-
-    def start(run: Run) -> Step:
-        rows = run.anchor_rows()
-        optimizer = CraftOptimizer(
-            run.base, lambda: _drift_of(run, next(rows)), epsilon=run.strength, dual=LeastShare(share)
-        )
-        return stepping(run, optimizer)
-
-    return start
+    def __call__(
+        self,
+        state: Mapping[str, float],
+        *,
+        loss: float,
+        epsilon: float,
+        cap: float = math.inf,
+        unit: float = 1.0,
+        steps: int = 1,
+    ) -> Update:
+        found = self._inner(state, loss=loss, epsilon=epsilon, cap=cap, unit=unit, steps=steps)
+        least = self._share * steps * unit if unit < math.inf else 0.0  # no multiplier does anything without g_r
+        return found._replace(multiplier=max(found.multiplier, min(least, cap)))
 
 
 def _variant(title: str, start: Callable[[Run], Step], finish: Callable[[Run], None] = lambda run: None) -> Method:
     return Method(title, start, "epsilon", METHODS["craft"].grid, finish)
 
 
+def _stepping(make: Callable[[Run], CraftOptimizer]) -> Callable[[Run], Step]:
+    return lambda run: stepping(run, make(run))
+
+
 VARIANTS = {
-    "held_out_dual": _variant("held-out anchors drive lambda", held_out_dual),
-    "mixed": _variant("mixed anchors", _changed_anchors(mixed)),
-    "augmented": _variant("augmented anchors", _changed_anchors(augmented)),
+    "held_out": _variant("epsilon of held-out anchors", _stepping(held_out)),
+    "averaged": _variant(
+        "averaged gradient", _stepping(lambda run: with_defaults(run, Averaged(Drift(run), run.parameters)))
+    ),
+    "mixed": _variant("mixed anchors", _stepping(lambda run: with_defaults(run, Drift(run, mixed)))),
+    "augmented": _variant("augmented anchors", _stepping(lambda run: with_defaults(run, Drift(run, augmented)))),
     "interpolated": _variant("twice epsilon, then interpolation", looser, interpolate),
     "update_projection": _variant("projection of the update", update_projection),
-    "own_budgets": _variant("own budgets of early and late layers", own_budgets),
-    "least_share_10": _variant("at least a tenth for retention", least_share(0.1)),
-    "least_share_30": _variant("at least three tenths", least_share(0.3)),
+    "own_budgets": _variant("own budgets of early and late layers", _stepping(own_budgets)),
+    "least_share_10": _variant(
+        "at least a tenth for retention", _stepping(lambda run: with_defaults(run, Drift(run), dual=LeastShare(0.1)))
+    ),
+    "least_share_30": _variant(
+        "at least three tenths", _stepping(lambda run: with_defaults(run, Drift(run), dual=LeastShare(0.3)))
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from .characters import language
 from .digits import classes, rotation
 from .setting import Recipe, Setting, chance, score, task_loss, teacher_logprobs
 
-__all__ = ["SETTINGS", "Prepared", "base_optimizer", "prepare"]
+__all__ = ["SETTINGS", "Prepared", "base_optimizer", "cache_of", "prepare"]
 
 SETTINGS: dict[str, Callable[[int], Setting]] = {"classes": classes, "rotation": rotation, "language": language}
 _WEIGHTS = "pretrained.safetensors"
@@ -113,6 +113,26 @@ def prepare(name: str, seed: int, folder: Path) -> Prepared:
         old=score(model, setting.old_test, setting.metric),
         chance=chance(setting.old_test, setting.metric),
     )
+
+
+def cache_of(prepared: Prepared, name: str, inputs: Tensor) -> anchors.AnchorCache:
+    """Other anchors of the pretrained network, such as a part of them; written once, beside its own.
+
+    Args:
+        prepared: Of a setting and seed.
+        name: Of the folder: the same name must have the same inputs.
+        inputs: `[n, ...]`.
+    """
+    folder = prepared.cache.with_name(name)
+    if not folder.is_dir():
+        own = folder.with_name(f"{name}.{os.getpid()}")
+        batches = torch.split(inputs, prepared.setting.anchor_batch)
+        anchors.build(prepared.model(), batches, own, overwrite=True, progress=False, class_dim=-1)
+        try:
+            own.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(own)
+    return anchors.AnchorCache.open(folder)
 
 
 def _pretrain(model: nn.Module, setting: Setting, seed: int) -> None:

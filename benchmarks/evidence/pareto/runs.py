@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import joblib
 import numpy
@@ -15,14 +15,34 @@ from tqdm.auto import tqdm
 
 import craft_optim
 
-from .prepared import prepare
-from .training import Job, Record
+from .prepared import SETTINGS, prepare
+from .training import Record
 
-__all__ = ["WORK", "run_all", "store", "versions", "with_runs"]
+__all__ = ["WORK", "Runnable", "run_all", "store", "versions", "with_runs"]
 
 WORK = Path(".benchmarks") / "pareto"  # finished runs, of all commands
 _HERE = Path(__file__).parent
 _OF_RUNS = ("setting", "digits", "characters", "prepared", "methods", "training")
+
+
+class Runnable(Protocol):
+    """A hashable description of one run, `training.Job` for example.
+
+    Attributes:
+        setting: Of `SETTINGS`, which is pretrained first; or anything else, of which nothing is.
+        seed: Of pretraining.
+        name: In the name of its file.
+    """
+
+    @property
+    def setting(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+
+Of = TypeVar("Of", bound=Runnable)
 
 
 def store(work: Path, *more: str) -> Path:
@@ -30,7 +50,7 @@ def store(work: Path, *more: str) -> Path:
 
     Args:
         work: Where the folder is.
-        more: Modules beside those that all runs depend on.
+        more: Modules beside those that all runs depend on, seen from their folder.
     """
     package = Path(craft_optim.__file__).parent
     files = [_HERE / f"{name}.py" for name in (*_OF_RUNS, *more)] + sorted(package.rglob("*.py"))
@@ -43,7 +63,7 @@ def store(work: Path, *more: str) -> Path:
 
 
 def run_all(
-    jobs: Iterable[Job], folder: Path, processes: int, function: Callable[[Job, Path], Record], about: str
+    jobs: Iterable[Of], folder: Path, processes: int, function: Callable[[Of, Path], Record], about: str
 ) -> list[Record]:
     """Runs jobs that are not done yet, and returns their records in order; jobs that occur twice are run once.
 
@@ -56,7 +76,7 @@ def run_all(
     """
     jobs = list(dict.fromkeys(jobs))
     missing = [job for job in jobs if not _file(folder, job).is_file()]
-    starts = list(dict.fromkeys((job.setting, job.seed) for job in missing))
+    starts = list(dict.fromkeys((job.setting, job.seed) for job in missing if job.setting in SETTINGS))
     _in_turn(_prepare, [(*start, folder) for start in starts], processes, "pretrained")
     _in_turn(_run, [(job, folder, function) for job in missing], processes, about)
     return [json.loads(_file(folder, job).read_text(encoding="utf-8")) for job in jobs]
@@ -69,7 +89,7 @@ def _in_turn(function: Callable[..., None], calls: Sequence[tuple[object, ...]],
         pass
 
 
-def _file(folder: Path, job: Job) -> Path:
+def _file(folder: Path, job: Runnable) -> Path:
     return folder / "runs" / f"{job.name}.json"
 
 
@@ -78,7 +98,7 @@ def _prepare(name: str, seed: int, folder: Path) -> None:
     prepare(name, seed, folder)
 
 
-def _run(job: Job, folder: Path, function: Callable[[Job, Path], Record]) -> None:
+def _run(job: Of, folder: Path, function: Callable[[Of, Path], Record]) -> None:
     torch.set_num_threads(1)
     file = _file(folder, job)
     half = file.with_suffix(".half")

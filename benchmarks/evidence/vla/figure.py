@@ -20,7 +20,14 @@ COLOURS = {
     "logits": OF_DEMO["craft"],
     "hidden": "#984ea3",
 }
-MARKERS = {("kl", 0.1): "v", ("kl", 1.0): "s", ("kl", 10.0): "^", ("logits", 0.05): "s", ("logits", 0.1): "D"}
+MARKERS = {
+    ("kl", 0.1): "v",
+    ("kl", 1.0): "s",
+    ("kl", 10.0): "^",
+    ("logits", 0.05): "s",
+    ("logits", 0.1): "D",
+    ("logits", 0.2): "X",
+}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -48,7 +55,7 @@ def _look(row: Mapping[str, Any]) -> dict[str, Any]:
     """Colour by method, shape by strength; hollow where anchors are looked at more rarely than on every step."""
     colour = COLOURS[row["kind"]]
     marker = MARKERS.get((row["kind"], row["strength"]), "o")
-    return {"color": colour, "marker": marker, "mfc": "white" if row["every"] > 1 else colour, "ls": ""}
+    return {"color": colour, "marker": marker, "mfc": colour if row["every"] in (0, 1) else "white", "ls": ""}
 
 
 def _title(row: Mapping[str, Any]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pi0_fast_craft as craft
 import torch
 from torch import Tensor
+
+from craft_optim import CraftOptimizer
 
 __all__ = ["METHODS", "Method", "Step", "arguments", "make_step", "penalised_step"]
 
@@ -33,25 +35,28 @@ class Method:
     Attributes:
         kind: A key of `LABELS`. "pretrained" is not trained, "plain" is AdamW, "replay" and "kl" add a term to the
             loss, "logits" and "hidden" are CraftOptimizer with anchors of that kind.
-        every: Anchors are looked at on every so many steps; 0 for never.
+        every: Anchors are looked at on every so many steps; 0 for never. "auto" for CraftOptimizer alone.
         strength: Weight of the added term, or epsilon; 0 where there is neither.
+        heldout: True if epsilon is the drift on held-out frames; "logits" alone.
     """
 
     kind: str
-    every: int = 0
+    every: int | Literal["auto"] = 0
     strength: float = 0.0
+    heldout: bool = False
 
     @property
     def name(self) -> str:
         """Its name in file names; the example's own epsilon has none."""
         usual = craft.EPSILON.get(self.kind, 1.0)
         strength = [f"{self.strength:g}"] if self.kind == "kl" or (self.every and self.strength != usual) else []
-        return "-".join([self.kind, *strength, *([f"every-{self.every}"] if self.every else [])])
+        every = [f"every-{self.every}"] if self.every else []
+        return "-".join([self.kind, *strength, *every, *["heldout"] * self.heldout])
 
     @property
     def label(self) -> str:
         """Its name for people, without `every`."""
-        return LABELS[self.kind].format(strength=self.strength)
+        return LABELS[self.kind].format(strength=self.strength) + " of held-out frames" * self.heldout
 
     @property
     def is_craft(self) -> bool:
@@ -64,8 +69,10 @@ METHODS = (
     Method("plain"),
     *(Method("replay", every, 1.0) for every in (1, 5)),
     *(Method("kl", every, weight) for weight in (0.1, 1.0, 10.0) for every in (1, 5)),
-    *(Method("logits", every, craft.EPSILON["logits"]) for every in (1, 5)),
-    *(Method("logits", 1, epsilon) for epsilon in (0.05, 0.1)),  # at K = 5 drift ends above all of these
+    *(Method("logits", every, craft.EPSILON["logits"]) for every in (1, 5, "auto")),
+    *(Method("logits", 1, epsilon) for epsilon in (0.05, 0.1)),
+    Method("logits", "auto", 0.05),
+    Method("logits", "auto", 0.2, heldout=True),
     *(Method("hidden", every, craft.EPSILON["hidden"]) for every in (1, 5)),
 )
 """All methods, in the order of the tables; a seed's runs are made in it, too."""
@@ -79,7 +86,7 @@ def arguments(method: Method, steps: int) -> argparse.Namespace:
     return craft.parse(flags)
 
 
-def make_step(method: Method, policy: Any, term: Any, args: argparse.Namespace) -> Step:
+def make_step(method: Method, policy: Any, term: Any, args: argparse.Namespace, heldout: Any = None) -> Step:
     """A new optimizer for `policy`, and the training step that it makes.
 
     Args:
@@ -87,16 +94,32 @@ def make_step(method: Method, policy: Any, term: Any, args: argparse.Namespace) 
         policy: A `PI0FastPolicy` in training mode.
         term: The retention closure, or the loss of replay; None for "plain".
         args: As `arguments` returns them.
+        heldout: The anchors that epsilon is about, of a method with `heldout`.
     """
-    if method.kind in ("replay", "kl"):
+    if method.every != "auto" and method.kind in ("replay", "kl"):
         state = craft.make_optimizer(policy, "adamw", None, args)
         return penalised_step(policy, term, method.strength, method.every, *state)
     state = craft.make_optimizer(policy, "craft" if method.is_craft else "adamw", term, args)
+    if method.heldout:
+        state = with_heldout(state[0], heldout, args)
 
     def step(number: int, batch: dict[str, Tensor]) -> float:
         return float(craft.train_step(policy, batch, *state).detach())
 
     return step
+
+
+def with_heldout(optimizer: Any, heldout: Any, args: argparse.Namespace) -> tuple[CraftOptimizer, Any]:
+    """The same optimizer and schedule, but epsilon is the drift on other anchors.
+
+    Args:
+        optimizer: A `CraftOptimizer` that has not stepped.
+        heldout: The anchors.
+        args: As `arguments` returns them.
+    """
+    settings = {"epsilon": args.epsilon, "heldout": heldout, **vars(optimizer.rules)}
+    ours = CraftOptimizer(optimizer.base_optimizer, optimizer.retention_closure, **settings)
+    return ours, torch.optim.lr_scheduler.LambdaLR(ours, craft.warmup_cosine(args.steps))
 
 
 def penalised_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -21,13 +22,14 @@ from tqdm.auto import tqdm
 
 from craft_optim.anchors.sampling import AnchorSampler
 
-from .methods import Method, arguments, make_step
+from .methods import Method, Step, arguments, make_step
 
 __all__ = ["Bench"]
 
 PLAIN = Method("plain")
 KINDS = tuple(craft.EPSILON)
 """Kinds of drift: "logits" and "hidden"."""
+PLAIN_EVERY = 10  # steps of CraftOptimizer to a step of plain AdamW, when their costs are compared
 
 
 class Bench:
@@ -69,6 +71,12 @@ class Bench:
             }
             for kind, args in of_kind.items()
         }
+        half = len(rows["heldout"]) // 2  # neighbours are alike: the halves are of other episodes
+        halves = {"steering": rows["heldout"][:half], "judged": rows["heldout"][half:]}
+        self.halves = {
+            name: craft.anchor(self.policy, self.old, of_name, work / "anchors" / "logits" / name, of_kind["logits"])
+            for name, of_name in halves.items()
+        }
         self._pretrained = copy.deepcopy(self.policy.state_dict())
 
     def run(self, method: Method, seed: int, path: Path) -> None:
@@ -80,8 +88,12 @@ class Bench:
         found: dict[str, Any] = {"method": method.name, "seed": seed}
         self.policy.load_state_dict(self._pretrained)
         if method.kind != "pretrained":
-            found["costs"] = self._costs(method, seed)
-            losses = self._train(method, seed)
+            if method.is_craft:  # its steps are not alike: what counts is the whole run
+                losses, cost = self._train_timed(method, seed)
+                found["costs"] = [cost]
+            else:
+                found["costs"] = self._costs(method, seed)
+                losses = self._train(method, seed)
             found["loss"] = fmean(losses[-OF_LAST:])
             save_policy(self.policy, self._work / "policies" / path.stem, self.processors)
         found |= self._measure(seed)
@@ -109,22 +121,51 @@ class Bench:
         rows = self.old.frames.train_indices
         return replay(policy, self.old.frames, rows, AnchorSampler(len(rows), args.anchor_batch_size, seed))
 
-    def _train(self, method: Method, seed: int) -> list[float]:
+    def _step(self, method: Method, policy: Any, seed: int) -> Step:
         args = arguments(method, self._steps)
+        heldout = self.halves["steering"] if method.heldout else None
+        return make_step(method, policy, self._term(method, policy, seed, args), args, heldout)
+
+    def _train(self, method: Method, seed: int) -> list[float]:
         torch.manual_seed(seed)
         self.policy.train()
-        step = make_step(method, self.policy, self._term(method, self.policy, seed, args), args)
+        step = self._step(method, self.policy, seed)
         numbers = tqdm(range(self._steps), desc=f"{method.name} (seed {seed})", mininterval=10)
         losses = [step(number, self._batch(seed, number)) for number in numbers]
         self.policy.eval()
         return losses
 
+    def _train_timed(self, method: Method, seed: int) -> tuple[list[float], float]:
+        """As `_train`; and the CPU time of its steps as a multiple of plain AdamW's, which makes one in ten of them.
+
+        The first step of both is not counted: it makes the optimizer's state.
+        """
+        plain = self._step(PLAIN, copy.deepcopy(self.policy).train(), seed)
+        ours, theirs = list[float](), list[float]()
+
+        def timed(step: Step, number: int, into: list[float]) -> float:
+            batch = self._batch(seed, number)
+            began = time.process_time()
+            loss = step(number, batch)
+            into.append(time.process_time() - began)
+            return loss
+
+        torch.manual_seed(seed)
+        self.policy.train()
+        step, losses = self._step(method, self.policy, seed), []
+        for number in tqdm(range(self._steps), desc=f"{method.name} (seed {seed})", mininterval=10):
+            losses.append(timed(step, number, ours))
+            if number == 0 or number % PLAIN_EVERY == 1:
+                with torch.random.fork_rng(devices=[]):  # what the run draws is what it would draw without this
+                    timed(plain, number, theirs)
+        self.policy.eval()
+        return losses, fmean(ours[1:]) / fmean(theirs[1:])
+
     def _costs(self, method: Method, seed: int) -> list[float]:
         """CPU time of a training step as a multiple of plain AdamW's, of each round."""
 
         def steps(which: Method) -> Callable[[int], object]:
-            policy, args = copy.deepcopy(self.policy).train(), arguments(which, self._steps)
-            step = make_step(which, policy, self._term(which, policy, seed, args), args)
+            step = self._step(which, copy.deepcopy(self.policy).train(), seed)
             return lambda number: step(number, batches[number])
 
         batches: dict[int, dict[str, Tensor]] = {}
@@ -133,7 +174,7 @@ class Bench:
             batches.clear()
             batches[number] = self._batch(seed, number)
 
-        return in_turns(steps(method), steps(PLAIN), whole_periods(method.every), self._rounds, before)
+        return in_turns(steps(method), steps(PLAIN), whole_periods(int(method.every)), self._rounds, before)
 
     def _measure(self, seed: int) -> dict[str, Any]:
         """Success on both tasks, cross-entropy on held-out frames of both, drift in both kinds."""
@@ -146,6 +187,8 @@ class Bench:
         for kind, caches in self.caches.items():
             retention = craft.retention_of(self.policy, caches["anchors"], craft.parse([f"--retention={kind}"]), seed)
             found |= {f"drift_{kind}_{name}": retention.drift(cache, batch_size=64) for name, cache in caches.items()}
+            if kind == "logits":
+                found["drift_logits_judged"] = retention.drift(self.halves["judged"], batch_size=64)
         return found
 
 

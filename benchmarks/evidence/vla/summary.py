@@ -52,7 +52,8 @@ def summarise(method: Method, runs: Sequence[Mapping[str, Any]]) -> dict[str, An
     Returns:
         `name`, `kind`, `label`, `every`, `strength`, `seeds`; of both tasks `old_success`, `old_success_interval`,
         `old_success_per_seed` (None without rollouts) and `old_ce`; drifts as `DRIFTS` names them, and `.._per_seed`;
-        `over_epsilon_per_seed`, CraftOptimizer's own drift on the anchors over its epsilon, None for others; `cost` and
+        `over_epsilon_per_seed`, CraftOptimizer's own drift on the anchors over its epsilon, or, where epsilon is of
+        held-out frames, on others of these; None for others; `cost` and
         `cost_spread`: the median of all rounds and half the quartiles' distance, None for what was not trained.
     """
     row: dict[str, Any] = {
@@ -73,6 +74,8 @@ def summarise(method: Method, runs: Sequence[Mapping[str, Any]]) -> dict[str, An
         row[key] = fmean(run[key] for run in runs)
         row[f"{key}_per_seed"] = [run[key] for run in runs]
     held = row[f"drift_{method.kind}_anchors_per_seed"] if method.is_craft else None
+    if method.heldout:
+        held = [run["drift_logits_judged"] for run in runs]
     row["over_epsilon_per_seed"] = held and [drift / method.strength for drift in held]
     costs = [cost for run in runs for cost in run.get("costs", ())]
     row["cost"] = median(costs) if costs else None
