@@ -1,0 +1,66 @@
+"""Epsilon is the mean drift: of noisy batches, at any scale of both losses, with and without projection."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from craft_optim import CraftOptimizer, Retention
+
+EPSILON = 0.01
+
+
+class Noisy(Retention):
+    """factor x^2, times log-normal noise of mean 1 for each pass; tells the drift without the noise."""
+
+    def __init__(self, x, spread, factor=1.0):
+        self.x, self.spread, self.factor, self.seen = x, spread, factor, []
+
+    def loss(self, number):
+        draw = torch.randn((), generator=torch.Generator().manual_seed(number), dtype=torch.float64).item()
+        if torch.is_grad_enabled():
+            self.seen.append(self.x.item() ** 2)
+        return self.factor * self.x.square().sum() * math.exp(self.spread * draw - self.spread**2 / 2.0)
+
+
+def run(spread, count=3000, lr=3e-4, scale=1.0, factor=1.0, rate=1.0, **settings):
+    """x is drawn to 1 by a task loss times `scale`; at epsilon it is at 0.1. What was measured, pass by pass."""
+    x = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    rows = []
+    retention = Noisy(x, spread, factor)
+    base = torch.optim.SGD([x], lr=lr * rate / scale)
+    optimizer = CraftOptimizer(base, retention, epsilon=EPSILON * factor, on_metrics=rows.append, **settings)
+    for _ in range(count):
+        optimizer.zero_grad()
+        (scale * (1.0 - x)).backward()
+        optimizer.step()
+    return rows, retention.seen
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.25, 0.5, 1.0, 1.5])
+def test_the_mean_drift_of_noisy_batches_is_epsilon(spread):
+    _, seen = run(spread, 6000)
+    late = seen[len(seen) // 3 :]
+    assert 0.9 < sum(late) / len(late) / EPSILON < 1.15
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_the_multiplier_alone_holds_it_with_all_other_defaults(spread):
+    rows, seen = run(spread, 6000, projection="never")
+    late = seen[len(seen) // 3 :]
+    assert 0.9 < sum(late) / len(late) / EPSILON < 1.15
+    assert rows[-1]["interval"] > 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+@pytest.mark.parametrize("of", ["task", "retention"])
+def test_a_run_is_the_same_at_any_scale_of_either_loss(of, scale):
+    expected, path = run(0.5, 400)
+    found, scaled_path = run(0.5, 400, **({"scale": scale} if of == "task" else {"factor": scale}))
+    assert scaled_path == pytest.approx(path, rel=1e-6)
+    by = scale if of == "task" else 1.0 / scale
+    assert [row["lambda"] for row in found] == pytest.approx([row["lambda"] * by for row in expected], rel=1e-6)
+    for same in ("violation", "interval", "step_kept", "capped", "projected"):
+        assert [row[same] for row in found] == pytest.approx([row[same] for row in expected], rel=1e-6)
+    assert any(row["interval"] > 1.0 for row in found)
