@@ -89,7 +89,9 @@ def test_of_a_run_whose_steps_all_lead_too_far():
         def loss(self, number):
             return w.square().sum()
 
-    optimizer = CraftOptimizer(torch.optim.SGD([w], lr=1.0), Distance(), epsilon=1e-6, projection="never", rho=1e-3)
+    optimizer = CraftOptimizer(
+        torch.optim.SGD([w], lr=1.0), Distance(), epsilon=1e-6, projection="never", rho=1e-3, retention_every=1
+    )
     with pytest.warns(CraftWarning, match="has left less than 0.25") as caught:
         for _ in range(250):
             w.grad = torch.tensor([-1.0, 0.0, 0.0])

@@ -130,7 +130,7 @@ def test_a_line_search_may_move_the_model_in_its_first_step(classifier: nn.Modul
 
     optimizer.step(closure)
     assert optimizer.param_groups[0]["craft_anchor_position"] == 1
-    assert retention.drift() > 1e-3
+    assert retention.drift() > 10.0 * retention.tolerance
 
 
 def test_a_first_step_that_fails_may_be_tried_again(classifier: nn.Module, cache: AnchorCache) -> None:
