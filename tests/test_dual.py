@@ -52,7 +52,8 @@ def test_pi_follows_its_formula():
 
 
 @pytest.mark.parametrize(
-    ("loss", "proportional", "integral"), [(1e9, 2.0, 8.0), (0.1, math.log(2.0), 1.0), (1e-9, -4.0, -1.0), (0.0, -4.0, -1.0)]
+    ("loss", "proportional", "integral"),
+    [(1e9, 2.0, 8.0), (0.1, math.log(2.0), 1.0), (1e-9, -4.0, -1.0), (0.0, -4.0, -1.0)],
 )
 def test_pi_clips_the_error(loss, proportional, integral):
     (update,) = run(MultiplicativePI(), [loss], 0.05)

@@ -132,7 +132,11 @@ def test_tensorboard(tmp_path):
         board = TensorBoardWriter(writer)
         trained(lambda metrics: (board(metrics), seen.append(metrics)))
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {f"craft/{name}" for name in METRICS} - {"craft/fresh", "craft/heldout", "craft/epsilon_heldout"}
+    assert set(events.Tags()["scalars"]) == {f"craft/{name}" for name in METRICS} - {
+        "craft/fresh",
+        "craft/heldout",
+        "craft/epsilon_heldout",
+    }
     for name in ("retention_loss", "lambda", "grad_cos"):
         found = events.Scalars(f"craft/{name}")
         assert [event.step for event in found] == [0, 2, 4]

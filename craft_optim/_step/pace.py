@@ -1,7 +1,7 @@
 """The pace of retention: how many steps a pass stands for, found from the drift that passes measure. Pure.
 
-`retention_every="auto"` begins with a pass on each step. When the start is over, after each pass with drift d, an average
-of L_ret, and epsilon e of the constraint that is violated most:
+`retention_every="auto"` begins with a pass on each step. When the start is over, on each pass with drift d, the average of
+L_ret before it, and epsilon e of the constraint that is violated most:
 
     K <- max(K / 2, 1)           where d > 1.1 e
     K <- min(K + 1 / (2 K), 10)  where d < e

@@ -86,7 +86,9 @@ class Rules:
                 "max_grad_norm", self.max_grad_norm, least=0.0, above=True, finite=False, or_else=", or None"
             )
         if self.trust_region is not None:
-            found["trust_region"] = number("trust_region", self.trust_region, least=1.0, above=True, or_else=", or None")
+            found["trust_region"] = number(
+                "trust_region", self.trust_region, least=1.0, above=True, or_else=", or None"
+            )
         for name, value in found.items():
             object.__setattr__(self, name, value)
         if not -1.0 <= self.conflict_threshold <= 1.0:

@@ -227,9 +227,11 @@ class RetentionStep:
 
     def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
         """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
+        # K by the drift before this pass: the integral weighs L_ret with K, and a heavy batch that lowers its own weight
+        # would not count for what it is
+        pace, steps = paced(self._shared, max(run.violation for run in self.passes), self._rules)
         for run, loss in zip(self.passes, losses, strict=True):
             run.saw(loss)
-        pace, steps = paced(self._shared, max(run.violation for run in self.passes), self._rules)
         updates = self._updates(products, losses, steps)
         decision = decide(
             products,
@@ -316,7 +318,9 @@ class RetentionStep:
             updates = self._asked(losses, [update.multiplier * factor for update in updates], units, steps)
         return updates
 
-    def _asked(self, losses: Sequence[float], caps: Sequence[float], units: Sequence[float], steps: int) -> list[Update]:
+    def _asked(
+        self, losses: Sequence[float], caps: Sequence[float], units: Sequence[float], steps: int
+    ) -> list[Update]:
         return [
             run.asked(loss, cap, unit, steps)
             for run, loss, cap, unit in zip(self.passes, losses, caps, units, strict=True)
