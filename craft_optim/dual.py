@@ -88,7 +88,7 @@ class MultiplicativePI:
     With u the average of |g_t| / |g_r| over passes, in its logarithm, and K the steps that a pass stands for:
 
         lambda = min(K s exp(kp clip(log(L_ret / epsilon), -4, 2)) u, cap)
-        s      = clip(s exp(ki K clip(L_ret / epsilon - 1, -1, 8)), 1e-6, 1e6)    no increase while K s |g_t| / |g_r| > cap
+        s      = clip(s exp(ki K clip(L_ret / epsilon - 1, -1, 8)), 1e-6, 1e6)    no increase at K s |g_t| / |g_r| > cap
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
     task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
@@ -131,8 +131,8 @@ class MultiplicativePI:
         error = log_violation(loss, epsilon)
         wanted = steps * integral * math.exp(_clip(self.kp * _clip(error, -4.0, 2.0) + log_unit, -700.0, 700.0))
         capped, excess = wanted > cap, _excess(loss, epsilon)
-        # Anti-windup by the share, in which a cap of rho |g_t| / |g_r| is rho: a batch that is heavy by chance has a large
-        # L_ret, a large |g_r| and so a small cap, and to leave out just these would move the mean above epsilon.
+        # Anti-windup by the share, in which a cap of rho |g_t| / |g_r| is rho: a batch that is heavy by chance has a
+        # large L_ret, a large |g_r| and so a small cap, and to leave out just these would move the mean above epsilon.
         held = not 0.0 < unit < math.inf or integral > cap / unit / steps
         if not (capped and held and excess > 0.0):
             integral = _clip(integral * math.exp(_clip(self.ki * steps * excess, -50.0, 50.0)), *_SHARES)

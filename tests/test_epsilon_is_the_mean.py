@@ -23,7 +23,7 @@ class Noisy(Retention):
 
 
 def run(spread, count, scale=1.0, factor=1.0, **settings):
-    """x is drawn to 1 by a task loss times `scale`; at epsilon it is at 0.1. The metrics of passes, x^2 of all steps."""
+    """x is drawn to 1 by a task loss times `scale`, and is 0.1 at epsilon. The metrics of passes, x^2 of all steps."""
     x = nn.Parameter(torch.zeros((), dtype=torch.float64))
     rows, drifts = [], []
     retention = Noisy(x, spread, factor)

@@ -1,4 +1,4 @@
-"""Epsilon as the drift on held-out anchors: followed by measurements, within bounds, resumed, refused where it cannot be."""
+"""Epsilon as the drift on held-out anchors: followed by measurements, within bounds, resumed, or refused."""
 
 import math
 import warnings

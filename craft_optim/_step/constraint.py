@@ -338,7 +338,7 @@ class RetentionPass:
 
     @property
     def bounds_steps(self) -> bool:
-        """True if there is a drift that a step may lead to, and the closure can be asked again about the same anchors."""
+        """True if epsilon allows any drift, and the closure can be asked again about the same anchors."""
         return self._asked_for > 0.0 and self._closure.repeats
 
     def saw(self, loss: float) -> None:

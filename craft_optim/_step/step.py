@@ -227,8 +227,8 @@ class RetentionStep:
 
     def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
         """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
-        # K by the drift before this pass: the integral weighs L_ret with K, and a heavy batch that lowers its own weight
-        # would not count for what it is
+        # K by the drift before this pass: the integral weighs L_ret with K, and a heavy batch that lowers its own
+        # weight would not count for what it is
         pace, steps = paced(self._shared, max(run.violation for run in self.passes), self._rules)
         for run, loss in zip(self.passes, losses, strict=True):
             run.saw(loss)

@@ -60,6 +60,6 @@ class KeptValues:
 
     @torch.no_grad()
     def go_back(self, share: float) -> None:
-        """Leaves that share of the step since then. In place: memory may be short, and half of the parameters is no step."""
+        """Leaves that share of the step since then. In place: short of memory, a part would be left behind."""
         for now, before in zip(self._tensors, self._values, strict=True):
             now.lerp_(before.to(now.device), 1.0 - share)
