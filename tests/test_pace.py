@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_a_fixed_k_is_kept_whatever_the_drift(every):
 @given(st.lists(st.one_of(st.floats(0.0, 20.0), st.just(math.inf)), max_size=300), st.integers(1, 500) | st.none())
 def test_no_run_waits_longer_than_ten_steps(violations, total):
     found, state = passes(violations, Rules(total_steps=total))
-    for (step, steps), (following, _) in zip(found, found[1:], strict=False):
+    for (step, steps), (following, _) in pairwise(found):
         assert 1 <= steps <= 10
         assert following == step + steps
     assert 1.0 <= state["craft_every"] <= 10.0
@@ -142,7 +143,7 @@ def test_the_interval_is_the_steps_that_really_pass():
     model, optimizer = run(total_steps=260)
     seen = []
     train(model, optimizer, 0, 260, seen)
-    assert [b - a for (a, _), (b, _) in zip(seen, seen[1:], strict=False)] == [steps for _, steps in seen[:-1]]
+    assert [b - a for (a, _), (b, _) in pairwise(seen)] == [steps for _, steps in seen[:-1]]
     assert max(steps for _, steps in seen) > 2
     assert len(seen) == optimizer.param_groups[0]["craft_anchor_position"] < 200
     assert seen[-1][0] == 259

@@ -64,7 +64,9 @@ def test_where_nothing_grows_the_whole_step_stays():
 def test_more_anchors_have_a_say():
     """This pass's anchors show no more than the bound, those of others four times it: half of a step from 0 is left."""
     assert share_of_step(0.0, 0.1, 0.0, 0.1, 0.4) == LEAST
-    assert share_of_step(0.0, 0.2, 0.0, 0.2, 0.3) == pytest.approx(1.0 - (math.sqrt(0.3) - math.sqrt(0.2)) / math.sqrt(0.2))
+    assert share_of_step(0.0, 0.2, 0.0, 0.2, 0.3) == pytest.approx(
+        1.0 - (math.sqrt(0.3) - math.sqrt(0.2)) / math.sqrt(0.2)
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -136,7 +138,9 @@ def test_a_step_that_leads_to_fifty_times_epsilon_ends_at_epsilon():
     assert drifts[0] == pytest.approx(0.005, rel=1e-4)
     assert optimizer.metrics["step_kept"] == pytest.approx(math.sqrt(1 / 50), rel=1e-4)
     bounded, _ = run(adam, 200, retention_every=1)
-    assert max(bounded[:40]) < 2.0 * 0.005, "of the start; afterwards the average follows drift more slowly than Adam does"
+    assert max(bounded[:40]) < 2.0 * 0.005, (
+        "of the start; afterwards the average follows drift more slowly than Adam does"
+    )
     assert max(bounded) < 5.0 * 0.005
     assert sum(bounded[-100:]) / 100 == pytest.approx(0.005, rel=0.15)
     free, optimizer = run(adam, 200, retention_every=1, trust_region=None)
@@ -264,7 +268,9 @@ def test_a_closure_that_the_base_evaluates_first_changes_nothing():
 def test_sgd_without_momentum_does_not_stand_still():
     """Drift is at its bound, each step leads far beyond, and something that has no drift is to be learned, too."""
     w, free = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(()))
-    optimizer = CraftOptimizer(torch.optim.SGD([w, free], lr=1.0), Distance(w), epsilon=1e-6, projection="never", rho=1e-3)
+    optimizer = CraftOptimizer(
+        torch.optim.SGD([w, free], lr=1.0), Distance(w), epsilon=1e-6, projection="never", rho=1e-3
+    )
     least = 1.0
     for _ in range(30):
         optimizer.zero_grad()

@@ -89,13 +89,19 @@ def test_of_a_run_whose_steps_all_lead_too_far():
         def loss(self, number):
             return w.square().sum()
 
-    optimizer = CraftOptimizer(torch.optim.SGD([w], lr=1.0), Distance(), epsilon=1e-6, projection="never", rho=1e-3)
-    with pytest.warns(CraftWarning, match="has left less than 0.25") as caught:
+    optimizer = CraftOptimizer(
+        torch.optim.SGD([w], lr=1.0), Distance(), epsilon=1e-6, projection="never", rho=1e-3, retention_every=1
+    )
+
+    def train():
         for _ in range(250):
             w.grad = torch.tensor([-1.0, 0.0, 0.0])
             with torch.no_grad():
                 w.fill_(1e-6)
             optimizer.step()
+
+    with pytest.warns(CraftWarning, match="has left less than 0.25") as caught:
+        train()
     assert sum("has left less" in str(one.message) for one in caught) == 1
 
 

@@ -357,6 +357,7 @@ class RetentionPass:
             if self._layout.several:  # each has measured the whole, but other machines round otherwise
                 place = next(p.device for p in self._parameters)
                 found = float(self._layout.mean(torch.tensor(found, dtype=torch.float64, device=place)))
+            self.state["craft_heldout_next"] = float(self._step + _HELDOUT_EVERY)
             if found > 0.0 and math.isfinite(found):
                 self._compare(found)
 
@@ -368,7 +369,6 @@ class RetentionPass:
             "craft_heldout": heldout,
             "craft_heldout_quotient": min(max(quotient, least), most),
             "craft_heldout_count": count,
-            "craft_heldout_next": float(self._step + _HELDOUT_EVERY),
         }
 
     @property
@@ -410,7 +410,7 @@ class RetentionPass:
         if math.isfinite(after):
             self.state["craft_growth"] = max(root(after) - root(before), growth)
         bound = (1.0 if starting else trust) * self.epsilon
-        return share_of_step(before, after, self.drift, bound, after if starting else 0.0)
+        return share_of_step(before, after, max(self.drift, before), bound, after if starting else 0.0)
 
     def asked(self, loss: float, cap: float, unit: float, steps: int) -> Update:
         """The controller's answer; changes nothing."""

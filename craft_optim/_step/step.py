@@ -18,7 +18,7 @@ from .constraint import Constraint, Passed, RetentionPass
 from .decision import Decision, Gram, Products, decide
 from .gradients import Gradients, Stash, gradients_of, not_zero, put
 from .layout import Layout
-from .pace import PACE, paced, starting
+from .pace import PACE, hurried, paced, starting
 from .rules import Rules
 from .surgery import GradientSets
 from .trust import KeptValues
@@ -220,6 +220,8 @@ class RetentionStep:
         )
         if share < 1.0:
             self._kept.go_back(share)
+            self._shared |= hurried(self._shared)
+            self.metrics["interval"] = 1.0
         self.metrics["step_kept"] = share
         self._kept = self._before = None
 
