@@ -51,8 +51,8 @@ class HeldOutDrift:
         )
 
     It runs after the base's step, and changes nothing: no gradients, modes, random numbers or places among the anchors,
-    and not epsilon. `CraftOptimizer(heldout=anchors)` holds epsilon against held-out anchors that it measures itself, the
-    metric "heldout". Report on others here: what it steers by no longer stands for what is unseen.
+    and not epsilon. `CraftOptimizer(heldout=anchors)` holds that against held-out anchors that it measures itself: the
+    metric "heldout". Report on others here, as what it steers by no longer stands for what is unseen.
 
     Of several processes CraftOptimizer calls one sink only, on which a model that is wrapped or sharded would wait for
     the others: there, call `measure()` yourself on every process.

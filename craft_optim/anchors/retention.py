@@ -135,10 +135,15 @@ class AnchorRetention(Retention):
         self._sampler = AnchorSampler(len(self._anchors), self.batch_size, self.seed, rank, world_size)
         self._mean, self.shared = mean, world_size > 1
 
+    def __call__(self) -> Tensor:
+        """`loss` of the next number, with a graph, whatever is around it; counts if it succeeds."""
+        with torch.enable_grad():
+            return super().__call__()
+
     # A compiled training step must not trace into reading files and setting hooks
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
     def loss(self, number: int) -> Tensor:
-        """L_ret on the anchors of pass `number`: a float32 scalar with a graph.
+        """L_ret on the anchors of pass `number`: a float32 scalar with a graph, without one under `torch.no_grad()`.
 
         It needs a backward of its own: until that is done, activation checkpointing would repeat other passes without
         dropout.
@@ -150,11 +155,10 @@ class AnchorRetention(Retention):
         """
         seed = self._seed(number)
         batch = self._batch(number)
-        with torch.enable_grad():
-            batch = self._taught(batch, seed)
-            with self._pass(seed) as remember:
-                values = self._weighted(self._terms(batch))
-                loss = remember(self._combine(values))
+        batch = self._taught(batch, seed)
+        with self._pass(seed) as remember:
+            values = self._weighted(self._terms(batch))
+            loss = remember(self._combine(values))
         if number == 0:
             self._check_once({name: value.detach() for name, value in values.items()}, batch)
         return loss
