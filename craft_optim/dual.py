@@ -90,8 +90,8 @@ class MultiplicativePI:
         lambda = min(K s exp(kp clip(log(L_ret / epsilon), -4, 2)) u, cap)
         s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 8)), 1e-3, 1e6)
 
-    K' is the K of the pass before: the steps that led here. s does not grow beyond cap |g_r| / (K |g_t|), the share that
-    the cap allows.
+    K' is the K of the pass before: the steps that led here. s does not grow beyond cap |g_r| / (K |g_t|), the share
+    that the cap allows.
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
     task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1

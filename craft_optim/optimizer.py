@@ -348,7 +348,7 @@ class CraftOptimizer(Wrapper):
             ascended=ascended(self.base_optimizer),
             state=state,
             layout=self._find_layout(parameters),
-            shorten=closure is None or not self._may_move,
+            shorten=closure is None or not (isinstance(self.base_optimizer, torch.optim.LBFGS) or self._base_moves),
             find_reached=self._measured + 1 == REACH_AT,
         )
         with interrupts_wait():
@@ -379,6 +379,8 @@ class CraftOptimizer(Wrapper):
             retention.check()  # while the parameters are the caller's
         with values_back_after_errors(parameters) if moves else nullcontext():
             result = self._step_base(evaluations, more)
+        if evaluations.moved:
+            retention.keep_whole_step()
         self._base_moves = evaluations.moved or bool(self._base_moves)
         return evaluations.loss(result)
 

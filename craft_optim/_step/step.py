@@ -209,6 +209,10 @@ class RetentionStep:
     def _watched(self) -> list[RetentionPass]:
         return [run for run in self.passes if run.bounds_steps]
 
+    def keep_whole_step(self) -> None:
+        """Has `shorten` do nothing: the base had a use for where it has been."""
+        self._kept = None
+
     def shorten(self) -> None:
         """Goes back along the base's step as far as the trust region asks for. Collective."""
         if self._kept is None or self._before is None or self._trust is None:

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ class CraftRun:
                 "out."
             )
         adapter_for(policy, settings.anchors.keep)  # raises now, not after the dataset was read
-        optimizer = CraftOptimizer(base, **settings.rules(cfg.steps, cfg.optimizer.grad_clip_norm))
+        optimizer = CraftOptimizer(base, **settings.rules(cfg.optimizer.grad_clip_norm))
         _keep_state_dicts_plain(optimizer)
         self.optimizer = optimizer
         return optimizer
@@ -258,6 +259,8 @@ class CraftRun:
             for group in optimizer.param_groups:
                 # Another --craft.dual has other numbers, which begin anew
                 group.update({name: value for name, value in self._saved["state"].items() if name in group})
+        done = int(optimizer.param_groups[0]["craft_step"])  # less than `step`, if a part was trained without craft
+        optimizer.rules = replace(optimizer.rules, total_steps=done + cfg.steps - step)
         if cfg.resume:
             # lerobot restores it earlier; making the data loader draws from it
             load_rng_state(cfg.checkpoint_path / TRAINING_STATE_DIR)

@@ -223,15 +223,14 @@ class CraftSettings(Rules):
         """`dual` and the three settings of lambda as an object."""
         return make_controller(self.dual, initial=self.lambda_init, gain=self.lambda_lr, maximum=self.lambda_max)
 
-    def rules(self, steps: int, clip: float) -> dict[str, Any]:
+    def rules(self, clip: float) -> dict[str, Any]:
         """The fields of `Rules`, as keywords of `CraftOptimizer`.
 
         Args:
-            steps: Length of the training.
             clip: Norm that lerobot clips task gradients to, before the step; 0 for none. The merge comes after it.
         """
         held = {f.name: getattr(self, f.name) for f in fields(Rules)}
-        return held | {"total_steps": steps, "max_grad_norm": self.max_grad_norm or (clip if clip > 0 else None)}
+        return held | {"max_grad_norm": self.max_grad_norm or (clip if clip > 0 else None)}
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

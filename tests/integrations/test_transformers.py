@@ -100,7 +100,7 @@ class Job(Retention):
         )
 
     def loss(self, number: int) -> Tensor:
-        self.passes += torch.is_grad_enabled()  # a look at where a step has led is none
+        self.passes += torch.is_grad_enabled()  # a look without gradients at where a step has led is none
         return self.retention.loss(number)
 
     def parameters(self) -> list[nn.Parameter]:

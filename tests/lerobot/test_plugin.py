@@ -167,6 +167,7 @@ def test_a_plain_checkpoint_resumes_with_the_plugin(act, finished_run, tmp_path,
     assert [row["step"] for row in rows(out)] == [3, 4]
     assert rows(out)[0]["retention_loss"] > 0.0, "the teacher is the pretrained policy, not the checkpoint"
     assert run.optimizer.constraints[None].schedule(0) == 0.02
+    assert run.optimizer.rules.total_steps == 2, "what is left"
 
 
 def test_with_a_multiplier_of_zero_it_is_the_plain_run(act, tmp_path):
