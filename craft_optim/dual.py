@@ -88,7 +88,10 @@ class MultiplicativePI:
     With u the average of |g_t| / |g_r| over passes, in its logarithm, and K the steps that a pass stands for:
 
         lambda = min(K s exp(kp clip(log(L_ret / epsilon), -4, 2)) u, cap)
-        s      = clip(s exp(ki K clip(L_ret / epsilon - 1, -1, 8)), 1e-6, 1e6)    no increase while lambda is held down
+        s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 8)), 1e-3, 1e6)
+
+    K' is the K of the pass before: the steps that led here. s does not grow beyond cap |g_r| / (K |g_t|), the share
+    that the cap allows.
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
     task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
@@ -97,7 +100,7 @@ class MultiplicativePI:
     to ten passes.
 
     Args:
-        initial: s at the start, in [1e-6, 1e6].
+        initial: s at the start, in [1e-3, 1e6].
         ki: Integral gain per optimizer step, >= 0.
         kp: Proportional gain, >= 0.
     """
@@ -111,7 +114,7 @@ class MultiplicativePI:
         _check(self, "ki", "kp")
 
     def initial_state(self) -> dict[str, float]:
-        return {"integral": _clip(self.initial, *_SHARES), "log_unit": 0.0, "passes": 0.0}
+        return {"integral": _clip(self.initial, *_SHARES), "log_unit": 0.0, "passes": 0.0, "steps": 1.0}
 
     def __call__(
         self,
@@ -130,14 +133,17 @@ class MultiplicativePI:
             log_unit += max(1.0 - _SLOWEST, _PASSES / (_PASSES + passes)) * (math.log(unit) - log_unit)
         error = log_violation(loss, epsilon)
         wanted = steps * integral * math.exp(_clip(self.kp * _clip(error, -4.0, 2.0) + log_unit, -700.0, 700.0))
-        capped, excess = wanted > cap, _excess(loss, epsilon)
-        if not (capped and excess > 0.0):  # anti-windup
-            integral = _clip(integral * math.exp(_clip(self.ki * steps * excess, -50.0, 50.0)), *_SHARES)
-        state = {"integral": integral, "log_unit": log_unit, "passes": passes}
-        return Update(min(wanted, cap), state, capped or integral == _SHARES[1])
+        # By the steps before, which this batch had no part in: one that is heavy by chance must not weigh itself. And
+        # up to the share that the cap allows, not only while lambda is below the cap: a heavy batch has a large |g_r|
+        # and so a small cap, and to leave out just these would move the mean above epsilon.
+        grown = integral * math.exp(_clip(self.ki * state["steps"] * _excess(loss, epsilon), -50.0, 50.0))
+        allowed = cap / unit / steps if 0.0 < unit < math.inf else 0.0
+        integral = _clip(min(grown, max(integral, allowed)), *_SHARES)
+        state = {"integral": integral, "log_unit": log_unit, "passes": passes, "steps": float(steps)}
+        return Update(min(wanted, cap), state, wanted > cap or integral == _SHARES[1])
 
 
-_SHARES = (1e-6, 1e6)
+_SHARES = (1e-3, 1e6)
 _NEAR = 0.5  # of epsilon
 _SLOWEST, _PASSES = 0.9, 10.0
 

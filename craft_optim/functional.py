@@ -127,12 +127,21 @@ def _merge_(
 
 
 def update_multiplier(
-    controller: Controller, state: Mapping[str, float], *, loss: float, epsilon: float, cap: float = float("inf")
+    controller: Controller,
+    state: Mapping[str, float],
+    *,
+    loss: float,
+    epsilon: float,
+    cap: float = float("inf"),
+    unit: float = 1.0,
+    steps: int = 1,
 ) -> Update:
     """One step of a controller of `craft_optim.dual`: (multiplier, next state, capped). Pure.
 
     Args:
         state: `controller.initial_state()` at first, then the last `Update.state`.
-        cap: Upper bound of the multiplier on this step, for example rho |g_t| / |g_r|.
+        cap: Upper bound of the multiplier on this step, for example rho K |g_t| / |g_r|.
+        unit: |g_t| / |g_r|, which "pi" counts lambda in; 0 or infinite without one.
+        steps: K, the steps that this pass stands for.
     """
-    return controller(state, loss=loss, epsilon=epsilon, cap=cap)
+    return controller(state, loss=loss, epsilon=epsilon, cap=cap, unit=unit, steps=steps)

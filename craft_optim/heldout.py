@@ -1,4 +1,7 @@
-"""Drift on held-out anchors while training: it tells whether the anchors stand for what is to be kept."""
+"""Drift on held-out anchors while training: it tells whether the anchors stand for what is to be kept.
+
+It reports, and steers nothing. `CraftOptimizer(heldout=anchors)` steers by it: epsilon is then the drift on those.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -47,7 +50,9 @@ class HeldOutDrift:
             base, retention, on_metrics=HeldOutDrift(retention, heldout_cache, sink=JSONLWriter("metrics.jsonl"))
         )
 
-    It runs after the base's step, and changes nothing: no gradients, modes, random numbers or places among the anchors.
+    It runs after the base's step, and changes nothing: no gradients, modes, random numbers or places among the anchors,
+    and not epsilon. `CraftOptimizer(heldout=anchors)` holds that against held-out anchors that it measures itself: the
+    metric "heldout". Report on others here, as what it steers by no longer stands for what is unseen.
 
     Of several processes CraftOptimizer calls one sink only, on which a model that is wrapped or sharded would wait for
     the others: there, call `measure()` yourself on every process.

@@ -52,9 +52,11 @@ class CraftOptimizer(Wrapper):
 
         g = a g_t + w g_r,        by default a = 1, w = lambda - p
 
-    where p = <g_t, g_r> / |g_r|^2 while L_ret > epsilon and the gradients conflict, else 0, and lambda follows L_ret /
-    epsilon (`craft_optim.dual`). `p.grad` holds the task gradients again afterwards. Without a retention closure it is
-    the base optimizer, bit for bit.
+    where p = <g_t, g_r> / |g_r|^2 while drift, an average of L_ret, is above epsilon and the gradients conflict, else
+    0, and lambda follows L_ret / epsilon (`craft_optim.dual`). How often that is follows drift, too
+    (`retention_every`); and a step that leads far beyond epsilon is shortened (`trust_region`).
+    `p.grad` holds the task gradients again afterwards. Without a retention closure it is the base optimizer, bit for
+    bit.
 
     Several constraints L_j <= epsilon_j(t): pass a mapping name -> closure or `Constraint`, or a list of `Constraint`.
     Each has a pass, a multiplier and metrics of its own, called "lambda/name" and so on; docs/constraints.md says how
@@ -66,9 +68,10 @@ class CraftOptimizer(Wrapper):
     this process has had begins anew.
 
     Cost of a step that runs retention: one forward and backward of the closure, one additional copy of the gradients
-    while they live (see `gradient_memory`), about 5N elements of memory traffic, one read of the device. Other steps
-    cost the base's step. With several processes, an all-reduce of a few numbers; under DDP one of all retention
-    gradients, too.
+    while they live (see `gradient_memory`), about 5N elements of memory traffic, one read of the device. The first of
+    them, and those that might lead too far, also cost a copy of the parameters and forwards of anchors (`Rules`).
+    Other steps cost the base's step. With several processes, an all-reduce of a few numbers; under DDP one of all
+    retention gradients, too.
 
     Args:
         base_optimizer: The optimizer that does the step.
@@ -305,7 +308,8 @@ class CraftOptimizer(Wrapper):
             RuntimeError: If another CraftOptimizer was made around the same base since.
             TypeError, RuntimeError: If the closure does not return a scalar with a graph, its gradient reaches none of
                 the parameters, or there are several processes and it is not clear whether they train one model. Nothing
-                has changed then, neither parameters nor state nor the anchors' position.
+                has changed then, neither parameters nor state nor the anchors' position. After an error where the drift
+                of a step that has been made is measured (`trust_region`), the whole step stays, and is counted.
         """
         floats.check_owner(self.base_optimizer, self)
         if not self._constraints:
@@ -344,7 +348,7 @@ class CraftOptimizer(Wrapper):
             ascended=ascended(self.base_optimizer),
             state=state,
             layout=self._find_layout(parameters),
-            shorten=closure is None or not self._may_move,
+            shorten=closure is None or not (isinstance(self.base_optimizer, torch.optim.LBFGS) or self._base_moves),
             find_reached=self._measured + 1 == REACH_AT,
         )
         with interrupts_wait():
@@ -375,6 +379,8 @@ class CraftOptimizer(Wrapper):
             retention.check()  # while the parameters are the caller's
         with values_back_after_errors(parameters) if moves else nullcontext():
             result = self._step_base(evaluations, more)
+        if evaluations.moved:
+            retention.keep_whole_step()
         self._base_moves = evaluations.moved or bool(self._base_moves)
         return evaluations.loss(result)
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from craft_optim._numbers import whole
@@ -66,15 +67,16 @@ class Retention(ABC):
 
     @abstractmethod
     def loss(self, number: int) -> Tensor:
-        """L_ret on the anchors of a pass: a scalar tensor with a graph.
+        """L_ret on the anchors of a pass: a scalar tensor, with a graph unless gradients are off.
 
         Args:
             number: Passes before this one, >= 0. The same number must give the same anchors and the same random draws.
         """
 
     def __call__(self) -> Tensor:
-        """`loss` of the next number; counts if it succeeds."""
-        loss = self.loss(self._position)
+        """`loss` of the next number, with a graph wherever it is called; counts if it succeeds."""
+        with torch.enable_grad():
+            loss = self.loss(self._position)
         self._position += 1
         return loss
 

@@ -14,7 +14,9 @@ Nothing else changes: schedules, accumulation, clipping, checkpoints and `resume
 
 import gc
 import inspect
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,12 +25,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 
 from craft_optim._step.constraint import Constraints
+from craft_optim._step.rules import Rules
 from craft_optim.metrics import METRICS
 from craft_optim.optimizer import CraftOptimizer
 
 __all__ = ["CraftCallback", "craft_optimizer"]
 
-_LOGGED = ("retention_loss", "epsilon", "lambda", "capped")
+_LOGGED = ("retention_loss", "drift", "epsilon", "heldout", "epsilon_heldout", "lambda", "capped")
 
 
 def craft_optimizer(
@@ -52,7 +55,7 @@ def craft_optimizer(
         args: The Trainer's.
         retention: As for `CraftOptimizer`, or a function of the Trainer's model that returns that.
         model: The model, for those `optim` that need it, such as GaLore.
-        **craft: Keywords of `CraftOptimizer`.
+        **craft: Keywords of `CraftOptimizer`, such as `heldout`.
 
     Returns:
         A class and its keywords, new ones at every call. What is changed in the keywords goes before `args`.
@@ -164,10 +167,13 @@ def _of_model(retention: Any, model: nn.Module | None) -> Any:
 class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some versions
     """Adds the optimizer's metrics to the Trainer's logs, and the drift on other anchors to its evaluations.
 
-    Beside `loss` there are then `craft/retention_loss`, `craft/epsilon`, `craft/lambda` and `craft/capped` (and
-    `craft/skipped` once a retention pass was not finite): in the console, in `trainer.state.log_history`, and in
-    everything in `report_to`. They belong to the last step that ran retention; `loss` is a mean since the last log.
-    Evaluations get `eval_craft/drift_heldout`, also as a `metric_for_best_model`.
+    Beside `loss` there are then `craft/retention_loss`, `craft/drift`, `craft/epsilon`, `craft/lambda` and
+    `craft/capped` (with `heldout` anchors `craft/heldout` and `craft/epsilon_heldout`, too, and `craft/skipped` once a
+    retention pass was not finite): in the console, in `trainer.state.log_history`, and in everything in `report_to`.
+    They belong to the last step that ran retention; `loss` is a mean since the last log. Evaluations get
+    `eval_craft/drift_heldout`, also as a `metric_for_best_model`.
+
+    It also tells the optimizer how long training is, `Rules.total_steps`, where that was not given.
 
     Args:
         drift: Measured at every evaluation, on every process, for example `lambda: retention.drift(held_out)`. With
@@ -182,6 +188,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
 
     def __init__(self, drift: Callable[..., float] | None = None, metrics: Iterable[str] = _LOGGED) -> None:
         self.drift, self.metrics = drift, (metrics,) if isinstance(metrics, str) else tuple(metrics)
+        self._told: Rules | None = None
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"`metrics` must be of {', '.join(METRICS)}. Found {unknown[0]!r}.")
 
@@ -191,7 +198,10 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
-        _craft_within(optimizer)
+        craft = _craft_within(optimizer)
+        if craft.rules.total_steps is None or craft.rules is self._told:
+            before = int(craft.param_groups[0]["craft_step"]) - state.global_step  # of another training
+            craft.rules = self._told = replace(craft.rules, total_steps=before + state.max_steps)
         self._go_first()  # once more: it may have been added, or others before it, after the Trainer was made
 
     def on_log(
@@ -209,6 +219,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
             measured = _craft_within(optimizer).metrics  # of several constraints also "lambda/name"
             wanted = (*self.metrics, "skipped") if measured.get("skipped") else self.metrics
             added = {f"craft/{name}": x for name, x in measured.items() if name.partition("/")[0] in wanted}
+            added = {name: x for name, x in added.items() if not math.isnan(x)}  # not measured yet
         elif self.drift is not None and any(name.startswith("eval_") for name in logs):
             if not _needs_one(self.drift):
                 added = {"eval_craft/drift_heldout": float(self.drift())}

@@ -34,7 +34,7 @@ from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from craft_optim import CraftOptimizer, anchors
+from craft_optim import CraftOptimizer, Rules, anchors
 from craft_optim.lerobot.pi0_fast import action_logits, action_mask, anchor_inputs, prefix_spans, run_prefix
 from craft_optim.report import read_runs, render
 
@@ -73,8 +73,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--retention", choices=tuple(EPSILON), default="logits", help="what the anchors hold (default: logits)")
     add("--layers", nargs="+", type=int, default=[1, 2, -1], help="layers for --retention hidden; -1 is the last")
     add("--epsilon", type=float, default=None, help=f"drift to allow (default: {EPSILON})")
-    add("--retention-every", type=int, default=1, help="run retention on every K-th step (default: 1)")
-    add("--rho", type=float, default=None, help="cap on the retention gradient's share (default: CraftOptimizer's)")
+    add("--retention-every", type=every, default="auto", help="run retention on every K-th step (default: auto)")
+    add("--rho", type=float, default=Rules.rho, help=f"cap on retention's share of a step (default: {Rules.rho:g})")
     add("--anchor-batch-size", type=int, default=16, help="anchors per retention pass (default: 16)")
     add("--steps", type=int, default=800, help="fine-tuning steps (default: 800)")
     add("--batch-size", type=int, default=16, help="frames per step (default: 16)")
@@ -99,6 +99,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.epsilon is None:
         args.epsilon = EPSILON[args.retention]
     return args
+
+
+def every(text: str) -> int | str:
+    """K of --retention-every."""
+    return text if text == "auto" else int(text)
 
 
 def load_task(repo_id: str | None, environment: str, policy: Any, preprocessor: Any, args: argparse.Namespace) -> Task:
@@ -149,6 +154,7 @@ def make_optimizer(
             epsilon=args.epsilon,
             rho=args.rho,
             retention_every=args.retention_every,
+            total_steps=args.steps,
             max_grad_norm=1.0,
         )
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(args.steps))

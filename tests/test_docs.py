@@ -63,6 +63,11 @@ def classes(module):
 
 def settings():
     """(name, default, what it is) of each setting, from the source."""
+    told = next(
+        ast.literal_eval(node.value)
+        for node in tree("lerobot", "settings.py").body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "_FROM_LEROBOT"
+    )
     found = classes(tree("lerobot", "settings.py")) | classes(tree("_step", "rules.py"))
 
     def fields(kind, place):
@@ -82,7 +87,7 @@ def settings():
                 default = {"field(default_factory=dict)": "{}", "10000.0": "1e4"}.get(default, default)
                 yield f"{place}{name}", default.strip("'"), texts.get(name)
 
-    return list(fields("CraftSettings", ""))
+    return [row for row in fields("CraftSettings", "") if row[0] not in told]
 
 
 def table(header, rows):
@@ -111,7 +116,8 @@ def budget_table(name):
     rows = []
     for row in [result["adamw"], *result["points"]]:
         every, anchors = row["retention_every"], row["anchor_batch"]
-        which = (("step" if every == 1 else f"{every} steps"), f"{anchors}") if every else ("never: AdamW", "-")
+        words = {1: "step", "auto": "auto"}.get(every, f"{every} steps")
+        which = (words, f"{anchors}") if every else ("never: AdamW", "-")
         drifts = (f"{row[f'drift_{kind}']:.3f}" for kind in ("highest", "anchor", "heldout"))
         rows.append((*which, f"{row['cost']:.2f}", *drifts, f"{row['loss']:.2f}"))
     return table((*header, "drift on anchors", "drift on held-out frames", "new task: loss, last 50 steps"), rows)

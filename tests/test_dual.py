@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -8,24 +9,52 @@ NAMES = ["pi", "ascent", "nupi", "augmented_lagrangian"]
 CONTROLLERS = [MultiplicativePI, DualAscent, NuPI, AugmentedLagrangian]
 
 
-def run(controller, losses, epsilon, cap=math.inf):
+def run(controller, losses, epsilon, cap=math.inf, **more):
     state, updates = controller.initial_state(), []
     for loss in losses:
-        updates.append(controller(state, loss=loss, epsilon=epsilon, cap=cap))
+        updates.append(controller(state, loss=loss, epsilon=epsilon, cap=cap, **more))
         state = updates[-1].state
     return updates
 
 
+def by_hand(losses, epsilon, units, intervals, initial=1.0, ki=0.1, kp=1.0):
+    """The rule of the docstring, written down once more: the multipliers, the shares and the average units."""
+    share, log_unit, passes = initial, 0.0, 0
+    found = []
+    for loss, unit, steps in zip(losses, units, intervals, strict=True):
+        if passes or loss >= epsilon / 2:
+            passes += 1
+        weight = max(0.1, 10 / (10 + passes))  # of this pass in the average
+        log_unit = (1 - weight) * log_unit + weight * math.log(unit)
+        error = min(max(math.log(loss / epsilon), -4.0), 2.0)
+        multiplier = steps * share * (loss / epsilon if -4.0 < error < 2.0 else math.exp(error)) ** kp
+        excess = min(max(loss / epsilon - 1.0, -1.0), 8.0)
+        share = min(max(share * math.exp(ki * steps * excess), 1e-6), 1e6)
+        found.append((multiplier * math.exp(log_unit), share, math.exp(log_unit)))
+    return found
+
+
 def test_pi_follows_its_formula():
-    pi = MultiplicativePI(initial=2.0, ki=0.1, kp=1.0)
-    first, second = run(pi, [0.1, 0.02], 0.05)
-    e1, e2 = math.log(2.0), math.log(0.4)
-    assert first.multiplier == pytest.approx(2.0 * math.exp(e1))
-    assert second.multiplier == pytest.approx(2.0 * math.exp(0.1 * e1) * math.exp(e2))
-    assert second.state["integral"] == pytest.approx(2.0 * math.exp(0.1 * (e1 + e2)))
+    losses = [1e-7, 0.01, 0.03, 0.2, 0.06, 0.9, 0.05, 0.04, *[0.05] * 120]
+    units = [1e9, 300.0, 20.0, 2.0, 3.0, 0.5, 1.0, 4.0, *[2.0, 8.0] * 60]
+    intervals = [1, 1, 1, 3, 2, 1, 10, 5, *[4] * 120]
+    pi = MultiplicativePI(initial=2.0, ki=0.05, kp=0.5)
+    state = pi.initial_state()
+    expected = by_hand(losses, 0.05, units, intervals, 2.0, 0.05, 0.5)
+    for loss, unit, steps, (multiplier, share, average) in zip(losses, units, intervals, expected, strict=True):
+        update = pi(state, loss=loss, epsilon=0.05, unit=unit, steps=steps)
+        state = update.state
+        assert update.multiplier == pytest.approx(multiplier, rel=1e-9)
+        assert state["integral"] == pytest.approx(share, rel=1e-9)
+        assert math.exp(state["log_unit"]) == pytest.approx(average, rel=1e-9)
+        assert not update.capped
+    assert 3.7 < math.exp(state["log_unit"]) < 4.3, "of 2 and 8 in turn, in the logarithm"
 
 
-@pytest.mark.parametrize(("loss", "proportional", "integral"), [(1e9, 2.0, 1.0), (1e-9, -4.0, -1.0), (0.0, -4.0, -1.0)])
+@pytest.mark.parametrize(
+    ("loss", "proportional", "integral"),
+    [(1e9, 2.0, 8.0), (0.1, math.log(2.0), 1.0), (1e-9, -4.0, -1.0), (0.0, -4.0, -1.0)],
+)
 def test_pi_clips_the_error(loss, proportional, integral):
     (update,) = run(MultiplicativePI(), [loss], 0.05)
     assert update.multiplier == pytest.approx(math.exp(proportional))
@@ -40,11 +69,73 @@ def test_pi_does_not_care_about_the_unit_of_the_loss(scale):
     assert scaled == pytest.approx(plain, rel=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_the_multiplier_of_pi_is_in_the_unit_of_the_gradients(scale):
+    """A task loss times c, or L_ret and epsilon divided by c: each multiplier is c times as large."""
+    losses, units = [1e-4, 0.02, 0.2, 0.1, 0.04, 0.05], [40.0, 5.0, 2.0, 1.0, 3.0, 2.0]
+    runs = []
+    for factor in (1.0, scale):
+        state, found = MultiplicativePI().initial_state(), []
+        for loss, unit in zip(losses, units, strict=True):
+            update = MultiplicativePI()(state, loss=loss, epsilon=0.05, unit=unit * factor)
+            state = update.state
+            found.append((update.multiplier / factor, state["integral"]))
+        runs.append(found)
+    for plain, scaled in zip(*runs, strict=True):
+        assert scaled[1] == plain[1], "retention's share has no unit"
+    # The first pass's unit is all that is known then: so the factor is there from the first.
+    assert [x for x, _ in runs[1]] == pytest.approx([x for x, _ in runs[0]], rel=1e-9)
+
+
+def test_a_pass_of_pi_weighs_as_much_as_the_steps_that_it_stands_for():
+    pi = MultiplicativePI()
+    one, ten = (run(pi, [0.06], 0.05, steps=steps)[0] for steps in (1, 10))
+    assert ten.multiplier == pytest.approx(10.0 * one.multiplier)
+    assert ten.state["integral"] == pytest.approx(run(pi, [0.06] * 10, 0.05)[-1].state["integral"])
+
+
+def test_the_integral_of_pi_rests_where_the_mean_is_epsilon():
+    """Noise whose mean is epsilon moves it nowhere in the long run; its logarithm, whose mean is below, would."""
+    draws = random.Random(0)
+    for spread in (0.25, 0.5):
+        losses = [0.05 * math.exp(spread * draws.gauss(0, 1) - spread**2 / 2) for _ in range(20000)]
+        mean = sum(losses) / len(losses) / 0.05 - 1.0
+        (last,) = run(MultiplicativePI(ki=1e-3), losses, 0.05)[-1:]
+        assert math.log(last.state["integral"]) == pytest.approx(20.0 * mean, abs=1e-6), "no draw is clipped"
+        drawn = sum(math.log(x / 0.05) for x in losses) * 1e-3
+        assert abs(20.0 * mean) < abs(drawn) / 4, "the mean of the logarithm is -spread^2 / 2"
+
+
 def test_pi_bounds_and_zero_epsilon():
-    assert run(MultiplicativePI(maximum=3.0), [1e3] * 200, 0.05)[-1].multiplier == 3.0
-    assert run(MultiplicativePI(), [1e-12] * 500, 0.05)[-1].state["integral"] == pytest.approx(1e-3)
+    assert run(MultiplicativePI(), [1e3] * 200, 0.05)[-1].state["integral"] == 1e6
+    assert run(MultiplicativePI(), [1e3] * 200, 0.05)[-1].capped, "at the largest share it has come to its end"
+    assert run(MultiplicativePI(), [1e-12] * 500, 0.05)[-1].state["integral"] == 1e-6
     (update,) = run(MultiplicativePI(), [0.1], 0.0)
     assert update.multiplier == pytest.approx(math.exp(2.0))
+    assert update.state["integral"] == pytest.approx(math.exp(0.8))
+    (update,) = run(MultiplicativePI(), [0.0], 0.0)
+    assert update.multiplier == pytest.approx(math.exp(-4.0))
+    assert update.state["integral"] == pytest.approx(math.exp(-0.1))
+
+
+@pytest.mark.parametrize("unit", [0.0, math.inf, 1e-154, 1e154])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-300, 0.05, 1e300])
+@pytest.mark.parametrize("loss", [-1.0, 0.0, 5e-324, 1e-6, 1e300])
+def test_pi_is_finite_whatever_it_is_told(loss, epsilon, unit):
+    updates = run(MultiplicativePI(), [loss] * 300, epsilon, unit=unit, steps=10)
+    for update in updates:
+        assert all(map(math.isfinite, [update.multiplier, *update.state.values()]))
+        assert update.multiplier >= 0.0
+    if unit in (0.0, math.inf):
+        assert updates[-1].state["log_unit"] == 0.0, "no gradient, no unit"
+
+
+def test_pi_has_no_bound_in_the_unit_of_a_loss():
+    for bound in ("maximum", "minimum"):
+        with pytest.raises(TypeError, match=bound):
+            MultiplicativePI(**{bound: 3.0})
+    with pytest.raises(ValueError, match=r"Found maximum=3\.0: set `rho`"):
+        make_controller("pi", maximum=3.0)
 
 
 @pytest.mark.parametrize("name", ["pi", "nupi", "augmented_lagrangian"])
@@ -121,12 +212,12 @@ def test_augmented_lagrangian_is_the_gradient_of_its_penalty():
 @pytest.mark.parametrize(
     ("controller", "state"),
     [
-        (MultiplicativePI(0.5), {"integral": 0.5}),
-        (MultiplicativePI(0.5, minimum=0.75), {"integral": 0.75}),
+        (MultiplicativePI(0.5), {"integral": 0.5, "log_unit": 0.0, "passes": 0.0}),
+        (MultiplicativePI(1e9), {"integral": 1e6, "log_unit": 0.0, "passes": 0.0}),
         (DualAscent(0.5), {"multiplier": 0.5}),
         (NuPI(0.5), {"integral": 0.5, "average": 0.0, "seeded": 0.0}),
         (AugmentedLagrangian(0.5), {"multiplier": 0.5}),
-        *[(make(initial=5.0, maximum=3.0), None) for make in CONTROLLERS],
+        *[(make(initial=5.0, maximum=3.0), None) for make in CONTROLLERS[1:]],
     ],
 )
 def test_a_run_starts_at_the_initial_multiplier(controller, state):
@@ -162,7 +253,6 @@ def test_unknown_names_and_objects():
     [
         (lambda: MultiplicativePI(initial=0.0), "initial"),
         (lambda: MultiplicativePI(ki=-1.0), "ki"),
-        (lambda: MultiplicativePI(maximum=1e-9), "maximum"),
         (lambda: DualAscent(initial=-1.0), "initial"),
         (lambda: DualAscent(learning_rate=math.nan), "learning_rate"),
         (lambda: NuPI(nu=1.0), "nu"),
@@ -180,8 +270,6 @@ def test_bad_settings_name_themselves(build, name):
         (MultiplicativePI, "initial", "> 0"),
         (MultiplicativePI, "ki", ">= 0"),
         (MultiplicativePI, "kp", ">= 0"),
-        (MultiplicativePI, "minimum", "> 0"),
-        (MultiplicativePI, "maximum", ">= 0.001"),
         (DualAscent, "initial", ">= 0"),
         (DualAscent, "learning_rate", ">= 0"),
         (DualAscent, "maximum", ">= 0"),
@@ -206,7 +294,7 @@ def test_settings_have_a_least_value(make, name, least):
 
 
 def test_defaults():
-    assert MultiplicativePI() == MultiplicativePI(initial=1.0, ki=0.1, kp=1.0, maximum=1e4, minimum=1e-3)
+    assert MultiplicativePI() == MultiplicativePI(initial=1.0, ki=0.1, kp=1.0)
     assert DualAscent() == DualAscent(initial=1.0, learning_rate=0.1, maximum=1e4)
     assert NuPI() == NuPI(initial=1.0, ki=0.1, kp=1.0, nu=0.0, maximum=1e4)
     assert AugmentedLagrangian() == AugmentedLagrangian(initial=1.0, learning_rate=0.1, penalty=1.0, maximum=1e4)
@@ -214,8 +302,8 @@ def test_defaults():
 
 def test_a_name_stands_for_its_class():
     assert [make_controller(name) for name in NAMES] == [make() for make in CONTROLLERS]
-    assert [make_controller(name, initial=0.0 if name != "pi" else 2.0, gain=0.0, maximum=5.0) for name in NAMES] == [
-        MultiplicativePI(2.0, ki=0.0, maximum=5.0),
+    assert make_controller("pi", initial=2.0, gain=0.0) == MultiplicativePI(2.0, ki=0.0)
+    assert [make_controller(name, initial=0.0, gain=0.0, maximum=5.0) for name in NAMES[1:]] == [
         DualAscent(0.0, learning_rate=0.0, maximum=5.0),
         NuPI(0.0, ki=0.0, maximum=5.0),
         AugmentedLagrangian(0.0, learning_rate=0.0, maximum=5.0),

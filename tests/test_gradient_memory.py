@@ -25,7 +25,7 @@ class Fixed:
     def initial_state(self):
         return {}
 
-    def __call__(self, state, *, loss, epsilon, cap):
+    def __call__(self, state, *, cap, **_):
         return Update(min(self.multiplier, cap), {}, self.multiplier > cap)
 
 

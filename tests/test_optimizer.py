@@ -96,6 +96,8 @@ def test_every_base_steps_on_the_merged_gradient(name):
         dual=DualAscent(0.5, 0.0),
         rho=math.inf,
         projection="never",
+        retention_every=1,
+        trust_region=None,
     )
     for step in range(6):
         base.zero_grad()
@@ -121,6 +123,8 @@ def test_lambda_zero_always_threshold_zero_is_a_gem():
         dual=DualAscent(0.0, 0.0),
         projection="always",
         conflict_threshold=0.0,
+        retention_every=1,
+        trust_region=None,
     )
     projections = 0
     for step in range(30):
@@ -162,6 +166,7 @@ def test_a_quadratic_is_solved_to_its_known_solution(dual, gain, settings, steps
         lambda: 0.5 * x.square().sum(),
         epsilon=epsilon,
         dual=make_controller(dual, gain=gain),
+        retention_every=1,
         **settings,
     )
     for _ in range(steps):
@@ -177,7 +182,12 @@ def test_a_quadratic_is_solved_to_its_known_solution(dual, gain, settings, steps
 def test_pi_finds_the_multiplier_where_nothing_is_projected():
     x = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
     optimizer = CraftOptimizer(
-        torch.optim.SGD([x], lr=0.02), lambda: 0.5 * x.square().sum(), epsilon=0.5, projection="never", rho=math.inf
+        torch.optim.SGD([x], lr=0.02),
+        lambda: 0.5 * x.square().sum(),
+        epsilon=0.5,
+        projection="never",
+        rho=math.inf,
+        retention_every=1,
     )
     for _ in range(500):
         optimizer.zero_grad()
@@ -308,7 +318,6 @@ def test_retention_runs_on_every_kth_step_and_metrics_say_so():
     model = network()
     drift = Drift(model)
     craft = CraftOptimizer(torch.optim.Adam(model.parameters()), drift, retention_every=3)
-    assert craft.rules.cap == 3.0
     fresh, calls = [], []
     for step in range(7):
         train(model, craft, 1, step)
@@ -317,6 +326,7 @@ def test_retention_runs_on_every_kth_step_and_metrics_say_so():
     assert fresh == [1, 0, 0, 1, 0, 0, 1]
     assert calls == [1, 1, 1, 2, 2, 2, 3]
     assert craft.metrics["retention_step"] == 6.0
+    assert craft.metrics["interval"] == 3.0
     assert craft.param_groups[0]["craft_step"] == 7.0
 
 
@@ -339,7 +349,7 @@ def test_metrics_are_the_documented_floats(tmp_path):
     )
     assert craft.metrics == {}
     train(model, craft, 3)
-    assert set(craft.metrics) == set(METRICS)
+    assert set(craft.metrics) == set(METRICS) - {"heldout", "epsilon_heldout"}, "which are of held-out anchors"
     assert all(type(v) is float for v in craft.metrics.values())
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [row["retention_step"] for row in rows] == [0, 1, 2]
@@ -391,7 +401,7 @@ def test_only_one_copy_of_the_gradients_is_added():
                 assert p.grad is None, "task gradients are set aside while the retention pass runs"
             return loss
 
-    craft = CraftOptimizer(Spy(model.parameters(), lr=0.1), Watching(model), dual="ascent")
+    craft = CraftOptimizer(Spy(model.parameters(), lr=0.1), Watching(model), dual="ascent", trust_region=None)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: buffers.append(p.grad.data_ptr()))
     task_loss(model, 0).backward()
@@ -451,7 +461,7 @@ def test_published_preset_is_the_published_method():
     model = network()
     craft = CraftOptimizer.published(torch.optim.SGD(model.parameters(), lr=0.1), Drift(model), total_steps=100)
     assert [craft.constraints[None].schedule(t) for t in (0, 50, 100)] == pytest.approx([1.0, 0.55, 0.1])
-    assert craft.rules == Rules(math.inf, "always", -0.1, retention_every=5)
+    assert craft.rules == Rules(math.inf, "always", -0.1, retention_every=5, trust_region=None)
     train(model, craft, 6)
     # lambda_0 = 1 was used at step 0, then 1 + eta (L(0) - epsilon(0)) with L(0) = 0.
     assert craft.metrics["lambda"] == pytest.approx(1.0 - 0.01)
@@ -674,7 +684,8 @@ def test_rules_are_set_as_a_whole():
     with pytest.raises(AttributeError):
         craft.rules.retention_every = 3
     craft.rules = dataclasses.replace(craft.rules, retention_every=3)
-    assert craft.rules.cap == 3.0
+    train(model, craft, 4)
+    assert drawn(craft) == 2, "on steps 0 and 3"
     with pytest.raises(TypeError, match="Found dict"):
         craft.rules = {"retention_every": 3}
 
@@ -965,6 +976,10 @@ def test_a_cap_that_binds_for_long_is_reported_once(every, patience):
         ({"conflict_threshold": -1.5}, ValueError, "cosine"),
         ({"retention_every": 0}, ValueError, "retention_every=0"),
         ({"retention_every": 2.5}, ValueError, "retention_every=2.5"),
+        ({"retention_every": "often"}, ValueError, "'auto' or a whole number. Found retention_every='often'"),
+        ({"total_steps": 0}, ValueError, "total_steps=0"),
+        ({"trust_region": 1.0}, ValueError, "trust_region=1.0"),
+        ({"trust_region": math.inf}, ValueError, "trust_region=inf"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
         ({"rho": -1.0}, ValueError, "rho"),
         ({"process_group": 2}, TypeError, "process_group=2"),

@@ -57,7 +57,7 @@ class Fixed:
     def initial_state(self):
         return {}
 
-    def __call__(self, state, *, loss, epsilon, cap):
+    def __call__(self, state, *, cap, **_):
         return Update(min(LAMBDA, cap), {}, cap < LAMBDA)
 
 
@@ -137,6 +137,7 @@ def trained(features):
         dual=Fixed(),
         gradient_memory=memory,
         retention_every=2 if "retention_every" in features else 1,
+        trust_region=None,
         max_grad_norm=0.1 if "max_grad_norm" in features else None,
         on_metrics=rows.append if "sink" in features else None,
     )
@@ -168,7 +169,8 @@ def by_hand(features):
     """The slow loop: dense float64 vectors and the formulas of docs/method.md and docs/constraints.md."""
     setup = Setup(features)
     parameters, every = setup.parameters, 2 if "retention_every" in features else 1
-    rho = float(every)
+    rho = 3.0 * every
+    averages = []  # of each drift over its passes
 
     def vector(rounds=False):
         found = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
@@ -196,7 +198,9 @@ def by_hand(features):
         losses = [drift() for drift in setup.drifts]
         pulls = [sign * gradient(loss) for loss in losses]
         if "a" not in first:
-            first["a"] = coefficients(task, pulls, [float(x.detach()) for x in losses], setup.epsilon(step), rho)
+            now = [float(x.detach()) for x in losses]
+            averages[:] = [0.8 * old + 0.2 * x for old, x in zip(averages, now, strict=True)] if averages else now
+            first["a"] = coefficients(task, pulls, averages, setup.epsilon(step), rho)
         weights, scale = first["a"], 1.0
         if "max_grad_norm" in features:
             norm = float((task + sum(w * r for w, r in zip(weights, pulls, strict=True))).norm())
@@ -218,14 +222,14 @@ def by_hand(features):
     return setup
 
 
-def coefficients(task, pulls, losses, epsilon, rho):
+def coefficients(task, pulls, drifts, epsilon, rho):
     """w_j of g = g_t + sum_j w_j g_j."""
     lams = [min(LAMBDA, rho * float(task.norm() / r.norm())) if float(r.norm()) else LAMBDA for r in pulls]
     pulled = sum(lam * r for lam, r in zip(lams, pulls, strict=True))
     if len(pulls) > 1 and float(pulled.norm()) > rho * float(task.norm()):
         lams = [lam * rho * float(task.norm() / pulled.norm()) for lam in lams]
     # The nearest to g_t in the cone of those that are violated: by trying all sets of active ones
-    violated = [j for j, loss in enumerate(losses) if loss > epsilon]
+    violated = [j for j, drift in enumerate(drifts) if drift > epsilon]
     best = None
     for count in range(len(violated) + 1):
         for active in itertools.combinations(violated, count):

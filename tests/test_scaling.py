@@ -7,6 +7,7 @@ from torch import nn
 from craft_optim import CraftOptimizer, Retention
 from craft_optim._step.gradients import graph_of
 from craft_optim._step.scaling import grown, initial_scale, reaches_float16, shrunk
+from craft_optim.dual import DualAscent
 
 
 class Drift(Retention):
@@ -39,16 +40,19 @@ class Keep(torch.optim.SGD):
 
 
 def retention_gradients(factor, half=True, scale=None):
-    """What the base gets where the task has next to nothing, over lambda; the optimizer, and the closure."""
+    """What the base gets where the task has next to nothing, with lambda = 1; the optimizer, and the closure."""
     model = network()
     drift = Drift(model, factor, half)
-    craft = CraftOptimizer(Keep(model.parameters()), drift, projection="never", rho=1e30)
+    craft = CraftOptimizer(
+        Keep(model.parameters()), drift, dual=DualAscent(1.0, 0.0), projection="never", rho=1e38, trust_region=None
+    )
     if scale is not None:
         craft.param_groups[0]["craft_scale"] = scale
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-30)
     craft.step()
-    return [g / craft.metrics["lambda"] for g in craft.base_optimizer.seen], craft, drift
+    assert craft.metrics["lambda"] == 1.0
+    return craft.base_optimizer.seen, craft, drift
 
 
 def relative_error(gradients, exact):

@@ -46,7 +46,8 @@ class Constraint:
         controller: `dual`, as an object.
 
     Raises:
-        TypeError: `retention` cannot be called, or not measure its `drift` for `heldout`, or `epsilon` or `dual` is none.
+        TypeError: `retention` cannot be called, or not measure its `drift` for `heldout`; or `epsilon` or `dual` is
+            none.
         ValueError: A value is out of its range, a name is unknown, or `heldout` is of another kind.
 
     Example:
@@ -337,9 +338,9 @@ class RetentionPass:
         return self.state["craft_drift"]
 
     @property
-    def repeats(self) -> bool:
-        """True if the closure can be asked again about the same anchors."""
-        return self._closure.repeats
+    def bounds_steps(self) -> bool:
+        """True if some drift is allowed, and the closure can be asked again about the same anchors."""
+        return self._asked_for > 0.0 and self._closure.repeats
 
     def saw(self, loss: float) -> None:
         """Takes L_ret of this pass into the average; measures held-out anchors where that is due. Collective."""
@@ -351,7 +352,12 @@ class RetentionPass:
             and self._step >= self.state["craft_heldout_next"]
             and drift > _TOO_LITTLE * self.epsilon
         ):
-            found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+            with self._layout.without_backward():
+                found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+            if self._layout.several:  # each has measured the whole, but other machines round otherwise
+                place = next(p.device for p in self._parameters)
+                found = float(self._layout.mean(torch.tensor(found, dtype=torch.float64, device=place)))
+            self.state["craft_heldout_next"] = float(self._step + _HELDOUT_EVERY)
             if found > 0.0 and math.isfinite(found):
                 self._compare(found)
 
@@ -363,7 +369,6 @@ class RetentionPass:
             "craft_heldout": heldout,
             "craft_heldout_quotient": min(max(quotient, least), most),
             "craft_heldout_count": count,
-            "craft_heldout_next": float(self._step + _HELDOUT_EVERY),
         }
 
     @property
@@ -377,30 +382,35 @@ class RetentionPass:
     def may_leave(self, trust: float, starting: bool) -> bool:
         """True if the step that comes may lead drift beyond `trust` epsilon, as far as is known: in the start any."""
         growth = self.state["craft_growth"]
-        if self._asked_for == 0.0 or not self.repeats:
-            return False
         if starting:
             return True
         again = int(self.state["craft_drift_passes"]) % _LOOK_AGAIN == 0
         return again or growth < 0.0 or root(self.drift) + growth >= root(trust * self.epsilon)
 
-    def losses_again(self, more: int) -> list[Tensor]:
-        """L_ret of this pass's anchors now, and of as many passes after it, without gradients."""
-        with torch.no_grad(), held():
-            return [self._closure.loss(self._number + i).detach().double() for i in range(1 + more)]
+    def look(self, passes: int) -> Tensor:
+        """L_ret now on the anchors of as many passes to come, without gradients.
 
-    def share_of_step(self, before: float, after: Sequence[float], trust: float) -> float:
+        Not on those of this pass: its gradient is theirs, and holds them better than others.
+        """
+        with self._layout.without_backward(), torch.no_grad(), held():
+            losses = [self._closure.loss(self._number + 1 + i).detach().float() for i in range(passes)]
+        return torch.stack([loss.reshape(()) for loss in losses]).mean()
+
+    def share_of_step(self, before: float, after: float, starting: bool, trust: float) -> float:
         """The share of the step to keep; takes note of how far it led.
 
         Args:
-            before: L_ret of this pass's anchors before the step.
-            after: The same after it, and of other passes.
-            trust: As a multiple of epsilon.
+            before: `look` before the step.
+            after: `look` after it.
+            starting: True in the start, where the bound is epsilon itself and a look over several passes says more
+                than the average, which has yet to come up.
+            trust: The bound, as a multiple of epsilon.
         """
         growth = _GROWTH_KEPT * max(self.state["craft_growth"], 0.0)
-        self.state["craft_growth"] = max(root(after[0]) - root(before), growth)
-        measured = sum(after) / len(after) if len(after) > 1 else 0.0
-        return share_of_step(before, after[0], self.drift, trust * self.epsilon, measured)
+        if math.isfinite(after):
+            self.state["craft_growth"] = max(root(after) - root(before), growth)
+        bound = (1.0 if starting else trust) * self.epsilon
+        return share_of_step(before, after, max(self.drift, before), bound, after if starting else 0.0)
 
     def asked(self, loss: float, cap: float, unit: float, steps: int) -> Update:
         """The controller's answer; changes nothing."""

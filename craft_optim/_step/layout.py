@@ -58,6 +58,10 @@ class Layout:
         """Within the block no framework reduces gradients that `averaged` sees to."""
         return nullcontext()
 
+    def without_backward(self) -> AbstractContextManager[object]:
+        """Around forwards that no backward follows, on parameters that then change."""
+        return nullcontext()
+
     def averaged(
         self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool]
     ) -> tuple[Gradients, list[bool]]:

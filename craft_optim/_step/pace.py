@@ -1,10 +1,11 @@
 """The pace of retention: how many steps a pass stands for, found from the drift that passes measure. Pure.
 
-`retention_every="auto"` begins with a pass on each step. When the start is over, after each pass with drift d, an average
-of L_ret, and epsilon e of the constraint that is violated most:
+`retention_every="auto"` begins with a pass on each step. When the start is over, after each pass with drift d, the
+average of L_ret, and epsilon e of the constraint that is violated most:
 
     K <- max(K / 2, 1)           where d > 1.1 e
-    K <- min(K + 1 / (2 K), 10)  where d < e
+    K <- min(K + 3 / (4 K), 10)  where d < e
+    K <- 1                       where the step of the pass was shortened
 
 and the next pass comes after round(K) steps. The start is the first 40 passes, and another 20 from where d has come to
 e / 2 if that is later: what is forgotten within the first steps does not all come back. All of it is in floats of the
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 
 from .rules import Rules
 
-__all__ = ["PACE", "due", "paced", "starting"]
+__all__ = ["PACE", "due", "hurried", "paced", "starting"]
 
 PACE = {"craft_every": 1.0, "craft_next": 0.0, "craft_start": 40.0, "craft_near": 0.0}
 """K; the step of the next pass; passes until the start is over; 1 once drift has come to epsilon / 2. At first."""
@@ -31,6 +32,14 @@ def due(state: Mapping[str, float], rules: Rules) -> bool:
     if rules.retention_every == "auto":
         return step >= state["craft_next"]
     return step % rules.retention_every == 0
+
+
+def hurried(state: Mapping[str, float]) -> dict[str, float]:
+    """The floats where the step of a pass was shortened: the next step has a pass, and K is 1 again.
+
+    The steps until the next pass would be as long, and nobody would look.
+    """
+    return {"craft_every": 1.0, "craft_next": state["craft_step"] + 1.0}
 
 
 def starting(state: Mapping[str, float]) -> bool:
@@ -54,7 +63,7 @@ def paced(state: Mapping[str, float], violation: float, rules: Rules) -> tuple[d
     elif violation > _ABOVE:
         every = max(every / 2.0, 1.0)
     elif violation < 1.0:
-        every = min(every + 0.5 / every, _MOST)
+        every = min(every + 0.75 / every, _MOST)
     step = int(state["craft_step"])
     steps = round(every)
     if rules.retention_every != "auto":

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +51,7 @@ class Processes(Layout):
         rank: See `Layout`.
         world_size: See `Layout`.
         ddp: DDP modules, whose own reduction is off during a retention pass.
+        sharding: FSDP1 and FSDP2 modules.
         fsdp1: id of a parameter that FSDP1 sharded -> number of processes it is sharded over.
     """
 
@@ -58,6 +60,7 @@ class Processes(Layout):
     rank: int = 0
     world_size: int = 1
     ddp: tuple[DistributedDataParallel, ...] = ()
+    sharding: tuple[nn.Module, ...] = ()
     fsdp1: dict[int, int] = field(default_factory=dict)
     several = True
 
@@ -106,6 +109,18 @@ class Processes(Layout):
             for module in self.ddp:
                 stack.enter_context(module.no_sync())
             yield
+
+    @contextmanager
+    def without_backward(self) -> Iterator[None]:
+        with self.own_reduction():
+            yield
+        # The backward would let go of what a forward has gathered. The next forward would find it there, and not what
+        # has become of the parameters since
+        for module in self.sharding:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+            elif (handle := cast(Any, module)._handle) is not None and handle.uses_sharded_strategy:
+                _reshard(cast(Any, module), handle, True)
 
     def averaged(
         self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool]
@@ -290,7 +305,8 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
     everyone = _everyone(meshes, group, fsdp1_groups)
     if not everyone:
         return ONE_PROCESS
-    return Processes(everyone, group, rank, world_size, ddp, sharded)
+    sharding = tuple(m for m in modules if not isinstance(m, DistributedDataParallel))
+    return Processes(everyone, group, rank, world_size, ddp, sharding, sharded)
 
 
 def _everyone(

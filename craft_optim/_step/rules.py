@@ -33,9 +33,10 @@ class Rules:
         total_steps: Length of the run in optimizer steps, so that "auto" has a pass on its last one; None if unknown.
         trust_region: The multiple of epsilon that no step shall lead beyond; None to look at none. A step that would is
             shortened: theta goes back along it until the drift, with L_ret's root taken as linear along the step, is
-            just there. Where a step might come near, it costs a copy of the trained parameters and a forward of the
-            anchors after the base's step, without a backward. Plain functions are not asked again after a step, so
-            that there is none for them; nor for a base that moves the parameters itself to evaluate a closure.
+            just there. Where a step might come near, it costs a copy of the trained parameters and two forwards of
+            anchors, before and after the base's step, without a backward; in the start, four. Plain functions are not
+            asked again in a step, so that there is none for them; nor for a base that moves the parameters itself to
+            evaluate a closure.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. The steps between are
             not clipped: clip task gradients as ever, before `step`.
         gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see
@@ -86,7 +87,9 @@ class Rules:
                 "max_grad_norm", self.max_grad_norm, least=0.0, above=True, finite=False, or_else=", or None"
             )
         if self.trust_region is not None:
-            found["trust_region"] = number("trust_region", self.trust_region, least=1.0, above=True, or_else=", or None")
+            found["trust_region"] = number(
+                "trust_region", self.trust_region, least=1.0, above=True, or_else=", or None"
+            )
         for name, value in found.items():
             object.__setattr__(self, name, value)
         if not -1.0 <= self.conflict_threshold <= 1.0:

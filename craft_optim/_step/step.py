@@ -18,7 +18,7 @@ from .constraint import Constraint, Passed, RetentionPass
 from .decision import Decision, Gram, Products, decide
 from .gradients import Gradients, Stash, gradients_of, not_zero, put
 from .layout import Layout
-from .pace import PACE, paced, starting
+from .pace import PACE, hurried, paced, starting
 from .rules import Rules
 from .surgery import GradientSets
 from .trust import KeptValues
@@ -37,6 +37,10 @@ def split_state(state: Mapping[str, float]) -> tuple[dict[str, float], dict[str 
         what, _, name = key.partition("/")
         (shared if what in SHARED_STATE else own.setdefault(name or None, {}))[what] = value
     return shared, own
+
+
+# Passes whose anchors tell, in the start, how far a step leads: those of one may be any
+_LOOKS = 2
 
 
 class _Measured(NamedTuple):
@@ -116,7 +120,7 @@ class RetentionStep:
         ]
         self._trust, self._starting = rules.trust_region if shorten else None, starting(self._shared)
         self._kept: KeptValues | None = None
-        self._losses: list[float] = []
+        self._before: Tensor | None = None  # L_ret of the anchors that tell how far the step leads
         self._stash: Stash | None = None
         self._decision: Decision | None = None  # of the first evaluation, if it was finite
 
@@ -189,41 +193,46 @@ class RetentionStep:
             put(self._parameters, self._stash.in_their_dtype(merged))
         if not self.metrics:  # of a line search, the first evaluation: where the step began
             self.metrics = self._report(losses, products.grams, decision)
-            self._keep(losses)
+            self._keep()
         return self._objective(losses)
 
-    def _keep(self, losses: list[float]) -> None:
-        """Copies what the base will move, if its step may lead too far."""
+    def _keep(self) -> None:
+        """Copies what the base will move, if its step may lead too far. Collective."""
         if self._trust is None or not any(run.may_leave(self._trust, self._starting) for run in self._watched):
             return
         touched = [p for p in self._parameters if p.grad is not None]
         local = self._layout.local([p.detach() for p in touched], touched)
-        self._losses = losses
+        self._before = self._look()
         self._kept = KeptValues([x for x in local if x is not None], host=self._rules.gradient_memory == "host")
 
     @property
     def _watched(self) -> list[RetentionPass]:
-        return [run for run in self.passes if run.repeats]
+        return [run for run in self.passes if run.bounds_steps]
+
+    def keep_whole_step(self) -> None:
+        """Has `shorten` do nothing: the base had a use for where it has been."""
+        self._kept = None
 
     def shorten(self) -> None:
-        """Goes back along the base's step as far as the trust region asks for. Collective.
-
-        In the start it looks at the anchors of two more passes: those of one may be any.
-        """
-        if self._kept is None or self._trust is None:
+        """Goes back along the base's step as far as the trust region asks for. Collective."""
+        if self._kept is None or self._before is None or self._trust is None:
             return
-        trust, more = (1.0, 2) if self._starting else (self._trust, 0)
-        with self._layout.own_reduction():
-            found = [torch.stack([x.reshape(()) for x in run.losses_again(more)]) for run in self._watched]
-        after = self._layout.mean(torch.stack(found)).tolist()
+        looks = self._layout.mean(torch.stack([self._before, self._look()])).tolist()
         share = min(
-            run.share_of_step(self._losses[self.passes.index(run)], values, trust)
-            for run, values in zip(self._watched, after, strict=True)
+            run.share_of_step(before, after, self._starting, self._trust)
+            for run, before, after in zip(self._watched, *looks, strict=True)
         )
         if share < 1.0:
             self._kept.go_back(share)
+            self._shared |= hurried(self._shared)
+            self.metrics["interval"] = 1.0
         self.metrics["step_kept"] = share
-        self._kept = None
+        self._kept = self._before = None
+
+    def _look(self) -> Tensor:
+        """L_ret of each watched constraint on anchors of passes to come, on this process."""
+        found = [run.look(_LOOKS if self._starting else 1) for run in self._watched]
+        return torch.stack([x.to(found[0].device) for x in found])
 
     def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
         """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
@@ -316,7 +325,9 @@ class RetentionStep:
             updates = self._asked(losses, [update.multiplier * factor for update in updates], units, steps)
         return updates
 
-    def _asked(self, losses: Sequence[float], caps: Sequence[float], units: Sequence[float], steps: int) -> list[Update]:
+    def _asked(
+        self, losses: Sequence[float], caps: Sequence[float], units: Sequence[float], steps: int
+    ) -> list[Update]:
         return [
             run.asked(loss, cap, unit, steps)
             for run, loss, cap, unit in zip(self.passes, losses, caps, units, strict=True)

@@ -1,13 +1,14 @@
 """The trust region of a step: no farther than where drift would be a multiple of epsilon.
 
 Retention has no gradient at the snapshot, and an optimizer like Adam steps as far as its rate allows whatever the
-gradient is: no weight of the retention gradient holds the first steps of a run. What bounds the step does. With L(a) the
-L_ret of this pass's anchors at theta + a (theta' - theta), theta' where the base has led, and d the average of L_ret:
+gradient is: no weight of the retention gradient holds the first steps of a run. What bounds the step does. With L(a)
+the L_ret of the next pass's anchors at theta + a (theta' - theta), theta' where the base has led, and d the average of
+L_ret:
 
     v = sqrt(L(1)) - sqrt(L(0))                      drift's root is a distance of outputs, about linear along a step
     a = 1 - (sqrt(d) + v - sqrt(trust epsilon)) / v  within [1/64, 1], where v > 0 and that is below 1
 
-as in the line search of a trust region on KL (Schulman et al. 2015, arXiv:1502.05477), by one forward.
+as in the line search of a trust region on KL (Schulman et al. 2015, arXiv:1502.05477), by two forwards.
 """
 
 import math
@@ -26,12 +27,14 @@ def share_of_step(before: float, after: float, drift: float, bound: float, measu
     """a, the share of the step to keep.
 
     Args:
-        before: L_ret of the pass's anchors before the step, L(0).
+        before: L_ret before the step, L(0), of anchors that no gradient of this step is of.
         after: The same after it, L(1).
         drift: The average of L_ret.
         bound: L_ret that is not to be exceeded.
-        measured: L_ret after the step over more anchors, where that is known.
+        measured: L_ret after the step, where that is known better than by d and the growth.
     """
+    if not (math.isfinite(after) and math.isfinite(measured)):
+        return LEAST
     growth = root(after) - root(before)
     beyond = max(root(drift) + growth, root(measured)) - root(bound)
     if growth <= 0.0 or beyond <= 0.0:
@@ -58,6 +61,6 @@ class KeptValues:
 
     @torch.no_grad()
     def go_back(self, share: float) -> None:
-        """Leaves that share of the step since then."""
+        """Leaves that share of the step since then, in place: if memory ran out half-way, a part would be moved."""
         for now, before in zip(self._tensors, self._values, strict=True):
-            now.copy_(torch.lerp(before.to(now.device), now, share))
+            now.lerp_(before.to(now.device), 1.0 - share)

@@ -38,20 +38,21 @@ class CapWatch:
         capped, drift, epsilon = (metrics[keyed(what, name)] for what in ("capped", "drift", "epsilon"))
         self._at_cap[name] = self._at_cap.get(name, 0) + 1 if capped == 1.0 and drift > epsilon else 0
         self.counts = any(self._at_cap.values())
-        every = metrics["interval"]
-        patience = max(_LEAST_PATIENCE, math.ceil(_PATIENCE_AT_CAP / every))
+        patience = max(_LEAST_PATIENCE, math.ceil(_PATIENCE_AT_CAP / metrics["interval"]))
         if self._at_cap[name] >= patience and name not in self._warned:
             self._warned.add(name)
+            every = rules.retention_every
+            rarely = "" if every in ("auto", 1) else f"lower retention_every (now {every}), "
             warn(
                 f"{prefix(name)}lambda has been at its cap for {self._at_cap[name]} retention steps while the drift "
-                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, raise rho "
-                f"(now {rules.rho:g}) or the controller's maximum, lower retention_every (now {rules.retention_every}), "
-                "or lower the learning rate.",
+                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, {rarely}"
+                f"lower the learning rate, or raise rho (now {rules.rho:g}), or the maximum of a controller that has "
+                "one."
             )
 
 
 class HeldOutWatch:
-    """Warns once where drift on held-out anchors stays above epsilon and the anchors' epsilon is as small as it gets."""
+    """Warns once where held-out drift stays above epsilon and the anchors' epsilon is as small as it gets."""
 
     def __init__(self) -> None:
         self._warned: set[str | None] = set()
@@ -64,9 +65,9 @@ class HeldOutWatch:
             self._warned.add(name)
             warn(
                 f"{prefix(name)}Drift on held-out anchors is {found:.3g}, above epsilon ({asked:.3g}), and more than "
-                f"{HELDOUT_MOST:g} times the drift on the anchors: to hold these more tightly (epsilon is {epsilon:.3g} "
-                "there, and goes no lower) does not hold others like them. Use more anchors, and more varied ones, or "
-                'raise epsilon. See docs/choosing.md, "How many anchors".'
+                f"{HELDOUT_MOST:g} times the drift on the anchors: to hold these more tightly (epsilon is "
+                f"{epsilon:.3g} there, and goes no lower) does not hold others like them. Use more anchors, and more "
+                'varied ones, or raise epsilon. See docs/choosing.md, "How many anchors".'
             )
 
 
@@ -74,16 +75,17 @@ class StepWatch:
     """Warns once where the trust region has left little of a hundred steps in a row."""
 
     def __init__(self) -> None:
-        self._short = 0
+        self._short, self._warned = 0, False
 
     def look(self, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a retention step."""
         self._short = self._short + 1 if metrics["step_kept"] < _LITTLE_STEP else 0
-        if self._short == _PATIENCE_AT_CAP:
+        if self._short == _PATIENCE_AT_CAP and not self._warned:
+            self._warned = True
             warn(
-                f"The trust region has left less than {_LITTLE_STEP:g} of each of the last {self._short} steps that had "
-                f"a pass: at this learning rate a whole step leads beyond epsilon ({metrics['epsilon']:.3g}). Lower the "
-                "learning rate, raise epsilon, or take more anchors per pass."
+                f"The trust region has left less than {_LITTLE_STEP:g} of each of the last {self._short} steps that "
+                f"had a pass: at this learning rate a whole step leads beyond epsilon ({metrics['epsilon']:.3g}). "
+                "Lower the learning rate, raise epsilon, or take more anchors per pass."
             )
 
 

@@ -79,7 +79,7 @@ class CombinedRetention(Retention):
             part.shard(rank, world_size, mean)
 
     def loss(self, number: int) -> Tensor:
-        """The sum on the anchors of a pass: a float32 scalar with a graph."""
+        """The sum on the anchors of a pass: a float32 scalar, with a graph unless gradients are off."""
         weights = [1.0 if name is None else self.weights[name] for name, _ in self._parts]
         losses = [
             part.loss(number) if weight == 1.0 else weight * part.loss(number)

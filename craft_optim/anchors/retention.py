@@ -138,7 +138,7 @@ class AnchorRetention(Retention):
     # A compiled training step must not trace into reading files and setting hooks
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]  # lazy, unlike torch.compiler.disable
     def loss(self, number: int) -> Tensor:
-        """L_ret on the anchors of pass `number`: a float32 scalar with a graph.
+        """L_ret on the anchors of pass `number`: a float32 scalar, with a graph unless gradients are off.
 
         It needs a backward of its own: until that is done, activation checkpointing would repeat other passes without
         dropout.
@@ -150,11 +150,10 @@ class AnchorRetention(Retention):
         """
         seed = self._seed(number)
         batch = self._batch(number)
-        with torch.enable_grad():
-            batch = self._taught(batch, seed)
-            with self._pass(seed) as remember:
-                values = self._weighted(self._terms(batch))
-                loss = remember(self._combine(values))
+        batch = self._taught(batch, seed)
+        with self._pass(seed) as remember:
+            values = self._weighted(self._terms(batch))
+            loss = remember(self._combine(values))
         if number == 0:
             self._check_once({name: value.detach() for name, value in values.items()}, batch)
         return loss

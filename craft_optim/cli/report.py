@@ -51,9 +51,10 @@ def _report(args: argparse.Namespace) -> None:
     for run in runs:
         summary = summarise(run)
         verdict = judge(summary)
-        rows.append([run.name, f"{summary.steps}", in_text(summary.drift), in_text(summary.ratio, ".2f"), verdict.kind])
+        numbers = in_text(summary.drift), in_text(summary.ratio, ".2f"), in_text(summary.passes, ".0%")
+        rows.append([run.name, f"{summary.steps}", *numbers, verdict.kind])
         sentences.append(" ".join([f"  {run.name}: {verdict.words}", *run.notes]))
-    print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "verdict"], rows)
+    print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "with a pass", "verdict"], rows)
     print("", *sentences, sep="\n")
     print(f"\nPage: {out} ({bytes_in_words(len(page.encode()))})")
     if args.png:

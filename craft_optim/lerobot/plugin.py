@@ -27,7 +27,6 @@ __all__ = ["PACKAGE", "REPLACED", "TRAIN_FLAG", "install"]
 PACKAGE = "craft_optim.lerobot"
 TRAIN_FLAG = f"{PREFIX}discover_packages_path={PACKAGE}"
 REPLACED = (
-    "load_training_state",
     "make_optimizer_and_scheduler",
     "make_pre_post_processors",
     "make_train_eval_datasets",
@@ -150,11 +149,6 @@ def _replacements(
     def tqdm(*args: Any, **kwargs: Any) -> Any:
         bars[:] = [_Later(functools.partial(original["tqdm"], *args, **kwargs))]
         return bars[0]
-
-    def load_training_state(*args: Any, **kwargs: Any) -> Any:
-        loaded = original["load_training_state"](*args, **kwargs)
-        run.restore()
-        return loaded
 
     def update_policy(train_metrics: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         if run.retention is None:

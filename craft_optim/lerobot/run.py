@@ -4,17 +4,19 @@ The hooks of `craft_optim.lerobot.plugin` call it, in this order:
 
     prepare   before anything is loaded: the settings, and where anchors come from
     wrap      the optimizer that lerobot has made of the policy's preset
-    restore   when a run goes on: lambda, the step, which anchors come next
-    begin     before the first update: the anchors of the policy as it is then, or those that it was begun with
+    begin     before the first update: the anchors of the policy as it is then, or those that it was begun with; when a
+              run goes on also lambda, the step, which anchors come next
     report    after every update
     save      beside lerobot's own training state
 """
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lerobot.utils.logging_utils import AverageMeter
 from lerobot.utils.random_utils import load_rng_state
 from torch import nn
 
+from craft_optim._step.constraint import Constraint
 from craft_optim._warn import warn
 from craft_optim.anchors import AnchorCache, AnchorRetention
 from craft_optim.anchors.folders import write_aside, write_json
@@ -32,7 +35,14 @@ from craft_optim.lerobot._shared import speaks
 from craft_optim.lerobot.adapters import adapter_for, kept_of
 from craft_optim.lerobot.checks import check_run, check_source, check_task, find_cache, warn_of_few, warn_of_no_effect
 from craft_optim.lerobot.frames import SOURCES, AnchorFrames
-from craft_optim.lerobot.run_anchors import RunAnchors, build_anchors, open_anchors, open_source
+from craft_optim.lerobot.run_anchors import (
+    RunAnchors,
+    build_anchors,
+    counts_of,
+    heldout_folder,
+    open_anchors,
+    open_source,
+)
 from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings, under_our_names
 from craft_optim.metrics import METRICS, JSONLWriter
 from craft_optim.optimizer import CraftOptimizer
@@ -44,8 +54,10 @@ STATE_FILE = "craft.json"
 _VERSION = 1
 # In the console's line; the others go to the trackers alone
 _SHOWN = {
-    "retention_loss": ("drift", ":.3g"),
+    "drift": ("drift", ":.3g"),
     "epsilon": ("eps", ":.3g"),
+    "heldout": ("held", ":.3g"),
+    "epsilon_heldout": ("held_eps", ":.3g"),
     "lambda": ("lam", ":.3g"),
     "grad_cos": ("cos", ":.2f"),
 }
@@ -147,6 +159,26 @@ class CraftRun:
         else:
             folder, begun_with = self._folder(), None if self._saved is None else self._saved["fingerprint"]
             self._cache = find_cache(folder, begun_with, trained=cfg.resume)
+        if settings.epsilon_of == "heldout":
+            self._require_heldout()
+
+    def _require_heldout(self) -> None:
+        """Raises SettingsError unless there is what --craft.epsilon_of=heldout needs."""
+        wanted = f"{PREFIX}epsilon_of=heldout needs frames that are held out"
+        if self._source is not None:
+            if counts_of(self.settings.anchors, self._source)[1] == 0:
+                raise SettingsError(
+                    f"{wanted}, of other episodes than the anchors'. Found one episode, or one frame: take more "
+                    f"({PREFIX}anchors.episodes, {PREFIX}anchors.count)."
+                )
+            return
+        assert self._cache is not None
+        folder = heldout_folder(self._cache.path)
+        if not folder.is_dir():
+            raise SettingsError(
+                f"{wanted}, and there is no {folder}: build a cache there, of other episodes than the anchors', with "
+                f"`craft-optim build-anchors`, or pass {PREFIX}epsilon_of=anchors."
+            )
 
     def _folder(self) -> Path:
         """Where the anchors are, or go."""
@@ -173,25 +205,13 @@ class CraftRun:
                 "out."
             )
         adapter_for(policy, settings.anchors.keep)  # raises now, not after the dataset was read
-        optimizer = CraftOptimizer(
-            base,
-            epsilon=settings.schedule(cfg.steps),
-            dual=settings.controller(),
-            **settings.rules(cfg.optimizer.grad_clip_norm),
-        )
+        optimizer = CraftOptimizer(base, **settings.rules(cfg.optimizer.grad_clip_norm))
         _keep_state_dicts_plain(optimizer)
         self.optimizer = optimizer
         return optimizer
 
-    def restore(self) -> None:
-        """Takes up lambda, the step and the place among the anchors where the checkpoint has them."""
-        if self._saved is not None and self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                # Another --craft.dual has other numbers, which begin anew
-                group.update({name: value for name, value in self._saved["state"].items() if name in group})
-
     def begin(self, model: nn.Module, accelerator: Any, step: int) -> None:
-        """Builds or opens the anchors, and begins to constrain. Collective.
+        """Builds or opens the anchors, and begins to constrain, or goes on with it. Collective.
 
         Args:
             model: As accelerate has prepared it.
@@ -231,7 +251,16 @@ class CraftRun:
             strict=not cfg.resume,
             **loss,
         )
-        optimizer.retention_closure = self.retention
+        heldout = found.heldout if settings.epsilon_of == "heldout" else None
+        optimizer.retention_closure = Constraint(
+            self.retention, settings.schedule(cfg.steps), settings.controller(), heldout
+        )
+        if self._saved is not None:
+            for group in optimizer.param_groups:
+                # Another --craft.dual has other numbers, which begin anew
+                group.update({name: value for name, value in self._saved["state"].items() if name in group})
+        done = int(optimizer.param_groups[0]["craft_step"])  # less than `step`, if a part was trained without craft
+        optimizer.rules = replace(optimizer.rules, total_steps=done + cfg.steps - step)
         if cfg.resume:
             # lerobot restores it earlier; making the data loader draws from it
             load_rng_state(cfg.checkpoint_path / TRAINING_STATE_DIR)
@@ -275,9 +304,11 @@ class CraftRun:
         }
 
     def _judge(self, drifts: Mapping[str, float]) -> None:
-        """Warns once, on one process, if drift is held on the anchors alone."""
+        """Warns once, on one process, if drift is held on the anchors alone; the optimizer does so with epsilon_of."""
         assert self.optimizer is not None
         if self._writer is None or self._ran_away or "drift_heldout" not in drifts:
+            return
+        if self.settings.epsilon_of == "heldout":
             return
         said = runs_away(drifts["drift_anchors"], drifts["drift_heldout"], self.optimizer.metrics["epsilon"])
         if said is not None:
@@ -357,7 +388,7 @@ def _moved(saved: Mapping[str, Any], checkpoint: Path) -> Path:
 def _meter(tracker: Any, names: Mapping[str, Any], values: Mapping[str, float]) -> None:
     """Adds values to lerobot's tracker: its log line and W&B. `names` beyond those shown there stay out of the line."""
     for name in names:
-        if name not in values:
+        if name not in values or math.isnan(values[name]):  # one that is not measured yet would make a mean NaN
             continue
         key = f"craft/{name}"
         if key not in tracker.metrics:
@@ -369,16 +400,20 @@ def _meter(tracker: Any, names: Mapping[str, Any], values: Mapping[str, float]) 
 def _drift_in_words(drifts: Mapping[str, float], metrics: Mapping[str, float]) -> str:
     words = [f"{drifts['drift_anchors']:.3g} on anchors (epsilon {metrics['epsilon']:.3g})"]
     if "drift_heldout" in drifts:
-        words.append(f"{drifts['drift_heldout']:.3g} on held-out ones")
+        of_these = f" (epsilon {metrics['epsilon_heldout']:.3g})" if "epsilon_heldout" in metrics else ""
+        words.append(f"{drifts['drift_heldout']:.3g} on held-out ones{of_these}")
     return f"drift {', '.join(words)}"
 
 
 def _in_words(settings: CraftSettings, found: RunAnchors) -> str:
     held = "none are held out" if found.heldout is None else f"{len(found.heldout)} more are held out"
+    schedule = f", {settings.epsilon_schedule}" if settings.epsilon_schedule else ""
+    on = " on those" if settings.epsilon_of == "heldout" else ""
+    every = settings.retention_every
     return (
         f"{len(found.cache)} anchors ({found.adapter.keep}) from {found.cache.path}, {held}; epsilon "
-        f"{settings.epsilon:g}{f', {settings.epsilon_schedule}' if settings.epsilon_schedule else ''}, "
-        f"every {settings.retention_every} step(s)"
+        f"{settings.epsilon:g}{schedule}{on}, "
+        f"{'as often as drift needs it' if every == 'auto' else f'every {every} step(s)'}"
     )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "Part",
     "RunAnchors",
     "build_anchors",
+    "counts_of",
     "heldout_folder",
     "open_anchors",
     "open_source",
@@ -140,6 +141,12 @@ def open_source(settings: AnchorSettings, cfg: Any) -> AnchorFrames:
     return open_frames(config, prepare, **given)
 
 
+def counts_of(settings: AnchorSettings, source: AnchorFrames) -> tuple[int, int]:
+    """How many frames of a source are anchors, and how many are held out."""
+    train, held = split_episodes(source.dataset, settings.heldout)
+    return split_count(settings.count, settings.heldout, len(train), 0 if held is None else len(held))
+
+
 def build_anchors(
     model: nn.Module,
     settings: AnchorSettings,
@@ -170,7 +177,7 @@ def build_anchors(
     if settings.layers is not None:
         adapter = replace(adapter, layers=tuple(int(x) if x.lstrip("-").isdecimal() else x for x in settings.layers))
     train, held = split_episodes(source.dataset, settings.heldout)
-    counts = split_count(settings.count, settings.heldout, len(train), 0 if held is None else len(held))
+    counts = counts_of(settings, source)
     more = {"top_k": settings.top_k} if settings.top_k is not None else {}
 
     def build(part: Part, count: int, path: Path) -> AnchorCache:

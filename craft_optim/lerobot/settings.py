@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -42,6 +42,8 @@ _KINDS: dict[Any, str] = {
     list[str]: "a list, such as [8, 16]",
     dict[str, str]: 'names for names, such as {"observation.image": "observation.images.top"}',
 }
+# Fields that the run itself tells
+_FROM_LEROBOT = ("total_steps",)
 _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
 
 
@@ -129,18 +131,19 @@ class AnchorSettings:
 
 @dataclass(frozen=True)
 class CraftSettings(Rules):
-    """One run: the fields of `craft_optim.Rules`, and these.
+    """One run: the fields of `craft_optim.Rules`, but for `total_steps`, which is lerobot's `steps`; and these.
 
     Attributes:
         epsilon: The drift to allow; of a schedule, where it ends. Nats for logits and tokens, for actions and hidden
             states the share of the teacher's variance.
+        epsilon_of: What it is the drift on: the "anchors", or the "heldout" frames, see `craft_optim.Constraint`.
         epsilon_schedule: None for a constant, or "linear", "cosine", "exponential".
         epsilon_start: Where a schedule starts.
         epsilon_steps: How long it takes. None: half of the training.
         dual: How lambda is found: "pi", "ascent", "nupi" or "augmented_lagrangian".
         lambda_init: lambda at the start. None, here and in the next two: the controller's default.
         lambda_lr: Gain of the integral or ascent term.
-        lambda_max: Upper bound of lambda.
+        lambda_max: Upper bound of lambda; "pi" has none but `rho`.
         max_grad_norm: None: the clipping of the policy's optimizer.
         batch_size: Anchors per step and process. None: the training's batch size.
         loss: Of hidden states and actions: "mse", "cosine" or "l1".
@@ -153,6 +156,7 @@ class CraftSettings(Rules):
     """
 
     epsilon: float = 0.05
+    epsilon_of: str = "anchors"
     epsilon_schedule: str | None = None
     epsilon_start: float | None = None
     epsilon_steps: int | None = None
@@ -170,6 +174,7 @@ class CraftSettings(Rules):
     def check(self) -> None:
         """Raises SettingsError for what is wrong in itself, whatever the policy and the dataset."""
         choices: dict[str, tuple[object, ...]] = {
+            "epsilon_of": ("anchors", "heldout"),
             "epsilon_schedule": (None, *_SCHEDULES),
             "statistics": ("dataset", "pretrained"),
             "loss": ("mse", "cosine", "l1"),
@@ -196,9 +201,15 @@ class CraftSettings(Rules):
         with under_our_names({"epsilon": "epsilon", "start": "epsilon_start", "end": "epsilon"}):
             as_schedule(self.schedule(2))
         gains = dict.fromkeys(("ki", "learning_rate"), "lambda_lr")
-        with under_our_names({"dual": "dual", "initial": "lambda_init", "maximum": "lambda_max", **gains}):
+        named = {"dual": "dual", "initial": "lambda_init", "maximum": "lambda_max", "rho": "rho", **gains}
+        with under_our_names(named):
             self.controller()
         self.anchors.check()
+        if self.epsilon_of == "heldout" and self.anchors.has_source and self.anchors.heldout == 0.0:
+            raise SettingsError(
+                f"{PREFIX}epsilon_of=heldout needs frames that are held out. Found {PREFIX}anchors.heldout=0: take a "
+                "share, such as 0.1."
+            )
 
     def schedule(self, steps: int) -> float | Schedule:
         """`epsilon` as `CraftOptimizer` takes it, for a training of so many steps."""
@@ -224,7 +235,7 @@ class CraftSettings(Rules):
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         encoded: dict[str, Any] = draccus.encode(self)
-        return encoded
+        return {name: value for name, value in encoded.items() if name not in _FROM_LEROBOT}
 
 
 def own_flags(arguments: Sequence[str]) -> list[str]:
@@ -297,27 +308,40 @@ def _made(kind: Any, values: Any, place: str = "") -> Any:
     """An object of one of the classes above, with each of the values checked by itself."""
     if not isinstance(values, Mapping):
         raise SettingsError(f"{PREFIX}{place.rstrip('.')} must hold names and values. Found {values!r}.")
-    types, made = get_type_hints(kind), {}
+    types, made = _types(kind), {}
     for name, value in values.items():
         where = f"{PREFIX}{place}{name}"
         if name not in types:
             raise _unknown(f"{place}{name}")
         of = types[name]
-        wanted = [one for one in get_args(of) if one is not NoneType] if isinstance(of, UnionType) else [of]
+        choices = get_args(of) if get_origin(of) in (Union, UnionType) else (of,)
+        wanted = [one for one in choices if one is not NoneType]
         if is_dataclass(of):
             made[name] = _made(of, value, f"{place}{name}.")
             continue
         try:
-            if (isinstance(value, bool) and bool not in wanted) or (value is None and wanted == [of]):
+            if (isinstance(value, bool) and bool not in wanted) or (value is None and NoneType not in choices):
                 raise TypeError
             made[name] = draccus.decode(of, value)
         except (DraccusException, TypeError, ValueError, AttributeError) as error:
-            (one,) = wanted
-            words = f"one of {', '.join(get_args(one))}" if get_origin(one) is Literal else _KINDS[one]
             raise SettingsError(
-                f"{where} must be {words}. Found {'null' if value is None else repr(value)}."
+                f"{where} must be {' or '.join(map(_in_words, wanted))}. Found "
+                f"{'null' if value is None else repr(value)}."
             ) from error
     return kind(**made)
+
+
+def _in_words(kind: Any) -> str:
+    """What a value of a type must be."""
+    if get_origin(kind) is not Literal:
+        return _KINDS[kind]
+    names = get_args(kind)
+    return f"one of {', '.join(names)}" if len(names) > 1 else f"{names[0]!r}"
+
+
+def _types(kind: Any) -> dict[str, Any]:
+    """Name -> type of the settings in one of the classes above."""
+    return {name: of for name, of in get_type_hints(kind).items() if name not in _FROM_LEROBOT}
 
 
 @contextmanager
@@ -342,7 +366,7 @@ def _value(name: str, text: str) -> Any:
     """A flag's text: YAML, except where text or a path is wanted."""
     kind: Any = CraftSettings
     for part in name.split("."):
-        fields = get_type_hints(kind) if is_dataclass(kind) else {}
+        fields = _types(kind) if is_dataclass(kind) else {}
         if part not in fields:
             raise _unknown(name)
         kind = fields[part]
@@ -364,7 +388,7 @@ def _unknown(name: str) -> SettingsError:
 def setting_names(kind: Any = CraftSettings) -> list[str]:
     """The names of all settings, without their prefix, in the order in which they are declared."""
     names = []
-    for name, of in get_type_hints(kind).items():
+    for name, of in _types(kind).items():
         names += [f"{name}.{inner}" for inner in setting_names(of)] if is_dataclass(of) else [name]
     return names
 

@@ -24,6 +24,7 @@ _BADGES = {"held": "held", "inactive": "held, with room", "not held": "not held"
 _FACTS = {
     "task loss": ("loss", ".3g"),
     "held-out drift": ("heldout", ".3g"),
+    "steps with a pass": ("passes", ".0%"),
     "steps over epsilon": ("violated", ".0%"),
     "at the cap": ("capped", ".0%"),
     "in conflict": ("conflict", ".0%"),
@@ -31,6 +32,7 @@ _FACTS = {
     "skipped": ("skipped", ".0f"),
     "ms per step": ("ms_per_step", ".3g"),
 }
+_SOURCES = {"anchors": "", "heldout": " (held out)", "average": " (average)", "batches": " (batches)"}
 
 
 def render(runs: Sequence[Run], title: str = "Training report") -> str:
@@ -70,7 +72,8 @@ def _card(place: int, name: str, summaries: Sequence[Summary]) -> Markup:
     ratio, drift, epsilon = (_typical(summaries, name) for name in ("ratio", "drift", "epsilon"))
     if ratio is not None:
         large = [tag("b", f"{ratio:.2f}"), Markup(" &times; epsilon")]
-        below = f"drift {drift:.3g} at the end, epsilon {epsilon:.3g}"
+        what = "held-out drift" if any(x.source == "heldout" for x in summaries) else "drift"
+        below = f"{what} {drift:.3g} at the end, epsilon {epsilon:.3g}"
     else:
         large = [tag("b", in_text(drift)), Markup(" drift")]
         below = "at the end" if drift is not None else "not measured"
@@ -190,7 +193,7 @@ def _table(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) -> Ma
     rows, notes = [], []
     for group, of in zip(found, summaries, strict=True):
         for run, summary in zip(group.runs, of, strict=True):
-            over = "" if summary.over_anchors or summary.drift is None else " (batches)"
+            over = "" if summary.drift is None else _SOURCES[summary.source]
             held = [in_text(summary.drift) + over, in_text(summary.epsilon), in_text(summary.ratio, ".2f")]
             facts = _facts([summary]).values()
             rows.append([run.name, _BADGES[judge(summary).kind], *held, *facts, f"{summary.steps:,}"])
@@ -200,6 +203,7 @@ def _table(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) -> Ma
     low, high = BAND
     words = (
         f"Held: drift at the end is at most {high:g} x epsilon; with room: below {low:g}. Drift is that over many "
-        "anchors where the run measured it, else the median of its last anchor batches (batches)."
+        "anchors where the run measured it, else the average that epsilon is held against (average), or the median of "
+        "the last anchor batches (batches). Where epsilon is of held-out anchors, drift is theirs (held out)."
     )
     return tag("section", tag("h2", "Runs"), tag("p", words, class_="quiet"), table(columns, rows), *told)

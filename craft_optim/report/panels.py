@@ -7,7 +7,7 @@ is the mean of the steps that it stands for, and the range is theirs.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Group:
 
     @property
     def constrained(self) -> bool:
-        return any(np.isfinite(run["epsilon"]).any() for run in self.runs)
+        return _has(self, "epsilon")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ def _in_three_styles(**labels: str) -> tuple[_Line, ...]:
     return tuple(_Line(column, label, style) for (column, label), style in styles)
 
 
+# The first of these that a run has is drawn, the next one faint beside it
+_DRIFT = {"drift_anchors": "", "drift": "average", "retention_loss": "anchor batches"}
 _HELD_OUT = _Line("drift_heldout", "held out", "dotted")
 
 
@@ -135,8 +137,9 @@ _CHARTS = (
         "drift",
         "Drift against epsilon",
         f"Dashed: epsilon; band: {_LOW:g} to {_HIGH:g} epsilon. Solid: over many anchors where that was measured, else "
-        "single anchor batches, which scatter. Faint: those batches beside it. Dotted: held-out anchors.",
-        (_Line("drift_anchors"), _Line("retention_loss", "anchor batches", "faint"), _HELD_OUT),
+        "the average over passes, or single anchor batches, which scatter; faint: the next of these beside it. Dotted: "
+        "held-out anchors; epsilon is theirs where the run has one for them.",
+        (),
         log=True,
     ),
     _Chart("lambda", "Multiplier lambda", "The weight of the retention gradient.", (_Line("lambda"),), log=True),
@@ -177,6 +180,20 @@ _CHARTS = (
         ranged=False,
         bounds=(0.0, None),
     ),
+    _Chart(
+        "interval",
+        "Steps between passes",
+        "K, the steps that a pass stands for.",
+        (_Line("interval"),),
+        bounds=(0.0, None),
+    ),
+    _Chart(
+        "kept",
+        "Share of a step that is kept",
+        "Below 1 where the whole step led beyond the trust region.",
+        (_Line("step_kept"),),
+        bounds=(0.0, 1.0),
+    ),
     _Chart("lr", "Learning rate", "As logged.", (_Line("lr"),), ranged=False, bounds=(0.0, None)),
 )
 
@@ -214,10 +231,17 @@ def panels(found: Sequence[Group], points: int = POINTS) -> list[Panel]:
 
 
 def _lines(chart: _Chart, group: Group) -> tuple[_Line, ...]:
-    """The lines of a chart; batches take the place of drift that was not measured over many anchors."""
-    if chart.key == "drift" and not any(np.isfinite(run["drift_anchors"]).any() for run in group.runs):
-        return _Line("retention_loss", "anchor batches"), _HELD_OUT
-    return chart.lines
+    """The lines of a chart: those of drift are by what was measured."""
+    if chart.key != "drift":
+        return chart.lines
+    known = [name for name in _DRIFT if _has(group, name)]
+    shown = [_Line(name, _DRIFT[name], style) for name, style in zip(known, ("solid", "faint"), strict=False)]
+    heldout = _HELD_OUT if _has(group, "drift_heldout") else replace(_HELD_OUT, column="heldout")
+    return *shown, heldout
+
+
+def _has(group: Group, column: str) -> bool:
+    return any(np.isfinite(run[column]).any() for run in group.runs)
 
 
 def _curve(place: int, group: Group, line: _Line, chart: _Chart, points: int) -> Curve | None:
@@ -278,8 +302,9 @@ def _limits(found: Sequence[Group], points: int) -> tuple[Limit, ...]:
     each = []
     for place, group in enumerate(found):
         if group.constrained:
-            run = next(run for run in group.runs if np.isfinite(run["epsilon"]).any())
-            x, y = run.measured("epsilon")
+            name = "epsilon_heldout" if _has(group, "epsilon_heldout") else "epsilon"
+            run = next(run for run in group.runs if np.isfinite(run[name]).any())
+            x, y = run.measured(name)
             steps, values = _binned(x, y, _edges([x], points), np.mean)
             there = np.isfinite(values)
             each.append(Limit(place, steps[there], values[there]))

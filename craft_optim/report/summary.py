@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 import numpy as np
 
+from craft_optim._step.constraint import HELDOUT_MOST
 from craft_optim.heldout import runs_away
 from craft_optim.report.runs import Column, Run
 
@@ -16,7 +18,10 @@ BAND = (0.9, 1.1)
 
 _LAST = 0.05  # the part of a run whose rows stand for its end
 _AT_LEAST = 20  # rows, where there are as many
-_REMEDY = "raise epsilon, raise rho, lower retention_every, or lower the learning rate"  # as CraftOptimizer's warning
+_COMPLETE = 0.9  # of the steps: skipped passes have no interval
+_REMEDY = "raise epsilon, lower retention_every, lower the learning rate, or raise rho"  # as CraftOptimizer's warning
+
+Source = Literal["anchors", "heldout", "average", "batches"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,16 @@ class Summary:
 
     Attributes:
         loss: Task loss, mean over the end.
-        drift: At the end, as measured over many anchors; else the median of the last anchor batches.
-        over_anchors: True if `drift` is the former.
+        passes: Retention steps, as a share of all steps.
+        drift: At the end, on what epsilon is for: the anchors or held-out ones.
+        source: Where `drift` is from: "anchors", many of them; "heldout", many of the held-out ones; "average", that of
+            the last passes; "batches", the median of the last anchor batches.
         heldout: Drift on held-out anchors, where last measured.
-        violated: Share of the retention steps with L_ret > epsilon.
+        epsilon: The last.
+        violated: Share of the retention steps with drift above epsilon: of the average, where there is one.
         capped: Share with lambda at its cap.
         stuck: Number with both.
+        out_of_reach: True if epsilon is of held-out anchors, and the anchors' own ended as small as it gets.
         conflict: Mean share of conflicting blocks.
         projected: Mean share of blocks in which the projection acted.
         skipped: Retention passes that were not finite.
@@ -42,14 +51,16 @@ class Summary:
     name: str
     steps: int
     retention_steps: int
+    passes: float | None
     loss: float | None
     drift: float | None
-    over_anchors: bool
+    source: Source
     heldout: float | None
     epsilon: float | None
     violated: float | None
     capped: float | None
     stuck: int
+    out_of_reach: bool
     conflict: float | None
     projected: float | None
     skipped: int
@@ -80,11 +91,13 @@ class Verdict:
 def summarise(run: Run) -> Summary:
     """The numbers of one run."""
     batch = run.measured("retention_loss")[1]
-    measured, heldout = run.measured("drift_anchors")[1], run.measured("drift_heldout")[1]
-    epsilon = run.measured("epsilon")[1]
-    with np.errstate(invalid="ignore"):
-        above = run["retention_loss"] > run["epsilon"]
-    drift = float(measured[-1]) if len(measured) else float(np.median(_end(batch))) if len(batch) else None
+    elsewhere = run.measured("drift_heldout")[1]
+    drift, source = _drift(run)
+    level, bound = ("drift" if len(run.measured("drift")[1]) else "retention_loss"), "epsilon"
+    above = _above(run, level, bound)
+    if source == "heldout":
+        level, bound = "heldout", "epsilon_heldout"
+    over, epsilon = _above(run, level, bound), run.measured(bound)[1]
     skipped = run.measured("skipped")[1]
     took = run.measured("seconds")[1]
     cosine = run.measured("grad_cos")[1]
@@ -92,21 +105,60 @@ def summarise(run: Run) -> Summary:
         name=run.name,
         steps=int(run.steps[-1]),
         retention_steps=len(batch),
+        passes=_passes(run),
         loss=_mean(_end(run.measured("loss")[1])),
         drift=drift,
-        over_anchors=bool(len(measured)),
-        heldout=float(heldout[-1]) if len(heldout) else None,
+        source=source,
+        heldout=drift if source == "heldout" else float(elsewhere[-1]) if len(elsewhere) else None,
         epsilon=float(epsilon[-1]) if len(epsilon) else None,
-        violated=float(above[np.isfinite(run["retention_loss"])].mean()) if len(batch) and len(epsilon) else None,
+        violated=_mean(over[np.isfinite(over)]),
         capped=_mean(run.measured("capped")[1]),
-        stuck=int((above & (run["capped"] == 1.0)).sum()),
+        stuck=int(((above == 1.0) & (run["capped"] == 1.0)).sum()),
+        out_of_reach=source == "heldout" and _at_its_least(run),
         conflict=_mean(run.measured("conflict")[1]),
         projected=_mean(run.measured("projected")[1]),
         skipped=int(skipped.max()) if len(skipped) else 0,
         cosine=float(np.median(cosine)) if len(cosine) else None,
-        falling=_falling(batch),
+        falling=_falling(run.measured(level)[1]),
         ms_per_step=1e3 * float(np.median(took)) if len(took) else None,
     )
+
+
+def _drift(run: Run) -> tuple[float | None, Source]:
+    """Drift at the end, and where it is from."""
+    elsewhere, steering = run.measured("drift_heldout")[1], run.measured("heldout")[1]
+    if len(steering):
+        return (float(elsewhere[-1]) if len(elsewhere) else _mean(_end(steering))), "heldout"
+    measured = run.measured("drift_anchors")[1]
+    if len(measured):
+        return float(measured[-1]), "anchors"
+    average, batch = run.measured("drift")[1], run.measured("retention_loss")[1]
+    if len(average):
+        return _mean(_end(average)), "average"
+    return (float(np.median(_end(batch))) if len(batch) else None), "batches"
+
+
+def _above(run: Run, level: str, bound: str) -> Column:
+    """1 on rows where one column is above another, 0 where it is not, NaN without a value of either."""
+    found = (run[level] > run[bound]).astype(float)
+    found[~(np.isfinite(run[level]) & np.isfinite(run[bound]))] = np.nan
+    return found
+
+
+def _at_its_least(run: Run) -> bool:
+    own, asked = run.measured("epsilon")[1], run.measured("epsilon_heldout")[1]
+    return bool(len(own) and len(asked) and own[-1] <= asked[-1] / HELDOUT_MOST * (1.0 + 1e-6))
+
+
+def _passes(run: Run) -> float | None:
+    """Passes / steps; None where the rows have no `interval`, or leave passes out, as those of a Trainer may."""
+    steps, intervals = run.measured("interval")
+    if not len(steps):
+        return None
+    between = float(steps[-1] - steps[0])
+    if intervals[:-1].sum() < _COMPLETE * between:
+        return None
+    return len(steps) / (between + float(intervals[-1]))
 
 
 def _end(values: Column) -> Column:
@@ -117,10 +169,10 @@ def _mean(values: Column) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _falling(batch: Column) -> bool:
+def _falling(drift: Column) -> bool:
     """True if the last tenth's median is 5 % below that of the tenth before."""
-    part = len(batch) // 10
-    return part >= 5 and bool(np.median(batch[-part:]) < 0.95 * np.median(batch[-2 * part : -part]))
+    part = len(drift) // 10
+    return part >= 5 and bool(np.median(drift[-part:]) < 0.95 * np.median(drift[-2 * part : -part]))
 
 
 def judge(summary: Summary) -> Verdict:
@@ -130,7 +182,8 @@ def judge(summary: Summary) -> Verdict:
         return Verdict("free", "Nothing was constrained, and no drift was measured.")
     if ratio is None:
         return Verdict("free", f"Nothing was constrained: drift ended at {drift:.3g}.")
-    ended = f"Drift ended at {drift:.3g}, {ratio:.2f} x epsilon"
+    what = "Drift on held-out anchors" if summary.source == "heldout" else "Drift"
+    ended = f"{what} ended at {drift:.3g}, {ratio:.2f} x epsilon"
     if ratio > BAND[1]:
         return Verdict("not held", f"{ended}: not held. {_why(summary)}{_heldout(summary)}")
     if ratio < BAND[0]:
@@ -140,6 +193,11 @@ def judge(summary: Summary) -> Verdict:
 
 
 def _why(summary: Summary) -> str:
+    if summary.out_of_reach:
+        return (
+            f"It is more than {HELDOUT_MOST:g} times the drift on the anchors, which are held as tightly as they will "
+            "be: use more anchors, and more varied ones, or raise epsilon."
+        )
     if summary.stuck > 0.1 * summary.retention_steps:
         return (
             f"Lambda sat at its cap, and drift above epsilon, for {summary.stuck} of {summary.retention_steps} "
@@ -154,7 +212,7 @@ def _why(summary: Summary) -> str:
 
 def _heldout(summary: Summary) -> str:
     drift, heldout, epsilon = summary.drift, summary.heldout, summary.epsilon
-    if drift is None or heldout is None or epsilon is None:
+    if drift is None or heldout is None or epsilon is None or summary.source == "heldout":
         return ""
     said = runs_away(drift, heldout, epsilon)
     return "" if said is None else f" {said}"

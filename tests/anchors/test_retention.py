@@ -158,6 +158,18 @@ def test_held_out_anchors_have_their_own_drift(
             retention.drift(plain)
 
 
+def test_a_look_without_gradients_keeps_no_graph(noisy: Any, points: Tensor, tmp_path: Path) -> None:
+    """Its activations would be held until the loss is read."""
+    cache = build(noisy, [points], tmp_path, dtype=torch.float32, progress=False, class_dim=-1)
+    retention = make("kl", noisy, cache)
+    with torch.no_grad():
+        noisy.head.weight.mul_(1.5)
+        looked = retention.loss(3)
+    assert not looked.requires_grad
+    assert looked > 1e-3
+    torch.testing.assert_close(looked, retention.loss(3).detach(), rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["kl", "mse"])
@@ -216,6 +228,14 @@ def test_nothing_around_a_pass_notices(
         assert [same(a, b) for a, b in zip(before, after, strict=True)] == [True] * len(before)
     if not fails:
         assert any(p.grad is not None for p in noisy.parameters())
+
+
+def test_a_look_after_a_step_builds_no_graph(classifier: nn.Module, points: Tensor, tmp_path: Path) -> None:
+    """It would keep the activations of a training pass. In a loop of one's own the loss is for a backward."""
+    retention = LogitRetention(classifier, build(classifier, [points], tmp_path, class_dim=-1), 16)
+    with torch.no_grad():
+        assert not retention.loss(1).requires_grad
+        assert retention().requires_grad
 
 
 def test_dropout_in_the_pass_is_off_but_training_goes_on(noisy: Any, points: Tensor, tmp_path: Path) -> None:

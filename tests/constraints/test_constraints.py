@@ -16,12 +16,13 @@ from craft_optim._step.step import put_together
 from craft_optim.dual import DualAscent, MultiplicativePI, make_controller
 from craft_optim.metrics import METRICS, JSONLWriter
 
-PER_CONSTRAINT = [name for name, metric in METRICS.items() if metric.per_constraint]
+OF_HELD_OUT_ANCHORS = {"heldout", "epsilon_heldout"}
+PER_CONSTRAINT = [name for name, metric in METRICS.items() if metric.per_constraint and name not in OF_HELD_OUT_ANCHORS]
 
 # Known solutions
 
 
-def solve(centre, constraints, start=(0.3, -0.2), steps=600, lr=0.05, dual="pi", **settings):
+def solve(centre, constraints, start=(0.3, -0.2), steps=600, lr=0.05, dual="pi", retention_every=1, **settings):
     """min |x - centre|^2 / 2 subject to |x - a|^2 / 2 <= epsilon for each (a, epsilon)."""
     x = nn.Parameter(torch.tensor(start, dtype=torch.float64))
     centre = torch.tensor(centre, dtype=torch.float64)
@@ -32,6 +33,7 @@ def solve(centre, constraints, start=(0.3, -0.2), steps=600, lr=0.05, dual="pi",
             name: Constraint(lambda a=a: 0.5 * (x - a).square().sum(), constraints[name][1], dual)
             for name, a in middles.items()
         },
+        retention_every=retention_every,
         **settings,
     )
     for _ in range(steps):
@@ -61,9 +63,10 @@ def test_solution_and_multipliers(problem):
 def test_solution_with_all_defaults(problem):
     """Whose projection does a part of what the multipliers do."""
     centre, constraints, solution, _ = PROBLEMS[problem]
-    x, metrics = solve(centre, constraints, steps=700, lr=0.02)
-    assert x == pytest.approx(solution, rel=0.03)
+    x, metrics = solve(centre, constraints, steps=2500, lr=0.002, retention_every="auto")
+    assert x == pytest.approx(solution, rel=0.1)  # of up to ten steps between two passes
     assert metrics["violation"] == pytest.approx(1.0, abs=0.06)
+    assert metrics["interval"] > 1.0
 
 
 def test_the_cap_does_not_rule_out_the_solution():
@@ -173,7 +176,7 @@ def test_two_equal_constraints_are_one(rho):
         drifts = {name: Drift(model, shift=torch.ones(4, dtype=torch.float64)) for name in names}
         optimizer = CraftOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.3), drifts, epsilon=0.01, rho=rho,
-            dual=DualAscent(1.0 / len(names), 0.0, 10.0),
+            dual=DualAscent(1.0 / len(names), 0.0, 10.0), retention_every=1, trust_region=None,
         )  # fmt: skip
         found = []
         for step in range(20):
@@ -282,7 +285,7 @@ def test_metrics_have_names_and_the_whole_is_that_of_the_worst(tmp_path):
     train(model, optimizer, 20)
     m = optimizer.metrics
     named = [f"{key}/{name}" for name in ("first", "others") for key in PER_CONSTRAINT]
-    assert sorted(m) == sorted([*METRICS, *named])
+    assert sorted(m) == sorted([*(set(METRICS) - OF_HELD_OUT_ANCHORS), *named])
     assert all(type(x) is float for x in m.values())
     assert m["violation/others"] > 1.0 > m["violation/first"]
     assert (m["epsilon/first"], m["epsilon/others"]) == (0.5, 0.0009765625)
@@ -490,7 +493,7 @@ def test_float16_has_a_scale_for_each():
     """An overflow of one repeats its pass alone."""
     model = network()
     drifts = two(model, dtype=torch.float16)
-    optimizer = CraftOptimizer(adamw(model), drifts)
+    optimizer = CraftOptimizer(adamw(model), drifts, trust_region=None)
     train(model, optimizer, 2)
     optimizer.param_groups[0]["craft_scale/others"] = 2.0**40
     calls = drifts["first"].calls, drifts["others"].calls

@@ -223,6 +223,7 @@ def train(
     save=None,
     options=None,
     in_the_background=False,
+    heldout=None,
     **craft,
 ):
     """Trains, from a checkpoint or the start; whole parameters, each step's metrics, and the anchors' position."""
@@ -240,7 +241,12 @@ def train(
     closures = {name: CLOSURES[name](run, AnchorCache.open(cache), world_size) for name in closure.split(" and ")}
     epsilon = craft.pop("epsilon", 0.01)
     constraints = {
-        name: Constraint(one, epsilon[name] if isinstance(epsilon, dict) else epsilon) for name, one in closures.items()
+        name: Constraint(
+            one,
+            epsilon[name] if isinstance(epsilon, dict) else epsilon,
+            heldout=AnchorCache.open(heldout) if heldout else None,
+        )
+        for name, one in closures.items()
     }
     optimizer = CraftOptimizer(
         BASES[base](wrapped.parameters()),

@@ -105,14 +105,23 @@ def framework_processes(tmp_path_factory):
         yield pool
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
+def build(path, seed, scale=1.0):
     import cases
 
-    path = tmp_path_factory.mktemp("anchors") / "cache"
-    inputs = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    inputs = scale * torch.randn(40, 6, generator=torch.Generator().manual_seed(seed))
     anchors.build(cases.network(), inputs.split(10), path, layers=["blocks.0"], progress=False, class_dim=-1)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("anchors") / "cache", seed=1)
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory):
+    """Others, on which drift is larger."""
+    return build(tmp_path_factory.mktemp("anchors") / "heldout", seed=2, scale=4.0)
 
 
 @pytest.fixture(scope="session")
@@ -138,11 +147,11 @@ def same_run(ranks, alone, steps=slice(None)):
         if what.startswith("craft_anchor_position"):
             assert value == alone["state"][what]
     for mine, reference in zip(ranks[0]["metrics"], alone["metrics"][steps], strict=True):
-        assert mine == pytest.approx(reference, rel=1e-4, abs=1e-6)
+        assert mine == pytest.approx(reference, rel=3e-4, abs=1e-5)
     for rank in ranks:
         for name, p in alone["parameters"].items():
             torch.testing.assert_close(
-                rank["parameters"][name], p, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                rank["parameters"][name], p, rtol=0, atol=3e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-BOTH = {"closure": "logits and hidden", "epsilon": {"logits": 0.01, "hidden": 0.02}}
+BOTH = {"closure": "logits and hidden", "epsilon": {"logits": 0.01, "hidden": 0.02}, "trust_region": None}
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "fsdp2", "fsdp1 flat"])

@@ -28,11 +28,12 @@ def test_every_way_to_spread_a_model(processes, cache, alone, assert_same_run, w
 
 
 def test_the_runs_compared_are_not_trivial(alone):
-    metrics = alone(closure="logits")["metrics"]
-    assert any(m["projected"] for m in metrics)
-    assert any(m["clipped"] for m in metrics)
-    assert any(m["retention_loss"] > m["epsilon"] for m in metrics)
-    assert len({m["lambda"] for m in metrics}) > 3
+    logits, hidden = (alone(closure=closure)["metrics"] for closure in ("logits", "hidden"))
+    assert any(m["projected"] for m in hidden)
+    assert any(m["clipped"] for m in logits)
+    assert any(m["violation"] > 1.0 for m in hidden)
+    assert all(0.01 < m["step_kept"] < 0.5 for m in logits)
+    assert len({m["lambda"] for m in logits}) > 3
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "ddp bucket view", "fsdp2"])

@@ -100,7 +100,7 @@ class Job(Retention):
         )
 
     def loss(self, number: int) -> Tensor:
-        self.passes += 1
+        self.passes += torch.is_grad_enabled()  # a look without gradients at where a step has led is none
         return self.retention.loss(number)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -237,22 +237,51 @@ def test_another_optimizer_is_named(cache: AnchorCache, tmp_path: Path) -> None:
     assert job.trainer.state.global_step == 0, "before the first step"
 
 
-def test_a_line_of_the_log_has_four_metrics_unless_more_are_asked_for(cache: AnchorCache, tmp_path: Path) -> None:
-    four = {"craft/retention_loss", "craft/epsilon", "craft/lambda", "craft/capped"}
+def test_a_line_of_the_log_has_a_few_metrics_unless_more_are_asked_for(cache: AnchorCache, tmp_path: Path) -> None:
+    few = {"craft/retention_loss", "craft/drift", "craft/epsilon", "craft/lambda", "craft/capped"}
+    of_heldout = {"heldout", "epsilon_heldout"}
     for callback, wanted in (
-        (CraftCallback(), four),
+        (CraftCallback(), few),
         (CraftCallback(metrics=["grad_cos"]), {"craft/grad_cos"}),
-        (CraftCallback(metrics=METRICS), {f"craft/{name}" for name in METRICS}),
+        (CraftCallback(metrics=METRICS), {f"craft/{name}" for name in METRICS.keys() - of_heldout}),
     ):
         job = Job(tmp_path, cache, callbacks=(callback,), max_steps=2).train()
         assert {name for name in job.logs[0] if name.startswith("craft/")} == wanted
     job = Job(tmp_path, cache, callbacks=(CraftCallback(),), max_steps=1)
     job.trainer.optimizer_cls_and_kwargs = craft_optimizer(job.args, {"a": job, "b": lambda: job.retention.loss(0)})
     job.train()
-    assert {f"{name}/{each}" for name in four for each in "ab"} < set(job.logs[0])
+    assert {f"{name}/{each}" for name in few for each in "ab"} < set(job.logs[0])
     assert "craft/grad_cos/a" not in job.logs[0]
-    with pytest.raises(ValueError, match=r"`metrics` must be of retention_loss, .* Found 'drift'"):
-        CraftCallback(metrics=["drift"])
+    with pytest.raises(ValueError, match=r"`metrics` must be of retention_loss, .* Found 'lam'"):
+        CraftCallback(metrics=["lam"])
+
+
+def test_epsilon_may_be_the_drift_on_held_out_anchors(cache: AnchorCache, tmp_path: Path) -> None:
+    model_inputs = [{k: torch.stack([r[k] for r in rows(8, 9)]) for k in ("input_ids", "attention_mask")}]
+    heldout = build(model(), model_inputs, tmp_path / "h", dtype=torch.float32, progress=False, class_dim=-1)
+    trained = model()
+    args = arguments(tmp_path / "out")
+    retention = LogitRetention(trained, cache, 8)
+    craft = craft_optimizer(args, retention, epsilon=0.01, heldout=heldout)
+    trainer = Trainer(
+        trained, args, train_dataset=rows(40, 2), optimizer_cls_and_kwargs=craft, callbacks=[CraftCallback()]
+    )
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    assert "craft/heldout" not in logs[0], "nothing has drifted yet"
+    assert logs[0]["craft/epsilon"] == logs[0]["craft/epsilon_heldout"] == 0.01
+    assert logs[-1]["craft/heldout"] > 0.0
+    assert logs[-1]["craft/epsilon"] != 0.01 == logs[-1]["craft/epsilon_heldout"]
+
+
+def test_the_optimizer_is_told_how_long_training_is(cache: AnchorCache, tmp_path: Path) -> None:
+    job = Job(tmp_path, cache).train()
+    assert job.craft.rules.total_steps == 8
+    job.trainer.args.max_steps = 3
+    job.trainer.train()
+    assert job.craft.rules.total_steps == 11, "counted from its own first step"
+    given = Job(tmp_path, cache, craft={"total_steps": 5}, max_steps=2).train()
+    assert given.craft.rules.total_steps == 5
 
 
 @pytest.mark.filterwarnings("ignore:.*is not finite")

@@ -41,9 +41,15 @@ DATA = ASSETS / "demonstrations" / OLD_TASK
         ("dual=foo", "--craft.dual must be one of 'pi', 'ascent', 'nupi', 'augmented_lagrangian'"),
         ("lambda_init=-1", "--craft.lambda_init must be a finite number > 0"),
         ("lambda_lr=-1", "--craft.lambda_lr must be a finite number >= 0"),
-        ("lambda_max=-3", "--craft.lambda_max must be a finite number >= 0.001"),
-        ("rho=-1", "--craft.rho must be a number > 0, or None. Found --craft.rho=-1"),
-        ("retention_every=2.5", "--craft.retention_every must be a whole number. Found 2.5"),
+        ("lambda_max=3", "and --craft.dual='pi' has none of these. Found --craft.lambda_max=3.0: set --craft.rho, "),
+        ("rho=-1", "--craft.rho must be a number > 0. Found --craft.rho=-1"),
+        ("rho=null", "--craft.rho must be a number. Found null"),
+        ("retention_every=2.5", "--craft.retention_every must be a whole number or 'auto'. Found 2.5"),
+        ("retention_every=often", "--craft.retention_every must be a whole number or 'auto'. Found 'often'"),
+        ("retention_every=true", "--craft.retention_every must be a whole number or 'auto'. Found True"),
+        ("trust_region=1", "--craft.trust_region must be a finite number > 1, or None. Found --craft.trust_region=1"),
+        ("total_steps=100", "There is no --craft.total_steps"),
+        ("epsilon_of=frames", "--craft.epsilon_of must be one of anchors, heldout. Found frames"),
         ("batch_size=2.0", "--craft.batch_size must be a whole number. Found 2.0"),
         ("anchors=3", "--craft.anchors must hold names and values. Found 3"),
         ("anchors.count=true", "--craft.anchors.count must be a whole number. Found True"),
@@ -90,7 +96,7 @@ def test_the_help_lists_every_setting_with_its_default_and_what_it_is():
     lines = settings_in_words().splitlines()
     listed = {line.strip(): lines[place + 1] for place, line in enumerate(lines) if line.startswith("  --craft.")}
     assert [name.partition("=")[0] for name in listed] == [f"--craft.{name}" for name in setting_names()]
-    assert {"--craft.epsilon=0.05", "--craft.rho=null", "--craft.anchors.count=4096"} <= listed.keys()
+    assert {"--craft.epsilon=0.05", "--craft.rho=3.0", "--craft.anchors.count=4096"} <= listed.keys()
     assert all(len(text.strip()) > 10 for text in listed.values())
 
 

@@ -22,6 +22,7 @@ from training import (
     NEW,
     OLD,
     arguments,
+    assert_same_run,
     checkpoint,
     copied,
     late_dataset,
@@ -97,7 +98,7 @@ def test_metrics_go_to_the_console_the_tracker_and_a_file(act, tmp_path, monkeyp
             assert logged[f"craft/{name}"] == row[name]
     assert "craft/drift_heldout" in Recorder.logged[1][1], "where lerobot saves"
     line = next(said for said in console if said.startswith("step:4 "))
-    assert f" drift:{written[-1]['retention_loss']:.3g} eps:0.01 lam:{written[-1]['lambda']:.3g}" in line
+    assert f" drift:{written[-1]['drift']:.3g} eps:0.01 lam:{written[-1]['lambda']:.3g}" in line
     assert "task_grad_norm" not in line
     assert configured["craft"]["epsilon"] == 0.01
     (said,) = [said for said in console if said.startswith("craft: step 4")]
@@ -118,6 +119,27 @@ def test_the_fields_of_a_checkpoint_are_those_of_the_documentation(finished_run)
     table = re.findall(r"^\| (`.*?`) \|", page.split("## Checkpoints and resuming")[1].split("\n## ")[0], re.MULTILINE)
     written = json.loads((finished_run / "checkpoints" / "000004" / "training_state" / "craft.json").read_text())
     assert {name for row in table for name in re.findall(r"`(\w+)`", row)} == written.keys()
+
+
+def test_epsilon_may_be_the_drift_on_held_out_frames(act, tmp_path, capsys):
+    """Measured by the optimizer; resumed to the bit; what is not there is refused."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run = train("act", act, *arguments(act, straight), *CRAFT, "--craft.epsilon_of=heldout")
+    assert run.optimizer.constraints[None].heldout is run._anchors.heldout
+    assert run.optimizer.rules.total_steps == 4
+    last = rows(straight)[-1]
+    assert last["epsilon_heldout"] == 0.01
+    assert last["epsilon"] == pytest.approx(0.01 * last["drift"] / last["heldout"], rel=0.7)
+    assert last["epsilon"] != 0.01
+    copied(straight, stopped, until=2)
+    train("act", act, *resume(stopped, 2))
+    assert_same_run(straight, stopped, 4)
+
+    shutil.rmtree(stopped / "craft" / "anchors-heldout")
+    copied(stopped, tmp_path / "bare", until=2)
+    said = stopped_with(capsys, "act", act, *resume(tmp_path / "bare", 2))
+    assert "anchors-heldout: build a cache there" in said
+    train("act", act, *resume(tmp_path / "bare", 2), "--craft.epsilon_of=anchors")
 
 
 # With and without it
@@ -145,12 +167,14 @@ def test_a_plain_checkpoint_resumes_with_the_plugin(act, finished_run, tmp_path,
     assert [row["step"] for row in rows(out)] == [3, 4]
     assert rows(out)[0]["retention_loss"] > 0.0, "the teacher is the pretrained policy, not the checkpoint"
     assert run.optimizer.constraints[None].schedule(0) == 0.02
+    assert run.optimizer.rules.total_steps == 2, "what is left"
 
 
 def test_with_a_multiplier_of_zero_it_is_the_plain_run(act, tmp_path):
     """Same batches, same dropout: building anchors, passes and measuring drift leave no trace."""
     train("act", act, *arguments(act, tmp_path / "plain"), with_plugin=False)
-    none = ["--craft.dual=ascent", "--craft.lambda_init=0", "--craft.lambda_max=0", "--craft.projection=never"]
+    none = ["--craft.dual=ascent", "--craft.lambda_init=0", "--craft.lambda_max=0", "--craft.projection=never",
+            "--craft.trust_region=null"]  # fmt: skip
     train("act", act, *arguments(act, tmp_path / "held"), *CRAFT, *none, "--craft.max_grad_norm=1e9")
     plain, held = checkpoint(tmp_path / "plain", 4)[0], checkpoint(tmp_path / "held", 4)[0]
     assert all(torch.equal(x, held[name]) for name, x in plain.items())
@@ -317,7 +341,7 @@ def test_whose_statistics_a_checkpoint_holds(act, tmp_path, choice, source):
         (["--craft.anchors.root=null"], "craft needs examples"),
         (["--craft.epsilon_start=1"], "belong together"),
         (["--craft.config=nowhere.yaml"], "nowhere.yaml"),
-        (["--craft.rho=-1"], "--craft.rho must be a number > 0, or None. Found --craft.rho=-1"),
+        (["--craft.rho=-1"], "--craft.rho must be a number > 0. Found --craft.rho=-1"),
         (["--craft.retention_every=0"], "Found --craft.retention_every=0"),
         (["--craft.conflict_threshold=-2"], "must be in [-1, 1]. Found -2"),
         (["--craft.merge=sum"], "must be one of weighted, equal, task_priority. Found 'sum'"),
@@ -345,6 +369,8 @@ def never(*_, **__):
         (["--craft.anchors.video_backend=vhs"], "must be one of torchcodec, pyav"),
         (["--craft.anchors.tolerance_s=-1"], "must be seconds > 0"),
         (["--craft.anchors.revision=main"], "is of datasets of the hub"),
+        (["--craft.epsilon_of=heldout", "--craft.anchors.heldout=0"], "Found --craft.anchors.heldout=0: take a share"),
+        (["--craft.epsilon_of=heldout", "--craft.anchors.episodes=1"], "Found one episode, or one frame: take more"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_loaded(act, tmp_path, capsys, monkeypatch, change, words):

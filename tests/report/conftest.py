@@ -6,9 +6,12 @@ import math
 import pytest
 
 
-def rows(steps=100, *, epsilon=0.05, final=1.0, method=None, seed=None, every=1, seconds=None, **more):
-    """Rows of a run whose drift comes up to `final` x epsilon; all numbers are functions of the step."""
-    found = []
+def rows(steps=100, *, epsilon=0.05, final=1.0, method=None, seed=None, every=1, seconds=None, averages=False, **more):
+    """Rows of a run whose drift comes up to `final` x epsilon; all numbers are functions of the step.
+
+    `averages` adds the average of drift, K and the share of a step that was kept.
+    """
+    found, average = [], None
     for step in range(steps):
         row = {"step": step, "loss": 2.0 * math.exp(-step / 30), "time": 1000.0 + 0.25 * step}
         if method is not None:
@@ -25,6 +28,10 @@ def rows(steps=100, *, epsilon=0.05, final=1.0, method=None, seed=None, every=1,
             row |= {"projected": float(drift > epsilon), "task_grad_norm": 1.0, "retention_grad_norm": 2.0}
             row |= {"merged_grad_norm": 1.5, "capped": 0.0, "clipped": 0.0, "skipped": 0.0}
             row |= {"retention_step": float(at), "fresh": float(step == at)}
+            if averages:
+                if step == at:
+                    average = drift if average is None else 0.8 * average + 0.2 * drift
+                row |= {"drift": average, "violation": average / epsilon, "interval": float(every), "step_kept": 1.0}
         found.append(row | more)
     return found
 
@@ -49,7 +56,7 @@ def write_fixture():
 def runs_folder(tmp_path):
     """Two seeds each of a constrained and a plain method, as examples leave them."""
     for seed in (0, 1):
-        held = rows(method="craft", seed=seed, final=1.0 + 0.05 * seed, seconds=0.1)
+        held = rows(method="craft", seed=seed, final=1.0 + 0.05 * seed, seconds=0.1, averages=True)
         plain = rows(method="adamw", seed=seed, epsilon=None, seconds=0.05)
         for row in plain:
             row["drift_anchors"] = 2.0 + 0.1 * seed

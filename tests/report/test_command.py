@@ -18,10 +18,8 @@ def test_a_page_and_what_is_said(runs_folder, tmp_path, monkeypatch, capsys):
     assert "<title>runs</title>" in page
     said = capsys.readouterr().out
     assert "craft seed 1: Drift ended at" in said
-    assert [line.split()[-1] for line in said.splitlines() if line.startswith("  craft seed") and ":" not in line] == [
-        "held",
-        "held",
-    ]
+    grid = [line.split() for line in said.splitlines() if line.startswith("  craft seed") and ":" not in line]
+    assert [line[-2:] for line in grid] == [["100%", "held"]] * 2
     assert f"Page: report.html ({len(page.encode()) / 1e3:.3g} kB)" in said
 
 
@@ -33,8 +31,9 @@ def test_all_options(runs_folder, tmp_path, capsys):
     assert "A title" in made.read_text()
     assert "mine" in made.read_text()
     names = {file.stem for file in (tmp_path / "png" / "s").iterdir()}
-    assert names == {"loss", "drift", "lambda", "cosine", "shares", "norms", "cost", "overview"}
-    assert "Pictures: 8" in capsys.readouterr().out
+    charts = {"loss", "drift", "lambda", "cosine", "shares", "norms", "cost", "interval", "kept"}
+    assert names == charts | {"overview"}
+    assert "Pictures: 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -69,14 +69,22 @@ def test_it_says_what_came_of_the_runs(page):
 
 def test_charts_have_numbers_and_words(page):
     figures = [attrs for attrs in page.all("figure") if "data-panel" in attrs]
-    assert len(figures) == len(page.data["panels"]) == 7
+    assert len(figures) == len(page.data["panels"]) == 9
     described = [attrs["aria-label"] for attrs in page.all("div") if attrs.get("role") == "img"]
-    assert len(described) == 7
-    assert any(re.search(r"Drift against epsilon: craft anchor batches from .* to 0\.05", text) for text in described)
+    assert len(described) == 9
+    assert any(re.search(r"Drift against epsilon: craft average from .* to 0\.05", text) for text in described)
     assert page.data["groups"] == ["craft", "adamw"]
     drift = page.data["panels"][1]
     assert drift["limits"] == [{"group": None, "x": [0.0, 99.0], "y": [0.05, 0.05], "band": [0.9, 1.1]}]
     assert len(drift["curves"][0]["x"]) == len(drift["curves"][0]["y"]) == 100
+
+
+def test_epsilon_of_held_out_anchors(tmp_path, rows, write):
+    content = rows(averages=True, every=4, epsilon_heldout=0.2, heldout=0.25)
+    page = Page(render(read_runs([str(write(tmp_path / "m.jsonl", content))])))
+    assert "held-out drift 0.25 at the end, epsilon 0.2" in page.words
+    assert "0.25 (held out)" in page.words
+    assert re.search(r"steps with a pass\s+25%", page.words)
 
 
 def test_names_are_text(tmp_path, rows, write):

@@ -29,7 +29,7 @@ def test_methods_are_grouped_and_constrained_ones_come_first(runs_folder):
 
 def test_every_quantity_has_its_chart(runs_folder):
     found = by_key(read_runs([str(runs_folder)]))
-    assert [*found] == ["loss", "drift", "lambda", "cosine", "shares", "norms", "cost"]
+    assert [*found] == ["loss", "drift", "lambda", "cosine", "shares", "norms", "cost", "interval", "kept"]
     assert [curve.label for curve in found["shares"].curves] == ["conflict", "projected", "at the cap"]
     assert {curve.group for curve in found["loss"].curves} == {0, 1}
     assert {curve.group for curve in found["lambda"].curves} == {0}
@@ -93,6 +93,34 @@ def test_drift_and_what_stands_in_for_it(run_of, rows):
         ("anchor batches", "faint", 100),
         ("held out", "dotted", 1),
     ]
+
+
+def test_the_average_over_passes_stands_in_for_many_anchors(run_of, rows):
+    content = rows(averages=True)
+    found = by_key([run_of(content)])["drift"].curves
+    assert [(c.label, c.style) for c in found] == [("average", "solid"), ("anchor batches", "faint")]
+    assert found[0].y == pytest.approx([row["drift"] for row in content])
+    content[99]["drift_anchors"] = 0.04
+    found = by_key([run_of(content, "measured")])["drift"].curves
+    assert [(c.label, c.style) for c in found] == [("", "solid"), ("average", "faint")]
+
+
+def test_epsilon_of_held_out_anchors(run_of, rows):
+    content = rows(averages=True, epsilon_heldout=0.2, heldout=0.19)
+    panel = by_key([run_of(content)])["drift"]
+    assert panel.limits[0].y.tolist() == [0.2, 0.2], "what was asked for, not what the anchors are held at for it"
+    assert [(c.label, c.style) for c in panel.curves][-1] == ("held out", "dotted")
+    assert panel.curves[-1].y == pytest.approx(0.19)
+
+
+def test_passes_and_shortened_steps(run_of, rows):
+    content = rows(averages=True, every=5)
+    for row in content[50:]:
+        row["step_kept"] = 0.25
+    found = by_key([run_of(content)])
+    assert found["interval"].curves[0].x.tolist() == [*range(0, 100, 5)]
+    assert found["interval"].curves[0].y == pytest.approx(5.0)
+    assert found["kept"].curves[0].y.tolist() == [1.0] * 10 + [0.25] * 10
 
 
 def test_epsilon_of_one_and_of_several(run_of, rows):

@@ -31,7 +31,8 @@ def test_numbers(run_of):
     assert (found.steps, found.retention_steps, found.skipped) == (199, 100, 3)
     assert found.drift == pytest.approx(0.05, rel=0.02)
     assert found.ratio == pytest.approx(1.0, rel=0.02)
-    assert not found.over_anchors
+    assert found.source == "batches"
+    assert found.passes is None, "these rows do not say"
     above = np.nan_to_num(run["retention_loss"]) > 0.05
     assert found.violated == pytest.approx(above.sum() / 100)
     assert found.stuck == (above & (run["capped"] == 1)).sum() > 0
@@ -46,7 +47,60 @@ def test_drift_over_many_anchors_goes_first(run_of):
     measured = np.full(100, np.nan)
     measured[[0, 50, 90]] = 0.0, 0.2, 0.07
     found = summarise(changed(run, drift_anchors=measured, drift_heldout=3 * measured))
-    assert (found.drift, found.heldout, found.over_anchors) == (0.07, pytest.approx(0.21), True)
+    assert (found.drift, found.heldout, found.source) == (0.07, pytest.approx(0.21), "anchors")
+
+
+def test_the_average_is_what_epsilon_is_held_against(run_of):
+    run = run_of()
+    batches = np.where(np.arange(100) % 10 == 0, 0.52, 0.02)  # their median is in the budget, their mean is not
+    noisy = changed(run, retention_loss=batches, drift=0.07, capped=np.arange(100) % 2)
+    found = summarise(noisy)
+    assert (found.source, found.drift, found.violated, found.stuck) == ("average", pytest.approx(0.07), 1.0, 50)
+    assert judge(found).kind == "not held"
+    found = summarise(changed(noisy, drift=0.05))
+    assert (found.violated, found.stuck, judge(found).kind) == (0.0, 0, "held")
+    found = summarise(changed(noisy, capped=0.0, drift=np.linspace(1.0, 0.2, 100)))
+    assert "still coming down" in judge(found).words
+    found = summarise(changed(noisy, drift_anchors=0.06))
+    assert (found.source, found.drift) == ("anchors", 0.06)
+
+
+def test_passes_as_a_share_of_the_steps(tmp_path, run_of, rows, write):
+    assert summarise(run_of(steps=200, every=4, averages=True)).passes == 0.25
+    intervals = [1] * 40 + [1, 2, 2, 3, 5, 10, 10]
+    steps = np.concatenate([[0], np.cumsum(intervals)])[:-1]
+    passes = [
+        {"retention_step": float(s), "retention_loss": 0.1, "interval": k}
+        for s, k in zip(steps, intervals, strict=True)
+    ]
+    assert summarise(read_file(write(tmp_path / "passes.jsonl", passes))[0]).passes == 47 / 73
+    del passes[44]
+    assert summarise(read_file(write(tmp_path / "skipped.jsonl", passes))[0]).passes == 46 / 73
+    every_tenth = rows(averages=True)[::10]  # as a Trainer logs
+    assert summarise(read_file(write(tmp_path / "tenth.jsonl", every_tenth))[0]).passes is None
+
+
+def test_epsilon_of_held_out_anchors(run_of):
+    told = np.where(np.arange(100) < 5, np.nan, 0.1)  # it is measured after some passes
+    run = changed(run_of(averages=True), drift=0.025, epsilon=0.025, epsilon_heldout=0.1, heldout=told)
+    found = summarise(run)
+    assert (found.source, found.drift, found.heldout, found.epsilon) == (
+        "heldout",
+        pytest.approx(0.1),
+        found.drift,
+        0.1,
+    )
+    assert (found.violated, found.out_of_reach) == (0.0, False)
+    assert judge(found).words == "Drift on held-out anchors ended at 0.1, 1.00 x epsilon: held."
+    measured = np.where(np.arange(100) == 99, 0.16, np.nan)
+    found = judge(summarise(changed(run, drift_heldout=measured, drift_anchors=0.025)))
+    assert found.kind == "not held"
+    assert found.words.startswith("Drift on held-out anchors ended at 0.16, 1.60 x epsilon: not held.")
+    far = summarise(changed(run, heldout=0.2, epsilon=0.1 / 30))
+    assert (far.violated, far.out_of_reach) == (1.0, True)
+    assert "more than 30 times the drift on the anchors" in judge(far).words
+    unknown = summarise(changed(run, heldout=np.nan))
+    assert (unknown.source, unknown.ratio) == ("average", pytest.approx(1.0))
 
 
 @pytest.mark.parametrize(
@@ -116,8 +170,10 @@ def test_the_remedy_is_the_optimizers():
     from craft_optim import CraftOptimizer
 
     weight = torch.nn.Parameter(torch.ones(1))
-    stuck = CraftOptimizer(torch.optim.SGD([weight], lr=0.0), lambda: weight.square().sum(), epsilon=1e-3)
-    with pytest.warns(CraftWarning, match="at its cap") as caught:  # noqa: PT031 - it comes on the 100th
+    stuck = CraftOptimizer(
+        torch.optim.SGD([weight], lr=0.0), lambda: weight.square().sum(), epsilon=1e-3, retention_every=2
+    )
+    with pytest.warns(CraftWarning, match="at its cap") as caught:  # noqa: PT031 - it comes on the 50th pass
         for _ in range(120):
             weight.grad = torch.ones(1)
             stuck.step()
