@@ -34,7 +34,7 @@ NAME = "retention_vla"
 PAGE = _paths.ROOT / "docs" / "vla_benchmark.md"
 BEGIN = f"<!-- {NAME}: written by `python benchmarks/evidence/{NAME}.py --only-report` -->\n"
 END = "<!-- end -->"
-WIDTH = 150  # columns of the printed table; without a terminal there would be 80, and the numbers cut off
+WIDTH = 160  # columns of the printed table; without a terminal there would be 80, and the numbers cut off
 PACKAGES = ("torch", "lerobot", "transformers", "metaworld", "mujoco")
 
 

@@ -56,7 +56,7 @@ class Method:
     @property
     def label(self) -> str:
         """Its name for people, without `every`."""
-        return LABELS[self.kind].format(strength=self.strength) + " of held-out frames" * self.heldout
+        return LABELS[self.kind].format(strength=self.strength) + " held-out" * self.heldout
 
     @property
     def is_craft(self) -> bool:
