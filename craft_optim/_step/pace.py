@@ -8,9 +8,10 @@ average of L_ret, and epsilon e of the constraint that is violated most:
     K <- 1                       where the step of the pass was shortened
 
 K also stays below 0.3 sqrt(e) / v, with v the most that a step of late has added to sqrt(L_ret) as far as steps were
-looked at (`trust`): as many such steps would use up the room between e and 1.6 e. And the next pass comes after round(K) steps. The start is the first 40 passes, and another 20 from where d has come to
-e / 2 if that is later: what is forgotten within the first steps does not all come back. All of it is in floats of the
-state, and d is the same on all processes.
+looked at (`trust`): as many such steps would use up the room between e and 1.6 e. The next pass comes after round(K)
+steps. The start is the first 40 passes, and another 20 from where d has come to e / 2 if that is later: what is
+forgotten within the first steps does not all come back. All of it is in floats of the state, and d is the same on all
+processes.
 """
 
 from collections.abc import Mapping
