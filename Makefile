@@ -25,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence core lowest newest lint ruff types docs dist mutants bench pareto sweep budget vla experiments assets clean
+.PHONY: help setup demo test evidence core lowest newest lint ruff types docs dist mutants bench pareto knob sweep budget vla experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -112,13 +112,17 @@ pareto: $(FOR_TESTS)  ## plasticity against retention of 11 methods on small rea
 	$(if $(FULL),$(BIN)/python benchmarks/evidence/beyond_the_front.py --results=benchmarks/evidence/results)
 	$(if $(FULL),$(BIN)/python benchmarks/evidence/findings.py)
 
+knob: $(FOR_TESTS)  ## is the drift where epsilon says? (half an hour; AGAINST=PATH: beside an earlier commit, what is in benchmarks/evidence)
+	$(BIN)/python benchmarks/evidence/knob.py $(if $(AGAINST),--against=$(AGAINST) --results=benchmarks/evidence/results)
+	$(if $(AGAINST),$(BIN)/python benchmarks/evidence/findings.py)
+
 sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
 	$(BIN)/python benchmarks/evidence/sweep_epsilon.py
 
 budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
 	$(BIN)/python benchmarks/evidence/retention_budget.py
 
-vla: $(FOR_EXAMPLE)  ## 15 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
+vla: $(FOR_EXAMPLE)  ## 18 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
 	$(BIN)/python benchmarks/evidence/retention_vla.py
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)

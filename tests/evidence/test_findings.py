@@ -4,6 +4,8 @@ import pytest
 from pareto.beyond import VARIANTS
 from pareto.methods import METHODS
 from pareto.summary import fronts, outcomes
+from steering.cases import Case
+from steering.plan import BATCH, BUILDS, cases
 
 from findings import PAGE, TABLES, marks, read_results, updated
 
@@ -46,6 +48,18 @@ def test_bold_is_for_more_than_two_standard_errors(results):
     text = f"{value:+.3f} ± {error:.3f}"
     row = next(line for line in table.splitlines() if line.startswith(f"| {VARIANTS['mixed'].title} |"))
     assert row.split(" | ")[1] == (f"**{text}**" if abs(value) > 2 * error else text)
+
+
+@pytest.mark.evidence
+def test_all_runs_of_the_knob_are_there(results):
+    kept = results["knob"]
+    for build in BUILDS:
+        found = [
+            Case(**{key: row[key] for key in Case.__dataclass_fields__})
+            for row in kept["runs"]
+            if row["build"] == build
+        ]
+        assert found == cases(list(BATCH), kept["seeds"], build)
 
 
 @pytest.mark.evidence
