@@ -171,7 +171,8 @@ _WATCHED = {
     "craft_heldout_next": 0.0,
 }
 _OLD = 0.8  # weight of what was, in the average of L_ret
-_GROWTH_KEPT = 0.97
+_GROWTH_KEPT = 0.97  # on each pass
+_ROOM = 0.3  # about sqrt(1.6) - 1
 _LOOK_AGAIN = 16  # passes after which the growth of a step is measured anew
 _HELDOUT_EVERY, _HELDOUT_COUNT = 25, 128  # steps; anchors
 _HELDOUT_WEIGHT = 0.3
@@ -338,6 +339,12 @@ class RetentionPass:
         return self.state["craft_drift"]
 
     @property
+    def most_steps(self) -> float:
+        """The number of steps of which the fastest of late would add 0.3 sqrt(epsilon) to the drift's root."""
+        growth = self.state["craft_growth"]
+        return _ROOM * root(self.epsilon) / growth if growth > 0.0 else math.inf
+
+    @property
     def bounds_steps(self) -> bool:
         """True if some drift is allowed, and the closure can be asked again about the same anchors."""
         return self._asked_for > 0.0 and self._closure.repeats
@@ -346,7 +353,10 @@ class RetentionPass:
         """Takes L_ret of this pass into the average; measures held-out anchors where that is due. Collective."""
         passes = self.state["craft_drift_passes"]
         drift = loss if passes == 0.0 else _OLD * self.drift + (1.0 - _OLD) * loss
-        self.state |= {"craft_drift": drift, "craft_drift_passes": passes + 1.0}
+        growth = self.state["craft_growth"]
+        if growth > 0.0:
+            growth *= _GROWTH_KEPT
+        self.state |= {"craft_drift": drift, "craft_drift_passes": passes + 1.0, "craft_growth": growth}
         if (
             self.constraint.heldout is not None
             and self._step >= self.state["craft_heldout_next"]
@@ -406,7 +416,7 @@ class RetentionPass:
                 than the average, which has yet to come up.
             trust: The bound, as a multiple of epsilon.
         """
-        growth = _GROWTH_KEPT * max(self.state["craft_growth"], 0.0)
+        growth = max(self.state["craft_growth"], 0.0)
         if math.isfinite(after):
             self.state["craft_growth"] = max(root(after) - root(before), growth)
         bound = (1.0 if starting else trust) * self.epsilon

@@ -7,21 +7,24 @@ average of L_ret, and epsilon e of the constraint that is violated most:
     K <- min(K + 3 / (4 K), 10)  where d < e
     K <- 1                       where the step of the pass was shortened
 
-and the next pass comes after round(K) steps. The start is the first 40 passes, and another 20 from where d has come to
-e / 2 if that is later: what is forgotten within the first steps does not all come back. All of it is in floats of the
-state, and d is the same on all processes.
+K also stays below 0.3 sqrt(e) / v, with v the most that a step of late has added to sqrt(L_ret) as far as steps were
+looked at (`trust`): as many such steps would use up the room between e and 1.6 e. The next pass comes after round(K)
+steps. The start is the first 40 passes, and another 20 from where d has come to e / 2 if that is later: what is
+forgotten within the first steps does not all come back. All of it is in floats of the state, and d is the same on all
+processes.
 """
 
 from collections.abc import Mapping
 
 from .rules import Rules
 
-__all__ = ["PACE", "due", "hurried", "paced", "starting"]
+__all__ = ["MOST", "PACE", "due", "hurried", "paced", "starting"]
 
 PACE = {"craft_every": 1.0, "craft_next": 0.0, "craft_start": 40.0, "craft_near": 0.0}
 """K; the step of the next pass; passes until the start is over; 1 once drift has come to epsilon / 2. At first."""
 
-_MOST = 10.0
+MOST = 10.0
+"""The largest K"""
 _AFTER_NEAR = 20.0
 _NEAR, _ABOVE = 0.5, 1.1
 
@@ -47,13 +50,16 @@ def starting(state: Mapping[str, float]) -> bool:
     return state["craft_start"] > 0.0
 
 
-def paced(state: Mapping[str, float], violation: float, rules: Rules) -> tuple[dict[str, float], int]:
+def paced(
+    state: Mapping[str, float], violation: float, rules: Rules, most: float = MOST
+) -> tuple[dict[str, float], int]:
     """The floats after a pass, and the number of steps that it stands for.
 
     Args:
         state: `PACE`, with `craft_step`, the step of the pass.
         violation: Drift / epsilon, the largest of all constraints.
         rules: With K, if it is fixed.
+        most: The steps that constraints let pass without one; see `RetentionPass.most_steps`.
     """
     every, start, near = (state[f"craft_{name}"] for name in ("every", "start", "near"))
     if not near and violation >= _NEAR:
@@ -63,7 +69,8 @@ def paced(state: Mapping[str, float], violation: float, rules: Rules) -> tuple[d
     elif violation > _ABOVE:
         every = max(every / 2.0, 1.0)
     elif violation < 1.0:
-        every = min(every + 0.75 / every, _MOST)
+        every += 0.75 / every
+    every = max(min(every, most, MOST), 1.0)
     step = int(state["craft_step"])
     steps = round(every)
     if rules.retention_every != "auto":

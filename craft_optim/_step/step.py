@@ -238,7 +238,9 @@ class RetentionStep:
         """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
         for run, loss in zip(self.passes, losses, strict=True):
             run.saw(loss)
-        pace, steps = paced(self._shared, max(run.violation for run in self.passes), self._rules)
+        violation = max(run.violation for run in self.passes)
+        most = min(run.most_steps for run in self.passes)
+        pace, steps = paced(self._shared, violation, self._rules, most)
         updates = self._updates(products, losses, steps)
         decision = decide(
             products,

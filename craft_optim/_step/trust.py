@@ -3,7 +3,7 @@
 Retention has no gradient at the snapshot, and an optimizer like Adam steps as far as its rate allows whatever the
 gradient is: no weight of the retention gradient holds the first steps of a run. What bounds the step does. With L(a)
 the L_ret of the next pass's anchors at theta + a (theta' - theta), theta' where the base has led, and d the average of
-L_ret:
+L_ret, or L(0) if that is larger:
 
     v = sqrt(L(1)) - sqrt(L(0))                      drift's root is a distance of outputs, about linear along a step
     a = 1 - (sqrt(d) + v - sqrt(trust epsilon)) / v  within [1/64, 1], where v > 0 and that is below 1
