@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     plain = run_all(jobs, folder, args.jobs, fine_tune, "plain")
     ours = run_all(cases(args.settings, args.seeds), folder, args.jobs, run, "this build")
     records: list[dict[str, Any]] = [{"build": "this", **row} for row in ours]
-    words = [f"python benchmarks/evidence/{NAME}.py", "--seeds", *map(str, args.seeds), "--settings", *args.settings]
+    words = [f"python benchmarks/evidence/{NAME}.py", *["--against=PATH"] * (args.against is not None)]
+    words += ["--seeds", *map(str, args.seeds), "--settings", *args.settings]
     result: dict[str, Any] = {"command": " ".join(words), "versions": versions(), "seeds": args.seeds}
     if args.against is not None:
         theirs = cases(args.settings, args.seeds, "earlier")

@@ -112,7 +112,7 @@ def test_held_out_drift_is_that_of_the_half_that_is_not_steered_by():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "EPSILONS", (0.1,))
         ((*_, without, aside, anchors, held, _, _, _, _),) = of_table(tables.heldout(rows))
-    assert (without, aside, anchors, held) == ("3.00 to 4.00", "1.10 to 1.20", "1.00 to 1.00", "0.10 to 0.20")
+    assert (without, aside, anchors, held) == ("3.00 to 4.00", "1.10 to 1.20", "1.00", "0.10 to 0.20")
 
 
 def test_runs_that_began_differently_are_no_pair():
@@ -166,6 +166,7 @@ def test_a_tiny_one(tmp_path, monkeypatch, capsys):
     kept = json.loads((tmp_path / "knob.json").read_text(encoding="utf-8"))
     assert elsewhere == [(ROOT, Path(knob.__file__).resolve())]
     assert kept["earlier"] == "abc1234"
+    assert kept["command"] == "python benchmarks/evidence/knob.py --against=PATH --seeds 0 1 --settings tiny"
     assert str(tmp_path) not in json.dumps(kept)
     assert len(kept["runs"]) == len(result["runs"])
     assert {row["build"] for row in kept["runs"]} == {"this", "earlier"}

@@ -76,6 +76,8 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
