@@ -71,15 +71,22 @@ def test_held_out_drift_that_cannot_be_reached_is_told_of_once():
         watch = HeldOutWatch()
         return look(lambda row: watch.look(name, row), rows)
 
-    ((at, message),) = found([bad] * 5)
-    assert at == 0
+    def measured(**more):
+        """Eight measurements, each told by two passes."""
+        return [bad | {"heldout": bad["heldout"] + 1e-5 * (i // 2)} | more for i in range(16)]
+
+    ((at, message),) = found(measured())
+    assert at == 8, "the fifth measurement"
+    assert found(measured()[:8] + [bad | {"heldout": 0.01}] + measured()[:8]) == [], "in a row"
     assert "Drift on held-out anchors is 0.05, above epsilon (0.03), and more than 30 times" in message
-    assert found([bad | {"epsilon": asked / 29.0}] * 5) == [], "it can still be lowered"
-    assert found([bad | {"heldout": 1.2 * asked}] * 5) == [], "within what noise does"
-    assert found([bad | {"heldout": math.nan}] * 5) == [], "not measured yet"
+    assert found(measured(epsilon=asked / 29.0)) == [], "it can still be lowered"
+    assert found([row | {"heldout": row["heldout"] - 0.05 + 1.2 * asked} for row in measured()]) == [], (
+        "within what noise does"
+    )
+    assert found(measured(heldout=math.nan)) == [], "not measured yet"
     assert found([{"epsilon": 0.001}]) == [], "without held-out anchors"
-    named = {f"{key}/old": value for key, value in bad.items()}
-    assert found([named], "old")[0][1].startswith("Constraint 'old': ")
+    named = [{f"{key}/old": value for key, value in row.items()} for row in measured()]
+    assert found(named, "old")[0][1].startswith("Constraint 'old': ")
 
 
 def test_of_a_run_whose_steps_all_lead_too_far():

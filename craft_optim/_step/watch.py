@@ -22,6 +22,7 @@ _LITTLE_REACH = 0.1
 _PATIENCE_AT_CAP = 100
 _LITTLE_STEP = 0.25
 _BEYOND = 1.25  # of epsilon
+_PATIENCE_HELDOUT = 5  # measurements
 _LEAST_PATIENCE = 20  # with a large `retention_every`, where a hundred may be more than the run has
 
 
@@ -55,14 +56,20 @@ class HeldOutWatch:
     """Warns once where held-out drift stays above epsilon and the anchors' epsilon is as small as it gets."""
 
     def __init__(self) -> None:
-        self._warned: set[str | None] = set()
+        self._found: dict[str | None, float] = {}
+        self._beyond: dict[str | None, int] = {}
 
     def look(self, name: str | None, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a retention step."""
         asked, found = (metrics.get(keyed(what, name), math.nan) for what in ("epsilon_heldout", "heldout"))
-        epsilon = metrics[keyed("epsilon", name)]
-        if found > _BEYOND * asked and epsilon <= asked / HELDOUT_MOST * (1.0 + 1e-6) and name not in self._warned:
-            self._warned.add(name)
+        if math.isnan(found) or found == self._found.get(name):  # measured now and then
+            return
+        self._found[name], epsilon = found, metrics[keyed("epsilon", name)]
+        beyond = found > _BEYOND * asked and epsilon <= asked / HELDOUT_MOST * (1.0 + 1e-6)
+        before = self._beyond.get(name, 0)
+        if before < _PATIENCE_HELDOUT:
+            self._beyond[name] = before + 1 if beyond else 0
+        if before == _PATIENCE_HELDOUT - 1 and beyond:
             warn(
                 f"{prefix(name)}Drift on held-out anchors is {found:.3g}, above epsilon ({asked:.3g}), and more than "
                 f"{HELDOUT_MOST:g} times the drift on the anchors: to hold these more tightly (epsilon is "
