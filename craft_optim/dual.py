@@ -88,10 +88,10 @@ class MultiplicativePI:
     With u the average of |g_t| / |g_r| over passes, in its logarithm, and K the steps that a pass stands for:
 
         lambda = min(K s exp(kp clip(log(L_ret / epsilon), -4, 2)) u, cap)
-        s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 8)), 1e-3, 1e6)
+        s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 30)), 1e-3, 1e6)
 
-    K' is the K of the pass before: the steps that led here. s does not grow beyond cap |g_r| / (K |g_t|), the share
-    that the cap allows.
+    K' is the K of the pass before: the steps that led here. s grows by e^3 at most on a pass, and not beyond three
+    times cap |g_r| / (K |g_t|), the share that the cap allows.
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
     task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
@@ -134,10 +134,10 @@ class MultiplicativePI:
         error = log_violation(loss, epsilon)
         wanted = steps * integral * math.exp(_clip(self.kp * _clip(error, -4.0, 2.0) + log_unit, -700.0, 700.0))
         # By the steps before, which this batch had no part in: one that is heavy by chance must not weigh itself. And
-        # up to the share that the cap allows, not only while lambda is below the cap: a heavy batch has a large |g_r|
-        # and so a small cap, and to leave out just these would move the mean above epsilon.
-        grown = integral * math.exp(_clip(self.ki * state["steps"] * _excess(loss, epsilon), -50.0, 50.0))
-        allowed = cap / unit / steps if 0.0 < unit < math.inf else 0.0
+        # also while lambda is held down: a heavy batch has a large |g_r| and so a small cap, and to leave out just
+        # these would move the mean above epsilon.
+        grown = integral * math.exp(_clip(self.ki * state["steps"] * _excess(loss, epsilon), -50.0, _MOST_GROWTH))
+        allowed = _SLACK * cap / unit / steps if 0.0 < unit < math.inf else 0.0
         integral = _clip(min(grown, max(integral, allowed)), *_SHARES)
         state = {"integral": integral, "log_unit": log_unit, "passes": passes, "steps": float(steps)}
         return Update(min(wanted, cap), state, wanted > cap or integral == _SHARES[1])
@@ -145,14 +145,15 @@ class MultiplicativePI:
 
 _SHARES = (1e-3, 1e6)
 _NEAR = 0.5  # of epsilon
+_MOST_GROWTH, _SLACK = 3.0, 3.0
 _SLOWEST, _PASSES = 0.9, 10.0
 
 
 def _excess(loss: float, epsilon: float) -> float:
-    """clip(loss / epsilon - 1, -1, 8)."""
+    """clip(loss / epsilon - 1, -1, 30)."""
     if epsilon == 0.0:
-        return 8.0 if loss > 0.0 else -1.0
-    return _clip(loss / epsilon - 1.0, -1.0, 8.0)
+        return 30.0 if loss > 0.0 else -1.0
+    return _clip(loss / epsilon - 1.0, -1.0, 30.0)
 
 
 @dataclass(frozen=True)
