@@ -269,7 +269,7 @@ def test_after_an_error_the_weights_are_the_callers(place, error, at):
 
             return super().step(after)
 
-    optimizer = CraftOptimizer(Base(model.parameters(), 0.05, 0.1), Drift())
+    optimizer = CraftOptimizer(Base(model.parameters(), 0.05, 0.1), Drift(), trust_region=None)
     plain = closure_of(model, optimizer)
 
     def closure():

@@ -77,7 +77,7 @@ def test_held_out_drift_that_cannot_be_reached_is_told_of_once():
 
     ((at, message),) = found(measured())
     assert at == 8, "the fifth measurement"
-    assert found(measured()[:8] + [bad | {"heldout": 0.01}] + measured()[:8]) == [], "in a row"
+    assert found([*measured()[:8], bad | {"heldout": 0.01}, *measured()[:8]]) == [], "in a row"
     assert "Drift on held-out anchors is 0.05, above epsilon (0.03), and more than 30 times" in message
     assert found(measured(epsilon=asked / 29.0)) == [], "it can still be lowered"
     assert found([row | {"heldout": row["heldout"] - 0.05 + 1.2 * asked} for row in measured()]) == [], (

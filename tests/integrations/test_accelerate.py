@@ -87,7 +87,9 @@ def test_the_forward_that_prepare_has_patched_puts_the_retention_pass_into_bf16(
     seen = []
     run.model[3].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     accelerated(run, accelerator(mixed_precision="bf16"), 2)
-    assert seen == [torch.bfloat16] * 2 * (2 + 3), "of each step the task's, the pass, and three looks after it"
+    assert seen == [torch.bfloat16] * 2 * (2 + 4), (
+        "of each step the task's, the pass, and two looks before and after it"
+    )
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
