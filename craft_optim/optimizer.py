@@ -114,7 +114,7 @@ class CraftOptimizer(Wrapper):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(1, 2)).sum().backward()
         ...     loss = optimizer.step()
-        >>> 0.008 < optimizer.metrics["retention_loss"] < 0.012
+        >>> 0.008 < optimizer.metrics["drift"] < 0.012
         True
     """
 

@@ -170,8 +170,8 @@ def test_wherever_the_gradients_wait(memory):
 
 def test_in_the_start_the_anchors_of_two_more_passes_are_looked_at():
     _, optimizer = run(adam, 3)
-    passes = [(0, True), (0, False), (1, False), (2, False), (1, True), (1, False), (2, False), (3, False)]
-    assert optimizer.retention_closure.asked[:8] == passes
+    asked = [(n + i, i == 0) for n in range(2) for i in (0, 1, 2, 1, 2)]
+    assert optimizer.retention_closure.asked[:10] == asked, "the pass, and the two to come before and after the step"
     assert optimizer.param_groups[0]["craft_anchor_position"] == 3.0
 
 
@@ -188,7 +188,7 @@ def test_where_no_step_leads_near_there_is_no_copy_and_no_forward(monkeypatch):
     _, optimizer = run(small, 40, retention_every=1)
     assert len(made) == 40, "all of the start"
     asked = len(optimizer.retention_closure.asked)
-    assert asked == 4 * 40
+    assert asked == 5 * 40
     made.clear()
     (w,) = optimizer.param_groups[0]["params"]
     for _ in range(160):
@@ -196,7 +196,7 @@ def test_where_no_step_leads_near_there_is_no_copy_and_no_forward(monkeypatch):
         (w - 1.0).square().sum().backward()
         optimizer.step()
     assert len(made) == 10, "on each sixteenth pass"
-    assert len(optimizer.retention_closure.asked) == asked + 160 + 10
+    assert len(optimizer.retention_closure.asked) == asked + 160 + 2 * 10
 
 
 def test_a_plain_function_is_not_called_again():
@@ -241,7 +241,9 @@ def test_bases_that_move_the_model_have_all_of_their_steps(base):
 
         for _ in range(8):
             optimizer.step(evaluate)
-        assert all(gradients for _, gradients in optimizer.retention_closure.asked)
+        looks = [number for number, gradients in optimizer.retention_closure.asked if not gradients]
+        unknown = trust is not None and base is Sharp  # until its first step shows that it moves
+        assert looks == ([1, 2] if unknown else [])
         found.append(w.detach().clone())
     assert torch.equal(*found)
 

@@ -448,11 +448,12 @@ def test_no_integral_winds_up_against_what_limits_the_multiplier(dual, merge, se
             end = f"/{name}" if name else ""
             m = optimizer.metrics
             if m["capped" + end]:
-                # The multiplier is the cap then; of "pi" the share alone counts, without what this batch adds to it
-                unit = m["task_grad_norm"] / m["retention_grad_norm" + end]
-                if dual != "pi" or before[key] > 1.001 * m["lambda" + end] / unit / m["interval"]:
-                    held += 1
-                    assert floats[key] <= before[key], key
+                held += 1
+                most = before[key]
+                if dual == "pi":  # room for batches that are heavy by chance: three times the share of the cap
+                    unit = m["task_grad_norm"] / m["retention_grad_norm" + end]
+                    most = max(most, 3.001 * m["lambda" + end] / unit / m["interval"])
+                assert floats[key] <= most, key
             if dual != "pi":  # whose integral is a share, without the unit of lambda
                 assert floats[key] <= 1.1 * floats[f"craft_lambda/{name}" if name else "craft_lambda"] + 1.0, key
     assert held > 10
