@@ -30,7 +30,7 @@ RATE = 1e-5
 class Setting(NamedTuple):
     """What a step with retention is; the anchors are a share of the training batch.
 
-    In the start of a run, its first 40 passes, each looks at the anchors of two more after the base's step.
+    In the start of a run, its first 40 passes, each looks at the anchors of two more before and after the base's step.
     """
 
     every: int

@@ -271,10 +271,10 @@ class CraftOptimizer(Wrapper):
         self._complete_groups()
         for name, constraint in constraints.items():
             if name in closures and closures[name] is not constraint.closure:  # anchors of its own, from the first
-                known = initial_state(constraint.controller)
-                lam = [what for what in known if what.startswith(("craft_lambda", "craft_dual_"))]
-                anew = {keyed(what, name): value for what, value in known.items() if what not in lam}
-                floats.write(self.base_optimizer, anew)
+                anew = initial_state(constraint.controller).items()
+                of_lambda = ("craft_lambda", "craft_dual_")  # which stays
+                rest = {keyed(what, name): value for what, value in anew if not what.startswith(of_lambda)}
+                floats.write(self.base_optimizer, rest)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -333,8 +333,7 @@ class CraftOptimizer(Wrapper):
         step = int(groups[0]["craft_step"])
         if closure is None and self._is_priming(step):
             return self._prime_base()
-        state = {key: value for key, value in groups[0].items() if key.startswith("craft_")}
-        if not due(state, self._rules) or (closure is None and without_gradients(self._each_parameter())):
+        if not due(groups[0], self._rules) or (closure is None and without_gradients(self._each_parameter())):
             result = self._step_base(closure, more)
             self._count(step, None)
             self._finish(step, None)
@@ -346,7 +345,7 @@ class CraftOptimizer(Wrapper):
             self._rules,
             parameters,
             ascended=ascended(self.base_optimizer),
-            state=state,
+            state={key: value for key, value in groups[0].items() if key.startswith("craft_")},
             layout=self._find_layout(parameters),
             shorten=closure is None or not (isinstance(self.base_optimizer, torch.optim.LBFGS) or self._base_moves),
             find_reached=self._measured + 1 == REACH_AT,

@@ -21,7 +21,16 @@ from .layout import Layout
 from .rules import Projection
 from .trust import root, share_of_step
 
-__all__ = ["HELDOUT_MOST", "Constraint", "Passed", "RetentionPass", "constraints_of", "initial_state", "prefix"]
+__all__ = [
+    "HELDOUT_MOST",
+    "Constraint",
+    "Passed",
+    "RetentionPass",
+    "at_its_least",
+    "constraints_of",
+    "initial_state",
+    "prefix",
+]
 
 _EPSILON, _DUAL = 0.05, "pi"
 
@@ -178,6 +187,16 @@ _HELDOUT_EVERY, _HELDOUT_COUNT = 25, 128  # steps; anchors
 _HELDOUT_WEIGHT = 0.3
 _HELDOUT_LEAST, HELDOUT_MOST = 1.0 / 3.0, 30.0  # of the quotient
 _TOO_LITTLE = 0.02  # of epsilon: drift below it says nothing of the quotient
+
+
+def at_its_least(epsilon: float, heldout: float) -> bool:
+    """True if the anchors' epsilon is as small as held-out drift makes it.
+
+    Args:
+        epsilon: Of the anchors.
+        heldout: That of the held-out anchors.
+    """
+    return epsilon <= heldout / HELDOUT_MOST * (1.0 + 1e-6)  # from an exponential
 
 
 def prefix(name: str | None) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from craft_optim._warn import warn
 from craft_optim.metrics import Sink, keyed
 
-from .constraint import HELDOUT_MOST, prefix
+from .constraint import HELDOUT_MOST, at_its_least, prefix
 from .layout import Layout
 from .rules import Rules
 
@@ -65,7 +65,7 @@ class HeldOutWatch:
         if math.isnan(found) or found == self._found.get(name):  # measured now and then
             return
         self._found[name], epsilon = found, metrics[keyed("epsilon", name)]
-        beyond = found > _BEYOND * asked and epsilon <= asked / HELDOUT_MOST * (1.0 + 1e-6)
+        beyond = found > _BEYOND * asked and at_its_least(epsilon, asked)
         before = self._beyond.get(name, 0)
         if before < _PATIENCE_HELDOUT:
             self._beyond[name] = before + 1 if beyond else 0

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from craft_optim._step.constraint import HELDOUT_MOST
+from craft_optim._step.constraint import HELDOUT_MOST, at_its_least
 from craft_optim.heldout import runs_away
 from craft_optim.report.runs import Column, Run
 
@@ -147,7 +147,7 @@ def _above(run: Run, level: str, bound: str) -> Column:
 
 def _at_its_least(run: Run) -> bool:
     own, asked = run.measured("epsilon")[1], run.measured("epsilon_heldout")[1]
-    return bool(len(own) and len(asked) and own[-1] <= asked[-1] / HELDOUT_MOST * (1.0 + 1e-6))
+    return bool(len(own) and len(asked) and at_its_least(own[-1], asked[-1]))
 
 
 def _passes(run: Run) -> float | None:

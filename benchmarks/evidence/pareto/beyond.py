@@ -240,16 +240,9 @@ class LeastShare:
         return self._inner.initial_state()
 
     def __call__(
-        self,
-        state: Mapping[str, float],
-        *,
-        loss: float,
-        epsilon: float,
-        cap: float = math.inf,
-        unit: float = 1.0,
-        steps: int = 1,
+        self, state: Mapping[str, float], *, cap: float = math.inf, unit: float = 1.0, steps: int = 1, **told: float
     ) -> Update:
-        found = self._inner(state, loss=loss, epsilon=epsilon, cap=cap, unit=unit, steps=steps)
+        found = self._inner(state, cap=cap, unit=unit, steps=steps, **told)
         least = self._share * steps * unit if unit < math.inf else 0.0  # no multiplier does anything without g_r
         return found._replace(multiplier=max(found.multiplier, min(least, cap)))
 
