@@ -16,17 +16,15 @@ from craft_optim.schedules import Schedule, as_schedule, epsilon_at
 
 from . import scaling
 from .decision import MOST
+from .drift import DRIFT, Drift
 from .gradients import Gradients, Graph, gradients_of, graph_of, leaves, put, set_aside, without_hooks
 from .layout import Layout
 from .rules import Projection
-from .trust import root, share_of_step
 
 __all__ = [
-    "HELDOUT_MOST",
     "Constraint",
     "Passed",
     "RetentionPass",
-    "at_its_least",
     "constraints_of",
     "initial_state",
     "prefix",
@@ -164,39 +162,10 @@ def constraints_of(
 def initial_state(controller: Controller) -> dict[str, float]:
     """The floats of one constraint before its first pass."""
     dual = {f"craft_dual_{key}": float(value) for key, value in controller.initial_state().items()}
-    return {"craft_lambda": 0.0, "craft_anchor_position": 0.0, **_WATCHED, **scaling.initial_scale(), **dual}
+    return {"craft_lambda": 0.0, "craft_anchor_position": 0.0, **DRIFT, **scaling.initial_scale(), **dual}
 
 
-# The average of L_ret and the passes in it; the most that a step of late has added to L_ret's root, below 0 if unknown;
-# of held-out anchors the drift, the logarithm of its quotient to the anchors', the measurements in that and the step of
-# the next.
-_WATCHED = {
-    "craft_drift": 0.0,
-    "craft_drift_passes": 0.0,
-    "craft_growth": -1.0,
-    "craft_heldout": 0.0,
-    "craft_heldout_quotient": 0.0,
-    "craft_heldout_count": 0.0,
-    "craft_heldout_next": 0.0,
-}
-_OLD = 0.8  # weight of what was, in the average of L_ret
-_GROWTH_KEPT = 0.97  # on each pass
-_ROOM = 0.3  # about sqrt(1.6) - 1
-_LOOK_AGAIN = 16  # passes after which the growth of a step is measured anew
-_HELDOUT_EVERY, _HELDOUT_COUNT = 25, 128  # steps; anchors
-_HELDOUT_WEIGHT = 0.3
-_HELDOUT_LEAST, HELDOUT_MOST = 1.0 / 3.0, 30.0  # of the quotient
-_TOO_LITTLE = 0.02  # of epsilon: drift below it says nothing of the quotient
-
-
-def at_its_least(epsilon: float, heldout: float) -> bool:
-    """True if the anchors' epsilon is as small as held-out drift makes it.
-
-    Args:
-        epsilon: Of the anchors.
-        heldout: That of the held-out anchors.
-    """
-    return epsilon <= heldout / HELDOUT_MOST * (1.0 + 1e-6)  # from an exponential
+_HELDOUT_COUNT = 128  # anchors
 
 
 def prefix(name: str | None) -> str:
@@ -236,6 +205,7 @@ class RetentionPass:
         name, constraint: As given.
         epsilon: At this step; of the anchors, where held-out ones have a part in it.
         state: The floats after the step.
+        drift: What is known of it; a view of `state`.
         float16: True if float16 took part in the last pass.
         update: The controller's answer; None before it was asked.
 
@@ -255,7 +225,7 @@ class RetentionPass:
         layout: Layout,
     ) -> None:
         self.name, self.constraint, self.state, self.float16 = name, constraint, state, False
-        self._step, self._asked_for = step, epsilon_at(constraint.schedule, step)
+        self._step, self.drift = step, Drift(state, epsilon_at(constraint.schedule, step))
         self.update: Update | None = None
         self._closure, self._parameters, self._layout = constraint.closure, parameters, layout
         self._ascended = ascended
@@ -350,71 +320,31 @@ class RetentionPass:
 
     @property
     def epsilon(self) -> float:
-        return self._asked_for / math.exp(self.state["craft_heldout_quotient"])
-
-    @property
-    def drift(self) -> float:
-        """The average of L_ret: over about nine passes."""
-        return self.state["craft_drift"]
-
-    @property
-    def most_steps(self) -> float:
-        """The number of steps of which the fastest of late would add 0.3 sqrt(epsilon) to the drift's root."""
-        growth = self.state["craft_growth"]
-        return _ROOM * root(self.epsilon) / growth if growth > 0.0 else math.inf
+        return self.drift.epsilon
 
     @property
     def bounds_steps(self) -> bool:
         """True if some drift is allowed, and the closure can be asked again about the same anchors."""
-        return self._asked_for > 0.0 and self._closure.repeats
+        return self.drift.asked_for > 0.0 and self._closure.repeats
 
     def saw(self, loss: float) -> None:
-        """Takes L_ret of this pass into the average; measures held-out anchors where that is due. Collective."""
-        passes = self.state["craft_drift_passes"]
-        drift = loss if passes == 0.0 else _OLD * self.drift + (1.0 - _OLD) * loss
-        growth = self.state["craft_growth"]
-        if growth > 0.0:
-            growth *= _GROWTH_KEPT
-        self.state |= {"craft_drift": drift, "craft_drift_passes": passes + 1.0, "craft_growth": growth}
-        if (
-            self.constraint.heldout is not None
-            and self._step >= self.state["craft_heldout_next"]
-            and drift > _TOO_LITTLE * self.epsilon
-        ):
-            with self._layout.without_backward():
-                found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
-            if self._layout.several:  # each has measured the whole, but other machines round otherwise
-                place = next(p.device for p in self._parameters)
-                found = float(self._layout.mean(torch.tensor(found, dtype=torch.float64, device=place)))
-            self.state["craft_heldout_next"] = float(self._step + _HELDOUT_EVERY)
-            if found > 0.0 and math.isfinite(found):
-                self._compare(found)
-
-    def _compare(self, heldout: float) -> None:
-        count, quotient = self.state["craft_heldout_count"] + 1.0, self.state["craft_heldout_quotient"]
-        quotient += max(_HELDOUT_WEIGHT, 1.0 / count) * (math.log(heldout / self.drift) - quotient)
-        least, most = math.log(_HELDOUT_LEAST), math.log(HELDOUT_MOST)
-        self.state |= {
-            "craft_heldout": heldout,
-            "craft_heldout_quotient": min(max(quotient, least), most),
-            "craft_heldout_count": count,
-        }
+        """Takes L_ret of this pass into the drift; measures held-out anchors where that is due. Collective."""
+        self.drift.saw(loss)
+        if self.constraint.heldout is None or not self.drift.wants_heldout(self._step):
+            return
+        with self._layout.without_backward():
+            found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
+        if self._layout.several:  # each has measured the whole, but other machines round otherwise
+            place = next(p.device for p in self._parameters)
+            found = float(self._layout.mean(torch.tensor(found, dtype=torch.float64, device=place)))
+        self.drift.saw_heldout(found, self._step)
 
     @property
     def heldout(self) -> dict[str, float]:
         """The metrics of held-out anchors; none without them."""
         if self.constraint.heldout is None:
             return {}
-        count = self.state["craft_heldout_count"]
-        return {"epsilon_heldout": self._asked_for, "heldout": self.state["craft_heldout"] if count else math.nan}
-
-    def may_leave(self, trust: float, starting: bool) -> bool:
-        """True if the step that comes may lead drift beyond `trust` epsilon, as far as is known: in the start any."""
-        growth = self.state["craft_growth"]
-        if starting:
-            return True
-        again = int(self.state["craft_drift_passes"]) % _LOOK_AGAIN == 0
-        return again or growth < 0.0 or root(self.drift) + growth >= root(trust * self.epsilon)
+        return {"epsilon_heldout": self.drift.asked_for, "heldout": self.drift.heldout}
 
     def look(self, passes: int) -> Tensor:
         """L_ret now on the anchors of as many passes to come, without gradients.
@@ -424,22 +354,6 @@ class RetentionPass:
         with self._layout.without_backward(), torch.no_grad(), held():
             losses = [self._closure.loss(self._number + 1 + i).detach().float() for i in range(passes)]
         return torch.stack([loss.reshape(()) for loss in losses]).mean()
-
-    def share_of_step(self, before: float, after: float, starting: bool, trust: float) -> float:
-        """The share of the step to keep; takes note of how far it led.
-
-        Args:
-            before: `look` before the step.
-            after: `look` after it.
-            starting: True in the start, where the bound is epsilon itself and a look over several passes says more
-                than the average, which has yet to come up.
-            trust: The bound, as a multiple of epsilon.
-        """
-        growth = max(self.state["craft_growth"], 0.0)
-        if math.isfinite(after):
-            self.state["craft_growth"] = max(root(after) - root(before), growth)
-        bound = (1.0 if starting else trust) * self.epsilon
-        return share_of_step(before, after, max(self.drift, before), bound, after if starting else 0.0)
 
     def asked(self, loss: float, cap: float, unit: float, steps: int) -> Update:
         """The controller's answer; changes nothing."""
@@ -461,12 +375,7 @@ class RetentionPass:
 
     def may_project(self, projection: Projection) -> bool:
         """Says whether the task gradient may lose its part that works against the constraint."""
-        return projection == "always" or (projection == "violated" and self.drift > self.epsilon)
-
-    @property
-    def violation(self) -> float:
-        """drift / epsilon."""
-        return self.drift / self.epsilon if self.epsilon > 0.0 else math.inf if self.drift > 0.0 else 0.0
+        return projection == "always" or (projection == "violated" and self.drift.average > self.epsilon)
 
 
 def _check_loss(loss: object, name: str | None) -> None:

@@ -59,7 +59,7 @@ def paced(
         state: `PACE`, with `craft_step`, the step of the pass.
         violation: Drift / epsilon, the largest of all constraints.
         rules: With K, if it is fixed.
-        most: The steps that constraints let pass without one; see `RetentionPass.most_steps`.
+        most: The steps that constraints let pass without one; see `Drift.most_steps`.
     """
     every, start, near = (state[f"craft_{name}"] for name in ("every", "start", "near"))
     if not near and violation >= _NEAR:

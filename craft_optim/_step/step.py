@@ -198,7 +198,7 @@ class RetentionStep:
 
     def _keep(self) -> None:
         """Copies what the base will move, if its step may lead too far. Collective."""
-        if self._trust is None or not any(run.may_leave(self._trust, self._starting) for run in self._watched):
+        if self._trust is None or not any(run.drift.may_leave(self._trust, self._starting) for run in self._watched):
             return
         touched = [p for p in self._parameters if p.grad is not None]
         local = self._layout.local([p.detach() for p in touched], touched)
@@ -219,7 +219,7 @@ class RetentionStep:
             return
         looks = self._layout.mean(torch.stack([self._before, self._look()])).tolist()
         share = min(
-            run.share_of_step(before, after, self._starting, self._trust)
+            run.drift.share_of_step(before, after, self._starting, self._trust)
             for run, before, after in zip(self._watched, *looks, strict=True)
         )
         if share < 1.0:
@@ -238,8 +238,8 @@ class RetentionStep:
         """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
         for run, loss in zip(self.passes, losses, strict=True):
             run.saw(loss)
-        violation = max(run.violation for run in self.passes)
-        most = min(run.most_steps for run in self.passes)
+        violation = max(run.drift.violation for run in self.passes)
+        most = min(run.drift.most_steps for run in self.passes)
         pace, steps = paced(self._shared, violation, self._rules, most)
         updates = self._updates(products, losses, steps)
         decision = decide(
@@ -339,11 +339,11 @@ class RetentionStep:
         rows = {
             run.name: {
                 "retention_loss": loss,
-                "drift": run.drift,
+                "drift": run.drift.average,
                 "epsilon": run.epsilon,
                 **run.heldout,
                 "lambda": run.state["craft_lambda"],
-                "violation": run.violation,
+                "violation": run.drift.violation,
                 "grad_dot": gram.tr,
                 "grad_cos": gram.cos,
                 "conflict": float(conflict),

@@ -8,7 +8,8 @@ from torch import Tensor
 from craft_optim._warn import warn
 from craft_optim.metrics import Sink, keyed
 
-from .constraint import HELDOUT_MOST, at_its_least, prefix
+from .constraint import prefix
+from .drift import HELDOUT_MOST, at_its_least
 from .layout import Layout
 from .rules import Rules
 

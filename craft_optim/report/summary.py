@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from craft_optim._step.constraint import HELDOUT_MOST, at_its_least
+from craft_optim._step.drift import HELDOUT_MOST, at_its_least
 from craft_optim.heldout import runs_away
 from craft_optim.report.runs import Column, Run
 
