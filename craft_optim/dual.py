@@ -90,9 +90,8 @@ class MultiplicativePI:
         lambda = min(K s exp(kp clip(log(L_ret / epsilon), -4, 2)) u, cap)
         s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 30)), 1e-3, 1e6)
 
-    K' is the K of the pass before: the steps that led here. s grows by e^3 at most on a pass, and not beyond where
-    the cap is reached at the average drift: cap |g_r| / (K |g_t|), divided by exp(kp clip(log(d / epsilon), 0, 2)),
-    with d the average of L_ret over about five passes. So it need not come down from above what the cap has used.
+    K' is the K of the pass before: the steps that led here. s grows by e^3 at most on a pass, and not beyond three
+    times cap |g_r| / (K |g_t|), the share that the cap allows.
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
     task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
@@ -115,8 +114,7 @@ class MultiplicativePI:
         _check(self, "ki", "kp")
 
     def initial_state(self) -> dict[str, float]:
-        start = _clip(self.initial, *_SHARES)
-        return {"integral": start, "log_unit": 0.0, "passes": 0.0, "steps": 1.0, "average": 0.0}
+        return {"integral": _clip(self.initial, *_SHARES), "log_unit": 0.0, "passes": 0.0, "steps": 1.0}
 
     def __call__(
         self,
@@ -139,25 +137,16 @@ class MultiplicativePI:
         # also while lambda is held down: a heavy batch has a large |g_r| and so a small cap, and to leave out just
         # these would move the mean above epsilon.
         grown = integral * math.exp(_clip(self.ki * state["steps"] * _excess(loss, epsilon), -50.0, _MOST_GROWTH))
-        average = loss if passes <= 1.0 else _OLD * state["average"] + (1.0 - _OLD) * loss
-        above = _clip(self.kp * _clip(log_violation(average, epsilon), 0.0, 2.0), 0.0, 700.0)
-        allowed = cap / unit / steps * math.exp(-above) if 0.0 < unit < math.inf else 0.0
+        allowed = _SLACK * cap / unit / steps if 0.0 < unit < math.inf else 0.0
         integral = _clip(min(grown, max(integral, allowed)), *_SHARES)
-        state = {
-            "integral": integral,
-            "log_unit": log_unit,
-            "passes": passes,
-            "steps": float(steps),
-            "average": average,
-        }
+        state = {"integral": integral, "log_unit": log_unit, "passes": passes, "steps": float(steps)}
         return Update(min(wanted, cap), state, wanted > cap or integral == _SHARES[1])
 
 
 _SHARES = (1e-3, 1e6)
 _NEAR = 0.5  # of epsilon
-_MOST_GROWTH = 3.0
+_MOST_GROWTH, _SLACK = 3.0, 3.0
 _SLOWEST, _PASSES = 0.9, 10.0
-_OLD = 0.8
 
 
 def _excess(loss: float, epsilon: float) -> float:

@@ -97,25 +97,14 @@ def test_a_pass_of_pi_weighs_as_much_as_the_steps_that_it_stands_for():
     assert after == pytest.approx(run(pi, [0.06] * 10, 0.05)[-1].state["integral"]), "those before it do"
 
 
-def test_the_share_of_pi_grows_while_lambda_is_held_down_up_to_where_the_average_drift_reaches_the_cap():
+def test_the_share_of_pi_grows_while_lambda_is_held_down_and_not_beyond_three_times_the_cap():
     """A batch that is heavy by chance has a small cap: to leave it out would move the mean above epsilon."""
-    capped = run(MultiplicativePI(), [0.1] * 40, 0.05, cap=6.0, unit=2.0, steps=1)
-    assert capped[0].state["integral"] == pytest.approx(math.exp(0.1))
-    assert capped[-1].state["integral"] == pytest.approx(1.5), "6 / 2, by the factor of 2 that the drift adds"
-    assert capped[-1].multiplier == pytest.approx(6.0), "nothing is held back"
-    near = run(MultiplicativePI(), [0.055] * 400, 0.05, cap=6.0, unit=2.0, steps=1)
-    assert near[-1].state["integral"] == pytest.approx(3.0 / 1.1)
-    heavy = run(MultiplicativePI(), [0.055] * 400 + [0.5], 0.05, cap=6.0, unit=2.0)[-1]
-    assert heavy.state["integral"] == near[-1].state["integral"], "not less, by one batch"
-    assert run(MultiplicativePI(20.0), [0.2], 0.05, cap=6.0, unit=2.0)[0].state["integral"] == 20.0, "nor by a start"
+    capped = run(MultiplicativePI(), [0.2] * 40, 0.05, cap=6.0, unit=2.0, steps=1)
+    assert all(update.capped and update.multiplier == 6.0 for update in capped)
+    assert capped[0].state["integral"] == pytest.approx(math.exp(0.3))
+    assert capped[-1].state["integral"] == pytest.approx(9.0), "3 x 6 / 2"
+    assert run(MultiplicativePI(20.0), [0.2], 0.05, cap=6.0, unit=2.0)[0].state["integral"] == 20.0, "nor less"
     assert run(MultiplicativePI(), [0.2], 0.05, cap=0.0, unit=math.inf)[0].state["integral"] == 1.0, "no gradient"
-
-
-def test_the_share_of_pi_comes_down_at_once_when_the_drift_does():
-    """What the cap has used is not wound up: after 200 passes at 1.8 epsilon the next one below is below the cap."""
-    path = run(MultiplicativePI(), [0.09] * 200 + [0.045] * 5, 0.05, cap=3.0, unit=1.0)
-    assert path[199].capped or path[199].multiplier == pytest.approx(3.0)
-    assert all(update.multiplier <= 1.5 + 1e-9 for update in path[200:])
 
 
 def test_the_integral_of_pi_rests_where_the_mean_is_epsilon():
@@ -236,8 +225,8 @@ def test_augmented_lagrangian_is_the_gradient_of_its_penalty():
 @pytest.mark.parametrize(
     ("controller", "state"),
     [
-        (MultiplicativePI(0.5), {"integral": 0.5, "log_unit": 0.0, "passes": 0.0, "steps": 1.0, "average": 0.0}),
-        (MultiplicativePI(1e9), {"integral": 1e6, "log_unit": 0.0, "passes": 0.0, "steps": 1.0, "average": 0.0}),
+        (MultiplicativePI(0.5), {"integral": 0.5, "log_unit": 0.0, "passes": 0.0, "steps": 1.0}),
+        (MultiplicativePI(1e9), {"integral": 1e6, "log_unit": 0.0, "passes": 0.0, "steps": 1.0}),
         (DualAscent(0.5), {"multiplier": 0.5}),
         (NuPI(0.5), {"integral": 0.5, "average": 0.0, "seeded": 0.0}),
         (AugmentedLagrangian(0.5), {"multiplier": 0.5}),
