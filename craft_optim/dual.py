@@ -91,7 +91,14 @@ class MultiplicativePI:
         s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 30)), 1e-3, 1e6)
 
     K' is the K of the pass before: the steps that led here. s grows by e^3 at most on a pass, and not beyond three
-    times cap |g_r| / (K |g_t|), the share that the cap allows.
+    times cap |g_r| / (K |g_t|), the share that the cap allows. With h the average of lambda / cap over about thirty
+    passes, one instead of the above where h > 1/2:
+
+        s      = s exp(-ki K' clip(2 h - 1, 0, 1))
+
+    One pass may use the cap, and a heavy batch does; all passes on end may use half of it. At a constrained optimum
+    both gradients are equally long, and if drift is above epsilon with more than that, it is the noise of steps that
+    are too long: a larger lambda does not lower it, but takes from what is learned.
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
     task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
@@ -114,7 +121,7 @@ class MultiplicativePI:
         _check(self, "ki", "kp")
 
     def initial_state(self) -> dict[str, float]:
-        return {"integral": _clip(self.initial, *_SHARES), "log_unit": 0.0, "passes": 0.0, "steps": 1.0}
+        return {"integral": _clip(self.initial, *_SHARES), "log_unit": 0.0, "passes": 0.0, "steps": 1.0, "used": 0.0}
 
     def __call__(
         self,
@@ -126,7 +133,7 @@ class MultiplicativePI:
         unit: float = 1.0,
         steps: int = 1,
     ) -> Update:
-        integral, log_unit, passes = (state[name] for name in ("integral", "log_unit", "passes"))
+        integral, log_unit, passes, used = (state[name] for name in ("integral", "log_unit", "passes", "used"))
         if passes > 0.0 or loss >= _NEAR * epsilon:
             passes += 1.0
         if 0.0 < unit < math.inf:
@@ -138,15 +145,27 @@ class MultiplicativePI:
         # these would move the mean above epsilon.
         grown = integral * math.exp(_clip(self.ki * state["steps"] * _excess(loss, epsilon), -50.0, _MOST_GROWTH))
         allowed = _SLACK * cap / unit / steps if 0.0 < unit < math.inf else 0.0
+        if 0.0 < cap < math.inf:
+            used = _USED * used + (1.0 - _USED) * min(wanted / cap, 1.0)
+        spent = used > _LASTING
+        if spent:
+            grown = min(grown, integral * math.exp(-self.ki * state["steps"] * (used / _LASTING - 1.0)))
         integral = _clip(min(grown, max(integral, allowed)), *_SHARES)
-        state = {"integral": integral, "log_unit": log_unit, "passes": passes, "steps": float(steps)}
-        return Update(min(wanted, cap), state, wanted > cap or integral == _SHARES[1])
+        state = {
+            "integral": integral,
+            "log_unit": log_unit,
+            "passes": passes,
+            "steps": float(steps),
+            "used": used,
+        }
+        return Update(min(wanted, cap), state, wanted > cap or spent or integral == _SHARES[1])
 
 
 _SHARES = (1e-3, 1e6)
 _NEAR = 0.5  # of epsilon
 _MOST_GROWTH, _SLACK = 3.0, 3.0
 _SLOWEST, _PASSES = 0.9, 10.0
+_USED, _LASTING = 0.97, 0.5  # weight of what was; of the cap
 
 
 def _excess(loss: float, epsilon: float) -> float:

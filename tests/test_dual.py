@@ -99,12 +99,23 @@ def test_a_pass_of_pi_weighs_as_much_as_the_steps_that_it_stands_for():
 
 def test_the_share_of_pi_grows_while_lambda_is_held_down_and_not_beyond_three_times_the_cap():
     """A batch that is heavy by chance has a small cap: to leave it out would move the mean above epsilon."""
-    capped = run(MultiplicativePI(), [0.2] * 40, 0.05, cap=6.0, unit=2.0, steps=1)
+    capped = run(MultiplicativePI(), [0.2] * 20, 0.05, cap=6.0, unit=2.0, steps=1)
     assert all(update.capped and update.multiplier == 6.0 for update in capped)
     assert capped[0].state["integral"] == pytest.approx(math.exp(0.3))
     assert capped[-1].state["integral"] == pytest.approx(9.0), "3 x 6 / 2"
     assert run(MultiplicativePI(20.0), [0.2], 0.05, cap=6.0, unit=2.0)[0].state["integral"] == 20.0, "nor less"
     assert run(MultiplicativePI(), [0.2], 0.05, cap=0.0, unit=math.inf)[0].state["integral"] == 1.0, "no gradient"
+
+
+def test_the_cap_of_pi_is_for_single_passes_and_half_of_it_lasts():
+    """Drift that no multiplier lowers shall not take the whole of what is learned."""
+    path = run(MultiplicativePI(), [0.1] * 400, 0.05, cap=6.0, unit=2.0, steps=1)
+    assert path[20].multiplier == 6.0
+    later = path[200:]
+    assert sum(update.multiplier for update in later) / len(later) == pytest.approx(3.0, rel=0.05)
+    assert sum(update.capped for update in later) > 50, "nothing binds without a word"
+    without = run(MultiplicativePI(), [0.1] * 400, 0.05, unit=2.0, steps=1)
+    assert without[-1].state["used"] == 0.0 and without[-1].state["integral"] == 1e6, "no cap, no half of it"
 
 
 def test_the_integral_of_pi_rests_where_the_mean_is_epsilon():
@@ -225,8 +236,8 @@ def test_augmented_lagrangian_is_the_gradient_of_its_penalty():
 @pytest.mark.parametrize(
     ("controller", "state"),
     [
-        (MultiplicativePI(0.5), {"integral": 0.5, "log_unit": 0.0, "passes": 0.0, "steps": 1.0}),
-        (MultiplicativePI(1e9), {"integral": 1e6, "log_unit": 0.0, "passes": 0.0, "steps": 1.0}),
+        (MultiplicativePI(0.5), {"integral": 0.5, "log_unit": 0.0, "passes": 0.0, "steps": 1.0, "used": 0.0}),
+        (MultiplicativePI(1e9), {"integral": 1e6, "log_unit": 0.0, "passes": 0.0, "steps": 1.0, "used": 0.0}),
         (DualAscent(0.5), {"multiplier": 0.5}),
         (NuPI(0.5), {"integral": 0.5, "average": 0.0, "seeded": 0.0}),
         (AugmentedLagrangian(0.5), {"multiplier": 0.5}),

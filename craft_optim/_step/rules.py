@@ -61,7 +61,7 @@ class Rules:
     merge: Merge = "weighted"
     retention_every: Every = "auto"
     total_steps: int | None = None
-    trust_region: float | None = 1.6
+    trust_region: float | None = 3.0
     max_grad_norm: float | None = None
     gradient_memory: GradientMemory = "copy"
 
