@@ -21,7 +21,7 @@ class Update(NamedTuple):
     Attributes:
         multiplier: lambda for this step's merge, >= 0, never above `cap`.
         state: The state to pass at the next retention step.
-        capped: True if `cap`, or the controller's own maximum, held the multiplier down.
+        capped: True if `cap`, or a bound of the controller's own, held the multiplier down.
     """
 
     multiplier: float
@@ -98,7 +98,8 @@ class MultiplicativePI:
 
     One pass may use the cap, and a heavy batch does; all passes on end may use half of it. At a constrained optimum
     both gradients are equally long, and if drift is above epsilon with more than that, it is the noise of steps that
-    are too long: a larger lambda does not lower it, but takes from what is learned.
+    are too long: a larger lambda does not lower it, but takes from what is learned. That lambda is held down is said
+    (`Update.capped`) from h = 0.45 on.
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
     task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
@@ -147,8 +148,7 @@ class MultiplicativePI:
         allowed = _SLACK * cap / unit / steps if 0.0 < unit < math.inf else 0.0
         if 0.0 < cap < math.inf:
             used = _USED * used + (1.0 - _USED) * min(wanted / cap, 1.0)
-        spent = used > _LASTING
-        if spent:
+        if used > _LASTING:
             grown = min(grown, integral * math.exp(-self.ki * state["steps"] * (used / _LASTING - 1.0)))
         integral = _clip(min(grown, max(integral, allowed)), *_SHARES)
         state = {
@@ -158,7 +158,8 @@ class MultiplicativePI:
             "steps": float(steps),
             "used": used,
         }
-        return Update(min(wanted, cap), state, wanted > cap or spent or integral == _SHARES[1])
+        held = wanted > cap or used > _NEARLY * _LASTING or integral == _SHARES[1]
+        return Update(min(wanted, cap), state, held)
 
 
 _SHARES = (1e-3, 1e6)
@@ -166,6 +167,7 @@ _NEAR = 0.5  # of epsilon
 _MOST_GROWTH, _SLACK = 3.0, 3.0
 _SLOWEST, _PASSES = 0.9, 10.0
 _USED, _LASTING = 0.97, 0.5  # weight of what was; of the cap
+_NEARLY = 0.9  # h goes up and down where it is held
 
 
 def _excess(loss: float, epsilon: float) -> float:

@@ -57,7 +57,9 @@ METRICS: dict[str, Metric] = {
     "task_grad_norm": Metric("|g_t|"),
     "retention_grad_norm": Metric("|g_r|", True),
     "merged_grad_norm": Metric("norm of what the base optimizer stepped on"),
-    "capped": Metric("1 if lambda was held down: by rho K |g_t| / |g_r|, or its maximum", True, True),
+    "capped": Metric(
+        "1 if lambda was held down: by rho K |g_t| / |g_r|, by half of that for long, or by its maximum", True, True
+    ),
     "clipped": Metric("1 if max_grad_norm scaled the merged gradient"),
     "step_kept": Metric("share of the base's step that was kept: below 1 where all of it led beyond the trust region"),
     "interval": Metric("K, the steps until the next pass"),

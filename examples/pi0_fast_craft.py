@@ -39,9 +39,9 @@ from craft_optim.lerobot.pi0_fast import action_logits, action_mask, anchor_inpu
 from craft_optim.report import read_runs, render
 
 METHODS = ("pretrained", "adamw", "craft")
-# logits (nats): from `make sweep`, a drift that this run can reach and that keeps the old task.
+# logits (nats): the default of CraftOptimizer; this learning rate can reach it.
 # hidden (share of variance): about the smallest drift that this run can reach; 0.03 let go of the old task.
-EPSILON = {"logits": 0.03, "hidden": 0.005}
+EPSILON = {"logits": 0.05, "hidden": 0.005}
 PROBE_EVERY = 25  # steps between two measurements of the drift, for the picture
 
 console = Console()

@@ -113,9 +113,10 @@ def test_the_cap_of_pi_is_for_single_passes_and_half_of_it_lasts():
     assert path[20].multiplier == 6.0
     later = path[200:]
     assert sum(update.multiplier for update in later) / len(later) == pytest.approx(3.0, rel=0.05)
-    assert sum(update.capped for update in later) > 50, "nothing binds without a word"
+    assert all(update.capped for update in later), "nothing binds without a word"
     without = run(MultiplicativePI(), [0.1] * 400, 0.05, unit=2.0, steps=1)
-    assert without[-1].state["used"] == 0.0 and without[-1].state["integral"] == 1e6, "no cap, no half of it"
+    assert without[-1].state["used"] == 0.0, "no cap, no half of it"
+    assert without[-1].state["integral"] == 1e6
 
 
 def test_the_integral_of_pi_rests_where_the_mean_is_epsilon():

@@ -22,8 +22,9 @@ class Rules:
     `CraftOptimizer` takes these as keywords and keeps them as `optimizer.rules`; lerobot's flags have the same names.
 
     Attributes:
-        rho: Cap on the retention gradient's share: lambda |g_r| <= rho K |g_t| on a pass that stands for K steps;
-            `math.inf` turns it off. What the projection removes is not counted: it is at most |g_t|.
+        rho: Cap on the retention gradient's share: lambda |g_r| <= rho K |g_t| on a pass that stands for K steps; with
+            dual="pi" half of that on the average of many. `math.inf` turns it off. What the projection removes is not
+            counted: it is at most |g_t|.
         projection: "violated" (only while drift is above epsilon), "always", or "never".
         conflict_threshold: The projection acts where the *cosine* of the gradients is below this; in [-1, 1], with
             several constraints in [-1, 0].
@@ -31,12 +32,12 @@ class Rules:
         retention_every: "auto": as often as the drift needs it, between every step and every tenth. Or K: on every
             K-th step, beginning with the first, blind to what happens between. The other steps are the base's alone.
         total_steps: Length of the run in optimizer steps, so that "auto" has a pass on its last one; None if unknown.
-        trust_region: The multiple of epsilon that no step shall lead beyond; None to look at none. A step that would is
-            shortened: theta goes back along it until the drift, with L_ret's root taken as linear along the step, is
-            just there. Where a step might come near, it costs a copy of the trained parameters and two forwards of
-            anchors, before and after the base's step, without a backward; in the start, four. Plain functions are not
-            asked again in a step, so that there is none for them; nor for a base that moves the parameters itself to
-            evaluate a closure.
+        trust_region: The multiple of epsilon that no step shall lead beyond, in the start 1; None to look at none. A
+            step that would is shortened: theta goes back along it until the drift, with L_ret's root taken as linear
+            along the step, is just there. Where a step might come near, it costs a copy of the trained parameters and
+            two forwards of anchors, before and after the base's step, without a backward; in the start, four. Plain
+            functions are not asked again in a step, so that there is none for them; nor for a base that moves the
+            parameters itself to evaluate a closure.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. The steps between are
             not clipped: clip task gradients as ever, before `step`.
         gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see
