@@ -141,7 +141,7 @@ def test_a_step_that_leads_to_fifty_times_epsilon_ends_at_epsilon():
     assert max(bounded[:40]) < 2.0 * 0.005, (
         "of the start; afterwards the average follows drift more slowly than Adam does"
     )
-    assert max(bounded) < 5.0 * 0.005
+    assert max(bounded) < 6.0 * 0.005
     assert sum(bounded[-100:]) / 100 == pytest.approx(0.005, rel=0.15)
     free, optimizer = run(adam, 200, retention_every=1, trust_region=None)
     assert max(free) > 40.0 * 0.005

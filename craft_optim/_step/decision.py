@@ -21,7 +21,8 @@ removing a stronger one does not make them worse.
 
     lambda_j <= |g_t| / d_j,        d_j = min_{q >= 0} |g_j + sum_{i != j} q_i g_i|
 
-These bounds, times rho >= 1, rule out no optimum; lambda_j <= rho |g_t| / |g_j|, which is the same as long as no two
+These bounds, times rho >= 1, rule out no optimum (nor does half of them, which is what `MultiplicativePI` uses for
+long, from rho = 2 on); lambda_j <= rho |g_t| / |g_j|, which is the same as long as no two
 constraints conflict, would rule out some. Each multiplier is held to its own bound, which one that runs away cannot
 take from the others. The bounds together do not keep the sum small, so that all are then scaled alike to
 |sum_j lambda_j g_j| <= rho |g_t|.

@@ -23,8 +23,8 @@ class Rules:
 
     Attributes:
         rho: Cap on the retention gradient's share: lambda |g_r| <= rho K |g_t| on a pass that stands for K steps; with
-            dual="pi" half of that on the average of many. `math.inf` turns it off. What the projection removes is not
-            counted: it is at most |g_t|.
+            dual="pi" half of that on the average of many, so that less than 2 may leave drift above epsilon. `math.inf`
+            turns it off. What the projection removes is not counted: it is at most |g_t|.
         projection: "violated" (only while drift is above epsilon), "always", or "never".
         conflict_threshold: The projection acts where the *cosine* of the gradients is below this; in [-1, 1], with
             several constraints in [-1, 0].
