@@ -31,10 +31,10 @@ from metaworld_pi0_fast.policy import load_policy, make_processors
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from six_experiments import EPSILON
 from six_experiments_support.commands import Steps
 
 NAME = "retention-budget"
-EPSILON = 0.03  # nats: about the least that these runs can reach with a pass on each step
 RATE = 1e-3  # the learning rate that needs no mention
 OF_LAST = 50  # steps that the new task's loss is averaged over
 ROUND = 10  # steps of a round in which both take turns, at least; a round has whole periods of retention_every
@@ -98,7 +98,7 @@ class Bench:
         flags = [
             f"--steps={args.steps}",
             f"--lr={args.lr}",
-            f"--epsilon={EPSILON}",
+            f"--epsilon={EPSILON['logits']}",
             f"--save-every={args.steps}",
             f"--out={self._work / point.name}",
         ]
@@ -318,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         return summarise(point, [json.loads(file.read_text(encoding="utf-8")) for file in files])
 
     result = {
-        "epsilon": EPSILON,
+        "epsilon": EPSILON["logits"],
         "seeds": list(range(args.seeds)),
         **wanted,
         "tasks": {"old": OLD_TASK, "new": NEW_TASK},

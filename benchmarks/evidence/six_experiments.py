@@ -31,8 +31,8 @@ from six_experiments_support.plots import draw_all
 
 KEPT = 36  # of 40 drawer episodes; the others are held out
 KEEP_OF = {"logits": "logits", "hidden": "prefix"}
-# Nats for logits; of hidden states the share of the teacher's variance. The demo's: the smallest drift that a run at
-# this learning rate can hold.
+# Nats for logits; of hidden states the share of the teacher's variance. About the smallest drift that a run at this
+# learning rate can hold.
 EPSILON = {"logits": 0.03, "hidden": 0.005}
 LAYERS = (1, 2, -1)
 PICTURES_SEED, HELDOUT_PICTURES_SEED = 3, 2

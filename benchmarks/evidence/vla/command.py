@@ -22,10 +22,11 @@ from metaworld_pi0_fast import NEW_TASK, OLD_TASK
 from performance_table import with_table
 from retention_budget import ROUND, positive
 from rich.console import Console
+from six_experiments import EPSILON
 from six_experiments_support.commands import Steps
 
 from .figure import draw
-from .methods import METHODS, USUAL
+from .methods import METHODS
 from .runs import Bench
 from .summary import markdown, print_table, rows_of, write_csv
 
@@ -85,7 +86,7 @@ def result_of(work: Path) -> dict[str, Any]:
         "settings": json.loads((work / "settings.json").read_text(encoding="utf-8")),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "tasks": {"old": OLD_TASK, "new": NEW_TASK},
-        "epsilon": USUAL["logits"],
+        "epsilon": EPSILON["logits"],
         "rows": rows_of(runs),
         "runs": runs,
     }

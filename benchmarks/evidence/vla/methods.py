@@ -9,17 +9,15 @@ from typing import Any, Literal
 
 import pi0_fast_craft as craft
 import torch
+from six_experiments import EPSILON
 from torch import Tensor
 
 from craft_optim import CraftOptimizer
 
-__all__ = ["METHODS", "USUAL", "Method", "Step", "arguments", "make_step", "penalised_step"]
+__all__ = ["METHODS", "Method", "Step", "arguments", "make_step", "penalised_step"]
 
 Step = Callable[[int, dict[str, Tensor]], float]
 """(number of the step, batch of the new task) -> loss on the new task"""
-
-USUAL = {"logits": 0.03, "hidden": 0.005}
-"""Epsilons that are not in a name: about the least that these runs can reach."""
 
 LABELS = {
     "pretrained": "before",
@@ -50,8 +48,8 @@ class Method:
 
     @property
     def name(self) -> str:
-        """Its name in file names; the usual strength has none."""
-        usual = USUAL.get(self.kind, 1.0)
+        """Its name in file names; the epsilon of `six_experiments` has none."""
+        usual = EPSILON.get(self.kind, 1.0)
         strength = [f"{self.strength:g}"] if self.kind == "kl" or (self.every and self.strength != usual) else []
         every = [f"every-{self.every}"] if self.every else []
         return "-".join([self.kind, *strength, *every, *["heldout"] * self.heldout])
@@ -72,11 +70,11 @@ METHODS = (
     Method("plain"),
     *(Method("replay", every, 1.0) for every in (1, 5)),
     *(Method("kl", every, weight) for weight in (0.1, 1.0, 10.0) for every in (1, 5)),
-    *(Method("logits", every, USUAL["logits"]) for every in (1, 5, "auto")),
+    *(Method("logits", every, EPSILON["logits"]) for every in (1, 5, "auto")),
     *(Method("logits", 1, epsilon) for epsilon in (0.05, 0.1)),
     Method("logits", "auto", 0.05),
     Method("logits", "auto", 0.2, heldout=True),
-    *(Method("hidden", every, USUAL["hidden"]) for every in (1, 5)),
+    *(Method("hidden", every, EPSILON["hidden"]) for every in (1, 5)),
 )
 """All methods, in the order of the tables; a seed's runs are made in it, too."""
 
