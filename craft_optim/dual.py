@@ -91,10 +91,10 @@ class MultiplicativePI:
         s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 30)), 1e-3, 1e6)
 
     K' is the K of the pass before: the steps that led here. s grows by e^3 at most on a pass, and not beyond three
-    times cap |g_r| / (K |g_t|), the share that the cap allows. With h the average of lambda / cap over about thirty
-    passes, one instead of the above where h > 1/2:
+    times cap |g_r| / (K |g_t|), the share that the cap allows. Where h > 1/2, with h the average of lambda / cap over
+    about thirty passes, s comes down at least as fast as this:
 
-        s      = s exp(-ki K' clip(2 h - 1, 0, 1))
+        s      = s exp(-ki K' (2 h - 1))
 
     One pass may use the cap, and a heavy batch does; all passes on end may use half of it. At a constrained optimum
     both gradients are equally long, and if drift is above epsilon with more than that, it is the noise of steps that

@@ -69,10 +69,13 @@ def test_solution_with_all_defaults(problem):
     assert metrics["interval"] > 1.0
 
 
-def test_the_cap_does_not_rule_out_the_solution():
-    """Nor does the half of it that lasts, from rho = 2 on."""
+@pytest.mark.parametrize(
+    ("dual", "rho"), [("pi", 2.8), (make_controller("augmented_lagrangian", gain=0.5), 1.2)], ids=["half", "whole"]
+)
+def test_the_cap_does_not_rule_out_the_solution(dual, rho):
+    """Nor does the half of it that "pi" has for long, from rho = 2 on."""
     centre, constraints, solution, multipliers = AGAINST_EACH_OTHER
-    x, metrics = solve(centre, constraints, start=(0.9, 0.4), projection="never", rho=2.8)
+    x, metrics = solve(centre, constraints, start=(0.9, 0.4), projection="never", rho=rho, dual=dual)
     assert x == pytest.approx(solution, rel=1e-3)
     assert [metrics["lambda/a"], metrics["lambda/b"]] == pytest.approx(multipliers, rel=2e-3)
     assert metrics["lambda/a"] * metrics["retention_grad_norm/a"] > 1.2 * metrics["task_grad_norm"]
