@@ -1,8 +1,9 @@
 """Controllers of the multiplier lambda: pure functions of (state, violation).
 
-A controller is called once per retention step with that step's retention loss and epsilon. It returns the multiplier to
+A controller is called on each retention step with that step's retention loss and epsilon. It returns the multiplier to
 use in this step's merge and the state to keep for the next one. The state is a small dict of finite Python floats, so
-that any checkpoint format can hold it.
+that any checkpoint format can hold it. Where its answer is held down it may be asked once more, with a smaller `cap` or
+fewer `steps`; the state that is kept is the last answer's.
 """
 
 import math

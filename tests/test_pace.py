@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from craft_optim import CraftOptimizer, Retention, Rules
-from craft_optim._step.pace import PACE, due, paced, starting
+from craft_optim._step.pace import PACE, due, halved, paced, starting
+from craft_optim.dual import MultiplicativePI
 
 AUTO = Rules()
 
@@ -69,6 +70,14 @@ def test_k_halves_above_epsilon_grows_below_and_rests_between():
         assert state["craft_every"] == after
         assert steps == round(after)
         assert state["craft_next"] == 7.0 + steps
+
+
+@pytest.mark.parametrize(("steps", "fewer"), [(10, 5), (5, 2), (3, 1), (2, 1)])
+def test_a_pass_for_half_of_the_steps_moves_the_next_one_forward(steps, fewer):
+    state = {**PACE, "craft_start": 0.0, "craft_near": 1.0, "craft_every": steps + 0.4, "craft_next": 20.0 + steps}
+    found, left = halved(state, steps)
+    assert left == fewer
+    assert found == {**state, "craft_every": float(fewer), "craft_next": 20.0 + fewer}
 
 
 def test_k_comes_to_ten_where_nothing_is_violated():
@@ -190,3 +199,35 @@ def test_a_pass_that_is_skipped_is_made_up_for_on_the_next_step():
     train(model, optimizer, step + 1, step + 2)
     assert group["craft_anchor_position"] == position + 2.0
     assert optimizer.metrics["retention_step"] == step + 1
+
+
+class HeldDown:
+    """ "pi", but lambda is said to be held down where a pass stands for more than two steps; keeps what it is told."""
+
+    def __init__(self):
+        self.pi, self.asked = MultiplicativePI(), []
+
+    def initial_state(self):
+        return self.pi.initial_state()
+
+    def __call__(self, state, *, steps, **values):
+        self.asked.append(steps)
+        return self.pi(state, steps=steps, **values)._replace(capped=steps > 2)
+
+
+def test_a_pass_stands_for_no_more_steps_than_its_cap_allows():
+    """Before, K stayed, and one pass added up to rho K times the task's gradient."""
+    held, seen = HeldDown(), []
+    model, optimizer = run(dual=held)
+    train(model, optimizer, 0, 260, seen)
+    assert {steps for _, steps in seen} == {1, 2}
+    assert [b - a for (a, _), (b, _) in pairwise(seen)] == [steps for _, steps in seen[:-1]]
+    assert 3 in held.asked, "K would have grown"
+
+
+def test_a_fixed_k_does_not_follow_the_cap():
+    held, seen = HeldDown(), []
+    model, optimizer = run(dual=held, retention_every=5, trust_region=None)
+    train(model, optimizer, 0, 50, seen)
+    assert seen == [(step, 5) for step in range(0, 50, 5)]
+    assert held.asked == [5] * 10

@@ -5,8 +5,10 @@ average of L_ret, and epsilon e of the constraint that is violated most:
 
     K <- max(K / 2, 1)           where d > 1.1 e
     K <- min(K + 3 / (4 K), 10)  where d < e
+    K <- K / 2                   as often as it takes until no lambda is held down at K
     K <- 1                       where the step of the pass was shortened
 
+A pass adds up to rho K times the task's gradient, and momentum carries that on through steps which nobody looks at.
 K also stays below 0.3 sqrt(e) / v, with v the most that a step of late has added to sqrt(L_ret) as far as steps were
 looked at (`trust`): as many such steps would use up the room between e and 1.6 e. The next pass comes after round(K)
 steps. The start is the first 40 passes, and another 20 from where d has come to e / 2 if that is later: what is
@@ -18,7 +20,7 @@ from collections.abc import Mapping
 
 from .rules import Rules
 
-__all__ = ["MOST", "PACE", "due", "hurried", "paced", "starting"]
+__all__ = ["MOST", "PACE", "due", "halved", "hurried", "paced", "starting"]
 
 PACE = {"craft_every": 1.0, "craft_next": 0.0, "craft_start": 40.0, "craft_near": 0.0}
 """K; the step of the next pass; passes until the start is over; 1 once drift has come to epsilon / 2. At first."""
@@ -43,6 +45,12 @@ def hurried(state: Mapping[str, float]) -> dict[str, float]:
     The steps until the next pass would be as long, and nobody would look.
     """
     return {"craft_every": 1.0, "craft_next": state["craft_step"] + 1.0}
+
+
+def halved(state: Mapping[str, float], steps: int) -> tuple[dict[str, float], int]:
+    """The floats where a pass that stands for so many steps is to stand for half of them, rounded down."""
+    fewer = steps // 2
+    return {**state, "craft_every": float(fewer), "craft_next": state["craft_next"] - (steps - fewer)}, fewer
 
 
 def starting(state: Mapping[str, float]) -> bool:

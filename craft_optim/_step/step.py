@@ -18,7 +18,7 @@ from .constraint import Constraint, Passed, RetentionPass
 from .decision import Decision, Gram, Products, decide
 from .gradients import Gradients, Stash, gradients_of, not_zero, put
 from .layout import Layout
-from .pace import PACE, hurried, paced, starting
+from .pace import PACE, halved, hurried, paced, starting
 from .rules import Rules
 from .surgery import GradientSets
 from .trust import KeptValues
@@ -242,6 +242,9 @@ class RetentionStep:
         most = min(run.drift.most_steps for run in self.passes)
         pace, steps = paced(self._shared, violation, self._rules, most)
         updates = self._updates(products, losses, steps)
+        while self._rules.retention_every == "auto" and steps > 1 and any(update.capped for update in updates):
+            pace, steps = halved(pace, steps)
+            updates = self._updates(products, losses, steps)
         decision = decide(
             products,
             lams=[update.multiplier for update in updates],
