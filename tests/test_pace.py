@@ -202,7 +202,7 @@ def test_a_pass_that_is_skipped_is_made_up_for_on_the_next_step():
 
 
 class HeldDown:
-    """ "pi", but lambda is said to be held down where a pass stands for more than two steps; keeps what it is told."""
+    """Like "pi", but lambda is held down wherever a pass stands for more than two steps. Keeps what it is told."""
 
     def __init__(self):
         self.pi, self.asked = MultiplicativePI(), []

@@ -3,7 +3,8 @@
     python benchmarks/evidence/beyond_the_front.py                                 # three seeds; .benchmarks/
     python benchmarks/evidence/beyond_the_front.py --results=benchmarks/evidence/results    # what is in the repository
 
-The settings, the strengths and the measures are those of `retention_pareto.py`; `pareto/beyond.py` has the variants.
+The settings, the strengths and the measures are those of `retention_pareto.py`, the seeds are not: variants were found
+on those. `pareto/beyond.py` has the variants.
 """
 
 import argparse
@@ -33,14 +34,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seeds", type=int, default=3, help="number of seeds, counted from 0; 2 or more, for their noise")
+    add("--seeds", nargs="+", type=int, default=[3, 4, 5], help="two or more, for their noise; default: 3 4 5")
     add("--strengths", type=int, default=9, help="epsilons, and lambdas, of a sweep; odd")
     add("--jobs", type=int, default=2, help="runs at the same time, one thread each")
     add("--work", type=Path, default=WORK, help="where finished runs are")
     add("--results", type=Path, default=Path(".benchmarks"), help="where the JSON goes")
     parser.set_defaults(settings=list(SETTINGS))
     args = parser.parse_args(arguments)
-    for name, least in (("seeds", 2), ("strengths", 3), ("jobs", 1)):
+    if len(set(args.seeds)) < 2:
+        parser.error(f"--seeds must be two or more different ones, found {args.seeds}")
+    for name, least in (("strengths", 3), ("jobs", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more, found {getattr(args, name)}")
     if args.strengths % 2 == 0:
@@ -52,7 +55,7 @@ def sweeps(names: Sequence[str], methods: Mapping[str, Method], args: argparse.N
     """Jobs of these methods with all strengths, in all settings and for all seeds."""
     return [
         Job(setting, name, strength, seed)
-        for setting, seed, name in product(args.settings, range(args.seeds), names)
+        for setting, seed, name in product(args.settings, args.seeds, names)
         for strength in methods[name].grid(args.strengths)
     ]
 
@@ -80,9 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     rows = sorted((tried(rated, *knob) for knob in known + knobs), key=lambda row: args.settings.index(row.setting))
     result = {
-        "command": f"python benchmarks/evidence/{NAME}.py --seeds={args.seeds} --strengths={args.strengths}",
+        "command": " ".join(
+            [f"python benchmarks/evidence/{NAME}.py --strengths={args.strengths} --seeds", *map(str, args.seeds)]
+        ),
         "versions": versions(),
-        "seeds": list(range(args.seeds)),
+        "seeds": args.seeds,
         "strengths": args.strengths,
         "titles": {name: method.title for name, method in VARIANTS.items()},
         "differences": {

@@ -69,14 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     pairs = list(product(args.settings, range(args.seeds)))
 
     jobs = [job for pair in pairs for job in sweep(*pair, args.strengths)]
-    jobs += [job for setting in args.settings for job in references(setting, args.seeds)]
+    jobs += [job for setting in args.settings for job in references(setting, range(args.seeds))]
     knobs = [(setting, method, strength) for setting in args.settings for method, strength in UNTUNED]
-    jobs += [job for knob in knobs for job in scaled(*knob, args.seeds)]
+    jobs += [job for knob in knobs for job in scaled(*knob, range(args.seeds))]
     rated = outcomes(run_all(jobs, folder, args.jobs, fine_tune, "runs"))
     # Afterwards the same with the strengths that the sweep found best
     knobs += [(setting, name, best_strength(rated, setting, name)) for setting in args.settings for name, _ in UNTUNED]
     knobs = sorted(dict.fromkeys(knobs), key=lambda knob: args.settings.index(knob[0]))
-    jobs += [job for knob in knobs for job in scaled(*knob, args.seeds)]
+    jobs += [job for knob in knobs for job in scaled(*knob, range(args.seeds))]
     runs = run_all(jobs, folder, args.jobs, fine_tune, "best strengths")
 
     rated = outcomes(runs)

@@ -68,7 +68,7 @@ def test_retention_pareto(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Drift on held-out anchors")  # of so few
 def test_beyond_the_front(tmp_path, capsys):
-    result = beyond_the_front.main([*flags(tmp_path), "--seeds=2", "--strengths=3"])
+    result = beyond_the_front.main([*flags(tmp_path), "--seeds", "0", "1", "--strengths=3"])
     kept = written(tmp_path, "beyond_the_front.json")
     assert {key: kept[key] for key in result} == json.loads(json.dumps(result))
     assert list(kept["differences"]["tiny"]) == ["craft", *VARIANTS]
@@ -83,12 +83,19 @@ def test_beyond_the_front(tmp_path, capsys):
 
 
 @pytest.mark.evidence
-@pytest.mark.parametrize("command", [retention_pareto, beyond_the_front])
-@pytest.mark.parametrize("flag", ["--seeds=0", "--jobs=0"])
-def test_numbers_that_make_no_sense(command, flag, capsys):
+@pytest.mark.parametrize(
+    ("command", "flag", "words"),
+    [
+        (retention_pareto, "--seeds=0", "--seeds must be 1 or more, found 0"),
+        (retention_pareto, "--jobs=0", "--jobs must be 1 or more, found 0"),
+        (beyond_the_front, "--jobs=0", "--jobs must be 1 or more, found 0"),
+        (beyond_the_front, "--seeds=3", "--seeds must be two or more different ones, found [3]"),
+    ],
+)
+def test_numbers_that_make_no_sense(command, flag, words, capsys):
     with pytest.raises(SystemExit):
         command.parse([flag])
-    assert "or more, found 0" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.evidence
