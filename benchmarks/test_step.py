@@ -5,6 +5,7 @@ There are as many anchors as training examples, or a quarter of that. All optimi
 make bench GROUP=step
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -210,6 +211,45 @@ def test_gpt2(compare: Compare, gpt2_training: Training, setting: str) -> None:
 @pytest.mark.benchmark(group="step")
 def test_pi0_fast(compare: Compare, large_pi0_fast: Training) -> None:
     measure(compare, large_pi0_fast, "K = 5")
+
+
+# "auto": what it costs depends on the run. These learn their one batch by heart, which the anchors are against.
+
+
+def measure_auto(compare: Compare, note: Note, training: Training, rate: float, count: int) -> None:
+    """Steps of a run that is past its start and at epsilon, over steps of AdamW that leave the weights alone."""
+    weights = copy.deepcopy(training.model.state_dict())
+    parameters = list(training.model.parameters())
+    fresh: list[int] = []
+    optimizer = CraftOptimizer(
+        torch.optim.AdamW(parameters, lr=rate, fused=True),
+        training.retention(training.batch_size),
+        epsilon=0.05,
+        on_metrics=lambda row: fresh.append(int(row["step"])),
+    )
+    training.steps(optimizer, 150)()
+    before = len(fresh)
+    ours, name = training.steps(optimizer, count), f"{training.name}, auto, at epsilon"
+    compare(
+        f"step of {name}",
+        ours,
+        training.steps(torch.optim.AdamW(parameters, lr=0.0, fused=True), count),
+        rounds=training.rounds,
+    )
+    steps = int(optimizer.metrics["step"]) - 149
+    note(f"passes of {name}", 100 * (len(fresh) - before) / steps, "%")
+    note(f"drift of {name}, over epsilon", optimizer.metrics["violation"])
+    training.model.load_state_dict(weights)
+
+
+@pytest.mark.benchmark(group="step")
+def test_small_pi0_fast_auto(compare: Compare, note: Note, small_pi0_fast: Training) -> None:
+    measure_auto(compare, note, small_pi0_fast, rate=3e-4, count=20)
+
+
+@pytest.mark.benchmark(group="step")
+def test_gpt2_auto(compare: Compare, note: Note, gpt2_training: Training) -> None:
+    measure_auto(compare, note, gpt2_training, rate=3e-5, count=10)
 
 
 # Steps without retention

@@ -125,17 +125,21 @@ def parameter(rows: Rows) -> str:
 
 
 def scale(rows: Rows) -> str:
-    """Final and highest drift / epsilon of the network, for each factor on its task loss."""
+    """Final, mean and highest drift / epsilon of the network, for each factor on its task loss.
+
+    The mean is over the second half of the steps: at a constant rate the last step is one like another.
+    """
+    whats: dict[str, Callable[[Sequence[float]], str]] = {"final": _range, "mean": _range, "highest": _top}
     kinds = [kind for kind in (KINDS[0], KINDS[2]) if kind in _kinds(rows)]
     names = {"violated": "", "never": ", no projection"}
     header = ["task loss"]
-    header += [f"{what}: {TITLES[k]}{end}" for k in kinds for end in names.values() for what in ("final", "highest")]
+    header += [f"{what}: {TITLES[k]}{end}" for k in kinds for end in names.values() for what in whats]
     cells = []
     for factor in SCALES:
         of = [
             _of(rows, k, setting="network", scale=factor, projection=projection) for k in kinds for projection in names
         ]
-        cells.append([f"x {factor:g}", *(c for e in of for c in (_range(over(e, "final")), _top(over(e, "highest"))))])
+        cells.append([f"x {factor:g}", *(show(over(each, what)) for each in of for what, show in whats.items())])
     return markdown_table(header, cells)
 
 
