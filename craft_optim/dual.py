@@ -112,15 +112,19 @@ class MultiplicativePI:
         initial: s at the start, in [1e-3, 1e6].
         ki: Integral gain per optimizer step, >= 0.
         kp: Proportional gain, >= 0.
+        least_share: lambda |g_r| is at least this times K |g_t|, as far as the cap allows, also while drift is below
+            epsilon, which is then a bound and no longer where drift comes to rest; >= 0. For tasks that need no drift
+            to speak of: 0.1 cost next to nothing where it was measured (docs/findings.md), 0.3 did.
     """
 
     initial: float = 1.0
     ki: float = 0.1
     kp: float = 1.0
+    least_share: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self, "initial", open_low=True)
-        _check(self, "ki", "kp")
+        _check(self, "ki", "kp", "least_share")
 
     def initial_state(self) -> dict[str, float]:
         return {"integral": _clip(self.initial, *_SHARES), "log_unit": 0.0, "passes": 0.0, "steps": 1.0, "used": 0.0}
@@ -160,7 +164,8 @@ class MultiplicativePI:
             "used": used,
         }
         held = wanted > cap or used > _NEARLY * _LASTING or integral == _SHARES[1]
-        return Update(min(wanted, cap), state, held)
+        least = self.least_share * steps * unit if unit < math.inf else 0.0  # without g_r nothing helps
+        return Update(min(max(wanted, least), cap), state, held)
 
 
 _SHARES = (1e-3, 1e6)

@@ -97,6 +97,20 @@ def test_a_pass_of_pi_weighs_as_much_as_the_steps_that_it_stands_for():
     assert after == pytest.approx(run(pi, [0.06] * 10, 0.05)[-1].state["integral"]), "those before it do"
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_least_share_bounds_lambda_of_pi_from_below(steps):
+    dual, alone = MultiplicativePI(least_share=0.3), MultiplicativePI()
+    state = dual.initial_state()
+    within = {"loss": 1e-3, "epsilon": 0.1, "cap": 20.0, "unit": 2.0, "steps": steps}  # far below epsilon
+    assert alone(state, **within).multiplier < 0.6 * steps
+    assert dual(state, **within) == alone(state, **within)._replace(multiplier=pytest.approx(0.6 * steps))
+    assert dual(state, **(within | {"cap": 0.1})).multiplier == pytest.approx(0.1)
+    above = within | {"loss": 0.2}
+    assert dual(state, **above) == alone(state, **above)
+    nothing = {"loss": 0.0, "epsilon": 0.1, "unit": math.inf}  # of a gradient that is zero
+    assert dual(state, **nothing) == alone(state, **nothing)
+
+
 def test_the_share_of_pi_grows_while_lambda_is_held_down_and_not_beyond_three_times_the_cap():
     """A batch that is heavy by chance has a small cap: to leave it out would move the mean above epsilon."""
     capped = run(MultiplicativePI(), [0.2] * 20, 0.05, cap=6.0, unit=2.0, steps=1)
@@ -280,6 +294,7 @@ def test_unknown_names_and_objects():
     [
         (lambda: MultiplicativePI(initial=0.0), "initial"),
         (lambda: MultiplicativePI(ki=-1.0), "ki"),
+        (lambda: MultiplicativePI(least_share=-0.1), "least_share"),
         (lambda: DualAscent(initial=-1.0), "initial"),
         (lambda: DualAscent(learning_rate=math.nan), "learning_rate"),
         (lambda: NuPI(nu=1.0), "nu"),
@@ -321,7 +336,7 @@ def test_settings_have_a_least_value(make, name, least):
 
 
 def test_defaults():
-    assert MultiplicativePI() == MultiplicativePI(initial=1.0, ki=0.1, kp=1.0)
+    assert MultiplicativePI() == MultiplicativePI(initial=1.0, ki=0.1, kp=1.0, least_share=0.0)
     assert DualAscent() == DualAscent(initial=1.0, learning_rate=0.1, maximum=1e4)
     assert NuPI() == NuPI(initial=1.0, ki=0.1, kp=1.0, nu=0.0, maximum=1e4)
     assert AugmentedLagrangian() == AugmentedLagrangian(initial=1.0, learning_rate=0.1, penalty=1.0, maximum=1e4)

@@ -1,6 +1,5 @@
 """Each variant's one change."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ from pareto.beyond import (
     Averaged,
     Drift,
     HalfDrift,
-    LeastShare,
     augmented,
     held_out,
     interpolate,
@@ -27,7 +25,6 @@ from pareto.training import Job
 from pareto_tiny import with_more_anchors
 
 from craft_optim.anchors.sampling import AnchorSampler
-from craft_optim.dual import MultiplicativePI
 
 pytestmark = pytest.mark.evidence
 
@@ -242,20 +239,6 @@ def test_own_budgets(prepared):
         assert isinstance(found[name].closure, HalfDrift)
         torch.testing.assert_close(loss, drift, rtol=1e-4, atol=1e-7)
         close(gradients_of(loss, run.parameters[half]), gradients_of(drift, own))
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_least_share_bounds_lambda_from_below(steps):
-    dual, alone = LeastShare(0.3), MultiplicativePI()
-    state = dual.initial_state()
-    within = {"loss": 1e-3, "epsilon": 0.1, "cap": 20.0, "unit": 2.0, "steps": steps}  # far below epsilon
-    assert alone(state, **within).multiplier < 0.6 * steps
-    assert dual(state, **within) == alone(state, **within)._replace(multiplier=pytest.approx(0.6 * steps))
-    assert dual(state, **(within | {"cap": 0.1})).multiplier == pytest.approx(0.1)
-    above = within | {"loss": 0.2}
-    assert dual(state, **above) == alone(state, **above)
-    nothing = {"loss": 0.0, "epsilon": 0.1, "unit": math.inf}  # of a gradient that is zero
-    assert dual(state, **nothing) == alone(state, **nothing)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

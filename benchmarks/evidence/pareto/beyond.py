@@ -1,7 +1,6 @@
 """Ideas for a better trade-off than that of a penalty: variants of CraftOptimizer, one change each."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch.func import functional_call
 from craft_optim import Constraint, CraftOptimizer, Retention
 from craft_optim.anchors import LogitRetention
 from craft_optim.anchors.sampling import AnchorSampler, mixed_seed
-from craft_optim.dual import MultiplicativePI, Update
+from craft_optim.dual import MultiplicativePI
 
 from .methods import METHODS, Method, Run, Step, craft, stepping
 from .prepared import cache_of
@@ -221,32 +220,6 @@ def own_budgets(run: Run) -> CraftOptimizer:
     )
 
 
-class LeastShare:
-    """A controller that keeps the retention gradient from becoming small beside the task's.
-
-        lambda >= min(share K |g_t| / |g_r|, cap)        K: steps that the pass stands for
-
-    lambda |g_r| is at least this share of |g_t|, also while the drift is far below epsilon. Like the rest of the
-    controller it knows no units.
-
-    Args:
-        share: In [0, 1].
-    """
-
-    def __init__(self, share: float) -> None:
-        self._inner, self._share = MultiplicativePI(), share
-
-    def initial_state(self) -> dict[str, float]:
-        return self._inner.initial_state()
-
-    def __call__(
-        self, state: Mapping[str, float], *, cap: float = math.inf, unit: float = 1.0, steps: int = 1, **told: float
-    ) -> Update:
-        found = self._inner(state, cap=cap, unit=unit, steps=steps, **told)
-        least = self._share * steps * unit if unit < math.inf else 0.0  # no multiplier does anything without g_r
-        return found._replace(multiplier=max(found.multiplier, min(least, cap)))
-
-
 def _variant(title: str, start: Callable[[Run], Step], finish: Callable[[Run], None] = lambda run: None) -> Method:
     return Method(title, start, "epsilon", METHODS["craft"].grid, finish)
 
@@ -266,10 +239,12 @@ VARIANTS = {
     "update_projection": _variant("projection of the update", update_projection),
     "own_budgets": _variant("own budgets of early and late layers", _stepping(own_budgets)),
     "least_share_10": _variant(
-        "at least a tenth for retention", _stepping(lambda run: with_defaults(run, Drift(run), dual=LeastShare(0.1)))
+        "at least a tenth for retention",
+        _stepping(lambda run: with_defaults(run, Drift(run), dual=MultiplicativePI(least_share=0.1))),
     ),
     "least_share_30": _variant(
-        "at least three tenths", _stepping(lambda run: with_defaults(run, Drift(run), dual=LeastShare(0.3)))
+        "at least three tenths",
+        _stepping(lambda run: with_defaults(run, Drift(run), dual=MultiplicativePI(least_share=0.3))),
     ),
 }
 
