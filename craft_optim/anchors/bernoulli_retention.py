@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import losses
 from .one_output import OneOutput
+from .pieces import LogitRows
 
 __all__ = ["BernoulliRetention", "bernoulli_term"]
 
@@ -45,5 +46,6 @@ class BernoulliRetention(OneOutput):
     unit = "nats per label (Bernoulli KL)"
     kind = "labels"
 
-    def _distance(self, student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def _distance(self, student: LogitRows, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        assert isinstance(student, Tensor)
         return bernoulli_term(student, teacher["logits"])

@@ -15,6 +15,7 @@ from .manifest import FeatureSpec, tap_key
 from .masks import IGNORED, valid_positions
 from .outputs import Outputs, Rows, feature
 from .passes import autocast_to, isolated_rng, to_device
+from .pieces import LogitRows, pieces_of
 from .reading import Reading
 from .sampling import mixed_seed
 from .structure import Inputs
@@ -134,21 +135,25 @@ class Extractor:
             _require_positions(valid.flatten(1), first, "the output's mask")
             features["mask"] = valid
         for name, output in found.items():
-            values = output.values if name in fits else output.values.reshape(*output.shape, -1)
-            kept = {} if self.spec.logits is None else self._kept(name, outputs.known[name].kind, values)
+            kept = {} if self.spec.logits is None else self._kept(name, outputs.known[name].kind, output.values)
             if labels is not None:
-                tokens, logprobs = labels[labels != IGNORED], F.log_softmax(values.float(), dim=-1)
+                tokens = labels[labels != IGNORED]
                 kept["tokens"] = tokens.int()
-                kept["token_logprobs"] = self._round(logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), "logits")
+                kept["token_logprobs"] = self._round(_logprobs_of(output.values, tokens), "logits")
+            if name not in fits:
+                kept = {key: x.reshape(*output.shape, *x.shape[1:]) for key, x in kept.items()}
             kept = {feature(key, name): x for key, x in kept.items()}
             if name in fits:
                 joined.update(kept)
             features |= kept
         return features
 
-    def _kept(self, name: str, kind: str, values: Tensor) -> dict[str, Tensor]:
+    def _kept(self, name: str, kind: str, values: LogitRows) -> dict[str, Tensor]:
         if kind == "classes":
-            return self._logits(F.log_softmax(values.float(), dim=-1))
+            parts = [self._logits(F.log_softmax(logits.float(), dim=-1)) for _, logits in pieces_of(values)]
+            with torch.autocast(values.device.type, enabled=False):  # it takes not every storage dtype
+                return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        assert isinstance(values, Tensor)
         if self.spec.top_k is not None:
             raise ValueError(f"`top_k` needs classes. Found top_k={self.spec.top_k} and an output of {kind}.")
         of = f" of {name!r}" if name else ""
@@ -223,6 +228,15 @@ class Extractor:
                 else:
                     features[key] = self._round(pool(states, mask, mode), what)
         return features
+
+
+def _logprobs_of(rows: LogitRows, tokens: Tensor) -> Tensor:
+    """log softmax of each position's token, `[P]`."""
+    found = [
+        F.log_softmax(logits.float(), dim=-1).gather(1, tokens[at].unsqueeze(1)).squeeze(1)
+        for at, logits in pieces_of(rows)
+    ]
+    return torch.cat(found)
 
 
 def _require_positions(mask: Tensor, first: int, what: str) -> None:

@@ -1,7 +1,8 @@
 """One forward on anchors, at the least cost: no head where nothing is compared, nothing that is known already."""
 
+import logging
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,11 @@ from .kinds import OutputError
 from .outputs import Outputs, Rows, rows_of, whole
 from .passes import Forward, device_of, is_compiled, isolated_rng, logits_of
 from .structure import Inputs, anchors_of
-from .valid_head import head_agrees, head_at, output_head
+from .valid_head import HeadUse, LinearHead, head_agrees, head_at, head_left_out, linear_head, output_head
 
 __all__ = ["AnchorForward", "FrozenMismatchError", "Outcome"]
+
+_log = logging.getLogger("craft_optim")
 
 
 class FrozenMismatchError(ValueError):
@@ -39,8 +42,9 @@ class Outcome(NamedTuple):
 class AnchorForward:
     """Runs a model on batches of anchors.
 
-    The first call finds out, with two forwards of one anchor, whether the vocabulary head can be run at the valid
-    positions only (`valid_head.head_at`), and what frozen modules return. Both hold for the calls after it.
+    The first call finds out, with a few forwards of one anchor, whether the vocabulary head can be left to those who
+    compare its logits (`valid_head.head_left_out`), or else be run at the valid positions only (`head_at`); and what
+    frozen modules return. All of it holds for the calls after it.
 
     Args:
         model: In a state that the caller sees to (`passes.steady`).
@@ -61,7 +65,8 @@ class AnchorForward:
         self._model, self._forward, self._layers, self._outputs = model, forward, layers, outputs
         self._frozen = frozen
         self._forms: dict[str, list[Form]] | None = None
-        self._packs: bool | None = None
+        self._asked = False  # about the head
+        self._linear: LinearHead | None = None
         self._head: nn.Module | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,19 +93,16 @@ class AnchorForward:
             FrozenMismatchError: The first time, frozen modules return something else than what is stored.
             OutputError: The outputs are not what they are said to be, or were before.
         """
-        packs = (
-            valid is not None
-            and self._outputs is not None
-            and self._can_pack(inputs, valid, self._outputs, lengths or {})
-        )
+        if self._outputs is not None:
+            self._ask_about_head(inputs, valid, self._outputs, lengths or {})
         known = {key: x for key, x in (stored or {}).items() if key.startswith("frozen.")}
         if not self._frozen or (stored is not None and not known):
-            return self._run(inputs, size, valid, packs)
+            return self._run(inputs, size, valid)
         if known and self._forms is not None:
             with replayed(self._model, known, self._forms):
-                return self._run(inputs, size, valid, packs)
+                return self._run(inputs, size, valid)
         with recorded(self._model, self._frozen) as calls:
-            outcome = self._run(inputs, size, valid, packs)
+            outcome = self._run(inputs, size, valid)
         called = {name: outputs for name, outputs in calls.items() if outputs}
         found = leaves(called if known else calls, size)
         if known:
@@ -108,36 +110,57 @@ class AnchorForward:
             self._forms = forms_of(called)
         return outcome._replace(frozen=found)
 
-    def _run(self, inputs: Inputs, size: int, valid: Tensor | None, packs: bool) -> Outcome:
+    def _run(self, inputs: Inputs, size: int, valid: Tensor | None) -> Outcome:
         wanted = self._outputs is not None
-        with head_at(self._model, valid, self._head) if packs and valid is not None else nullcontext() as head:
+        with self._using_head(valid) as head:
             output, hidden = run(self._model, inputs, forward=self._forward, layers=self._layers, output=wanted)
         if self._outputs is None:
             return Outcome({}, hidden, {})
+        if head is not None and head.used and self._linear is not None:
+            return Outcome({"": Rows(self._linear.rows(head), head.shape)}, hidden, {})
         if head is not None and head.used and valid is not None and (logits := logits_of(output)) is not None:
             return Outcome({"": Rows(whole(logits)[0], tuple(valid.shape))}, hidden, {})
         found = self._outputs(output, inputs, size, valid)
         return Outcome({name: rows_of(x, valid) for name, x in found.items()}, hidden, {})
 
-    def _can_pack(self, inputs: Inputs, valid: Tensor, outputs: Outputs, lengths: Mapping[str, Tensor]) -> bool:
-        """True if the model's logits stay the same, and there is something to save in this batch."""
-        if self._packs is None and output_head(self._model) is not None and not outputs.known:
-            one = anchors_of(inputs, 0, 1, lengths)
+    def _using_head(self, valid: Tensor | None) -> AbstractContextManager[HeadUse | None]:
+        if self._linear is not None:
+            return head_left_out(self._linear, valid)
+        if self._head is None or valid is None:
+            return nullcontext()
+        return head_at(self._model, valid, self._head)
+
+    def _ask_about_head(
+        self, inputs: Inputs, valid: Tensor | None, outputs: Outputs, lengths: Mapping[str, Tensor]
+    ) -> None:
+        if self._asked or (head := output_head(self._model)) is None:
+            self._asked = True
+            return
+        device = device_of(self._model)
+        one = anchors_of(inputs, 0, 1, lengths)
+        if not outputs.known:
             # What is wrong with it is said of the whole batch, in its own forward
-            with isolated_rng(device_of(self._model), None), torch.no_grad(), suppress(OutputError):
-                outputs(run(self._model, one, forward=self._forward)[0], one, 1, valid[:1])
-        if self._packs is None and not outputs.one_softmax(valid.ndim):
-            self._packs = False
-        if self._packs is None:
-            # On one anchor, and on every process alike, whatever its mask: forwards may need all of them
-            probe = torch.ones((1, *valid.shape[1:]), dtype=torch.bool)
-            probe.flatten()[-1] = False
-            with isolated_rng(device_of(self._model), None):  # what the pass draws is not to depend on this
-                self._packs = not is_compiled(self._model) and head_agrees(
-                    self._model, anchors_of(inputs, 0, 1, lengths), probe, forward=self._forward
-                )
-            self._head = output_head(self._model) if self._packs else None
-        return self._packs and 0 < int(valid.sum()) < valid.numel()
+            with isolated_rng(device, None), torch.no_grad(), suppress(OutputError):
+                outputs(run(self._model, one, forward=self._forward)[0], one, 1, None if valid is None else valid[:1])
+        self._asked = True
+        if is_compiled(self._model) or not outputs.one_softmax(2) or (valid is not None and valid.ndim != 2):
+            return
+        agrees = False
+        with isolated_rng(device, None):  # what the pass draws is not to depend on this
+            linear = linear_head(self._model, one, forward=self._forward)
+            if valid is not None:
+                # On one anchor, whatever its mask, and whatever its numbers have said of the head: forwards may need
+                # all processes
+                probe = torch.ones((1, *valid.shape[1:]), dtype=torch.bool)
+                probe.flatten()[-1] = False
+                agrees = head_agrees(self._model, one, probe, forward=self._forward)
+        self._linear, self._head = linear, head if agrees else None
+        if linear is None:
+            _log.info(
+                "The logits are computed as a whole%s: the model's head is not a plain linear module, or something "
+                "else looks at its logits.",
+                " at the valid positions" if agrees else "",
+            )
 
 
 def _compare(found: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

@@ -2,30 +2,27 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from . import losses
 from .one_output import OneOutput
+from .pieces import LogitRows, distance_in_pieces, kl_of, none_of
 
 __all__ = ["LogitRetention", "kl_term"]
 
 
-def kl_term(student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def kl_term(student: LogitRows, teacher: Mapping[str, LogitRows]) -> tuple[Tensor, int]:
     """Mean KL(teacher || softmax(student)) over positions, and their number; (0, 0) if there are none.
 
     Args:
         student: Logits `[positions, V]` of the model.
-        teacher: "logprobs" `[positions, V]`; or, as in a cache, "topk_logprobs", "topk_indices" and "rest_logprob".
+        teacher: "logprobs" `[positions, V]`, which may be a head's that has not run; or, as in a cache,
+            "topk_logprobs", "topk_indices" and "rest_logprob".
     """
     if not len(student):
-        return student.float().sum(), 0
-    teacher = {name: x.to(student.device, non_blocking=True) for name, x in teacher.items()}
-    with torch.autocast(student.device.type, enabled=False):
-        if "logprobs" in teacher:
-            return losses.kl_divergence(student, teacher["logprobs"]), len(student)
-        top, indices, rest = teacher["topk_logprobs"], teacher["topk_indices"], teacher.get("rest_logprob")
-        return losses.topk_kl_divergence(student, top, indices, teacher_rest_logprob=rest), len(student)
+        return none_of(student), 0
+    there = student.device
+    teacher = {n: x.to(there, non_blocking=True) if isinstance(x, Tensor) else x for n, x in teacher.items()}
+    return distance_in_pieces(student, kl_of(teacher)), len(student)
 
 
 class LogitRetention(OneOutput):
@@ -52,5 +49,5 @@ class LogitRetention(OneOutput):
     unit = "nats per position (KL)"
     kind = "classes"
 
-    def _distance(self, student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def _distance(self, student: LogitRows, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         return kl_term(student, teacher)

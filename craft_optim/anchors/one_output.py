@@ -14,6 +14,7 @@ from .forwards import Outcome
 from .kinds import Output
 from .masks import Mask, select, valid_positions, within
 from .outputs import FEATURES, feature, if_grown
+from .pieces import LogitRows, rows_at
 from .reading import AnchorMismatchError
 
 __all__ = ["OneOutput"]
@@ -99,10 +100,10 @@ class OneOutput(CachedRetention):
             wanted = valid_positions(self.model, batch.inputs, self.mask)
             assert wanted is not None
             kept = within(wanted, torch.ones(shape, dtype=torch.bool) if valid is None else valid)
-            student = select(student, kept)
+            student = rows_at(student, kept)
             teacher = {name: select(x, kept) for name, x in teacher.items()}
         return {self.kind: self._distance(student, teacher)}
 
     @abstractmethod
-    def _distance(self, student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def _distance(self, student: LogitRows, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
         """Mean distance over positions `[positions, V]`, and the number that it is the mean of; (0, 0) of none."""

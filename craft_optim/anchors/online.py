@@ -14,20 +14,21 @@ from .bernoulli_retention import BernoulliRetention, bernoulli_term
 from .cache import AnchorBatch, AnchorCache
 from .kinds import OutputError
 from .logit_retention import LogitRetention, kl_term
-from .masks import rows, valid_positions
+from .masks import valid_positions
 from .output_retention import UNITS, values_term
-from .outputs import Outputs, rows_of
-from .passes import call, device_of, isolated_rng, to_device
+from .outputs import Outputs, Rows, rows_of, rows_where
+from .passes import call, device_of, is_compiled, isolated_rng, to_device
+from .pieces import pieces_of
 from .reading import AnchorMismatchError, Reading, require_functions, with_fields
 from .retention import AnchorRetention, Anchors, Settings
 from .sampling import mixed_seed, spread
 from .structure import Inputs, model_inputs
 from .teachers import adapters_off, find_adapters
+from .valid_head import LinearHead, head_left_out, linear_head
 from .variance import ChannelVariance, scales_of
 
 __all__ = ["Examples", "OnlineRetention", "Teacher"]
 
-_TEACHER = "teacher"  # name of the feature that holds what it says
 _UNITS = {"classes": LogitRetention.unit, "labels": BernoulliRetention.unit, "values": UNITS["mse"]}
 _SOME = 256  # anchors that variances are measured on
 _NOT_FINITE = (
@@ -53,8 +54,8 @@ class OnlineRetention(AnchorRetention):
         retention().backward()
 
     Cost: a forward of the teacher without gradients, on top of the model's forward and backward; memory for the
-    teacher's logits of one batch. `LogitRetention` pays for the teacher once, and with disk. A deep copy shares the
-    anchors, and a teacher that is a module.
+    teacher's logits of one batch, where they are not computed in pieces. `LogitRetention` pays for the teacher once,
+    and with disk. A deep copy shares the anchors, and a teacher that is a module.
 
     Args:
         model: The model in training, on its device, in either mode.
@@ -100,6 +101,7 @@ class OnlineRetention(AnchorRetention):
         self.teacher, self.collate = teacher, collate
         super().__init__(model, self._source(anchors), batch_size, reading=reading, **settings)
         self._scales: Tensor | None = None
+        self._heads: dict[tuple[nn.Module, bool], LinearHead | None] = {}  # by model, and whether as a teacher
         self._outputs = Outputs(model, self.reading.output or "auto", self.reading.class_dim)
         if len(names := self._outputs.names) > 1:
             raise ValueError(
@@ -141,14 +143,17 @@ class OnlineRetention(AnchorRetention):
         taught = self._by_teacher(batch, seed)
         if self._kind == "values" and self._scales is None:
             self._scales = self._measured_scales()
-        return batch._replace(features={_TEACHER: taught})
+        return _TaughtBatch.of(batch, taught)
 
     def _measured_scales(self) -> Tensor:
         places, found = spread(len(self._anchors), _SOME), ChannelVariance()
         for number, start in enumerate(range(0, len(places), self.batch_size)):
             seed = mixed_seed(self.seed, number)
             batch = self._read(self._anchors, places[start : start + self.batch_size], seed)
-            found.add(rows_of(self._by_teacher(batch, seed), self._valid(batch.inputs)).values.cpu())
+            taught, valid = self._by_teacher(batch, seed), self._valid(batch.inputs)
+            values = rows_where(taught, valid if valid is not None and tuple(valid.shape) == taught.shape else None)
+            assert isinstance(values, Tensor)
+            found.add(values.cpu())
         scales = scales_of(found.result())
         if not bool((scales > 0.0).all()):
             if not bool(scales.isfinite().all()):
@@ -159,7 +164,7 @@ class OnlineRetention(AnchorRetention):
             )
         return scales
 
-    def _by_teacher(self, batch: AnchorBatch, seed: int) -> Tensor:
+    def _by_teacher(self, batch: AnchorBatch, seed: int) -> Rows:
         teacher, other = self.teacher, None
         switched: AbstractContextManager[Any] = nullcontext()
         if isinstance(teacher, nn.Module):
@@ -170,14 +175,36 @@ class OnlineRetention(AnchorRetention):
         with torch.no_grad(), switched, self._pass(seed, other):
             # It tells what the output is, once; a mask that is a function need not run for that again
             valid = None if self._outputs.known else self._valid(batch.inputs)
-            return self._output(batch.inputs, valid, other)
+            return self._output(batch.inputs, valid, other, taught=True)
 
-    def _output(self, inputs: Inputs, valid: Tensor | None, other: nn.Module | None = None) -> Tensor:
-        """Output of the model, or of a teacher that is a module of its own: `[B, ..., V]`."""
+    def _output(
+        self, inputs: Inputs, valid: Tensor | None, other: nn.Module | None = None, *, taught: bool = False
+    ) -> Rows:
+        """Output of the model, or of a teacher that is a module of its own, at all positions."""
         model, device = (self.model, self.device) if other is None else (other, device_of(other))
-        output = call(model, to_device(inputs, device), self.reading.forward)
+        inputs = to_device(inputs, device)
+        head = self._head_of(model, inputs, taught) if self._outputs.known else None
+        with nullcontext() if head is None else head_left_out(head, None) as seen:
+            output = call(model, inputs, self.reading.forward)
+        if head is not None and seen is not None and seen.used:
+            return Rows(head.rows(seen), seen.shape)
         (found,) = self._outputs(output, inputs, None, valid).values()
-        return found
+        return rows_of(found, None)
+
+    def _head_of(self, model: nn.Module, inputs: Inputs, taught: bool) -> LinearHead | None:
+        """The head of the model, or of a teacher, if its logits can be left to the comparison."""
+        if (model, taught) not in self._heads:
+            head = None
+            if self._outputs.one_softmax(2) and not is_compiled(model):
+                with isolated_rng(device_of(model), None):  # what the pass draws is not to depend on this
+                    head = linear_head(model, inputs, forward=self.reading.forward)
+            self._heads[model, taught] = head
+        head = self._heads[model, taught]
+        # The weights that it has when logits are compared must be the teacher's
+        if head is None or not taught or model is self.teacher:
+            return head
+        frozen = not any(p.requires_grad for p in head.head.parameters())
+        return head if frozen and self.teacher is None else None
 
     def _valid(self, inputs: Inputs) -> Tensor | None:
         return valid_positions(self.model, inputs, self.reading.mask)
@@ -188,24 +215,28 @@ class OnlineRetention(AnchorRetention):
         return known[0].kind if known else "classes" if asked == "auto" else asked
 
     def _terms(self, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
-        teacher, valid = batch.features[_TEACHER], self._valid(batch.inputs)
+        assert isinstance(batch, _TaughtBatch)
+        taught, valid = batch.taught, self._valid(batch.inputs)
         try:
-            student = self._output(batch.inputs, valid)
+            output = self._output(batch.inputs, valid)
         except OutputError as error:
             raise AnchorMismatchError(str(error)) from error
-        if student.shape != teacher.shape:
+        mine, its = ((*x.shape, x.values.shape[-1]) for x in (output, taught))
+        if mine != its:
             raise AnchorMismatchError(
-                f"The model gives {tuple(student.shape)}, its teacher {tuple(teacher.shape)}. If one of "
-                "them has positions of its own, such as a learned prompt's, leave these out in `forward=`."
+                f"The model gives {mine}, its teacher {its}. If one of them has positions of its own, such as a "
+                "learned prompt's, leave these out in `forward=`."
             )
-        if self.reading.mask is None and valid is not None and valid.shape != student.shape[:-1]:
+        if self.reading.mask is None and valid is not None and tuple(valid.shape) != output.shape:
             valid = None
-        student, teacher = rows(student, valid), rows(teacher, valid)
+        student, teacher = rows_where(output, valid), rows_where(taught, valid)
+        if self._kind == "classes":
+            return {"classes": kl_term(student, {"logprobs": teacher})}
+        assert isinstance(student, Tensor)
+        assert isinstance(teacher, Tensor)
         if self._kind == "labels":
             return {"labels": bernoulli_term(student, teacher)}
-        if self._kind == "values":
-            return {"values": values_term(student, teacher, "mse", self._scales)}
-        return {"classes": kl_term(student, {"logprobs": teacher})}
+        return {"values": values_term(student, teacher, "mse", self._scales)}
 
     def _refuse_shared(self, teacher: nn.Module) -> None:
         trainable = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -221,7 +252,8 @@ class OnlineRetention(AnchorRetention):
         return [*super()._precisions(), *(p.dtype for p in others if p.is_floating_point())]
 
     def _cause(self, batch: AnchorBatch) -> str:
-        if not bool(batch.features[_TEACHER].isfinite().all()):
+        assert isinstance(batch, _TaughtBatch)
+        if not all(bool(values.isfinite().all()) for _, values in pieces_of(batch.taught.values)):
             return f"Cause: the teacher's output is not finite. {_NOT_FINITE}"
         if self.teacher is None:
             return (
@@ -233,6 +265,18 @@ class OnlineRetention(AnchorRetention):
             "Likely: the teacher has other weights or another precision than the model before its first step, or "
             "outputs are random in a place that is not recognised as dropout."
         )
+
+
+class _TaughtBatch(AnchorBatch):
+    """A batch, and the teacher's output at all of its positions."""
+
+    taught: Rows
+
+    @classmethod
+    def of(cls, batch: AnchorBatch, taught: Rows) -> "_TaughtBatch":
+        found = cls(*batch)
+        found.taught = taught
+        return found
 
 
 class _Collated:

@@ -10,6 +10,7 @@ from . import losses
 from .cache import AnchorCache
 from .cached import CachedSettings, DriftOfEach
 from .one_output import OneOutput
+from .pieces import LogitRows
 from .variance import scales_of
 
 __all__ = ["UNITS", "OutputRetention", "values_term"]
@@ -107,5 +108,6 @@ class OutputRetention(OneOutput):
             raise TypeError("loss='similarity' compares anchors with each other: no single one has a drift.")
         return super().drift_of_each(*args, **kwargs)
 
-    def _distance(self, student: Tensor, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def _distance(self, student: LogitRows, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        assert isinstance(student, Tensor)
         return values_term(student, teacher["values"], self.distance, self._scales)

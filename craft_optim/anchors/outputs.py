@@ -11,6 +11,7 @@ from craft_optim._warn import warn
 from .kinds import Output, OutputError, Question, named
 from .masks import rows
 from .passes import logits_of
+from .pieces import LogitRows, rows_at
 from .structure import Inputs
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "feature",
     "if_grown",
     "rows_of",
+    "rows_where",
     "whole",
 ]
 
@@ -38,11 +40,11 @@ class Rows(NamedTuple):
     """One output of a batch.
 
     Attributes:
-        values: `[positions, V]`: those of the valid positions, or of all.
+        values: `[positions, V]`: those of the valid positions, or of all; of classes also a head's that has not run.
         shape: Shape of all positions, the anchors first.
     """
 
-    values: Tensor
+    values: LogitRows
     shape: tuple[int, ...]
 
 
@@ -51,6 +53,19 @@ def rows_of(x: Tensor, valid: Tensor | None) -> Rows:
     shape = tuple(x.shape[:-1])
     fits = valid is not None and tuple(valid.shape) == shape
     return Rows(rows(x, valid if fits else None), shape)
+
+
+def rows_where(output: Rows, valid: Tensor | None) -> LogitRows:
+    """Of an output at all positions those that `valid`, on the CPU, selects; None selects all.
+
+    Raises:
+        ValueError: The mask has another shape than the positions.
+    """
+    if valid is None:
+        return output.values
+    if tuple(valid.shape) != output.shape:
+        raise ValueError(f"The logits' mask must have shape {output.shape}. Found {tuple(valid.shape)}.")
+    return rows_at(output.values, valid.flatten().nonzero().flatten())
 
 
 def feature(name: str, head: str) -> str:

@@ -8,6 +8,7 @@ from .cache import AnchorBatch
 from .forwards import Outcome
 from .manifest import cover, is_mask
 from .outputs import Rows
+from .pieces import split_rows
 from .structure import anchors_of, flatten
 
 __all__ = ["single_anchors"]
@@ -33,7 +34,7 @@ def single_anchors(
     parts = {name: torch.split(x, counts.get(covers[name] or "", 1)) for name, x in features.items()}
     mask = features.get("mask")
     split = {
-        name: torch.split(
+        name: split_rows(
             x.values, counts["mask"] if mask is not None and mask.shape == x.shape else len(x.values) // size
         )
         for name, x in outcome.outputs.items()

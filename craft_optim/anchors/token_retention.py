@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .cache import AnchorBatch, AnchorCache
 from .cached import CachedRetention
 from .forwards import Outcome
+from .pieces import LogitRows, distance_in_pieces, likelihood_of, none_of, pieces_of
 from .reading import AnchorMismatchError
 
 __all__ = ["TokenRetention"]
@@ -60,16 +60,14 @@ class TokenRetention(CachedRetention):
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         student, tokens = self._student(outcome, batch), batch.features["tokens"]
         if not len(student):
-            return {"tokens": (student.float().sum(), 0)}
-        tokens = tokens.to(student.device, non_blocking=True)
-        with torch.autocast(student.device.type, enabled=False):
-            value = F.cross_entropy(student if student.dtype == torch.float64 else student.float(), tokens.long())
-            known = batch.features.get("token_logprobs")
-            if known is not None:
-                value = value + known.to(student.device, non_blocking=True).to(value.dtype).mean()
+            return {"tokens": (none_of(student), 0)}
+        value = distance_in_pieces(student, likelihood_of(tokens.to(student.device, non_blocking=True)))
+        known = batch.features.get("token_logprobs")
+        if known is not None:
+            value = value + known.to(student.device, non_blocking=True).to(value.dtype).mean()
         return {"tokens": (value, len(tokens))}
 
-    def _student(self, outcome: Outcome, batch: AnchorBatch) -> Tensor:
+    def _student(self, outcome: Outcome, batch: AnchorBatch) -> LogitRows:
         expected, found = tuple(batch.features["mask"].shape), outcome.outputs[""]
         if found.shape != expected:
             raise AnchorMismatchError(
@@ -91,8 +89,11 @@ class TokenRetention(CachedRetention):
             return
         with torch.no_grad(), self._pass(self._seed(0)):
             student = self._student(self._outcome(batch), batch)
-        tokens = batch.features["tokens"].to(student.device)
-        share = (student.argmax(-1) == tokens).float().mean() if len(tokens) else torch.ones((), device=student.device)
+            tokens = batch.features["tokens"].to(student.device)
+            share = torch.ones((), device=student.device)
+            if len(tokens):
+                likeliest = torch.cat([logits.argmax(-1) for _, logits in pieces_of(student)])
+                share = (likeliest == tokens).float().mean()
         agreement = self._over_all(share)
         if not agreement >= _AGREEMENT:
             raise AnchorMismatchError(

@@ -1,6 +1,7 @@
-"""The vocabulary head, run only at the positions whose logits count."""
+"""The vocabulary head, run only at the positions whose logits count, or left out where it is known what it computes."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,22 +12,51 @@ from torch import Tensor, nn
 from .capture import run
 from .masks import rows, select
 from .passes import Forward, call, eager, logits_of, saving_hooks
+from .pieces import HeadRows
 from .structure import Inputs
 
-__all__ = ["HeadUse", "head_agrees", "head_at", "output_head"]
+__all__ = ["HeadUse", "LinearHead", "head_agrees", "head_at", "head_left_out", "linear_head", "output_head"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
 class HeadUse:
-    """The head in a forward under `head_at`.
+    """The head in a forward under `head_at` or `head_left_out`.
 
     Attributes:
-        used: True if the logits are `[1, P, V]`, those of the P valid positions in row-major order.
+        used: True if the logits are `[1, P, V]`, those of the P valid positions in row-major order; of a head that was
+            left out `[1, 0, V]`.
         calls: Number of times that the head has run. After more than one the output is of no use: run again without.
+        hidden: What a head that was left out would have been given, `[P, D]`.
+        dtype: What it would have computed in.
+        shape: Of all positions, `(B, T)`.
     """
 
     used: bool = False
     calls: int = 0
+    hidden: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A head of which it is known that the model's logits are `cap tanh(scale y / cap)` of its output y.
+
+    Attributes:
+        head: A plain linear module.
+        scale, cap: As of `HeadRows`.
+    """
+
+    head: nn.Linear
+    scale: float = 1.0
+    cap: float | None = None
+
+    def rows(self, seen: HeadUse) -> HeadRows:
+        """The logits of a forward that left the head out."""
+        assert seen.hidden is not None
+        return HeadRows(seen.hidden, self.head.weight, self.head.bias, seen.dtype, self.scale, self.cap)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -59,26 +89,87 @@ def head_at(model: nn.Module, valid: Tensor, head: nn.Module | None = None) -> I
     if head is None or valid.ndim != 2 or not 0 < len(places) < valid.numel():
         yield seen
         return
+
+    def at_valid(hidden: Tensor) -> Tensor | None:
+        return select(hidden.flatten(0, 1), places).unsqueeze(0) if hidden.shape[:2] == valid.shape else None
+
+    with _given(head, at_valid, seen):
+        yield seen
+
+
+@contextmanager
+def head_left_out(known: LinearHead, valid: Tensor | None) -> Iterator[HeadUse]:
+    """Within the block, a forward runs the head at no position, if it can; the result has what it would be given.
+
+    `LinearHead.rows` are the logits, to be computed in pieces by whoever compares them. As for `head_at`, nothing
+    happens where the head is given something else than a plain tensor, or within an activation checkpoint; nor where
+    something else looks at what it returns.
+
+    Args:
+        known: The head.
+        valid: `[B, T]` on the CPU, true where logits are compared; None for all positions.
+    """
+    seen = HeadUse()
+
+    def nothing(hidden: Tensor) -> Tensor | None:
+        if (valid is not None and hidden.shape[:2] != valid.shape) or not _is_plain(known.head):
+            return None
+        kind = hidden.device.type
+        autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+        seen.dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+        seen.hidden, seen.shape = rows(hidden, valid), tuple(hidden.shape[:2])
+        return hidden.flatten(0, 1)[:0].unsqueeze(0)
+
+    with _given(known.head, nothing, seen):
+        yield seen
+
+
+@contextmanager
+def _given(head: nn.Module, instead: Callable[[Tensor], Tensor | None], seen: HeadUse) -> Iterator[None]:
+    """Within the block the head is given something else than its first input, `[B, T, D]`."""
     outside = torch.is_grad_enabled(), saving_hooks()
 
-    def at_valid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen.calls += 1
         seen.used = False
         name, hidden = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
-        if seen.calls > 1 or type(hidden) is not Tensor or hidden.ndim != 3 or hidden.shape[:2] != valid.shape:
+        if seen.calls > 1 or type(hidden) is not Tensor or hidden.ndim != 3:
             return None
-        if (torch.is_grad_enabled(), saving_hooks()) != outside:
+        if (torch.is_grad_enabled(), saving_hooks()) != outside or (given := instead(hidden)) is None:
             return None
         seen.used = True
-        selected = select(hidden.flatten(0, 1), places).unsqueeze(0)
-        return ((selected, *args[1:]), kwargs) if args else (args, kwargs | {name: selected})
+        return ((given, *args[1:]), kwargs) if args else (args, kwargs | {name: given})
 
-    handle = head.register_forward_pre_hook(at_valid, with_kwargs=True)
+    handle = head.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with eager():
-            yield seen
+            yield
     finally:
         handle.remove()
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """True if the head is a linear module whose output depends on its two parameters alone, which are all here.
+
+    Not one with adapters, quantised or parametrised weights, nor with weights that a framework has split or taken away.
+    """
+    if (
+        type(head) is not nn.Linear
+        or "forward" in vars(head)
+        or head._forward_hooks
+        or len(head._forward_pre_hooks) > 1
+    ):
+        return False
+    weight, bias = head.weight, head.bias
+    return (
+        all(
+            type(x) in (nn.Parameter, Tensor) and x.dtype in _DTYPES and x.untyped_storage().nbytes() >= x.nbytes
+            for x in (weight, bias)
+            if x is not None
+        )
+        and weight.ndim == 2
+        and (bias is None or len(bias) == len(weight))
+    )
 
 
 def head_agrees(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forward | None = None) -> bool:
@@ -104,8 +195,97 @@ def head_agrees(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: For
     if not seen.used or whole is None or found is None or whole.shape[:-1] != valid.shape:
         return False
     expected = rows(whole, valid)
-    if found.shape != (1, *expected.shape):
-        return False
-    rounding = torch.finfo(torch.bfloat16).eps
+    return found.shape == (1, *expected.shape) and _alike(found[0], expected, torch.finfo(torch.bfloat16).eps)
+
+
+def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = None) -> LinearHead | None:
+    """What the model's logits are of its head's output, if that is one of the forms that are known; else None.
+
+    Runs two forwards: ask once, in the conditions of the passes, with few inputs. The first has autograd say what
+    becomes of the head's output: what is masked in one batch and not in another would not be seen in its numbers.
+    Scales and caps are looked for among the numbers of the model's configs.
+
+    Args:
+        model, inputs, forward: As for `head_agrees`.
+    """
+    head = output_head(model)
+    if type(head) is not nn.Linear or not _is_plain_before(head):
+        return None
+    whole = _only_scaled(model, inputs, forward, head)
+    if whole is None:
+        return None
+    with torch.no_grad():
+        try:
+            with head_left_out(LinearHead(head), None) as seen:
+                call(model, inputs, forward)
+        except Exception:  # whatever a model does with no logits, such as a loss over labels
+            return None
+        if not seen.used or seen.calls > 1 or not _is_plain_before(head) or whole.shape[:-1] != seen.shape:
+            return None
+        expected = rows(whole, None)
+        eps = max(torch.finfo(seen.dtype).eps, torch.finfo(expected.dtype).eps)
+        forms = [LinearHead(head, *form) for form in _forms(model)]
+        apart = [_apart(form.rows(seen).logits(), expected) for form in forms]
+    best, *others = sorted(range(len(forms)), key=apart.__getitem__)
+    # Small logits are the same with a cap and without, but they may grow
+    told = all(apart[i] > apart[best] + eps for i in others)
+    return forms[best] if apart[best] <= 8.0 * eps and told else None
+
+
+_SCALING = ("Mul", "Div", "Tanh", "ToCopy", "Clone", "Alias", "View", "UnsafeView", "Slice", "Squeeze", "Unsqueeze")
+
+
+def _only_scaled(model: nn.Module, inputs: Inputs, forward: Forward | None, head: nn.Module) -> Tensor | None:
+    """The model's logits, if they are the head's output but for factors and a tanh; else None."""
+    given: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        given.append(out.detach().requires_grad_())
+        return given[-1].clone()
+
+    handle = head.register_forward_hook(hook)
+    try:
+        with torch.enable_grad(), eager():
+            logits = logits_of(call(model, inputs, forward))
+    finally:
+        handle.remove()
+    node = None if logits is None or len(given) != 1 else logits.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        by = getattr(node, "_saved_other", None)
+        following = [function for function, _ in node.next_functions if function is not None]
+        known = node.name().partition("Backward")[0] in _SCALING
+        if not known or len(following) != 1 or (isinstance(by, Tensor) and by.ndim > 0):
+            return None
+        node = following[0]
+    return logits.detach() if node is not None and logits is not None and node.variable is given[0] else None
+
+
+def _is_plain_before(head: nn.Module) -> bool:
+    return _is_plain(head) and not head._forward_pre_hooks
+
+
+def _forms(model: nn.Module) -> set[tuple[float, float | None]]:
+    """Scales and caps that a model's configs may mean."""
+    configs = {id(c): c for m in model.modules() if hasattr(c := vars(m).get("config"), "__dict__")}
+    found: set[tuple[float, float | None]] = {(1.0, None)}
+    for name, value in (pair for config in configs.values() for pair in vars(config).items()):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 < value < math.inf:
+            continue
+        if "attn" in name or "router" in name or not any(word in name for word in ("logit", "multiplier")):
+            continue
+        found |= {(1.0, float(value))} if "softcap" in name else {(float(value), None), (1.0 / value, None)}
+    return found
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a multiple of the largest number."""
+    if found.shape != expected.shape:
+        return math.inf
+    scale = float(torch.where(expected.isfinite(), expected, 0.0).abs().max()) or 1.0
+    apart = float((found.to(expected.dtype) - expected).abs().max()) / scale
+    return apart if math.isfinite(apart) else math.inf
+
+
+def _alike(found: Tensor, expected: Tensor, rounding: float) -> bool:
     scale = float(torch.where(expected.isfinite(), expected, 0.0).abs().max())
-    return torch.allclose(found[0], expected, rtol=rounding, atol=rounding * scale, equal_nan=True)
+    return torch.allclose(found, expected, rtol=rounding, atol=rounding * scale, equal_nan=True)

@@ -129,7 +129,7 @@ def test_the_head_runs_where_logits_are_compared(llama: nn.Module, token_batches
     counted = int(cache.read(retention._sampler.indices(1)).features["mask"].sum())
     assert widths == [counted], "positions that the head has seen"
     retention.position = 1
-    retention._run._packs = False  # type: ignore[union-attr]
+    retention._run._head = None  # type: ignore[union-attr]
     expected, wanted = gradients(llama, retention)
     assert widths[-1] > counted
     assert loss == pytest.approx(expected, rel=1e-5)
