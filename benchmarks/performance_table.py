@@ -29,11 +29,15 @@ LEGEND = (
     "its memory traffic is that of reading both gradients twice and writing one, 5/3 of the time of `y += alpha * x` "
     "on one vector. Peers make new vectors; on the CPU they get memory that was used before. torchjd's time includes "
     "making the Jacobian of the two lists. The plain loop is three `torch.dot` per tensor and one foreach axpy. K: "
-    "retention on every K-th step; with as many anchors as training examples, or a quarter. AdamW is fused."
+    'retention on every K-th step; with as many anchors as training examples, or a quarter. "auto" is past its start '
+    "and at epsilon. AdamW is fused. The pass over many classes is of 512 positions of width 256, with top-64 anchors "
+    "and a head that does not train."
 )
 
 FLOOR = "Surgery, as a multiple of its memory traffic"
 STEP = "Whole step, as a multiple of AdamW's"
+HEAD = "Retention pass over many classes, as a multiple of its distance as autograd takes it apart"
+HEAD_MEMORY = "Peak memory of that pass, in copies of its logits in float32"
 WITHOUT = "Step without retention, over AdamW's own step"
 MEMORY = "Peak memory over AdamW's, in copies of the gradients"
 SCALING = "Scaling"
@@ -84,11 +88,24 @@ LINES = (
     Line(STEP, "GPT-2 124M, K = 1", "step of GPT-2 124M, K = 1"),
     Line(STEP, "GPT-2 124M, K = 1, a quarter of the anchors", "step of GPT-2 124M, K = 1, quarter of the anchors"),
     Line(STEP, "GPT-2 124M, K = 5", "step of GPT-2 124M, K = 5"),
+    Line(STEP, 'GPT-2 124M, "auto"', "step of GPT-2 124M, auto, at epsilon", promise=1.5, promised_on="cpu"),
     Line(STEP, "small pi0_fast, K = 1", "step of the small pi0_fast, K = 1"),
     Line(STEP, "small pi0_fast, K = 1, a quarter of the anchors",
          "step of the small pi0_fast, K = 1, quarter of the anchors"),
     Line(STEP, "small pi0_fast, K = 5", "step of the small pi0_fast, K = 5"),
+    Line(STEP, 'small pi0_fast, "auto"', "step of the small pi0_fast, auto, at epsilon"),
     Line(STEP, "pi0_fast 3B, K = 5", "step of pi0_fast 3B, K = 5", ("cuda",), 1.15),
+    Line(HEAD, "257,152 classes", "pass over 257152 classes", promise=0.75, promised_on="cpu"),
+    Line(HEAD, "49,152 classes", "pass over 49152 classes", promise=1.0, promised_on="cpu"),
+    Line(HEAD, "1,000 classes", "pass over 1000 classes"),
+    Line(HEAD, "257,152 classes, of a head that is not found", "pass over 257152 classes, logits given"),
+    Line(HEAD_MEMORY, "257,152 classes", "memory, pass over 257152 classes", promise=0.3, promised_on="cpu"),
+    Line(HEAD_MEMORY, "257,152 classes, of a head that is not found", "memory, pass over 257152 classes, logits given",
+         promise=2.6, promised_on="cpu"),
+    Line(HEAD_MEMORY, "49,152 classes", "memory, pass over 49152 classes"),
+    Line(HEAD_MEMORY, "peer: as autograd takes it apart, 257,152 classes",
+         "memory, the formula's pass over 257152 classes"),
+    Line(HEAD_MEMORY, "peer: a plain KL penalty, 257,152 classes", "memory, plain KL's pass over 257152 classes"),
     Line(WITHOUT, "GPT-2's 148 tensors", "step without retention, GPT-2 124M", promise=1.01),
     Line(WITHOUT, "a tiny model, added microseconds", "step without retention, added to a tiny model's", promise=20.0,
          unit=" us"),

@@ -72,6 +72,7 @@ def logits(model: nn.Module, path: Path, *, head: bool, tower: bool) -> Callable
     cache = build(model, batches(), path / f"{head}{tower}", reading, top_k=16, progress=False)
     with pytest.MonkeyPatch.context() as patch:
         if head:
+            patch.setattr(forwards, "linear_head", lambda *args, **kwargs: None)
             patch.setattr(forwards, "head_agrees", lambda *args, **kwargs: False)
         return one_pass(LogitRetention(model, cache, 16))
 
