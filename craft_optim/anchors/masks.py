@@ -9,7 +9,7 @@ from .names import base_model
 from .passes import is_encoder_decoder
 from .structure import Inputs
 
-__all__ = ["IGNORED", "Mask", "rows", "select", "valid_positions", "within"]
+__all__ = ["IGNORED", "Mask", "places_of", "rows", "select", "valid_positions", "within"]
 
 Mask = str | Callable[[Any], Tensor]
 
@@ -81,10 +81,21 @@ def rows(logits: Tensor, valid: Tensor | None) -> Tensor:
 
     Positions are selected on the host: an accelerator need not be waited for, and only what counts is computed with.
     """
-    if valid is not None and valid.shape != logits.shape[:-1]:
-        raise ValueError(f"The logits' mask must have shape {tuple(logits.shape[:-1])}. Found {tuple(valid.shape)}.")
-    flat = logits.flatten(0, -2)
-    return flat if valid is None else select(flat, valid.flatten().nonzero().flatten())
+    flat, places = logits.flatten(0, -2), places_of(valid, tuple(logits.shape[:-1]))
+    return flat if places is None else select(flat, places)
+
+
+def places_of(valid: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Numbers of the positions that `valid` selects, in row-major order; None for all.
+
+    Raises:
+        ValueError: The mask has another shape than the positions.
+    """
+    if valid is None:
+        return None
+    if tuple(valid.shape) != shape:
+        raise ValueError(f"The logits' mask must have shape {shape}. Found {tuple(valid.shape)}.")
+    return valid.flatten().nonzero().flatten()
 
 
 def select(x: Tensor, places: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class OnlineRetention(AnchorRetention):
         self.teacher, self.collate = teacher, collate
         super().__init__(model, self._source(anchors), batch_size, reading=reading, **settings)
         self._scales: Tensor | None = None
-        self._heads: dict[tuple[nn.Module, bool], LinearHead | None] = {}  # by model, and whether as a teacher
+        self._heads: dict[nn.Module, LinearHead | None] = {}
         self._outputs = Outputs(model, self.reading.output or "auto", self.reading.class_dim)
         if len(names := self._outputs.names) > 1:
             raise ValueError(
@@ -193,18 +193,19 @@ class OnlineRetention(AnchorRetention):
 
     def _head_of(self, model: nn.Module, inputs: Inputs, taught: bool) -> LinearHead | None:
         """The head of the model, or of a teacher, if its logits can be left to the comparison."""
-        if (model, taught) not in self._heads:
+        beside = taught and model is not self.teacher  # the model itself, within a context
+        if beside and self.teacher is not None:
+            return None  # nobody knows which weights it has outside of it
+        if model not in self._heads:
             head = None
             if self._outputs.one_softmax(2) and not is_compiled(model):
                 with isolated_rng(device_of(model), None):  # what the pass draws is not to depend on this
                     head = linear_head(model, inputs, forward=self.reading.forward)
-            self._heads[model, taught] = head
-        head = self._heads[model, taught]
+            self._heads[model] = head
+        head = self._heads[model]
         # The weights that it has when logits are compared must be the teacher's
-        if head is None or not taught or model is self.teacher:
-            return head
-        frozen = not any(p.requires_grad for p in head.head.parameters())
-        return head if frozen and self.teacher is None else None
+        trains = head is not None and any(p.requires_grad for p in head.head.parameters())
+        return None if beside and trains else head
 
     def _valid(self, inputs: Inputs) -> Tensor | None:
         return valid_positions(self.model, inputs, self.reading.mask)

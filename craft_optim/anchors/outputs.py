@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from craft_optim._warn import warn
 
 from .kinds import Output, OutputError, Question, named
-from .masks import rows
+from .masks import places_of, rows
 from .passes import logits_of
 from .pieces import LogitRows, rows_at
 from .structure import Inputs
@@ -61,11 +61,8 @@ def rows_where(output: Rows, valid: Tensor | None) -> LogitRows:
     Raises:
         ValueError: The mask has another shape than the positions.
     """
-    if valid is None:
-        return output.values
-    if tuple(valid.shape) != output.shape:
-        raise ValueError(f"The logits' mask must have shape {output.shape}. Found {tuple(valid.shape)}.")
-    return rows_at(output.values, valid.flatten().nonzero().flatten())
+    places = places_of(valid, output.shape)
+    return output.values if places is None else rows_at(output.values, places)
 
 
 def feature(name: str, head: str) -> str:

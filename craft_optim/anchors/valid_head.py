@@ -112,7 +112,7 @@ def head_left_out(known: LinearHead, valid: Tensor | None) -> Iterator[HeadUse]:
     seen = HeadUse()
 
     def nothing(hidden: Tensor) -> Tensor | None:
-        if (valid is not None and hidden.shape[:2] != valid.shape) or not _is_plain(known.head):
+        if (valid is not None and hidden.shape[:2] != valid.shape) or not _is_plain(known.head, hooks=1):
             return None
         kind = hidden.device.type
         autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
@@ -148,16 +148,17 @@ def _given(head: nn.Module, instead: Callable[[Tensor], Tensor | None], seen: He
         handle.remove()
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: nn.Module, hooks: int = 0) -> bool:
     """True if the head is a linear module whose output depends on its two parameters alone, which are all here.
 
     Not one with adapters, quantised or parametrised weights, nor with weights that a framework has split or taken away.
+    `hooks` of its forward may be there: our own.
     """
     if (
         type(head) is not nn.Linear
         or "forward" in vars(head)
         or head._forward_hooks
-        or len(head._forward_pre_hooks) > 1
+        or len(head._forward_pre_hooks) > hooks
     ):
         return False
     weight, bias = head.weight, head.bias
@@ -209,7 +210,7 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
         model, inputs, forward: As for `head_agrees`.
     """
     head = output_head(model)
-    if type(head) is not nn.Linear or not _is_plain_before(head):
+    if type(head) is not nn.Linear or not _is_plain(head):
         return None
     whole = _only_scaled(model, inputs, forward, head)
     if whole is None:
@@ -220,7 +221,7 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
                 call(model, inputs, forward)
         except Exception:  # whatever a model does with no logits, such as a loss over labels
             return None
-        if not seen.used or seen.calls > 1 or not _is_plain_before(head) or whole.shape[:-1] != seen.shape:
+        if not seen.used or seen.calls > 1 or not _is_plain(head) or whole.shape[:-1] != seen.shape:
             return None
         expected = rows(whole, None)
         eps = max(torch.finfo(seen.dtype).eps, torch.finfo(expected.dtype).eps)
@@ -260,10 +261,6 @@ def _only_scaled(model: nn.Module, inputs: Inputs, forward: Forward | None, head
     return logits.detach() if node is not None and logits is not None and node.variable is given[0] else None
 
 
-def _is_plain_before(head: nn.Module) -> bool:
-    return _is_plain(head) and not head._forward_pre_hooks
-
-
 def _forms(model: nn.Module) -> set[tuple[float, float | None]]:
     """Scales and caps that a model's configs may mean."""
     configs = {id(c): c for m in model.modules() if hasattr(c := vars(m).get("config"), "__dict__")}
@@ -281,11 +278,13 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     """The largest difference, as a multiple of the largest number."""
     if found.shape != expected.shape:
         return math.inf
-    scale = float(torch.where(expected.isfinite(), expected, 0.0).abs().max()) or 1.0
-    apart = float((found.to(expected.dtype) - expected).abs().max()) / scale
+    apart = float((found.to(expected.dtype) - expected).abs().max()) / (_largest(expected) or 1.0)
     return apart if math.isfinite(apart) else math.inf
 
 
 def _alike(found: Tensor, expected: Tensor, rounding: float) -> bool:
-    scale = float(torch.where(expected.isfinite(), expected, 0.0).abs().max())
-    return torch.allclose(found, expected, rtol=rounding, atol=rounding * scale, equal_nan=True)
+    return torch.allclose(found, expected, rtol=rounding, atol=rounding * _largest(expected), equal_nan=True)
+
+
+def _largest(x: Tensor) -> float:
+    return float(torch.where(x.isfinite(), x, 0.0).abs().max())

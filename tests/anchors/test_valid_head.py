@@ -46,6 +46,17 @@ def lora_on_the_head(model: nn.Module) -> nn.Module:
     return nn.DataParallel(model)  # without devices it only wraps
 
 
+def assert_same_logits(found: Tensor, expected: Tensor, weights: list[Tensor], *, coarse: bool) -> None:
+    """The same numbers, and gradients of the weights."""
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if coarse else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **tolerance)
+    mine, its = (torch.autograd.grad(x.float().square().mean(), weights, allow_unused=True) for x in (found, expected))
+    for a, b in zip(mine, its, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, **(tolerance | {"atol": tolerance["atol"] * float(b.abs().max())}))
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vlm", "gemma2", "lora"])
 def test_the_head_runs_at_valid_positions_only(
@@ -76,14 +87,7 @@ def test_the_head_runs_at_valid_positions_only(
     assert seen.used
     assert found.shape == (1, int(valid.sum()), 60)
     assert given == [tuple(found.shape)]
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(found[0], whole[valid], **tolerance)
-    expected = torch.autograd.grad(whole[valid].float().square().mean(), weights, allow_unused=True)
-    gradients = torch.autograd.grad(found.float().square().mean(), weights, allow_unused=True)
-    for a, b in zip(gradients, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **(tolerance | {"atol": tolerance["atol"] * float(b.abs().max())}))
+    assert_same_logits(found[0], whole[valid], weights, coarse=autocast)
     assert hooks(head) == 0
 
 
@@ -202,16 +206,8 @@ def test_what_a_head_computes_is_known(name: str, dtype: torch.dtype, autocast: 
         assert seen.shape == (4, 9)
         whole, found = model(**batch).logits, known.rows(seen).logits()
     assert found.shape == (int(valid.sum()), 60)
-    coarse = autocast or dtype == torch.bfloat16
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if coarse else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(found.to(whole.dtype), whole[valid], **tolerance)
     weights = [p for p in model.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(whole[valid].float().square().mean(), weights, allow_unused=True)
-    gradients = torch.autograd.grad(found.float().square().mean(), weights, allow_unused=True)
-    for a, b in zip(gradients, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, **(tolerance | {"atol": tolerance["atol"] * float(b.abs().max())}))
+    assert_same_logits(found.to(whole.dtype), whole[valid], weights, coarse=autocast or dtype == torch.bfloat16)
     assert hooks(known.head) == 0
 
 
@@ -340,7 +336,7 @@ def test_beside_a_teacher_that_runs_along(kind: str) -> None:
     anchors = [{name: x[i] for name, x in batch.items()} for i in range(6)]
     teacher = {"adapters": None, "module": frozen, "context": model.disable_adapter}[kind]
     retention = OnlineRetention(model, anchors, 6, teacher=teacher)
-    for _ in range(2):  # the second finds out about the teacher's
+    for _ in range(2):  # in the second the teacher's is left out, too
         assert retention().item() == 0.0, "to the bit"
     with torch.no_grad():
         for name, p in model.named_parameters():
