@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from craft_optim.anchors import AnchorCache
+from craft_optim.anchors.room import bytes_in_words
 
 __all__ = ["Lengths", "bytes_in_words", "facts", "lengths", "tensors"]
 
@@ -16,15 +17,6 @@ class Lengths(NamedTuple):
     shortest: int
     mean: float
     longest: int
-
-
-def bytes_in_words(size: float) -> str:
-    """Decimal, as disks are sold: 1 kB is 1000 bytes."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
 
 
 def facts(cache: AnchorCache) -> list[tuple[str, str]]:

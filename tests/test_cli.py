@@ -169,7 +169,7 @@ def test_no_resume_starts_a_half_built_cache_over(script, monkeypatch):
         (["--factory={script}:no_dict"], "settings must be a dict. Found str"),
         (["--factory={script}:anchors", "--count=3"], "--count goes with --policy.path"),
         (["--factory={script}:anchors", "--keep=prefix"], "--keep goes with --policy.path"),
-        (["--factory={script}:anchors", "--top-k=0"], "must be a whole number >= 1. Found '0'"),
+        (["--factory={script}:anchors", "--top-k=0"], "must be a whole number >= 1, auto or all. Found '0'"),
         (["--factory={script}:anchors", "--dtype=int8"], "float16"),
         (["--policy.path=p"], "pass --dataset.repo_id or --dataset.root"),
         (["--policy.path=p", "--dataset.root=scripts"], "no meta/info.json"),

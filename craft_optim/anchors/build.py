@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -24,12 +23,14 @@ from .capture import Layer, resolve_layers
 from .features import Extractor
 from .fingerprint import anchor_checksums, fingerprint
 from .frozen import resolve_frozen
+from .kept import TopK, top_k_of
 from .manifest import MANIFEST, FeatureSpec, dtype_name
 from .names import class_name, unwrapped
 from .passes import autocast_dtype, device_of, isolated_rng, steady
 from .processes import Team, find_team
 from .progress import anchor_bar
 from .reading import Reading, reading_of, with_fields
+from .room import bytes_on_disk, say_room
 from .shards import AnchorCacheError
 from .structure import Flat, Lengths, flatten
 from .writing import Writer
@@ -48,7 +49,7 @@ def build(
     path: str | os.PathLike[str],
     reading: Reading | None = None,
     *,
-    top_k: int | None = None,
+    top_k: TopK = "auto",
     layers: Iterable[Layer] = (),
     dtype: torch.dtype = torch.float16,
     images: str = "uint8",
@@ -84,7 +85,9 @@ def build(
         path: The cache's folder; created if need be.
         reading: How the model is run on them, what its output is, and what counts, where the calls above do not do. The
             cache carries it to the closures.
-        top_k: Of classes, keep the k likeliest and the remaining mass instead of all.
+        top_k: Of classes, keep the k likeliest and the mass of the rest; or "all". "auto": all where there are at most
+            4,096, else the 64 likeliest. The KL over k classes and the rest is a lower bound of that over all; how low,
+            the log (level INFO) and `AnchorCache.kept` say.
         layers: Hidden states to keep: numbers (k is the residual that enters decoder layer k; -1 the one before the
             final norm) and names of modules (their outputs).
         dtype: Dtype of outputs (of classes, log-probabilities) and hidden states on disk: float16, bfloat16 or
@@ -108,16 +111,16 @@ def build(
 
     Raises:
         AnchorCacheError: The folder holds another cache or another half-built one, or `batches` is not what it was
-            built from; it cannot be written, another build is writing to it, or another process has failed. Complete
-            shards stay.
+            built from; it cannot be written, or will not fit on the disk, of which nothing is written then; another
+            build is writing to it, or another process has failed. Complete shards stay.
         TypeError: There is no such argument, or `batches` are single examples, or the model cannot be called on them.
         ValueError: An argument is out of range; nothing says what the output is, or it is something else; there are no
             batches, an anchor without valid positions, batches that do not fit together, or outputs that are not
             finite, also after rounding to `dtype`. Nothing of the batch is written.
 
     Cost: one forward per batch, up to the deepest of `layers` where the output is not kept. Disk: with float16, 2 V
-    bytes per position for all of V classes, labels or channels, 6 k for the top k, and 2 D per anchor (or position),
-    layer and span.
+    bytes per position for all of V classes, labels or channels, 6 k + 2 for the top k, and 2 D per anchor (or
+    position), layer and span. What it comes to stands in the log (level INFO) before the first shard is written.
     """
     _require_batches(batches)
     if images not in ("uint8", "keep"):
@@ -126,9 +129,9 @@ def build(
         raise ValueError(f"`dtype` must be float16, bfloat16 or float32. Found {dtype}.")
     shard_size = whole("shard_size", shard_size)
     reading = with_fields(Reading() if reading is None else reading, fields, "build")
-    top_k = None if top_k is None else whole("top_k", top_k)
-    if top_k is not None and reading.output is None:
+    if top_k not in ("auto", "all") and reading.output is None:
         raise ValueError(f"`top_k` must be of an output. Found top_k={top_k}, output={reading.output!r}.")
+    how_many = top_k_of(top_k)
     layers = resolve_layers(model, layers)
     if reading.output is None and not layers and reading.tokens is None:
         raise ValueError("Nothing to cache: leave `output` as it is, or pass `layers` or `tokens`.")
@@ -144,8 +147,7 @@ def build(
         "autocast": None if ran_under is None else dtype_name(ran_under),
     }
     spec = FeatureSpec(
-        logits=None if reading.output is None else "full" if top_k is None else "top_k",
-        top_k=top_k,
+        **({} if reading.output is None else how_many),
         dtype=dtype_name(dtype),
         layers=layers,
         **how,
@@ -174,7 +176,11 @@ def build(
             with steady(model):
                 _run(extractor, stream, writer)
             writer.finish()
-            return AnchorCache.open(folder, reading)
+            cache = AnchorCache.open(folder, reading)
+            if team.rank == 0 and team.writes:
+                for name, kept in cache.kept().items():
+                    _log.info("anchors in %s: %s", folder, kept.describe(cache.features.outputs[name]))
+            return cache
 
 
 def _require_batches(batches: Any) -> None:
@@ -244,10 +250,12 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
         if extractor.generate is not None:
             inputs = flatten(taught.inputs, batch.lengths)
             writer.expect(inputs)
+        if forwards == 0:
+            each = bytes_on_disk(inputs.tensors, taught.features, folder.settings["images"]) / batch.count
+            anchors = stream.total and stream.total * (1 if folder.replicated else team.world_size)
+            say_room(folder.path, each, anchors, speaks=team.rank == 0 and team.writes)
         writer.add(inputs, taught.features, taught.outputs, taught.joined, batch)
         forwards += 1
-        if forwards == 1:
-            stream.warn_if_too_large(folder.path, inputs.tensors, taught.features, batch.count)
         if team.world_size > 1:
             folder.check_others()
     # Others may wait for this process' parts of the layers: it runs forwards as long as they do
@@ -285,7 +293,7 @@ class _Stream:
         self._lengths, self._names, self._no_rows = lengths, tuple[str, ...](), dict[str, Tensor]()
         self._batches: Iterator[Flat] = map(self._flat, batches)
         self._peeked: list[Flat] = []
-        self._total: int | None = None
+        self.total: int | None = None  # anchors in all, as far as it can be known
 
     def _flat(self, batch: Any) -> Flat:
         """The batch taken apart; where none of its anchors has a picture, say, it has no rows instead of no input."""
@@ -311,30 +319,14 @@ class _Stream:
             for number, batch in enumerate(chain(self._peeked, self._batches), 1):
                 self._peeked, size = [], batch.count
                 if self._number is not None:  # estimated: the last batch may be smaller
-                    self._total = math.ceil((count + size) / number * max(self._number, number))
+                    self.total = math.ceil((count + size) / number * max(self._number, number))
                 yield batch, count
                 count += size
-                bar(size, self._total)
+                bar(size, self.total)
                 if lines and time.monotonic() - said > 10.0:
                     said = time.monotonic()
                     rate = count / (said - began)
-                    left = f", {(self._total - count) / rate:.0f} s left" if self._total else ""
+                    left = f", {(self.total - count) / rate:.0f} s left" if self.total else ""
                     _log.info("anchors of %s: %d done, %.1f per second%s", self._title, count, rate, left)
         if lines:
             _log.info("anchors of %s: %d done, %.1f s", self._title, count, time.monotonic() - began)
-
-    def warn_if_too_large(
-        self, folder: Path, named: Mapping[str, Tensor], features: Mapping[str, Tensor], size: int
-    ) -> None:
-        """Says so at the beginning if the disk is too small for the cache, as far as its size can be foreseen."""
-        needed = sum(x.nbytes for x in features.values())
-        # Floating images become bytes
-        needed += sum(x.numel() if x.is_floating_point() and x.ndim >= 4 else x.nbytes for x in named.values())
-        free = shutil.disk_usage(folder).free
-        if self._total is not None and needed / size * self._total > free:
-            _log.warning(
-                "The cache in %s will take about %.3g GB, and %.3g GB are free.",
-                folder,
-                needed / size * self._total / 1e9,
-                free / 1e9,
-            )

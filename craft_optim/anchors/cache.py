@@ -37,9 +37,11 @@ from torch import Tensor, nn
 from craft_optim._paths import local
 
 from .images import Encoding, decode
+from .kept import Kept, KeptMean
 from .manifest import Manifest, cover, dtype_name, is_index, tap_key
 from .outputs import FEATURES, feature
 from .reading import Reading, reading_of
+from .sampling import spread
 from .shards import AnchorCacheError, Place, read_plain
 from .structure import Inputs
 
@@ -183,7 +185,7 @@ class AnchorCache:
         wanted = {f"inputs.{name}" for name in self.structure.names}
         for name, output in f.outputs.items():
             some = {"labels": ["logits"], "values": ["values"]}.get(output.kind, ["logprobs"])
-            if output.kind == "classes" and f.top_k is not None:
+            if f.top_k_of(output) is not None:
                 some = ["topk_logprobs", "topk_indices"]
             wanted |= {f"features.{feature(key, name)}" for key in some}
         if f.tokens is not None:
@@ -226,7 +228,7 @@ class AnchorCache:
         f, entries = self.features, self.shards[0].entries
         for head, output in f.outputs.items():
             for name in FEATURES[output.kind]:
-                key, size = feature(name, head), f.top_k if name.startswith("topk") else output.size
+                key, size = feature(name, head), f.top_k_of(output) if name.startswith("topk") else output.size
                 entry = entries.get(f"features.{key}")
                 if entry is not None and name not in ("rest_logprob", "topk_indices") and entry.shape[-1] != size:
                     raise manifest.error(f"its features.{key} have {entry.shape[-1]} entries, it speaks of {size}")
@@ -284,6 +286,27 @@ class AnchorCache:
             shape = " x ".join(map(str, [*size, *tail])) or "scalar"
             names = map(dtype_name, dict.fromkeys((stored, dtype)))
             found.append((key, shape, " -> ".join(names)))
+        return found
+
+    def kept(self, count: int = 256) -> dict[str, Kept]:
+        """What is kept of each output of which the likeliest classes are held, by its name; none of others.
+
+        Args:
+            count: Measured on at most so many anchors, evenly apart; their outputs are read.
+        """
+        found = {}
+        for name, output in self.features.outputs.items():
+            if self.features.top_k_of(output) is None:
+                continue
+            logprobs, rest = (feature(key, name) for key in ("topk_logprobs", "rest_logprob"))
+            held = [key for key in (logprobs, rest, "mask") if f"features.{key}" in self._keys]
+            total = KeptMean()
+            for place in spread(len(self), count):
+                anchor = self.batch(*self.gather([place], held)).features
+                mask = anchor.get("mask")
+                at = ... if mask is None or mask.shape != anchor[logprobs].shape[:-1] else mask.bool()
+                total.add(anchor[logprobs][at], anchor[rest][at] if rest in held else None)
+            found[name] = total.result()
         return found
 
     @property

@@ -57,7 +57,7 @@ class Extractor:
         self._outputs: Outputs | None = None
         self._seen: dict[str, ChannelVariance] = {}  # of each output of values
         if spec.logits is not None:
-            certain = self.generate is not None or spec.top_k is not None
+            certain = self.generate is not None or spec.logits == "top_k"
             kinds = "classes" if certain and reading.output == "auto" else reading.output or "auto"
             self._outputs = Outputs(model, kinds, reading.class_dim)
         elif self.generate is not None:
@@ -135,7 +135,7 @@ class Extractor:
             _require_positions(valid.flatten(1), first, "the output's mask")
             features["mask"] = valid
         for name, output in found.items():
-            kept = {} if self.spec.logits is None else self._kept(name, outputs.known[name].kind, output.values)
+            kept = {} if self.spec.logits is None else self._kept(name, outputs.known[name], output.values)
             if labels is not None:
                 tokens = labels[labels != IGNORED]
                 kept["tokens"] = tokens.int()
@@ -148,13 +148,15 @@ class Extractor:
             features |= kept
         return features
 
-    def _kept(self, name: str, kind: str, values: LogitRows) -> dict[str, Tensor]:
+    def _kept(self, name: str, known: Output, values: LogitRows) -> dict[str, Tensor]:
+        kind = known.kind
         if kind == "classes":
-            parts = [self._logits(F.log_softmax(logits.float(), dim=-1)) for _, logits in pieces_of(values)]
+            k = self.spec.top_k_of(known)
+            parts = [self._logits(F.log_softmax(logits.float(), dim=-1), k) for _, logits in pieces_of(values)]
             with torch.autocast(values.device.type, enabled=False):  # it takes not every storage dtype
                 return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         assert isinstance(values, Tensor)
-        if self.spec.top_k is not None:
+        if self.spec.logits == "top_k":
             raise ValueError(f"`top_k` needs classes. Found top_k={self.spec.top_k} and an output of {kind}.")
         of = f" of {name!r}" if name else ""
         if kind == "labels":
@@ -176,8 +178,8 @@ class Extractor:
                 f"drift of {drift:.2g} of their variance: pass dtype=torch.float32."
             )
 
-    def _logits(self, logprobs: Tensor) -> dict[str, Tensor]:
-        classes, k = logprobs.shape[-1], self.spec.top_k
+    def _logits(self, logprobs: Tensor, k: int | None) -> dict[str, Tensor]:
+        classes = logprobs.shape[-1]
         if k is None:
             return {"logprobs": self._round(logprobs, "logits")}
         if k > classes:

@@ -33,7 +33,7 @@ MANIFEST = "cache.json"
 PROGRESS = "build.json"  # there while the cache is being built
 
 _FORMAT = "craft_optim.anchors"
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 _MAX_SIZE = 1 << 31  # indices of classes are int32
 
 
@@ -69,8 +69,10 @@ class FeatureSpec:
     """The features of a cache: which of the teacher's outputs it holds, and how they came about.
 
     Attributes:
-        logits: Of classes, "full" or "top_k"; None if no output is held.
-        top_k: k, or None.
+        logits: Of classes, "full", "top_k" or "auto", which is "full" up to a number of classes; None if no output is
+            held.
+        top_k: k, or None for "full".
+        full_up_to: That number; 0 but for "auto".
         outputs: The outputs that are held by name; "" is the name of an only one.
         dtype: Storage dtype of outputs and hidden states, e.g. "float16".
         layers: Hidden-state taps: layer numbers >= 0 and module names.
@@ -90,6 +92,7 @@ class FeatureSpec:
 
     logits: str | None = None
     top_k: int | None = None
+    full_up_to: int = 0
     outputs: dict[str, Output] = field(default_factory=dict)
     dtype: str = "float16"
     layers: tuple[int | str, ...] = ()
@@ -105,11 +108,16 @@ class FeatureSpec:
     batch_dim: int = 0
     lengths: str | None = None
 
+    def top_k_of(self, output: Output) -> int | None:
+        """How many classes of an output are held; None for all, and for labels and values."""
+        return self.top_k if output.kind == "classes" and output.size > self.full_up_to else None
+
     def describe(self) -> str:
         """One line for people."""
         parts = []
         for name, output in self.outputs.items():
-            full = "full logits of" if self.top_k is None else f"the top {self.top_k} of"
+            k = self.top_k_of(output)
+            full = "full logits of" if k is None else f"the top {k} of"
             held = {"classes": full, "labels": "logits of", "values": "values of"}[output.kind]
             parts.append(f"{f'{name}: ' if name else ''}{held} {output.describe()}")
         if self.tokens:
@@ -246,8 +254,8 @@ class Manifest:
             key: self._get(owner, key, str, optional=True)
             for key in ("logits", "mask", "spans", "forward", "autocast", "tokens", "lengths")
         }
-        if words["logits"] not in (None, "full", "top_k"):
-            raise self.error(f"its 'logits' must be 'full', 'top_k' or null. Found {words['logits']!r:.60}")
+        if words["logits"] not in (None, "full", "top_k", "auto"):
+            raise self.error(f"its 'logits' must be 'full', 'top_k', 'auto' or null. Found {words['logits']!r:.60}")
         variances, scales = self._get(owner, "variances", dict), self._get(owner, "scales", dict)
         outputs = {name: self._output(x) for name, x in self._get(owner, "outputs", dict).items()}
         channels = {name: output.size for name, output in outputs.items() if output.kind == "values"}
@@ -256,6 +264,7 @@ class Manifest:
             raise self.error(f"its 'scales' must be a number for each channel. Found {scales!r:.60}")
         spec = FeatureSpec(
             top_k=self._get(owner, "top_k", int, optional=True),
+            full_up_to=self._get(owner, "full_up_to", int),
             outputs=outputs,
             dtype=self._get(owner, "dtype", str),
             layers=tuple(layers),
@@ -266,8 +275,8 @@ class Manifest:
             batch_dim=self._get(owner, "batch_dim", int),
             **words,
         )
-        classes = min((x.size for x in outputs.values() if x.kind == "classes"), default=_MAX_SIZE)
-        if spec.logits == "top_k" and not 1 <= (spec.top_k or 0) <= classes:
+        classes = min((x.size for x in outputs.values() if spec.top_k_of(x) is not None), default=_MAX_SIZE)
+        if spec.logits in ("top_k", "auto") and not 1 <= (spec.top_k or 0) <= classes:
             raise self.error(f"its 'top_k' must be >= 1, at most the classes. Found {spec.top_k}")
         numbers = spec.variances | {f"scales of {key}": x for key, values in spec.scales.items() for x in values}
         if wrong := {key: x for key, x in numbers.items() if not 0.0 <= x < math.inf}:

@@ -5,6 +5,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from craft_optim.cli.options import (
     joined_processes,
     layer,
     require_one_model,
+    top_k,
     whole,
 )
-from craft_optim.cli.output import print_code, print_table
+from craft_optim.cli.output import log_shown, print_code, print_table
 from craft_optim.cli.sources import Source, factory_source, policy_source
 from craft_optim.episodes import parse_episodes
 from craft_optim.inspection import bytes_in_words
@@ -91,7 +93,7 @@ def add(command: AddCommand) -> None:
     kinds = ["logits", "tokens", "prefix", "actions"]
     add("--keep", choices=kinds, help="what to keep of the policy (default: by its type)")
     add("--layers", nargs="+", type=layer, metavar="L", help="hidden states to keep: numbers or names of modules")
-    add("--top-k", type=whole, metavar="K", help="keep the K likeliest classes instead of all")
+    add("--top-k", type=top_k, metavar="K", help="keep the K likeliest classes, or `all` (default: by their number)")
     add("--tokens", type=whole, metavar="N", help="let the model continue each anchor by at most N tokens")
     add("--frozen", nargs="+", metavar="NAME", help="modules that will not train: passes replay their outputs")
     add("--dtype", choices=["float16", "bfloat16", "float32"], help="of what is stored (default: float16)")
@@ -115,7 +117,9 @@ def add_frames(add: Callable[..., Any]) -> None:
     backends = ["torchcodec", "pyav", "video_reader"]
     add("--dataset.video-backend", dest="video_backend", choices=backends, help="what reads videos")
     add("--dataset.depth-output-unit", dest="depth_output_unit", choices=["m", "mm"], help="of depth cameras")
-    add("--count", type=whole, metavar="N", help="N frames, spread over tasks and episodes (default: all frames)")
+    add(
+        "--count", type=whole, metavar="N", help="N frames, spread over tasks and episodes (default: all, at most 1024)"
+    )
     add("--batch-size", type=whole, metavar="N", help="frames per forward (default: 16)")
     prompts = "instructions to take, one per line, in turn; or a .jsonl with pictures, in the place of a dataset"
     add("--prompts", type=existing_file, metavar="FILE", help=prompts)
@@ -160,7 +164,8 @@ def _build(args: argparse.Namespace) -> None:
         autocast = args.autocast and getattr(torch, args.autocast)
         changed = _given({"tokens": args.tokens, "frozen": args.frozen, "autocast": autocast})
         settings["reading"] = replace(source.reading or Reading(), **changed)
-        cache = source.build(args.out, **_given(settings))
+        with log_shown() if first else nullcontext():
+            cache = source.build(args.out, **_given(settings))
         if first:
             _print_built(cache, source, None if finished else time.monotonic() - started)
 

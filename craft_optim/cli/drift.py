@@ -17,7 +17,7 @@ from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.anchors.sampling import spread
 from craft_optim.cli.build_anchors import OF_DATASET, add_frames, check_build, source_of
-from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, require_folders, whole
+from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, require_folders, top_k, whole
 from craft_optim.cli.output import emit_json, print_grid
 from craft_optim.cli.sources import factory_source, load_policy, policy_reading
 from craft_optim.evaluation.actions import action_drift, predicted_actions
@@ -80,7 +80,7 @@ def add(command: AddCommand) -> None:
     add_frames(add)
     add("--keep", choices=["logits", "tokens", "prefix", "actions"], help="of a dataset: what to compare")
     add("--layers", nargs="+", type=layer, metavar="L", help="of a dataset, with --keep=prefix: numbers or names")
-    add("--top-k", type=whole, metavar="K", help="of a dataset: compare the K likeliest classes instead of all")
+    add("--top-k", type=top_k, metavar="K", help="of a dataset: compare the K likeliest classes, or `all`")
     add("--cache", dest="kept", metavar="FOLDER", help="of a dataset: keep the teacher's cache there")
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "layer",
     "require_folders",
     "require_one_model",
+    "top_k",
     "whole",
 ]
 
@@ -62,6 +63,13 @@ def whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1. Found {text!r}.")
     return int(text)
+
+
+def top_k(text: str) -> int | str:
+    """A number of classes >= 1, or "auto" or "all"."""
+    if text not in ("auto", "all") and (not text.isdecimal() or int(text) < 1):
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, auto or all. Found {text!r}.")
+    return int(text) if text.isdecimal() else text
 
 
 def layer(text: str) -> int | str:

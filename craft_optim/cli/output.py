@@ -1,11 +1,27 @@
 """Tables, code and JSON that the commands print. Nothing is wrapped: files and pipes take lines as they are."""
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["emit_json", "print_code", "print_grid", "print_table"]
+__all__ = ["emit_json", "log_shown", "print_code", "print_grid", "print_table"]
+
+
+@contextmanager
+def log_shown() -> Iterator[None]:
+    """Within the block what this package logs stands on standard error, warnings among it, whatever its level."""
+    logger, handler = logging.getLogger("craft_optim"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:

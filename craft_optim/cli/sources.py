@@ -148,13 +148,15 @@ def policy_source(args: argparse.Namespace, device: str) -> Source:
         from craft_optim.lerobot import adapter_for, anchor_batches, open_frames, spread_frames
         from craft_optim.lerobot.frames import SOURCES, require_count
         from craft_optim.lerobot.pretrained import load_config, load_preprocessor
+        from craft_optim.lerobot.settings import AnchorSettings
     except ImportError as error:
         raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
     config = load_config(args.policy)
     preprocessor = load_preprocessor(config, args.policy, device)
     frames = open_frames(config, preprocessor, **{name: getattr(args, name) for name in SOURCES})
     dataset = frames.dataset
-    rows = list(range(len(dataset))) if args.count is None else spread_frames(dataset, args.count)
+    most = AnchorSettings().count or len(dataset)
+    rows = spread_frames(dataset, min(most, len(dataset)) if args.count is None else args.count)
     out = getattr(args, "out", None) or getattr(args, "kept", None)
     if out is not None and not getattr(args, "overwrite", False):
         require_count(out, len(rows))

@@ -145,7 +145,7 @@ class CraftRun:
         anchors = settings.anchors
         with under_our_names({"keep": "anchors.keep"}):
             keep = kept_of(cfg.policy.type, anchors.keep)
-        if anchors.top_k is not None and keep != "logits":
+        if anchors.top_k != "auto" and keep != "logits":
             raise SettingsError(f"{PREFIX}anchors.top_k is of logits, and of {cfg.policy.type} {keep} are kept.")
         if not cfg.resume:
             check_source(anchors)

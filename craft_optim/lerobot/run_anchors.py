@@ -178,7 +178,6 @@ def build_anchors(
         adapter = replace(adapter, layers=tuple(int(x) if x.lstrip("-").isdecimal() else x for x in settings.layers))
     train, held = split_episodes(source.dataset, settings.heldout)
     counts = counts_of(settings, source)
-    more = {"top_k": settings.top_k} if settings.top_k is not None else {}
 
     def build(part: Part, count: int, path: Path) -> AnchorCache:
         require_count(path, count)
@@ -194,8 +193,9 @@ def build_anchors(
         )
         dtype = getattr(torch, settings.dtype)
         reading = replace(adapter.reading, autocast=autocast)
-        how = {"reading": reading, "dtype": dtype, "progress": None if inside_slurm() else True, **more}
-        return adapter.build(model, batches, path, model_id=pretrained, **how)
+        how = {"reading": reading, "top_k": settings.top_k, "dtype": dtype}
+        progress = None if inside_slurm() else True
+        return adapter.build(model, batches, path, model_id=pretrained, progress=progress, **how)
 
     heldout = None
     if held is not None and counts[1]:

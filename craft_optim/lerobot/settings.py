@@ -16,6 +16,7 @@ from draccus.utils import DraccusException
 
 from craft_optim._paths import local
 from craft_optim._step.rules import Rules
+from craft_optim.anchors.kept import TopK, top_k_of
 from craft_optim.dual import Controller, make_controller
 from craft_optim.episodes import parse_episodes
 from craft_optim.schedules import Cosine, Exponential, Linear, Schedule, as_schedule
@@ -71,7 +72,7 @@ class AnchorSettings:
             all.
         keep: "logits", "tokens", "actions" or "prefix", see `craft_optim.lerobot.adapters`. None: by the policy.
         layers: Hidden states to keep instead of the adapter's; numbers or names of modules.
-        top_k: Keep the K likeliest classes instead of all.
+        top_k: Keep the K likeliest classes; "all"; or "auto": all up to 4,096 classes, else 64.
         dtype: "float16", "bfloat16" or "float32": of what is stored.
         batch_size: Frames per forward of the teacher.
         workers: Processes that read frames ahead while the cache is built.
@@ -89,10 +90,10 @@ class AnchorSettings:
     tolerance_s: float | None = None
     video_backend: str | None = None
     depth_output_unit: str | None = None
-    count: int | None = 4096
+    count: int | None = 1024  # with three cameras of 640 x 480 an anchor of pi0_fast is 2.8 MB, most of it pictures
     keep: str | None = None
     layers: list[str] | None = None
-    top_k: int | None = None
+    top_k: TopK = "auto"
     dtype: str = "float16"
     batch_size: int = 16
     workers: int = 0
@@ -122,8 +123,10 @@ class AnchorSettings:
                 f"{PREFIX}anchors.layers needs {PREFIX}anchors.keep=prefix: logits and actions are what comes out of "
                 f"the last layer. Found keep={self.keep}."
             )
-        if self.top_k is not None and self.keep not in (None, "logits"):
+        if self.top_k != "auto" and self.keep not in (None, "logits"):
             raise SettingsError(f"{PREFIX}anchors.top_k needs {PREFIX}anchors.keep=logits. Found keep={self.keep}.")
+        with under_our_names({"top_k": "anchors.top_k"}):
+            top_k_of(self.top_k)
         if self.episodes is not None:
             with under_our_names({"episodes": "anchors.episodes"}):
                 parse_episodes(self.episodes)
@@ -188,7 +191,7 @@ class CraftSettings(Rules):
                 raise SettingsError(f"{PREFIX}{name} must be one of {known}. Found {found}.")
         for name, least in {
             "batch_size": 1, "epsilon_steps": 1, "drift_every": 0, "drift_anchors": 1, "anchors.count": 1,
-            "anchors.batch_size": 1, "anchors.workers": 0, "anchors.top_k": 1,
+            "anchors.batch_size": 1, "anchors.workers": 0,
         }.items():  # fmt: skip
             found = attrgetter(name)(self)
             if found is not None and found < least:

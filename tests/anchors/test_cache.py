@@ -304,16 +304,19 @@ def test_another_shard_of_the_same_size_is_refused(cache: AnchorCache) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(schema_version=1), r"schema_version 1, this library reads 3"),
+        (lambda d: d.update(schema_version=1), r"schema_version 1, this library reads 4"),
         (lambda d: d.update(format="other"), "not a cache of anchors"),
         (lambda d: d.update(anchors=51), "51 anchors, its shards hold 50"),
         (lambda d: d.update(anchors=True), "'anchors' must be int"),
         (lambda d: d.pop("features"), "'features' must be dict"),
         (lambda d: d["features"].update(layers=[1.5]), "'layers'"),
         (lambda d: d["features"].update(layers=[7]), "lacks features.hidden.7.all"),
-        (lambda d: d["features"].update(top_k=2), "lacks features.topk"),
-        (lambda d: d["features"].update(logits="top_k"), "'top_k' must be >= 1, at most the classes. Found None"),
-        (lambda d: d["features"].update(logits="top_k", top_k=5), "'top_k' must be >= 1, .* Found 5"),
+        (lambda d: d["features"].update(top_k=2, full_up_to=0), "lacks features.topk"),
+        (
+            lambda d: d["features"].update(logits="top_k", top_k=None),
+            "'top_k' must be >= 1, at most the classes. Found None",
+        ),
+        (lambda d: d["features"].update(top_k=5, full_up_to=0), "'top_k' must be >= 1, .* Found 5"),
         (lambda d: d["features"].update(logits="top_k", top_k=0), "'top_k' must be"),
         (lambda d: d["features"]["outputs"][""].update(size=None), "'size' must be int"),
         (lambda d: d["features"]["outputs"][""].update(size=1 << 40), "'outputs' must be"),

@@ -96,7 +96,7 @@ def test_the_help_lists_every_setting_with_its_default_and_what_it_is():
     lines = settings_in_words().splitlines()
     listed = {line.strip(): lines[place + 1] for place, line in enumerate(lines) if line.startswith("  --craft.")}
     assert [name.partition("=")[0] for name in listed] == [f"--craft.{name}" for name in setting_names()]
-    assert {"--craft.epsilon=0.05", "--craft.rho=3.0", "--craft.anchors.count=4096"} <= listed.keys()
+    assert {"--craft.epsilon=0.05", "--craft.rho=3.0", "--craft.anchors.count=1024"} <= listed.keys()
     assert all(len(text.strip()) > 10 for text in listed.values())
 
 

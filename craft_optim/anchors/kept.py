@@ -1,0 +1,81 @@
+"""How many classes a cache holds, and what the likeliest ones and the mass of the rest leave out of a drift."""
+
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from craft_optim._numbers import whole
+
+from .kinds import Output
+
+__all__ = ["Kept", "KeptMean", "TopK", "top_k_of"]
+
+TopK = int | Literal["auto", "all"]
+
+# 8 kB per position, against 386 bytes
+_FULL_UP_TO, _K = 4096, 64
+
+
+def top_k_of(value: TopK) -> dict[str, Any]:
+    """`logits`, `top_k` and `full_up_to` of a `FeatureSpec` by the one argument of `build`.
+
+    Raises:
+        TypeError, ValueError: It is none of these.
+    """
+    if isinstance(value, str) and value in ("auto", "all"):
+        auto = {"logits": "auto", "top_k": _K, "full_up_to": _FULL_UP_TO}
+        return auto if value == "auto" else {"logits": "full"}
+    if value is None or isinstance(value, str):
+        raise ValueError(f"`top_k` must be 'auto', 'all' or a whole number. Found top_k={value!r}.")
+    return {"logits": "top_k", "top_k": whole("top_k", value)}
+
+
+class Kept(NamedTuple):
+    """What is held of an output of which the likeliest classes are held; means over valid positions.
+
+    Attributes:
+        k: How many they are.
+        mass: Their probability.
+        unseen: Share of the KL over all classes that the KL over k classes and the rest as one leaves out, estimated
+            for logits that have all moved alike, see `KeptMean`.
+    """
+
+    k: int
+    mass: float
+    unseen: float
+
+    def describe(self, output: Output) -> str:
+        """One line for people."""
+        return (
+            f"the {self.k} likeliest of {output.size:,} classes hold {self.mass:.3f} of the probability; of a drift "
+            f"that moved all logits alike the KL over them and the rest would leave out {self.unseen:.3f}"
+        )
+
+
+class KeptMean:
+    """Means over batches of positions.
+
+    With p the teacher, q the model, r and s their mass outside the k classes,
+
+        KL over all classes - KL over k + 1  =  r KL(p / r, q / s)        within the rest.
+
+    If all logits moved by independent noise of a small variance v, the KL over all would be v / 2 (1 - sum of p^2) in
+    the mean, and what is left out v / 2 (r - sum of the rest's p^2 / r). The rest's squares are not held; without them
+
+        unseen  =  sum of r / sum of (1 - sum of p^2 over the k classes),        the sums over positions.
+    """
+
+    def __init__(self) -> None:
+        self._k = self._count = 0
+        self._rest = self._moves = 0.0
+
+    def add(self, logprobs: Tensor, rest: Tensor | None = None) -> None:
+        """Takes log-probabilities of the k likeliest classes, `[..., k]`, and of the rest, `[...]`; None: no rest."""
+        p = logprobs.double().exp()
+        self._k, self._count = p.shape[-1], self._count + p.shape[:-1].numel()
+        self._rest += 0.0 if rest is None else float(rest.double().exp().sum())
+        self._moves += float((1.0 - p.square().sum(-1)).clamp_min(0.0).sum())
+
+    def result(self) -> Kept:
+        """The means over what was taken, at least one position."""
+        return Kept(self._k, 1.0 - self._rest / self._count, self._rest / self._moves if self._moves else 0.0)

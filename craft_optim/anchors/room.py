@@ -1,0 +1,60 @@
+"""Room on the disk: what a cache will take, said before its first shard is written, and refused if it will not fit."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from .shards import AnchorCacheError
+
+__all__ = ["bytes_in_words", "bytes_on_disk", "say_room"]
+
+_log = logging.getLogger("craft_optim")
+
+
+def bytes_in_words(size: float) -> str:
+    """Decimal, as disks are sold: 1 kB is 1000 bytes."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
+
+
+def bytes_on_disk(inputs: Mapping[str, Tensor], features: Mapping[str, Tensor], images: str) -> int:
+    """Size of a batch of anchors, as far as it can be foreseen: floating images become bytes, if they are to."""
+    as_bytes = [x for x in inputs.values() if images == "uint8" and x.is_floating_point() and x.ndim >= 4]
+    saved = sum(x.nbytes - x.numel() for x in as_bytes)
+    return sum(x.nbytes for x in (*inputs.values(), *features.values())) - saved
+
+
+def say_room(folder: Path, each: float, anchors: int | None, *, speaks: bool) -> None:
+    """Says what a cache will take, in one line of the log (level INFO).
+
+    Args:
+        folder: Where it is being written. What is there of it already is not counted again.
+        each: Bytes of an anchor.
+        anchors: Their number in all; None if nobody knows.
+        speaks: False in the processes that leave it to another to say.
+
+    Raises:
+        AnchorCacheError: It does not fit on the disk. Nothing was written.
+    """
+    free = shutil.disk_usage(folder).free
+    total = None if anchors is None else each * anchors
+    if speaks:
+        known = "" if total is None else f"about {anchors:,}, "
+        whole = "" if total is None else f", {bytes_in_words(total)} in all"
+        _log.info(
+            "anchors in %s: %s%s each%s; %s are free", folder, known, bytes_in_words(each), whole, bytes_in_words(free)
+        )
+    there = sum(file.stat().st_size for file in folder.glob("shard-*.safetensors"))
+    if total is not None and total - there > free:
+        raise AnchorCacheError(
+            f"The cache in {folder} would take about {bytes_in_words(total)}, {anchors:,} anchors of "
+            f"{bytes_in_words(each)}, and {bytes_in_words(free)} are free. Keep less of each (`top_k=64` of classes, "
+            "pooled hidden states, `Reading(tokens=...)` with TokenRetention), take fewer anchors, make room, or pass "
+            "another `path`."
+        )
