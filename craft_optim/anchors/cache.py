@@ -299,13 +299,11 @@ class AnchorCache:
             if self.features.top_k_of(output) is None:
                 continue
             logprobs, rest = (feature(key, name) for key in ("topk_logprobs", "rest_logprob"))
-            held = [key for key in (logprobs, rest, "mask") if f"features.{key}" in self._keys]
+            held = [key for key in (logprobs, rest) if f"features.{key}" in self._keys]
             total = KeptMean()
             for place in spread(len(self), count):
                 anchor = self.batch(*self.gather([place], held)).features
-                mask = anchor.get("mask")
-                at = ... if mask is None or mask.shape != anchor[logprobs].shape[:-1] else mask.bool()
-                total.add(anchor[logprobs][at], anchor[rest][at] if rest in held else None)
+                total.add(anchor[logprobs], anchor.get(rest))
             found[name] = total.result()
         return found
 
