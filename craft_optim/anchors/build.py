@@ -179,7 +179,7 @@ def build(
             cache = AnchorCache.open(folder, reading)
             if team.rank == 0 and team.writes:
                 for name, kept in cache.kept().items():
-                    _log.info("anchors in %s: %s", folder, kept.describe(cache.features.outputs[name]))
+                    _log.info("anchors in %s: %s", folder, kept.describe(cache.features.outputs[name].size))
             return cache
 
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from craft_optim._numbers import whole
 
-from .kinds import Output
 
 __all__ = ["Kept", "KeptMean", "TopK", "top_k_of"]
 
@@ -44,10 +43,10 @@ class Kept(NamedTuple):
     mass: float
     unseen: float
 
-    def describe(self, output: Output) -> str:
-        """One line for people."""
+    def describe(self, classes: int) -> str:
+        """One line for people, of an output of so many classes."""
         return (
-            f"the {self.k} likeliest of {output.size:,} classes hold {self.mass:.3f} of the probability; of a drift "
+            f"the {self.k} likeliest of {classes:,} classes hold {self.mass:.3f} of the probability; of a drift "
             f"that moved all logits alike the KL over them and the rest would leave out {self.unseen:.3f}"
         )
 

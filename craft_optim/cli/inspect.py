@@ -35,7 +35,7 @@ def add(command: AddCommand) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     require_one_model(args)
     cache = AnchorCache.open(args.cache)
-    kept = [("Keeps", told.describe(cache.features.outputs[name])) for name, told in cache.kept().items()]
+    kept = [("Keeps", told.describe(cache.features.outputs[name].size)) for name, told in cache.kept().items()]
     print_table(str(cache.path), [*facts(cache), *kept])
     varying = {row.name: f"{row.shortest} / {row.mean:.3g} / {row.longest}" for row in lengths(cache)}
     print_table(
