@@ -6,7 +6,6 @@ from torch import Tensor
 
 from craft_optim._numbers import whole
 
-
 __all__ = ["Kept", "KeptMean", "TopK", "top_k_of"]
 
 TopK = int | Literal["auto", "all"]
