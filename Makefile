@@ -25,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence core lowest newest lint ruff types docs dist mutants bench pareto knob sweep budget vla experiments assets clean
+.PHONY: help setup demo test evidence core lowest newest lint ruff types docs dist mutants bench plan pareto knob sweep budget vla experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -106,6 +106,10 @@ bench: $(FOR_TESTS)  ## what optimizer and anchors cost, as multiples of alterna
 	$(BIN)/python -m pytest benchmarks$(if $(GROUP),/test_$(GROUP).py) $(if $(DEVICE),--bench-device=$(DEVICE)) \
 		--benchmark-columns=median --benchmark-json=.benchmarks/run.json -q
 	$(BIN)/python benchmarks/performance_table.py .benchmarks/run.json
+
+plan: $(FOR_TESTS)  ## plans of pi0_fast at its real size, and plans beside measured peaks (minutes; docs/performance.md)
+	$(BIN)/python benchmarks/plan_pi0_fast.py bfloat16 float32
+	$(BIN)/python benchmarks/planned_peaks.py
 
 pareto: $(FOR_TESTS)  ## plasticity against retention of 11 methods on small real data (minutes; FULL=1: what is in benchmarks/evidence)
 	$(BIN)/python benchmarks/evidence/retention_pareto.py $(if $(FULL),--full --results=benchmarks/evidence/results)

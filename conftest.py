@@ -45,6 +45,8 @@ LONGEST = (
     "tests/anchors/test_robustness.py",
     "tests/evidence/test_how_many_anchors.py",
     "tests/integrations/test_transformers.py",
+    "tests/planning/test_peaks.py",
+    "tests/lerobot/test_planning.py",
     "tests/test_docs_build.py",
     "tests/lerobot/test_pi0_fast.py",
     "tests/lerobot/test_adapters.py",

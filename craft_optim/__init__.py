@@ -10,6 +10,7 @@ from craft_optim._step.rules import Rules
 from craft_optim.calibration import Calibration, calibrate
 from craft_optim.heldout import HeldOutDrift
 from craft_optim.optimizer import CraftOptimizer
+from craft_optim.planning import Plan, plan
 from craft_optim.retention import Retention, RetentionClosure
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Constraint",
     "CraftOptimizer",
     "HeldOutDrift",
+    "Plan",
     "Retention",
     "RetentionClosure",
     "Rules",
@@ -25,6 +27,7 @@ __all__ = [
     "dual",
     "functional",
     "metrics",
+    "plan",
     "schedules",
 ]
 

@@ -28,6 +28,7 @@ __all__ = [
     "kl_of",
     "likelihood_of",
     "none_of",
+    "piece_bytes",
     "pieces_of",
     "rows_at",
     "split_rows",
@@ -152,6 +153,11 @@ def distance_in_pieces(rows: LogitRows, distance: Distance, budget: int = _PIECE
         else:
             found = _OfHead.apply(distance, count, rows, rows.hidden, rows.weight, rows.bias)  # type: ignore[no-untyped-call]
     return cast(Tensor, found)
+
+
+def piece_bytes(rows: LogitRows, budget: int = _PIECE) -> int:
+    """Bytes in float32 of the logits that are there at a time."""
+    return 4 * rows.shape[-1] * min(_count(rows, budget), len(rows))
 
 
 def _count(rows: LogitRows, budget: int) -> int:

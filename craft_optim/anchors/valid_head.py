@@ -15,7 +15,16 @@ from .passes import Forward, call, eager, logits_of, saving_hooks
 from .pieces import HeadRows
 from .structure import Inputs
 
-__all__ = ["HeadUse", "LinearHead", "head_agrees", "head_at", "head_left_out", "linear_head", "output_head"]
+__all__ = [
+    "HeadUse",
+    "LinearHead",
+    "head_agrees",
+    "head_at",
+    "head_left_out",
+    "linear_head",
+    "only_scaled",
+    "output_head",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -133,7 +142,7 @@ def _given(head: nn.Module, instead: Callable[[Tensor], Tensor | None], seen: He
         seen.calls += 1
         seen.used = False
         name, hidden = ("", args[0]) if args else next(iter(kwargs.items()), ("", None))
-        if seen.calls > 1 or type(hidden) is not Tensor or hidden.ndim != 3:
+        if seen.calls > 1 or hidden is None or not _is_plain_tensor(hidden) or hidden.ndim != 3:
             return None
         if (torch.is_grad_enabled(), saving_hooks()) != outside or (given := instead(hidden)) is None:
             return None
@@ -164,13 +173,20 @@ def _is_plain(head: nn.Module, hooks: int = 0) -> bool:
     weight, bias = head.weight, head.bias
     return (
         all(
-            type(x) in (nn.Parameter, Tensor) and x.dtype in _DTYPES and x.untyped_storage().nbytes() >= x.nbytes
+            (type(x) is nn.Parameter or _is_plain_tensor(x))
+            and x.dtype in _DTYPES
+            and x.untyped_storage().nbytes() >= x.nbytes
             for x in (weight, bias)
             if x is not None
         )
         and weight.ndim == 2
         and (bias is None or len(bias) == len(weight))
     )
+
+
+def _is_plain_tensor(x: Any) -> bool:
+    """True of no tensor that stands for parts of one; of a tensor without values, which stands for a plain one."""
+    return type(x) is Tensor or type(x).__name__ == "FakeTensor"
 
 
 def head_agrees(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forward | None = None) -> bool:
@@ -212,7 +228,7 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
     head = output_head(model)
     if type(head) is not nn.Linear or not _is_plain(head):
         return None
-    whole = _only_scaled(model, inputs, forward, head)
+    whole = only_scaled(model, inputs, forward, head)
     if whole is None:
         return None
     with torch.no_grad():
@@ -236,8 +252,13 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
 _SCALING = ("Mul", "Div", "Tanh", "ToCopy", "Clone", "Alias", "View", "UnsafeView", "Slice", "Squeeze", "Unsqueeze")
 
 
-def _only_scaled(model: nn.Module, inputs: Inputs, forward: Forward | None, head: nn.Module) -> Tensor | None:
-    """The model's logits, if they are the head's output but for factors and a tanh; else None."""
+def only_scaled(model: nn.Module, inputs: Inputs, forward: Forward | None, head: nn.Module) -> Tensor | None:
+    """The model's logits, if they are the head's output but for factors and a tanh; else None. One forward.
+
+    Args:
+        model, inputs, forward: As for `head_agrees`.
+        head: The model's `output_head`.
+    """
     given: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The command line: craft-optim build-anchors, inspect, convert. Each command has a module of its name here.
 
+    craft-optim plan --policy.path=lerobot/pi0fast-base --batch-size=8 --gpu 24 80
     craft-optim build-anchors anchors/ --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/old_task --count=512
     craft-optim build-anchors anchors/ --factory=my_script.py:anchors
     craft-optim inspect anchors/ --html=anchors.html
@@ -16,12 +17,12 @@ from collections.abc import Callable, Sequence
 
 from craft_optim import __version__
 from craft_optim._paths import expanded
-from craft_optim.cli import build_anchors, convert, drift, eval_mcq, inspect, report, train
+from craft_optim.cli import build_anchors, convert, drift, eval_mcq, inspect, plan, report, train
 from craft_optim.cli.options import Parser, UsageError
 
 __all__ = ["main"]
 
-_COMMANDS = (build_anchors, inspect, convert, eval_mcq, drift, train, report)
+_COMMANDS = (plan, build_anchors, inspect, convert, eval_mcq, drift, train, report)
 
 
 def _parser() -> Parser:

@@ -1,0 +1,82 @@
+"""A lerobot policy without weights, and the shapes of its batches: all that a plan needs, from a config alone."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from lerobot.policies import get_policy_class
+from torch import Tensor
+
+from craft_optim.lerobot._shared import ACTION, ACTION_IS_PAD, ENVIRONMENT_STATE, STATE, TOKENS, TOKENS_MASK
+from craft_optim.lerobot.pi0_fast import ACTION_MASK, ACTION_TOKENS
+
+__all__ = ["batch_of_shapes", "policy_without_weights"]
+
+_KNOWN = ("act", "pi0_fast")
+_NETWORK = {"pi0_fast": "lerobot.policies.pi0_fast.modeling_pi0_fast"}
+
+
+def policy_without_weights(config: Any) -> Any:
+    """The policy of a config on the meta device, in seconds whatever its size.
+
+    Of pi0_fast neither tokenizer is made, which would have to be downloaded and which no forward of training reads:
+    two names in lerobot's module stand for nothing meanwhile. ACT's backbone is not loaded.
+
+    Args:
+        config: Of lerobot. Its device is "meta" afterwards.
+
+    Raises:
+        ValueError: It is of a policy of which batches are not known here.
+    """
+    if config.type not in _KNOWN:
+        raise ValueError(
+            f"A plan from a config knows lerobot's policies {', '.join(_KNOWN)}. Found {config.type}: give a function "
+            "that returns the policy and a batch as --factory."
+        )
+    config.device = "meta"
+    if hasattr(config, "pretrained_backbone_weights"):
+        config.pretrained_backbone_weights = None
+    with torch.device("meta"), _without_tokenizers(_NETWORK.get(config.type)):
+        return get_policy_class(config.type)(config)
+
+
+@contextmanager
+def _without_tokenizers(module: str | None) -> Iterator[None]:
+    if module is None:
+        yield
+        return
+    network = importlib.import_module(module)
+    nothing = mock.MagicMock(name="no tokenizer")
+    with mock.patch.object(network, "AutoTokenizer", nothing), mock.patch.object(network, "AutoProcessor", nothing):
+        yield
+
+
+def batch_of_shapes(config: Any, size: int) -> dict[str, Tensor]:
+    """A batch as the policy's preprocessor would return it: shapes and dtypes on the meta device.
+
+    Prompts and action tokens are as long as the config allows, pictures as large as the policy's cameras.
+
+    Args:
+        config: As for `policy_without_weights`.
+        size: Frames.
+    """
+
+    def of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, *shape, dtype=dtype, device="meta")
+
+    batch = {key: of(*feature.shape) for key, feature in config.image_features.items()}
+    if config.type == "pi0_fast":
+        prompt, actions = config.tokenizer_max_length, config.max_action_tokens
+        return batch | {
+            TOKENS: of(prompt, dtype=torch.long),
+            TOKENS_MASK: of(prompt, dtype=torch.bool),
+            ACTION_TOKENS: of(actions, dtype=torch.long),
+            ACTION_MASK: of(actions, dtype=torch.bool),
+        }
+    for key, state in ((STATE, config.robot_state_feature), (ENVIRONMENT_STATE, config.env_state_feature)):
+        batch |= {key: of(*state.shape)} if state else {}
+    chunk = config.chunk_size
+    return batch | {ACTION: of(chunk, *config.action_feature.shape), ACTION_IS_PAD: of(chunk, dtype=torch.bool)}
