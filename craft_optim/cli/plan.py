@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from craft_optim.anchors import Reading
-from craft_optim.cli.options import AddCommand, UsageError, add_json, whole
+from craft_optim.cli.options import AddCommand, UsageError, add_json, top_k, whole
 from craft_optim.cli.output import emit_json
 from craft_optim.cli.sources import user_function
 from craft_optim.planning.make import adamw, plan
@@ -25,7 +25,7 @@ __all__ = ["add"]
 _EXAMPLES = """\
 A lerobot policy (pi0_fast, act) by its config alone, its batches as large as that allows; no weights are read:
 
-  craft-optim plan --policy.path=lerobot/pi0fast-base --batch-size=8 --count=512 --top-k=64 --gpu 24 80
+  craft-optim plan --policy.path=lerobot/pi0fast-base --batch-size=8 --count=512 --gpu 24 80
 
 A model of transformers by a config.json, or any model by a function that returns (model, batches[, settings]), as for
 build-anchors. On torch.device("meta") it needs no weights either; without labels in its batch, the pass over anchors
@@ -54,7 +54,7 @@ def add(command: AddCommand) -> None:
     add("--anchor-batch-size", type=whole, metavar="B", help="anchors per pass (default: as --batch-size)")
     add("--length", type=whole, metavar="T", help="of --config: tokens of each example (default: 512)")
     add("--count", type=whole, default=512, metavar="N", help="anchors in the cache (default: 512)")
-    add("--top-k", type=whole, metavar="K", help="keep the K likeliest classes of each position instead of all")
+    add("--top-k", type=top_k, metavar="K", help="keep the K likeliest classes, or `all` (default: by their number)")
     add("--valid", type=_share, metavar="SHARE", help="of positions, those whose classes count (default: 1, all)")
     add("--dtype", choices=_DTYPES, help="of the parameters (default: as the config says)")
     add("--autocast", choices=_DTYPES[1:], help="dtype of autocast around the passes (default: none)")

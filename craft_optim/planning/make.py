@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from craft_optim._numbers import number, whole
 from craft_optim._step.rules import Rules
 from craft_optim.anchors.capture import Layer
+from craft_optim.anchors.kept import TopK, top_k_of
 from craft_optim.anchors.reading import Reading, with_fields
 from craft_optim.anchors.structure import flatten
 from craft_optim.planning.cache_size import input_bytes
@@ -35,7 +36,7 @@ def plan(
     rules: Rules | None = None,
     reading: Reading | None = None,
     layers: Sequence[Layer] = (),
-    top_k: int | None = None,
+    top_k: TopK = "auto",
     dtype: torch.dtype = torch.float16,
     valid: float = 1.0,
     count: int = 512,
@@ -81,8 +82,7 @@ def plan(
     """
     rules = Rules() if rules is None else rules
     whole("count", count)
-    if top_k is not None:
-        whole("top_k", top_k)
+    top_k_of(top_k)
     valid = number("valid", valid, least=0.0, above=True)
     if valid > 1.0:
         raise ValueError(f"`valid` is a share of positions and must be <= 1. Found {valid!r}.")

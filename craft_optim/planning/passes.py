@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from craft_optim.anchors import losses
 from craft_optim.anchors.capture import Layer, pool, positions, resolve_layers, run
+from craft_optim.anchors.kept import TopK, top_k_of
+from craft_optim.anchors.kinds import Output
 from craft_optim.anchors.logit_retention import kl_term
+from craft_optim.anchors.manifest import FeatureSpec
 from craft_optim.anchors.passes import autocast_to, logits_of, steady
 from craft_optim.anchors.pieces import LogitRows, piece_bytes, rows_at
 from craft_optim.anchors.reading import Reading
@@ -59,7 +62,7 @@ class AnchorPass:
         model: Itself.
         reading: As `anchors.build` takes it.
         layers: Hidden states to keep.
-        top_k: Classes to keep of each position; None for all.
+        top_k: As `anchors.build` takes it.
         dtype: Of what is stored.
         valid: Share of the positions whose classes count.
 
@@ -73,7 +76,7 @@ class AnchorPass:
     model: nn.Module
     reading: Reading
     layers: tuple[Layer, ...]
-    top_k: int | None
+    top_k: TopK
     dtype: torch.dtype
     valid: float = 1.0
     kept: float = 0.0
@@ -150,9 +153,10 @@ class AnchorPass:
         classes, count = rows.shape[1], max(1, round(self.valid * len(rows)))
         if count < len(rows):
             rows = rows_at(rows, torch.empty(count, dtype=torch.long))
-        self.kept += class_bytes(count / shape[0], classes, self.top_k, self.dtype)
+        most = FeatureSpec(**top_k_of(self.top_k)).top_k_of(Output("classes", 1, classes))
+        k = classes if most is None else min(most, classes)
+        self.kept += class_bytes(count / shape[0], classes, k, self.dtype)
         self.logits, self.piece = 4 * count * classes, piece_bytes(rows)
-        k = classes if self.top_k is None else min(self.top_k, classes)
         teacher = {"topk_logprobs": torch.empty(count, k, dtype=self.dtype)}
         if k == classes:
             teacher = {"logprobs": teacher["topk_logprobs"]}
