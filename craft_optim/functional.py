@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from craft_optim._step.decision import Gram, Products, decide
@@ -39,7 +40,8 @@ def gram(task_grads: Gradients, retention_grads: Gradients) -> Gram:
     Raises:
         ValueError: If the lists differ in length, or a pair in its number of elements.
     """
-    return GradientSets(task_grads, [retention_grads]).inner_products()[0].grams[0]
+    with torch.no_grad():
+        return GradientSets(task_grads, [retention_grads]).inner_products()[0].grams[0]
 
 
 def project_and_merge_(
@@ -112,6 +114,7 @@ def project_and_merge_several_(
     return _merge_(task_grads, retention_grads, lams, project, rules).matrix
 
 
+@torch.no_grad()
 def _merge_(
     task: Gradients, retention: Sequence[Gradients], lams: Sequence[float], project: Sequence[bool], given: Any
 ) -> Products:

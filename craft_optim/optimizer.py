@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
+from operator import call, is_
 from typing import Any, Literal, cast
 
 import torch
@@ -122,7 +123,7 @@ class CraftOptimizer(Wrapper):
 
     # Found out at the first retention pass, for these closures, parameters and processes.
     _layout: Layout
-    _found_for: list[Any]
+    _found_for: list[Callable[[], Any]]
     _measured: int  # retention steps since then
 
     def __init__(
@@ -411,10 +412,10 @@ class CraftOptimizer(Wrapper):
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         found_for = [self.process_group, world, *closures, *parameters]
         # Not by ids, which others get when these are gone; nor held, since a framework may have made other parameters
-        known = [one() if isinstance(one, weakref.ref) else one for one in self._found_for]
-        if len(known) != len(found_for) or any(one is not now for one, now in zip(known, found_for, strict=True)):
+        same = len(self._found_for) == len(found_for) and all(map(is_, map(call, self._found_for), found_for))
+        if not same:
             self._forget_circumstances()
-            self._found_for = [one if one is None or one is False else weakref.ref(one) for one in found_for]
+            self._found_for = [_reference(one) for one in found_for]
             self._layout = layout_of(parameters, self.process_group)
             if self._layout.several or any(closure.shared for closure in closures):
                 for closure in closures:
@@ -505,6 +506,11 @@ class CraftOptimizer(Wrapper):
             for name, one in self._constraints.items()
         )
         return f"{type(self).__name__} ({of or 'no constraint'})\n{self.base_optimizer!r}"
+
+
+def _reference(one: Any) -> Callable[[], Any]:
+    """Gives the object, and None when it is gone."""
+    return (lambda: one) if one is None or one is False else weakref.ref(one)
 
 
 def _with_fields_of_rules(signature: inspect.Signature) -> inspect.Signature:

@@ -93,6 +93,24 @@ def test_merge_matches_the_reference_at_every_scale(dtype, scale_t, scale_r):
     assert -1.0001 <= measured.cos <= 1.0001
 
 
+def test_only_what_float32_cannot_hold_is_measured_again(way, monkeypatch):
+    passes = []
+    measured = GradientSets._measured
+
+    def counting(self, scalars, dtype, reduce):
+        passes.append(dtype)
+        return measured(self, scalars, dtype, reduce)
+
+    monkeypatch.setattr(GradientSets, "_measured", counting)
+    for scale_t, scale_r, again in [(1.0, 0.0, False), (0.0, 1.0, False), (0.0, 0.0, False), (1.0, 1e-30, True)]:
+        passes.clear()
+        task, retention = make(torch.float32, scale_t, scale_r)
+        tt, rr, _ = reference_gram(task, retention, task)
+        found = gram(task, retention)
+        assert (found.tt, found.rr) == pytest.approx((tt, rr), rel=1e-5, abs=0.0)
+        assert passes == [torch.float32, torch.float64][: 1 + (again and way == "portable")]
+
+
 @pytest.mark.parametrize("merge", ["weighted", "equal", "task_priority"])
 @pytest.mark.parametrize("project", [True, False])
 @pytest.mark.parametrize("correlation", [-0.5, 0.5])

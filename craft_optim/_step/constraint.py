@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +19,8 @@ from craft_optim.schedules import Schedule, as_schedule, epsilon_at
 from . import scaling
 from .decision import MOST
 from .drift import DRIFT, Drift
-from .gradients import Gradients, Graph, gradients_of, graph_of, leaves, put, set_aside, without_hooks
-from .layout import Layout
+from .gradients import Gradients, Graph, any_of, gradients_of, graph_of, leaves, put, set_aside, without_hooks
+from .layout import Averaged, Layout
 from .rules import Projection
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _EPSILON, _DUAL = 0.05, "pi"
+_HOOKS = attrgetter("_post_accumulate_grad_hooks")
 
 
 @dataclass(frozen=True)
@@ -180,11 +183,13 @@ class Passed(NamedTuple):
         loss: L_ret, a tensor without a graph.
         gradients: The gradients of `scale` times the loss, as autograd left them.
         scale: The private loss scale; 1 without float16.
+        averaged: As the layout gave them.
     """
 
     loss: Tensor
     gradients: Gradients
     scale: float
+    averaged: Averaged
 
 
 class RetentionPass:
@@ -241,30 +246,40 @@ class RetentionPass:
         put(self._parameters, [None] * len(self._parameters))  # they are in the stash
         with self._layout.own_reduction(), torch.enable_grad(), held() as conditions:
             loss, graph, scale = self._scaled_loss()
-            own = {id(p) for p in self._parameters}
             named = list(self._closure.parameters())
             if not (named and self._layout.several):  # those that shard put tensors of their own into the graph
                 named += leaves(graph)
-            reachable = {id(p): p for p in named}
-            others = [p for key, p in reachable.items() if key not in own]
+            own = set(map(id, self._parameters))
+            others = [p for p in named if id(p) not in own]
             del graph  # it is freed as the backward goes
-            left_out = [p for p, want in zip(self._parameters, wanted, strict=True) if not want]
+            left_out = [] if all(wanted) else [p for p, want in zip(self._parameters, wanted, strict=True) if not want]
             with set_aside(others), without_hooks([*others, *left_out]), self._unmoved(), conditions():
                 loss.backward()  # type: ignore[no-untyped-call]
                 retention = gradients_of(self._parameters)
-        retention, wanted = self._layout.averaged(retention, self._parameters, wanted)
-        self._check_reached(retention)
-        for i, (g, want, ascended) in enumerate(zip(retention, wanted, self._ascended, strict=True)):
-            if g is not None and not want:
-                retention[i] = None
-            elif g is not None and ascended:
-                g.neg_()
-        return Passed(loss.detach() if scale == 1.0 else loss.detach() / scale, retention, scale)
+        if any(self._ascended):
+            for g, ascended in zip(retention, self._ascended, strict=True):
+                if g is not None and ascended:
+                    g.neg_()
+        averaged = self._layout.averaged(retention, self._parameters, wanted, self.name)
+        if not averaged.told:
+            self.check_reached(any_of(retention, self._parameters))
+        return self._passed(loss.detach() if scale == 1.0 else loss.detach() / scale, averaged, scale)
+
+    def complete(self, passed: Passed) -> Passed:
+        """The pass with what some process had more than all went by. Collective."""
+        return self._passed(passed.loss, self._layout.added(passed.averaged, self._parameters, self.name), passed.scale)
+
+    def _passed(self, loss: Tensor, averaged: Averaged, scale: float) -> Passed:
+        """The pass, with the gradients of what the base will touch."""
+        gradients, wanted = averaged.gradients, averaged.wanted
+        if not all(wanted):
+            gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+        return Passed(loss, gradients, scale, averaged)
 
     @contextmanager
     def _unmoved(self) -> Iterator[None]:
         """Around a backward: raises if a hook has stepped in it, on the retention gradient alone."""
-        hooked = [(p, p._version) for p in self._parameters if getattr(p, "_post_accumulate_grad_hooks", None)]
+        hooked = [(p, p._version) for p in compress(self._parameters, map(_HOOKS, self._parameters))]
         yield
         if moved := [tuple(p.shape) for p, version in hooked if p._version != version]:
             raise RuntimeError(
@@ -294,10 +309,9 @@ class RetentionPass:
         wide = loss.float() if loss.dtype == torch.float16 else loss
         return (wide if scale == 1.0 else wide * scale), graph, scale
 
-    def _check_reached(self, retention: Gradients) -> None:
-        # FSDP1 leaves a process parameters without elements, and those without gradients.
-        reached = [g is not None for p, g in zip(self._parameters, retention, strict=True) if p.numel() > 0]
-        if reached and not any(reached):
+    def check_reached(self, reached: bool) -> None:
+        """Raises unless the pass has reached any parameter, on any process."""
+        if not reached:
             raise RuntimeError(
                 f"{prefix(self.name)}The retention loss reaches none of the optimizer's parameters: every "
                 "retention gradient is None. Does the closure run the model that is being trained (not a copy, not a "

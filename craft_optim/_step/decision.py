@@ -111,7 +111,7 @@ class Products:
     def caps(self, rho: float) -> list[float]:
         """The bound rho |g_t| / d_j of each multiplier; inf where d_j = 0."""
         task, between = math.sqrt(self.matrix[0, 0]), self.between
-        alone = not (between < 0.0).any()  # no two are against each other
+        alone = len(between) == 1 or not (between < 0.0).any()  # no two are against each other
         distances = [math.sqrt(between[j, j]) if alone else distance_to_cone(between, j) for j in range(len(between))]
         return [rho * task / d if d > 0.0 else math.inf for d in distances]
 

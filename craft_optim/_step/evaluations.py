@@ -34,7 +34,10 @@ def check_base(base: torch.optim.Optimizer) -> None:
 def ascended(base: torch.optim.Optimizer) -> list[bool]:
     """For each parameter, True if the base steps along its gradient and not against it."""
     everywhere = getattr(base, "maximize", False)  # others than torch's keep it there
-    return [bool(group.get("maximize", everywhere)) for group in base.param_groups for _ in group["params"]]
+    found: list[bool] = []
+    for group in base.param_groups:
+        found += [bool(group.get("maximize", everywhere))] * len(group["params"])
+    return found
 
 
 def may_move(base: torch.optim.Optimizer) -> bool:

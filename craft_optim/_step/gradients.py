@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import getclosurevars
+from itertools import repeat
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -17,10 +18,12 @@ __all__ = [
     "Graph",
     "Stash",
     "all_zero",
+    "any_of",
     "gradients_of",
     "graph_of",
     "leaves",
     "not_zero",
+    "present",
     "put",
     "set_aside",
     "without_hooks",
@@ -32,6 +35,22 @@ Gradients = list[Tensor | None]
 def gradients_of(parameters: Iterable[Tensor]) -> Gradients:
     """The `.grad` of each parameter; no copies."""
     return [p.grad for p in parameters]
+
+
+def present(gradients: Iterable[Tensor | None]) -> list[bool]:
+    """For each gradient, whether there is one."""
+    return [g is not None for g in gradients]
+
+
+def any_of(gradients: Iterable[Tensor | None], parameters: Iterable[Tensor]) -> bool:
+    """True if there is any gradient, or no parameter with elements: FSDP1 leaves a process such, without gradients."""
+    elements = False
+    for g, p in zip(gradients, parameters, strict=True):  # most often the first one tells
+        if p.numel() > 0:
+            if g is not None:
+                return True
+            elements = True
+    return not elements
 
 
 def put(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
@@ -48,7 +67,7 @@ def set_aside(parameters: list[Tensor]) -> Iterator[None]:
     """
     kept = gradients_of(parameters)
     try:
-        put(parameters, [None] * len(parameters))
+        put(parameters, repeat(None, len(parameters)))
         yield
     finally:
         put(parameters, kept)
@@ -95,40 +114,41 @@ def all_zero(gradients: Sequence[Tensor | None]) -> bool:
 
 
 class Graph(NamedTuple):
-    """The nodes of a loss's graph; what a reentrant checkpoint will compute is not there yet.
+    """What a loss's graph holds; what a reentrant checkpoint will compute is not there yet.
 
     Attributes:
-        ends: Those that write a `.grad`.
-        inner: All others.
+        written: The tensors at its ends, whose `.grad` a backward writes.
+        inner: The nodes before these.
     """
 
-    ends: list[Any]
+    written: list[Tensor]
     inner: list[Any]
 
 
 def graph_of(loss: Tensor) -> Graph:
-    """Every node of the loss's graph once."""
-    graph, found = Graph([], []), [] if loss.grad_fn is None else [loss.grad_fn]
-    seen = set(found)
-    for node in found:  # grows on the way
-        (graph.ends if type(node).__name__ == "AccumulateGrad" else graph.inner).append(node)
+    """Every node of the loss's graph once. It is walked on each pass: nothing is asked of a node twice."""
+    graph = Graph([], [] if loss.grad_fn is None else [loss.grad_fn])
+    written, inner = graph
+    seen = {None, *inner}
+    for node in inner:  # grows on the way
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                found.append(following)
+            if following in seen:
+                continue
+            seen.add(following)
+            if type(following).__name__ == "AccumulateGrad":
+                written.append(following.variable)
+            else:
+                inner.append(following)
     return graph
 
 
 def leaves(graph: Graph) -> list[Tensor]:
-    """The tensors whose `.grad` a backward through the graph writes, as far as it shows.
+    """The tensors whose `.grad` a backward through the graph writes, as far as it shows; some may be there twice.
 
     Of what a reentrant checkpoint will run, those that its function holds.
     """
-    found: list[Tensor] = [node.variable for node in graph.ends]
-    for node in graph.inner:
-        if hasattr(node, "run_function"):
-            found += _held_by(node.run_function)
-    return [x for x in {id(x): x for x in found}.values() if x.is_leaf]
+    held = [x for node in graph.inner if hasattr(node, "run_function") for x in _held_by(node.run_function)]
+    return [*graph.written, *(x for x in held if x.is_leaf)]
 
 
 def _held_by(function: Any) -> list[Tensor]:
@@ -190,10 +210,13 @@ class Stash:
     """
 
     def __init__(self, gradients: Gradients, memory: GradientMemory) -> None:
-        self._kept: list[Tensor | _Away | None] = [g if memory == "copy" else _put_away(g, memory) for g in gradients]
+        self._stay = memory == "copy"
+        self._kept: list[Any] = list(gradients) if self._stay else [_put_away(g, memory) for g in gradients]
 
     def for_surgery(self) -> Gradients:
         """On their devices; rounded ones as they wait. Copies of those that wait elsewhere."""
+        if self._stay:
+            return list(self._kept)
         return [g.wrap(g.copy.to(g.device, non_blocking=True)) if isinstance(g, _Away) else g for g in self._kept]
 
     def give_back(self, parameters: Sequence[Tensor]) -> None:
@@ -202,6 +225,9 @@ class Stash:
         One after another, and each where another gradient was freed: no third list of gradients lives at any time. One
         that there is no memory for is None, and the error is raised when all others are there.
         """
+        if self._stay:
+            put(parameters, self._kept)
+            return
         failed: RuntimeError | None = None
         for i, p in enumerate(parameters):
             kept, p.grad = self._kept[i], None
@@ -216,6 +242,8 @@ class Stash:
 
     def in_their_dtype(self, merged: Sequence[Tensor | None]) -> Gradients:
         """The merged gradients, where they are rounded task gradients in the dtype of before."""
+        if self._stay:
+            return list(merged)
         return [
             g if g is None or not isinstance(kept, _Away) else g.to(kept.dtype)
             for g, kept in zip(merged, self._kept, strict=True)

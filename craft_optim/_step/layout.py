@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,26 @@ from torch import Tensor
 from .gradients import Gradients
 
 __all__ = ["ONE_PROCESS", "Layout", "layout_of"]
+
+
+class Averaged(NamedTuple):
+    """Retention gradients, averaged over processes.
+
+    Attributes:
+        gradients: Those of all parameters.
+        wanted: For each parameter, whether any process that averages it has a task gradient. Frameworks that reduce
+            gradients themselves have one on all of their processes, or on none.
+        here: The same of this process alone.
+        rest: What is not in `gradients` yet; see `averaging`.
+        told: Two flags of which the others must hear: whether this process has a rest, or another wish than all go by;
+            whether it has any gradient. Empty where no other has a part in it.
+    """
+
+    gradients: Gradients
+    wanted: list[bool]
+    here: Sequence[bool] = ()
+    rest: Sequence[Tensor | None] = ()
+    told: tuple[float, ...] = ()
 
 
 class Layout:
@@ -22,12 +42,14 @@ class Layout:
         size: Number of processes that decide together.
         first: True if this process speaks for all of them.
         several: True if there is more than this process, or a sharded tensor, to see to.
+        shares: For each parameter, the weight of this process' sum over its elements; None for 1.
         reduce: Adds the sums of `surgery` up over the processes; None where there is nothing to add.
     """
 
     rank: int = 0
     world_size: int = 1
     several: bool = False
+    shares: Sequence[float] | None = None
     reduce: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -50,10 +72,6 @@ class Layout:
         """Number of elements of each parameter, over all processes."""
         return [p.numel() for p in parameters]
 
-    def shares(self, parameters: Sequence[Tensor]) -> list[float] | None:
-        """Weight of this process' sum over each parameter's elements; None for 1."""
-        return None
-
     def own_reduction(self) -> AbstractContextManager[object]:
         """Within the block no framework reduces gradients that `averaged` sees to."""
         return nullcontext()
@@ -63,20 +81,21 @@ class Layout:
         return nullcontext()
 
     def averaged(
-        self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool]
-    ) -> tuple[Gradients, list[bool]]:
+        self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool], name: str | None = None
+    ) -> Averaged:
         """Averages, in place, the gradients that no hook has reduced.
 
         Args:
             gradients: Of a retention pass.
             parameters: All of the optimizer's.
             wanted: For each parameter, whether this process has a task gradient.
-
-        Returns:
-            The gradients; and for each parameter whether any process that averages it has a task gradient. Frameworks
-            that reduce gradients themselves have one on all of their processes, or on none.
+            name: The constraint's.
         """
-        return gradients, wanted
+        return Averaged(gradients, wanted)
+
+    def added(self, averaged: Averaged, parameters: Sequence[Tensor], name: str | None = None) -> Averaged:
+        """Averages what some process had more than all go by. Collective, where any has told so: see `Averaged`."""
+        return averaged
 
     def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
         """The parts of the gradients on this process, as plain tensors, sharded as the parameters are."""

@@ -32,13 +32,11 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .gradients import Gradients
-from .layout import ONE_PROCESS, Layout
+from .averaging import Averaging
+from .gradients import Gradients, any_of
+from .layout import ONE_PROCESS, Averaged, Layout
 
-__all__ = ["Processes", "average", "find_layout"]
-
-# Bytes that are copied into one buffer and averaged by one collective.
-_BUCKET = 1 << 25
+__all__ = ["Processes", "find_layout"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,9 @@ class Processes(Layout):
         ddp: DDP modules, whose own reduction is off during a retention pass.
         sharding: FSDP1 and FSDP2 modules.
         fsdp1: id of a parameter that FSDP1 sharded -> number of processes it is sharded over.
+        shares: See `Layout`.
+        has_dtensors: Whether any parameter is one.
+        averagings: Name of a constraint -> how its gradients are averaged. It remembers what all have agreed on.
     """
 
     everyone: tuple[ProcessGroup, ...] = ()
@@ -62,6 +63,9 @@ class Processes(Layout):
     ddp: tuple[DistributedDataParallel, ...] = ()
     sharding: tuple[nn.Module, ...] = ()
     fsdp1: dict[int, int] = field(default_factory=dict)
+    shares: tuple[float, ...] = ()
+    has_dtensors: bool = True
+    averagings: dict[str | None, Averaging] = field(default_factory=dict)
     several = True
 
     @property
@@ -89,18 +93,8 @@ class Processes(Layout):
         sizes = [p.numel() for p in parameters]
         if not self.fsdp1:  # its parameters, unlike DTensors, know only their shard
             return sizes
-        here = torch.tensor(sizes, dtype=torch.float64) * torch.tensor(self.shares(parameters), dtype=torch.float64)
+        here = torch.tensor(sizes, dtype=torch.float64) * torch.tensor(self.shares, dtype=torch.float64)
         return [round(x) for x in self.total(here.to(parameters[0].device)).tolist()]
-
-    def shares(self, parameters: Sequence[Tensor]) -> list[float]:
-        return [self._share(p) for p in parameters]
-
-    def _share(self, p: Tensor) -> float:
-        if isinstance(p, DTensor):
-            mesh = p.device_mesh
-            replicas = math.prod(mesh.size(d) for d, place in enumerate(p.placements) if place.is_replicate())
-            return mesh.size() / (replicas * self.size)
-        return self.fsdp1.get(id(p), 1) / self.size
 
     @contextmanager
     def own_reduction(self) -> Iterator[None]:
@@ -123,26 +117,54 @@ class Processes(Layout):
                 _reshard(cast(Any, module), handle, True)
 
     def averaged(
-        self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool]
-    ) -> tuple[Gradients, list[bool]]:
+        self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool], name: str | None = None
+    ) -> Averaged:
         if self.averaged_over is None:
-            return gradients, wanted
-        spanned = set(dist.get_process_group_ranks(self.averaged_over))
+            return Averaged(gradients, wanted)
+        if name not in self.averagings:
+            self.averagings[name] = Averaging(self.averaged_over, self._not_reduced(parameters, self.averaged_over))
+        averaging = self.averagings[name]
+        mine = averaging.parameters
+        means = averaging.means(self._at(mine, gradients), self._at(mine, parameters), [wanted[i] for i in mine])
+        some = any_of(gradients, parameters)
+        found, anywhere = list(gradients), list(wanted)
+        for i, g, want in zip(mine, means.gradients, means.wanted, strict=True):
+            found[i], anywhere[i] = self._whole(g, parameters[i]), want
+        return Averaged(found, anywhere, wanted, means.rest, (float(means.more), float(some)))
+
+    def added(self, averaged: Averaged, parameters: Sequence[Tensor], name: str | None = None) -> Averaged:
+        averaging = self.averagings[name]
+        mine, here = averaging.parameters, averaged.here
+        extra, agreed = averaging.added(averaged.rest, self._at(mine, parameters), [here[i] for i in mine])
+        found, wanted = list(averaged.gradients), list(averaged.wanted)
+        for i, part, want in zip(mine, extra, agreed, strict=True):
+            g, more, wanted[i] = found[i], self._whole(part, parameters[i]), want
+            if g is None or more is None:
+                found[i] = g if more is None else more
+            else:  # a dense tensor may have a sparse one added, not the other way round
+                found[i] = more + g if g.is_sparse else g + more
+        return Averaged(found, wanted)
+
+    def _at(self, places: Sequence[int], tensors: Sequence[Any]) -> list[Any]:
+        """The parts on this process of some."""
+        return [_local(tensors[i]) for i in places] if self.has_dtensors else [tensors[i] for i in places]
+
+    def _whole(self, local: Tensor | None, parameter: Tensor) -> Tensor | None:
+        return _like(local, parameter) if self.has_dtensors and local is not None else local
+
+    def _not_reduced(self, parameters: Sequence[Tensor], group: ProcessGroup) -> list[int]:
+        """Places of the parameters whose gradients no framework has averaged over the group."""
+        spanned = set(dist.get_process_group_ranks(group))
 
         def is_reduced(p: Tensor) -> bool:
             # By FSDP2, if the parameter's mesh spans the group; a mesh of tensor parallelism does not.
             return spanned <= _ranks(p.device_mesh) if isinstance(p, DTensor) else id(p) in self.fsdp1
 
-        mine = [i for i, p in enumerate(parameters) if not is_reduced(p)]
-        local = [_local(gradients[i]) for i in mine]
-        of_mine = [_local(parameters[i]) for i in mine]
-        reduced, agreed = average(local, of_mine, self.averaged_over, [wanted[i] for i in mine])
-        result, wanted = list(gradients), list(wanted)
-        for i, g, anywhere in zip(mine, reduced, agreed, strict=True):
-            result[i], wanted[i] = None if g is None else _like(g, parameters[i]), anywhere
-        return result, wanted
+        return [i for i, p in enumerate(parameters) if not is_reduced(p)]
 
     def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
+        if not self.has_dtensors:
+            return gradients
         return [
             _local(g.redistribute(p.device_mesh, p.placements))
             if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements
@@ -151,6 +173,8 @@ class Processes(Layout):
         ]
 
     def wrapped(self, local: Gradients, parameters: Sequence[Tensor], *whole: Gradients) -> Gradients:
+        if not self.has_dtensors:
+            return local
         # To make a DTensor costs as much as ten of its local operations.
         known = {id(_local(g)): g for gradients in whole for g in gradients if g is not None}
         return [
@@ -179,73 +203,6 @@ def _like(local: Tensor, parameter: Tensor) -> Tensor:
         shape=parameter.size(),
         stride=parameter.stride(),
     )
-
-
-@torch.no_grad()
-def average(
-    gradients: Gradients, parameters: Sequence[Tensor], group: ProcessGroup, flags: Sequence[bool]
-) -> tuple[Gradients, list[bool]]:
-    """The mean of each gradient over the group.
-
-    Two collectives at least: one says which gradients exist anywhere (a gradient that is None here but not elsewhere
-    counts as zero), then one per 32 MiB of gradients, which are copied into one buffer, and one per sparse gradient.
-
-    Args:
-        gradients: Dense or sparse, of any floating or complex dtype; dense ones are overwritten.
-        parameters: Plain tensors of the same shapes.
-        group: The process group.
-        flags: One for each gradient, which go along with the first collective.
-
-    Returns:
-        The means, None where the gradient is None on every process; and the flags that are set on any process.
-    """
-    if not gradients:
-        return [], []
-    absent, dense = 0, 99  # between them, sparse gradients by their number of sparse dimensions
-    here = [absent if g is None else g.sparse_dim() if g.is_sparse else dense for g in gradients]
-    told = torch.tensor([here, list(flags)], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
-    kinds, anywhere = told.tolist()
-    size = group.size()
-    result: Gradients = []
-    bucket: list[Tensor] = []
-    held = 0
-
-    def reduce_bucket() -> None:
-        if len(bucket) == 1 and bucket[0].is_contiguous():
-            dist.all_reduce(bucket[0].div_(size), group=group)
-        elif bucket:
-            real = [_real(g) for g in bucket]
-            flat = torch.cat([g.reshape(-1) for g in real]).div_(size)
-            dist.all_reduce(flat, group=group)
-            pieces = torch.split_with_sizes(flat, [g.numel() for g in real])
-            torch._foreach_copy_(real, [x.view_as(g) for x, g in zip(pieces, real, strict=True)])
-        bucket.clear()
-
-    for g, p, kind in zip(gradients, parameters, kinds, strict=True):
-        if kind == absent:
-            result.append(None)
-        elif kind < dense:
-            if g is None:
-                places = torch.zeros(kind, 0, dtype=torch.int64, device=p.device)
-                g = torch.sparse_coo_tensor(places, p.new_zeros(0, *p.shape[kind:]), p.shape, check_invariants=False)
-            g = (g / size).coalesce()
-            dist.all_reduce(g, group=group)
-            result.append(g)
-        else:
-            g = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
-            if bucket and ((bucket[0].dtype, bucket[0].device) != (g.dtype, g.device) or held + g.nbytes > _BUCKET):
-                reduce_bucket()
-                held = 0
-            bucket.append(g)
-            held += g.nbytes
-            result.append(g)
-    reduce_bucket()
-    return result, [bool(flag) for flag in anywhere]
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Literal[False] | None) -> Layout:
@@ -306,7 +263,18 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
     if not everyone:
         return ONE_PROCESS
     sharding = tuple(m for m in modules if not isinstance(m, DistributedDataParallel))
-    return Processes(everyone, group, rank, world_size, ddp, sharding, sharded)
+    size = math.prod(one.size() for one in everyone)
+    shares = tuple(_share(p, size, sharded) for p in parameters)
+    return Processes(everyone, group, rank, world_size, ddp, sharding, sharded, shares, bool(meshes))
+
+
+def _share(p: Tensor, size: int, fsdp1: dict[int, int]) -> float:
+    """Weight of this process' sum over the parameter's elements, of so many processes."""
+    if isinstance(p, DTensor):
+        mesh = p.device_mesh
+        replicas = math.prod(mesh.size(d) for d, place in enumerate(p.placements) if place.is_replicate())
+        return mesh.size() / (replicas * size)
+    return fsdp1.get(id(p), 1) / size
 
 
 def _everyone(

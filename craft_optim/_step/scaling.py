@@ -6,6 +6,7 @@ not. A GradScaler does the same for the task; it never sees retention gradients.
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 
 from torch import float16
 
@@ -13,6 +14,7 @@ from .gradients import Graph
 
 __all__ = ["grown", "initial_scale", "reaches_float16", "shrunk"]
 
+_DTYPE = attrgetter("dtype")
 # S begins where torch's GradScaler does; it shrinks faster, since a repeated pass costs more than a skipped step.
 _INITIAL = 2.0**16
 _SHRINK = 2.0**-4
@@ -40,9 +42,8 @@ def grown(state: Mapping[str, float]) -> dict[str, float]:
 
 def reaches_float16(graph: Graph) -> bool:
     """True if any gradient in the graph is float16, or may be: what a reentrant checkpoint will run is not there."""
-    for node in graph.ends:
-        if node.variable.dtype == float16:
-            return True
+    if float16 in map(_DTYPE, graph.written):
+        return True
     for node in graph.inner:  # a loop, since this is asked of every node at every pass
         if hasattr(node, "run_function"):
             return True

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import combinations
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from craft_optim.metrics import METRICS, keyed
 
 from .constraint import Constraint, Passed, RetentionPass
 from .decision import Decision, Gram, Products, decide
-from .gradients import Gradients, Stash, gradients_of, not_zero, put
+from .gradients import Gradients, Stash, gradients_of, not_zero, present, put
 from .layout import Layout
 from .pace import PACE, halved, hurried, paced, starting
 from .rules import Rules
@@ -39,8 +38,15 @@ def split_state(state: Mapping[str, float]) -> tuple[dict[str, float], dict[str 
     return shared, own
 
 
+# Every floating dtype that has gradients holds this, float8 too: a norm below it needs no look at the parameters
+_HELD_BY_ALL = 240.0
 # Passes whose anchors tell, in the start, how far a step leads: those of one may be any
 _LOOKS = 2
+
+
+def _recorded(name: str) -> AbstractContextManager[object]:
+    """A range in the profile, if there is one: to open one for nobody takes a tenth of all that a step adds."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
 
 class _Measured(NamedTuple):
@@ -164,8 +170,10 @@ class RetentionStep:
         if self.ran and self._decision is None:
             self._stash = Stash(gradients_of(self._parameters), "copy")
             return Objective(1.0, 0.0)
-        wanted = [p.grad is not None for p in self._parameters]
-        self._stash = Stash(gradients_of(self._parameters), self._rules.gradient_memory)
+        gradients = gradients_of(self._parameters)
+        wanted = present(gradients)
+        self._stash = Stash(gradients, self._rules.gradient_memory)
+        del gradients  # their memory is free where they wait elsewhere
         sets, task, passed, products, losses = self._measured(self._stash, wanted)
         finite = products.finite and all(map(math.isfinite, losses))
         decision = self._decision
@@ -185,7 +193,7 @@ class RetentionStep:
                 reached = self._layout.any(not_zero(retention), device)
                 # What is not touched does not drift
                 self.reached[run.name] = [r or not t for r, t in zip(reached, touched, strict=True)]
-        with record_function("CraftOptimizer.merge"):
+        with _recorded("CraftOptimizer.merge"):
             merged = sets.merge_(
                 [c._replace(retention=c.retention / of.scale) for c, of in zip(decision.merges, passed, strict=True)]
             )
@@ -251,13 +259,18 @@ class RetentionStep:
             project=[run.may_project(self._rules.projection) for run in self.passes],
             rules=self._rules,
         )
-        # Of all that train, which are the same on every process; integers, of a quantised model, do not
-        if decision.norm > min(torch.finfo(p.dtype).max for p in self._parameters if p.requires_grad):
+        if decision.norm > _HELD_BY_ALL and decision.norm > self._largest:
             return None
         for run, update in zip(self.passes, updates, strict=True):
             run.use(update)
         self._shared |= pace
         return decision
+
+    @property
+    def _largest(self) -> float:
+        """The largest number that all gradients can hold."""
+        # Of all that train, which are the same on every process; integers, of a quantised model, do not
+        return min(torch.finfo(dtype).max for dtype in {p.dtype for p in self._parameters if p.requires_grad})
 
     def _objective(self, losses: Sequence[float]) -> Objective:
         if self._decision is None:
@@ -274,13 +287,26 @@ class RetentionStep:
         while True:
             for run in self.passes:
                 if run not in passed:
-                    with record_function("CraftOptimizer.retention"):
+                    with _recorded("CraftOptimizer.retention"):
                         passed[run] = run.gradients(wanted)
             found = [passed[run] for run in self.passes]
-            with record_function("CraftOptimizer.merge"):
+            with _recorded("CraftOptimizer.merge"):
                 task = stash.for_surgery()
                 sets = self._sets(task, [of.gradients for of in found])
-                scaled, losses = sets.inner_products(*(of.loss for of in found), reduce=self._layout.reduce)
+                told = [flag for of in found for flag in of.averaged.told]
+                scaled, read = sets.inner_products(
+                    *(of.loss for of in found), *self._on_device(told), reduce=self._layout.reduce
+                )
+            losses, heard = read[: len(found)], read[len(found) :]
+            for run, reached in zip(self.passes, heard[1::2], strict=False):
+                run.check_reached(reached > 0.0)
+            if any(heard[::2]):
+                # Some process had other gradients than all went by; with these the products are others, too
+                del task, sets, found
+                for run, more in zip(self.passes, heard[::2], strict=True):
+                    if more > 0.0:
+                        passed[run] = run.complete(passed[run])
+                continue
             products = scaled.unscaled([of.scale for of in found])
             again = [
                 run
@@ -300,17 +326,23 @@ class RetentionStep:
             run.count()
         return _Measured(sets, task, found, products, losses)
 
+    def _on_device(self, flags: Sequence[float]) -> list[Tensor]:
+        """As scalars where the first parameter is; written there, not copied, which the host would wait for."""
+        if not flags:
+            return []
+        return [torch.full((), flag, dtype=torch.float64, device=self._parameters[0].device) for flag in flags]
+
     def _sets(self, task: Gradients, retention: Sequence[Gradients]) -> GradientSets:
         """The gradients' parts on this process."""
         lists = [self._layout.local(gradients, self._parameters) for gradients in (task, *retention)]
-        for one, other in combinations(lists, 2):
-            if any(map(_same_memory, one, other)):
-                raise RuntimeError(
-                    "The retention backward wrote its gradients into the memory of the task gradients, or of another "
-                    "constraint's, which are lost now: a wrapper of the model keeps its own gradient buffers. Let the "
-                    "retention closure run the model that is wrapped (`.module`)."
-                )
-        return GradientSets(lists[0], lists[1:], self._layout.shares(self._parameters))
+        sets = GradientSets(lists[0], lists[1:], self._layout.shares)
+        if sets.share_memory:
+            raise RuntimeError(
+                "The retention backward wrote its gradients into the memory of the task gradients, or of another "
+                "constraint's, which are lost now: a wrapper of the model keeps its own gradient buffers. Let the "
+                "retention closure run the model that is wrapped (`.module`)."
+            )
+        return sets
 
     def _updates(self, products: Products, losses: Sequence[float], steps: int) -> list[Update]:
         """The controllers' answers, for a pass that stands for so many steps.
@@ -402,9 +434,3 @@ def put_together(rows: Mapping[str | None, Mapping[str, float]]) -> dict[str, fl
             whole |= {what: max(whole[what], row[what]) for what in worst if METRICS[what].largest}
             whole |= {keyed(what, name): x for what, x in row.items()}
     return whole
-
-
-def _same_memory(t: Tensor | None, r: Tensor | None) -> bool:
-    if t is None or r is None or t.is_sparse or r.is_sparse or t.numel() == 0:
-        return False
-    return t.data_ptr() == r.data_ptr()

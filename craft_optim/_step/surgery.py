@@ -1,5 +1,7 @@
 """Gradient surgery on lists of gradients: inner products, then the merge a g_t + sum_j w_j g_j.
 
+Where gradients have a graph, the caller has turned it off.
+
 Cost for N elements and m retention gradients: a pass of 2N reads for each of the m (m + 1) / 2 pairs of gradients, m
 merges of 2N reads and N writes each, which write into the retention gradients, and one read of the device. That is 5N
 for m = 1, 12N for m = 2, 21N for m = 3. `decision` derives the coefficients from the products, `kernels` does the work:
@@ -13,9 +15,9 @@ for m = 1, 12N for m = 2, 21N for m = 3. `decision` derives the coefficients fro
 `reference` is the slow version in float64 that the tests compare with all three.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from itertools import combinations
+from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from torch import Tensor
 from .decision import Products, Weights
 from .gradients import Gradients
 from .kernels import compiled
-from .kernels.pairs import Pair
+from .kernels.pairs import PLAIN, Pair, Vectors, to_device
 from .kernels.portable import PortablePairs
 
 if TYPE_CHECKING:
@@ -51,6 +53,9 @@ class GradientPairs:
         retention: Gradients that a merge writes into, of the same length and shapes.
         shares: Weight of each pair's products, for several processes that hold parts or copies; None for 1.
 
+    Attributes:
+        share_memory: True if both gradients of any pair lie in the same place.
+
     Raises:
         ValueError: The lists differ in length, or a pair in its number of elements.
     """
@@ -63,34 +68,56 @@ class GradientPairs:
         self.task, self.retention = task, retention
         # Products are added up in segments, one for each share.
         segment_of = {share: segment for segment, share in enumerate(dict.fromkeys(shares or (1.0,)))}
-        self.n_segments = len(segment_of)
-        self._shares, self._alike = np.array([*segment_of])[:, None], [*segment_of] == [1.0]
-        segments = [0] * len(task) if shares is None else [segment_of[share] for share in shares]
+        self.n_segments, self._shares = len(segment_of), [*segment_of]
+        segments = None if len(segment_of) == 1 or shares is None else [segment_of[share] for share in shares]
         self._compiled: compiled.CompiledPairs | None = None
         self._fused: list[FusedPairs] = []
         self._portable: PortablePairs | None = None
-        on_host = any(g is not None and g.is_cpu for g in (*task, *retention))
-        library = compiled.library() if on_host else None
-        if library is not None:
-            of_t, of_r = compiled.Vectors.of_plain(task), compiled.Vectors.of_plain(retention)
-            if of_t is not None and of_r is not None:
-                self._compiled = compiled.CompiledPairs(library, of_t, of_r, segments if self.n_segments > 1 else None)
-                return
+        self.share_memory = False
+        device = next((g.device for g in chain(task, retention) if g is not None), None)
+        if device is not None and self._are_alike(device, segments):
+            return
+        self._sort(segments or [0] * len(task))
 
+    def _are_alike(self, device: torch.device, segments: Sequence[int] | None) -> bool:
+        """True if one way takes all pairs, as it mostly does: not a line of Python per pair then."""
+        library = compiled.library() if device.type == "cpu" else None
+        if library is not None:
+            dtypes: Collection[torch.dtype] = compiled.DTYPES
+        elif device.type in _FUSED and _fused() is not None:
+            dtypes = _fused().DTYPES
+        else:
+            return False
+        of_t, of_r = (Vectors.of_plain(gradients, device, dtypes) for gradients in (self.task, self.retention))
+        if of_t is None or of_r is None:
+            return False
+        if library is not None:
+            self._compiled = compiled.CompiledPairs(library, of_t, of_r, segments)
+            self.share_memory = self._compiled.share_memory
+        else:
+            self._fused = [_fused().FusedPairs(device, of_t, of_r, segments, self.n_segments)]
+            self.share_memory = self._fused[0].share_memory
+        return True
+
+    def _sort(self, segments: Sequence[int]) -> None:
+        """Gives each pair to what can work on it."""
+        task, retention = self.task, self.retention
+        library = compiled.library() if any(g is not None and g.is_cpu for g in chain(task, retention)) else None
         pairs = [
             Pair(i, segment, t, r)
             for i, (segment, t, r) in enumerate(zip(segments, task, retention, strict=True))
             if t is not None or r is not None
         ]
+        self.share_memory = any(pair.shares_memory() for pair in pairs)
         ways = [_way(pair, library is not None) for pair in pairs]
         here = [pair for pair, way in zip(pairs, ways, strict=True) if way == "compiled"]
         if library is not None and here:
             _, of_pairs, ts, rs = zip(*here, strict=True)
-            self._compiled = compiled.CompiledPairs(library, compiled.Vectors(ts), compiled.Vectors(rs), of_pairs)
+            self._compiled = compiled.CompiledPairs(library, Vectors(ts), Vectors(rs), of_pairs)
         there = [pair for pair, way in zip(pairs, ways, strict=True) if way == "fused"]
         for device in dict.fromkeys(pair.device for pair in there):
-            on_device = [pair for pair in there if pair.device == device]
-            self._fused.append(_fused().FusedPairs(on_device, self.n_segments))
+            _, of_pairs, ts, rs = zip(*(pair for pair in there if pair.device == device), strict=True)
+            self._fused.append(_fused().FusedPairs(device, Vectors(ts), Vectors(rs), of_pairs, self.n_segments))
         others = [pair for pair, way in zip(pairs, ways, strict=True) if way == "portable"]
         self._portable = PortablePairs(others) if others else None
 
@@ -99,6 +126,11 @@ class GradientPairs:
         """Names of the modules in `kernels` that work on any of the pairs."""
         given = {"compiled": self._compiled, "fused": self._fused, "portable": self._portable}
         return {way for way, pairs in given.items() if pairs}
+
+    @property
+    def in_float32(self) -> bool:
+        """True if squares of any pair may be added up in float32."""
+        return bool(self._fused) or self._portable is not None
 
     def sums(self, dtype: torch.dtype) -> tuple[NDArray[np.float64], dict[torch.device, Tensor]]:
         """Products per segment, `[3, n_segments]`: those that are on the host, and for every device those there."""
@@ -115,14 +147,13 @@ class GradientPairs:
 
     def folded(self, sums: Any) -> Any:
         """Sums per segment, `[3, n * n_segments]`, arrays or tensors alike, weighted and added up: `[3, n]`."""
-        if self._alike:  # one segment, of share 1
-            return sums
-        shares: Any = self._shares
+        if self.n_segments == 1:
+            return sums if self._shares == [1.0] else sums * self._shares[0]
+        shares: Any = np.array(self._shares)[:, None]
         if isinstance(sums, Tensor):
-            shares = torch.from_numpy(shares).to(sums.device, non_blocking=True)
+            shares = to_device(torch.from_numpy(shares), sums.device)
         return (sums.reshape(3, -1, self.n_segments) @ shares).reshape(3, -1)
 
-    @torch.no_grad()
     def merge_(self, weights: Weights) -> Gradients:
         """a g_t + w g_r, written into the retention gradients.
 
@@ -153,6 +184,9 @@ class GradientSets:
         retention: The gradients of each constraint.
         shares: As for `GradientPairs`.
 
+    Attributes:
+        share_memory: True if any two gradients lie in the same place.
+
     Raises:
         ValueError: As `GradientPairs`.
     """
@@ -162,8 +196,8 @@ class GradientSets:
         self._shares = shares
         lists = [task, *retention]
         self._pairs = {(i, j): GradientPairs(lists[i], lists[j], shares) for i, j in combinations(range(len(lists)), 2)}
+        self.share_memory = any(pairs.share_memory for pairs in self._pairs.values())
 
-    @torch.no_grad()
     def inner_products(self, *scalars: Tensor, reduce: Reduce | None = None) -> tuple[Products, list[float]]:
         """<g_i, g_j> of all lists.
 
@@ -181,8 +215,10 @@ class GradientSets:
         """
         sums, values = self._measured(scalars, torch.float32, reduce)
         low, high = _TRUSTED
-        in_float32 = any({"fused", "portable"} & pairs.ways for pairs in self._pairs.values())
-        if in_float32 and not ((low < sums[:2]) & (sums[:2] < high)).all():
+        in_float32 = any(pairs.in_float32 for pairs in self._pairs.values())
+        squares = sums[:2]
+        # Exactly zero is a gradient without anything but zeros: see `UNDERFLOW`
+        if in_float32 and not ((squares == 0.0) | (low < squares) & (squares < high)).all():
             sums, _ = self._measured((), torch.float64, reduce)
         matrix = np.empty((len(self.retention) + 1,) * 2)
         for (i, j), (ii, jj, ij) in zip(self._pairs, sums.T.tolist(), strict=True):
@@ -191,7 +227,6 @@ class GradientSets:
             matrix[i, j] = matrix[j, i] = ij
         return Products(matrix), values
 
-    @torch.no_grad()
     def merge_(self, merges: Sequence[Weights]) -> Gradients:
         """a g_t + w_1 g_1, written into g_1, then that + w_2 g_2, written into g_2, and so on.
 
@@ -213,11 +248,13 @@ class GradientSets:
         pairs = [*self._pairs.values()]
         host, on_devices = _side_by_side(pairs, dtype)
         fold = pairs[0].folded
-        given = [x.detach().double().reshape(1) for x in scalars]
         if reduce is not None:
+            given = [x.detach().double() for x in scalars]
             gradients = (g for one in pairs for g in (*one.task, *one.retention) if g is not None)
             home = next((g.device for g in gradients), torch.device("cpu"))
-            total = torch.from_numpy(host).to(home, non_blocking=True)  # the one wait of the host is the read below
+            # The one wait of the host is the read below
+            nothing = torch.zeros(host.shape, dtype=torch.float64, device=home)
+            total = to_device(torch.from_numpy(host), home) if home.type == "cpu" or host.any() else nothing
             for sums in on_devices.values():
                 total = total + sums.to(home)
             total = fold(total)
@@ -225,19 +262,20 @@ class GradientSets:
             rows = total.new_zeros(4, max(n, len(given)))
             rows[:3, :n] = total
             for j, x in enumerate(given):
-                rows[3, j] = x.to(home)
+                rows[3, j] = x.reshape(()).to(home)
             read = reduce(rows).cpu().numpy()
             return read[:3, :n], read[3, : len(given)].tolist()
 
         # What is on one device is read together: while it is read the host waits, and the device's queue runs empty.
         read_at: dict[torch.device, list[Tensor]] = {device: [sums.view(-1)] for device, sums in on_devices.items()}
-        for x in given:
-            read_at.setdefault(x.device, []).append(x)
+        for x in scalars:
+            if not x.is_cpu:
+                read_at.setdefault(x.device, []).append(x.detach().double().reshape(1))
         values: dict[torch.device, list[float]] = {device: torch.cat(x).tolist() for device, x in read_at.items()}
         for device in on_devices:
             host = host + np.array(values[device][: host.size]).reshape(host.shape)
             del values[device][: host.size]
-        return fold(host), [values[x.device].pop(0) for x in given]
+        return fold(host), [float(x) if x.is_cpu else values[x.device].pop(0) for x in scalars]
 
 
 def _side_by_side(
@@ -257,12 +295,12 @@ def _way(pair: Pair, has_library: bool) -> str:
     """The module in `kernels` that works on a pair."""
     device = pair.device
     if device.type == "cpu" and has_library:
-        way, kinds = "compiled", compiled.KINDS.keys()
+        way, dtypes = "compiled", compiled.DTYPES
     elif device.type in _FUSED and _fused() is not None:
-        way, kinds = "fused", _fused().DTYPES.keys()
+        way, dtypes = "fused", _fused().DTYPES
     else:
         return "portable"
-    fits = all(type(g) in compiled.PLAIN and g.device == device and g.dtype in kinds for g in pair.given)
+    fits = all(type(g) in PLAIN and g.device == device and g.dtype in dtypes for g in pair.given)
     fits = fits and pair.in_same_order()
     return way if fits else "portable"
 

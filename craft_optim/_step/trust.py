@@ -57,10 +57,15 @@ class KeptValues:
 
     def __init__(self, tensors: Sequence[Tensor], *, host: bool = False) -> None:
         self._tensors = list(tensors)
-        self._values = [x.to("cpu", copy=True) if host else x.clone() for x in tensors]
+        # On a GPU one kernel for all, or copies for which the host does not wait
+        self._values = [
+            torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) if host else torch.empty_like(x) for x in tensors
+        ]
+        if self._tensors:
+            torch._foreach_copy_(self._values, self._tensors, non_blocking=True)
 
     @torch.no_grad()
     def go_back(self, share: float) -> None:
         """Leaves that share of the step since then, in place: if memory ran out half-way, a part would be moved."""
         for now, before in zip(self._tensors, self._values, strict=True):
-            now.lerp_(before.to(now.device), 1.0 - share)
+            now.lerp_(before.to(now.device, non_blocking=True), 1.0 - share)

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from craft_optim import Constraint, CraftOptimizer
 from craft_optim._step import gradients as gradient_lists
-from craft_optim._step.processes import average
+from craft_optim._step.averaging import Averaging
 from craft_optim.anchors import AnchorCache, HiddenRetention, LogitRetention
 from craft_optim.anchors.names import plain_name
 from craft_optim.retention import Retention
@@ -309,11 +309,49 @@ def average_of(seed, kinds):
         present = [of_rank[i] for of_rank in everyones if of_rank[i] is not None]
         expected.append(sum(present, torch.zeros_like(p)) / size if present else None)
     flags = [i % size == rank or i % 3 == 0 for i in range(len(kinds))]
-    found, agreed = average(gradients, parameters, dist.group.WORLD, flags)
-    assert agreed == [True] * len(kinds), "set on any rank"
+    averaging = Averaging(dist.group.WORLD)
+    means = averaging.means(gradients, parameters, flags)
+    found = means.gradients
+    assert not means.more, "of the first pass all have agreed on everything"
+    assert means.wanted == [True] * len(kinds), "set on any rank"
     return [
         (f, None if f is None else f.to_dense() if f.is_sparse else f, e) for f, e in zip(found, expected, strict=True)
     ]
+
+
+def averages_in_turn(seed, turns):
+    """`average_of` for one pass after another, of gradients that need not be of the kinds of the pass before."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    averaging, outcomes = Averaging(dist.group.WORLD), []
+    for turn, kinds in enumerate(turns):
+        gradients, parameters = [], []
+        for i, kind in enumerate(kinds):
+            generator = torch.Generator().manual_seed(seed + 1000 * turn + 100 * i + rank)
+            g = torch.randn(3, 4, generator=generator)
+            g[1] = 0
+            parameters.append(torch.zeros(3, 4))
+            of_rank = kind[rank % len(kind)]
+            gradients.append(None if of_rank == "n" else g.to_sparse(1) if of_rank == "s" else g)
+        everyones = [None] * size
+        dist.all_gather_object(everyones, [g if g is None or not g.is_sparse else g.to_dense() for g in gradients])
+        wanted = [(turn + i + rank) % 3 == 0 for i in range(len(kinds))]
+        all_wanted = [any((turn + i + other) % 3 == 0 for other in range(size)) for i in range(len(kinds))]
+        means = averaging.means(gradients, parameters, wanted)
+        any_more = torch.tensor(float(means.more))
+        dist.all_reduce(any_more)
+        found, agreed = means.gradients, means.wanted
+        if any_more > 0:
+            extra, agreed = averaging.added(means.rest, parameters, wanted)
+            found = [
+                f if e is None else e if f is None else f.to_dense() + e.to_dense()
+                for f, e in zip(found, extra, strict=True)
+            ]
+        assert agreed == all_wanted
+        for i, f in enumerate(found):
+            present = [of_rank[i] for of_rank in everyones if of_rank[i] is not None]
+            expected = sum(present, torch.zeros(3, 4)) / size
+            outcomes.append((None if f is None else f.to_dense() if f.is_sparse else f, bool(present), expected))
+    return outcomes
 
 
 class Drift(Retention):
@@ -371,6 +409,72 @@ def another_closure():
         optimizer.retention_closure = drift
         one_step(ddp, optimizer, 0, 0, 1)
     return first.told, second.told
+
+
+def reads(constraints=1, steps=9, **craft):
+    """The calls of each step that read a tensor's values, or copy some of pageable memory: the host waits in both."""
+    counted, tensor = [], torch.tensor
+    names = ("tolist", "item", "cpu", "numpy", "__float__", "__bool__", "__int__")
+    originals = {name: getattr(torch.Tensor, name) for name in names}
+
+    def counting(name):
+        def read(self, *arguments, **named):
+            counted.append(name)
+            return originals[name](self, *arguments, **named)
+
+        return read
+
+    ddp = DistributedDataParallel(network())
+    closures = {str(i): Drift(ddp, scale=1.0 + i) for i in range(constraints)}
+    optimizer = CraftOptimizer(BASES["stateless"](ddp.parameters()), closures, retention_every=1, **craft)
+    found = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y = (t.chunk(2)[dist.get_rank()] for t in samples(step))
+        cross_entropy(ddp(x), y).backward()
+        counted.clear()
+        try:
+            for name in names:
+                setattr(torch.Tensor, name, counting(name))
+            torch.tensor = lambda *arguments, **named: counted.append("tensor") or tensor(*arguments, **named)
+            optimizer.step()
+        finally:
+            torch.tensor = tensor
+            for name in names:
+                setattr(torch.Tensor, name, originals[name])
+        assert optimizer.metrics["fresh"] == 1.0
+        found.append([name for name in counted if name != "numpy"])  # of what `cpu` has read
+    return found
+
+
+def changing_reach(asks_first):
+    """What retention reaches, and what has a task gradient, is another on each rank and step."""
+    model = network()
+    rank = dist.get_rank()
+    optimizer = None
+
+    def reach(m):
+        number = int(optimizer.param_groups[0]["craft_step"])
+        parts = [m.inlet, lambda x: m.blocks[0].norm(m.inlet(x)), lambda x: m.blocks[1](m.inlet(x)), m]
+        return parts[(number + 2 * rank) % 4] if number % 3 else parts[number % 4]
+
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, maximize=True)
+    optimizer = CraftOptimizer(base, Drift(model, reach), process_group=dist.group.WORLD, retention_every=1)
+    for step in range(8):
+        optimizer.zero_grad()
+        (-cross_entropy(model(samples(step)[0]), samples(step)[1])).backward()
+        if step % 4 == 1:
+            model.head.bias.grad = None
+        if step > 4:
+            for p in model.blocks[0].parameters():
+                p.grad = None
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad.div_(2))
+        if asks_first:
+            optimizer._forget_circumstances()
+        optimizer.step()
+    return full(model), dict(optimizer.metrics)
 
 
 def subset_per_rank():

@@ -33,6 +33,42 @@ def test_sparse_gradients_stay_sparse(processes):
     )
 
 
+TURNS = [["d", "n", "nd", "s", "s", "d"], ["d", "d", "dn", "s", "d", "n"], ["d", "nd", "n", "ns", "sd", "s"], ["d"] * 6]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_averages_of_gradients_that_come_and_go(processes, world_size):
+    for rank in processes.run(world_size, "cases.averages_in_turn", seed=3, turns=TURNS):
+        for found, present, expected in rank:
+            assert found is not None or not present
+            if found is not None:  # zero where there was one on an earlier pass
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("constraints", [1, 2])
+def test_a_step_waits_for_the_device_once(processes, constraints):
+    for rank in processes.run(2, "cases.reads", constraints=constraints, trust_region=None):
+        assert rank[0].count("tensor") >= constraints, "on the first step all agree on what there is"
+        assert rank[1:] == [["cpu"]] * (len(rank) - 1)
+
+
+def test_a_look_at_where_the_step_leads_is_a_wait_more(processes):
+    for rank in processes.run(2, "cases.reads"):
+        assert all(step == ["cpu", "tolist"] for step in rank[1:]), rank
+
+
+def test_what_has_gradients_may_change_on_any_rank_at_any_step(processes):
+    """As if all had asked first, on each step."""
+    steady, asked = (processes.run(2, "cases.changing_reach", asks_first=first) for first in (False, True))
+    assert steady[0][1] == steady[1][1]
+    for (found, metrics), (expected, of_asked) in zip(steady, asked, strict=True):
+        assert metrics == pytest.approx(of_asked, rel=1e-5)
+        for name, p in expected.items():
+            torch.testing.assert_close(found[name], p, rtol=1e-5, atol=1e-6)
+    for name, p in steady[0][0].items():
+        assert torch.equal(p, steady[1][0][name]), name
+
+
 def test_parameters_that_only_some_ranks_reach_stay_replicas(processes):
     (first, first_metrics), (second, second_metrics) = processes.run(2, "cases.subset_per_rank")
     assert first_metrics == second_metrics

@@ -123,6 +123,17 @@ def test_the_same_gradients_give_the_same_bits():
     assert first.matrix.tobytes() == second.matrix.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_are_told_from_what_float32_cannot_hold(dtype):
+    for scale, exact in [(0.0, True), (1e-30, False)]:
+        task, retention = make(dtype, 1.0, scale)
+        (pairs,) = GradientPairs(task, retention)._fused
+        _, squares, _ = pairs.sums(torch.float32)[:, 0].tolist()
+        assert squares == 0.0 if exact else 0.0 < squares < 1e-50, "and formed again in float64"
+        _, squares, _ = pairs.sums(torch.float64)[:, 0].tolist()
+        assert squares == pytest.approx(sum(r.double().square().sum().item() for r in retention), rel=1e-12, abs=0.0)
+
+
 def test_launches_do_not_depend_on_the_number_of_tensors(monkeypatch):
     launched = []
     for name in ("_dots", "_add_up", "_merge"):

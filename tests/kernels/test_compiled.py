@@ -6,7 +6,8 @@ import torch
 
 from craft_optim._step.decision import Weights
 from craft_optim._step.kernels import compiled
-from craft_optim._step.kernels.compiled import CompiledPairs, Vectors
+from craft_optim._step.kernels.compiled import CompiledPairs
+from craft_optim._step.kernels.pairs import Vectors
 from craft_optim.functional import gram
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler")
@@ -62,8 +63,8 @@ def test_bfloat16_rounds_as_torch_does():
 
 
 def test_dtypes_may_differ_within_a_pair():
-    for t_dtype in compiled.KINDS:
-        for r_dtype in compiled.KINDS:
+    for t_dtype in compiled.DTYPES:
+        for r_dtype in compiled.DTYPES:
             task, retention = [torch.randn(1000).to(t_dtype)], [torch.randn(1000).to(r_dtype)]
             work = compiled_pairs(task, retention)
             exact = (task[0].double() * retention[0].double()).sum().item()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..decision import Weights
-from .pairs import Pair, cut
+from .pairs import KINDS, UNDERFLOW, Vectors, common_length, cut, share_memory, to_device
 
 __all__ = ["DTYPES", "FusedPairs"]
 
@@ -37,6 +37,7 @@ _WARPS = 8
 _VECTOR = 16
 
 _HAS_TASK, _HAS_RETENTION = 1, 2
+_UNDERFLOW = tl.constexpr(UNDERFLOW)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -61,6 +62,21 @@ def _chunk(  # type: ignore[no-untyped-def]
         r = tl.multiple_of(r, 16)
     n = tl.minimum(tl.load(tensors + 2 * tensors_stride + tensor) - start, CHUNK).to(tl.int32)
     return tensor, t, r, n
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _added(squares, of, n, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sum of squares. If it came to zero the elements are read again: are they, too?"""
+    total = tl.sum(squares).to(tl.float64)
+    if WIDE != tl.float64:  # noqa: SIM102, SIM300 - known when it is compiled, unlike what follows
+        if total == 0.0:
+            offsets = tl.arange(0, BLOCK)
+            some = tl.zeros([BLOCK], tl.int32)
+            for at in range(0, n, BLOCK):
+                x = tl.load(of + (at + offsets), mask=at + offsets < n, other=0.0).to(WIDE)
+                some = some | (x != 0.0).to(tl.int32)
+            total = tl.where(tl.max(some) != 0, _UNDERFLOW, total)
+    return total
 
 
 @triton.jit(do_not_specialize=["tensors_stride", "programs_stride", "partial_stride"])  # type: ignore[untyped-decorator]
@@ -99,10 +115,10 @@ def _dots(  # type: ignore[no-untyped-def]
         tr += x * y
     given = tl.load(tensors + 4 * tensors_stride + tensor)
     result = partial + tl.load(programs + 2 * programs_stride + tl.program_id(0))
-    zero = tl.zeros([], WIDE)
-    tl.store(result, tl.where(given & 1 != 0, tl.sum(tt), zero).to(tl.float64))
-    tl.store(result + partial_stride, tl.where(given & 2 != 0, tl.sum(rr), zero).to(tl.float64))
-    tl.store(result + 2 * partial_stride, tl.where(given == 3, tl.sum(tr), zero).to(tl.float64))
+    zero = tl.zeros([], tl.float64)
+    tl.store(result, tl.where(given & 1 != 0, _added(tt, t, n, WIDE, BLOCK), zero))
+    tl.store(result + partial_stride, tl.where(given & 2 != 0, _added(rr, r, n, WIDE, BLOCK), zero))
+    tl.store(result + 2 * partial_stride, tl.where(given == 3, tl.sum(tr).to(tl.float64), zero))
 
 
 @triton.jit(do_not_specialize=["partial_stride", "n_segments"])  # type: ignore[untyped-decorator]
@@ -185,38 +201,50 @@ class FusedPairs:
     """Pairs of gradients on one CUDA device.
 
     Args:
-        pairs: In the same order in memory, of the dtypes in `DTYPES`.
+        device: Theirs.
+        of_t: Task gradients, of the dtypes in `DTYPES`. Whoever has made these keeps the tensors.
+        of_r: Retention gradients, in the same order in memory.
+        segments: Number of each pair's sums; None if there is one.
         n_segments: Number of segments.
+
+    Attributes:
+        device: As given.
+        share_memory: True if the gradients of any pair lie in the same place.
+
+    Raises:
+        ValueError: If partners differ in their number of elements.
     """
 
-    def __init__(self, pairs: Sequence[Pair], n_segments: int) -> None:
-        self.device = pairs[0].device
+    def __init__(
+        self, device: torch.device, of_t: Vectors, of_r: Vectors, segments: Sequence[int] | None, n_segments: int
+    ) -> None:
+        self.device, self.share_memory = device, share_memory(of_t, of_r)
         self._n_segments = n_segments
-        self._alive = pairs  # the tables hold addresses
-        groups: dict[_Group, list[tuple[int, int, int, int, int]]] = {}
-        for _, segment, t, r in pairs:
-            one, other = (r if t is None else t), (t if r is None else r)
-            assert one is not None
-            assert other is not None
-            at_t, at_r = one.data_ptr(), other.data_ptr()
-            group = _Group(one.dtype, other.dtype, (at_t | at_r) % _VECTOR == 0)
-            given = (t is not None) * _HAS_TASK | (r is not None) * _HAS_RETENTION
-            groups.setdefault(group, []).append((at_t, at_r, one.numel(), segment, given))
+        length = common_length(of_t, of_r)
+        of_pair = np.zeros(len(length), np.int64) if segments is None else np.asarray(segments, np.int64)
+        has_t, has_r = of_t.address != 0, of_r.address != 0
+        at_t, kind_t = np.where(has_t, of_t.address, of_r.address), np.where(has_t, of_t.kind, of_r.kind)
+        at_r, kind_r = np.where(has_r, of_r.address, of_t.address), np.where(has_r, of_r.kind, of_t.kind)
+        aligned = (at_t | at_r) % _VECTOR == 0
+        table = np.stack([at_t, at_r, length, of_pair, has_t * _HAS_TASK | has_r * _HAS_RETENTION])
+        of_group = (kind_t * len(KINDS) + kind_r) * 2 + aligned
+        dtypes = list(KINDS)
 
-        tables: list[NDArray[np.int64]] = []
-        segments = []
-        for entries in groups.values():
-            tensors = np.array(entries, np.int64).T
+        groups, tables, segments_of = [], [], []
+        for number in dict.fromkeys(of_group.tolist()):
+            tensors = table[:, of_group == number]
             owner, start = cut(tensors[2], _CHUNK)
+            kinds, on_bounds = divmod(number, 2)
+            groups.append(_Group(dtypes[kinds // len(KINDS)], dtypes[kinds % len(KINDS)], bool(on_bounds)))
             tables += [tensors, np.stack([owner, start, start])]
-            segments.append(tensors[3][owner])
+            segments_of.append(tensors[3][owner])
         # Results lie in the order of their segments: each segment's are added up from one slot to another.
-        of_program = np.concatenate(segments)
+        of_program = np.concatenate(segments_of)
         order = np.argsort(of_program, kind="stable")
         slots = np.empty(len(order), np.int64)
         slots[order] = np.arange(len(order))
-        of_group = np.split(slots, np.cumsum([programs.shape[1] for programs in tables[1::2]])[:-1])
-        for programs, group_slots in zip(tables[1::2], of_group, strict=True):
+        of_groups = np.split(slots, np.cumsum([programs.shape[1] for programs in tables[1::2]])[:-1])
+        for programs, group_slots in zip(tables[1::2], of_groups, strict=True):
             programs[2] = group_slots
         first = np.searchsorted(of_program[order], np.arange(n_segments + 1))
         self._n_slots = len(order)
@@ -247,8 +275,7 @@ class FusedPairs:
 
     def merge_(self, coefficients: Sequence[Weights]) -> None:
         """Writes a g_t + w g_r into every retention gradient with w != 0, with the coefficients of its segment."""
-        table = np.array([(c.task, c.retention) for c in coefficients]).T
-        there = _to(torch.from_numpy(np.ascontiguousarray(table)), self.device)
+        there = to_device(torch.from_numpy(np.ascontiguousarray(np.array(coefficients).T)), self.device)
         with self._on_device():
             for group, tensors, programs, n in self._launches:
                 if n:
@@ -263,11 +290,6 @@ class FusedPairs:
     def _moved(self, tables: Sequence[NDArray[np.int64]]) -> list[Tensor]:
         """The tables on the device, after one copy. Rows begin at multiples of 16 bytes: no kernel is made twice."""
         padded = [np.pad(table, ((0, 0), (0, table.shape[1] % 2))) for table in tables]
-        flat = _to(torch.from_numpy(np.concatenate([table.reshape(-1) for table in padded])), self.device)
+        flat = to_device(torch.from_numpy(np.concatenate([table.reshape(-1) for table in padded])), self.device)
         pieces = torch.split(flat, [table.size for table in padded])
         return [piece.view(table.shape) for piece, table in zip(pieces, padded, strict=True)]
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy for which the host does not wait."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -1,13 +1,27 @@
-"""The gradients of one parameter, and how their memory is cut into pieces."""
+"""The gradients of one parameter, the addresses of many, and how their memory is cut into pieces."""
 
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Pair", "cut"]
+__all__ = ["KINDS", "PLAIN", "UNDERFLOW", "Pair", "Vectors", "common_length", "cut", "share_memory", "to_device"]
+
+# What tables call the kinds of elements; compiled.cpp knows the first three.
+KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Others keep what they hold elsewhere than where `data_ptr` says. These too may hold it with another sign, as the
+# imaginary part of a conjugate does: `is_neg`.
+PLAIN = {Tensor, torch.nn.Parameter}
+
+UNDERFLOW = 2.0**-200
+"""The sum of squares in float32 that came to zero though not all elements are: no real one is as small"""
+
+_DTYPE, _DEVICE, _IS_CPU = attrgetter("dtype"), attrgetter("device"), attrgetter("is_cpu")
 
 
 class Pair(NamedTuple):
@@ -47,6 +61,90 @@ class Pair(NamedTuple):
         same = given[0].stride() == given[-1].stride()
         return same and bool(torch.ops.aten.is_non_overlapping_and_dense(given[0]))
 
+    def shares_memory(self) -> bool:
+        """True if both gradients lie in the same place."""
+        t, r = self.task, self.retention
+        if t is None or r is None or t.is_sparse or r.is_sparse or t.numel() == 0:
+            return False
+        return t.data_ptr() == r.data_ptr()
+
+
+class Vectors:
+    """Addresses (0 for None), lengths and kinds of tensors.
+
+    Found without a line of Python per tensor: there may be thousands of small ones.
+
+    Args:
+        tensors: Of the dtypes in `KINDS`, without gaps; entries may be None.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        given = [x for x in tensors if x is not None]
+        self._fill(tensors, given, list(map(_DTYPE, given)))
+
+    def _fill(self, tensors: Sequence[Tensor | None], given: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+        n = len(given)
+        columns: list[NDArray[Any]] = [
+            np.fromiter(map(Tensor.data_ptr, given), np.int64, n),
+            np.fromiter(map(Tensor.numel, given), np.int64, n),
+            np.fromiter(map(KINDS.__getitem__, dtypes), np.int32, n),
+        ]
+        if n < len(tensors):
+            here = np.array([x is not None for x in tensors])
+            for i, column in enumerate(columns):
+                columns[i] = np.zeros(len(tensors), column.dtype)
+                columns[i][here] = column
+        self.address, self.length, self.kind = columns
+
+    @classmethod
+    def of_plain(
+        cls, tensors: Sequence[Tensor | None], device: torch.device, dtypes: Collection[torch.dtype]
+    ) -> "Vectors | None":
+        """The addresses of contiguous tensors on a device, of these dtypes; None if there is another among them."""
+        given = [x for x in tensors if x is not None]
+        found = list(map(_DTYPE, given))
+        try:
+            if not (
+                set(map(type, given)) <= PLAIN
+                and (all(map(_IS_CPU, given)) if device.type == "cpu" else set(map(_DEVICE, given)) <= {device})
+                and set(found) <= set(dtypes)
+                and all(map(Tensor.is_contiguous, given))  # sparse ones raise
+                and not any(map(Tensor.is_neg, given))
+            ):
+                return None
+        except RuntimeError:  # of another layout
+            return None
+        vectors = cls.__new__(cls)
+        vectors._fill(tensors, given, found)
+        return vectors
+
+    def at(self, owner: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Addresses of the elements `start` of the tensors `owner`."""
+        size = np.array([dtype.itemsize for dtype in KINDS], np.int64)[self.kind]
+        address = self.address[owner]
+        return np.where(address == 0, 0, address + start * size[owner])
+
+
+def common_length(of_t: Vectors, of_r: Vectors) -> NDArray[np.int64]:
+    """Number of elements of each pair.
+
+    Raises:
+        ValueError: If partners differ in it.
+    """
+    length: NDArray[np.int64] = of_t.length
+    if (length == of_r.length).all():
+        return length
+    length = np.maximum(length, of_r.length)
+    if ((of_t.length != length) & (of_t.address != 0) | (of_r.length != length) & (of_r.address != 0)).any():
+        raise ValueError("`task` and `retention` must have the same shapes.")
+    return length
+
+
+def share_memory(of_t: Vectors, of_r: Vectors) -> bool:
+    """True if the gradients of any pair lie in the same place."""
+    same = of_t.address == of_r.address
+    return bool(same.any() and (same & (of_t.length > 0)).any())
+
 
 def cut(length: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pieces of at most `size` elements, one vector's after another's.
@@ -61,3 +159,10 @@ def cut(length: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArra
     pieces = -(-length // size)
     owner = np.repeat(np.arange(len(length)), pieces)
     return owner, (np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor in host memory, or its copy for which the host does not wait: for one of pageable memory it would."""
+    if device.type == "cpu":
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
 from ..decision import Weights
-from .pairs import Pair
+from .pairs import UNDERFLOW, Pair, to_device
 
 __all__ = ["PortablePairs"]
 
@@ -52,10 +52,15 @@ class PortablePairs:
                 if x is None or y is None:
                     continue
                 product = torch.dot(x, y)
+                may_underflow = row < 2 and x.dtype == torch.float32 and x.numel() > 0
                 if x.device.type in _READ_AT_ONCE:
-                    here[row, segment] += product.item()
-                else:
-                    there.setdefault(x.device, []).append((row * n_segments + segment, product.double()))
+                    value = product.item()
+                    here[row, segment] += UNDERFLOW if may_underflow and value == 0.0 and x.any() else value
+                    continue
+                product = product.double()
+                if may_underflow:  # without a look at the elements: one for each block would cost as much as a dot
+                    product = product.masked_fill(product == 0.0, UNDERFLOW)
+                there.setdefault(x.device, []).append((row * n_segments + segment, product))
         return here, {device: _added_up(entries, n_segments) for device, entries in there.items()}
 
     def merge_(self, coefficients: Sequence[Weights]) -> Iterator[tuple[int, Tensor]]:
@@ -182,5 +187,5 @@ def _added_up(entries: list[tuple[int, Tensor]], n_segments: int) -> Tensor:
         row[: len(found)] = found
     values = torch.stack([value for _, value in entries])
     padded = torch.cat([values, values.new_zeros(1)])
-    there = torch.from_numpy(table).to(values.device, non_blocking=True)  # else the host waits for all work before
+    there = to_device(torch.from_numpy(table), values.device)
     return padded[there].sum(dim=1).view(3, n_segments)
