@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from . import losses
 from .one_output import OneOutput
-from .pieces import LogitRows
+from .pieces import LogitRows, bernoulli_of, distance_in_pieces
 
 __all__ = ["BernoulliRetention", "bernoulli_term"]
 
@@ -20,8 +18,8 @@ def bernoulli_term(student: Tensor, teacher: Tensor) -> tuple[Tensor, int]:
     """
     if not len(student):
         return student.float().sum(), 0
-    with torch.autocast(student.device.type, enabled=False):
-        return losses.bernoulli_kl(student, teacher.to(student.device, non_blocking=True)), len(student)
+    distance = bernoulli_of(teacher.to(student.device, non_blocking=True))
+    return distance_in_pieces(student, distance), len(student)
 
 
 class BernoulliRetention(OneOutput):

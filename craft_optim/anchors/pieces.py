@@ -24,6 +24,7 @@ __all__ = [
     "Distance",
     "HeadRows",
     "LogitRows",
+    "bernoulli_of",
     "distance_in_pieces",
     "kl_of",
     "likelihood_of",
@@ -320,6 +321,28 @@ class _TopK:
             else:  # what the rest has too much of, shared out as its softmax
                 z.sub_(log_rest).exp_().mul_(apart[:, -1:]).scatter_(-1, indices, apart[:, :-1])
         return found
+
+
+def bernoulli_of(logits: Tensor) -> Distance:
+    """KL of each label's own distribution, the mean over a position's labels, as `losses.bernoulli_kl`.
+
+    Args:
+        logits: The teacher's, `[P, L]`.
+    """
+    return _Bernoulli(logits)
+
+
+@dataclass(frozen=True)
+class _Bernoulli:
+    logits: Tensor
+
+    def __call__(self, z: Tensor, at: slice, gradient: bool) -> Tensor:
+        z0 = self.logits[at].to(z.dtype)
+        p = z0.sigmoid()
+        found = p * (F.logsigmoid(z0) - F.logsigmoid(z)) + (-z0).sigmoid() * (F.logsigmoid(-z0) - F.logsigmoid(-z))
+        if gradient:
+            z.sigmoid_().sub_(p).div_(z.shape[-1])
+        return found.mean(-1)
 
 
 def likelihood_of(tokens: Tensor) -> Distance:

@@ -11,6 +11,7 @@ from craft_optim.anchors import losses
 from craft_optim.anchors.pieces import (
     Distance,
     HeadRows,
+    bernoulli_of,
     distance_in_pieces,
     kl_of,
     likelihood_of,
@@ -21,7 +22,7 @@ from craft_optim.anchors.pieces import (
 )
 
 P, D, V = 23, 12, 40
-KINDS = ["full", "top 1", "top 5", "top V", "top 5 without its rest", "tokens"]
+KINDS = ["full", "top 1", "top 5", "top V", "top 5 without its rest", "tokens", "labels"]
 ROUNDING = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -29,6 +30,8 @@ def teacher(kind: str) -> dict[str, Tensor]:
     logprobs = torch.randn(P, V, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
     if kind == "full":
         return {"logprobs": logprobs}
+    if kind == "labels":
+        return {"logits": logprobs + 3.0}
     if kind == "tokens":
         return {"tokens": logprobs.argmin(-1)}
     k = V if "V" in kind else int(kind.split()[1])
@@ -40,11 +43,15 @@ def teacher(kind: str) -> dict[str, Tensor]:
 
 
 def distance(known: dict[str, Tensor]) -> Distance:
+    if "logits" in known:
+        return bernoulli_of(known["logits"])
     return likelihood_of(known["tokens"]) if "tokens" in known else kl_of(known)
 
 
 def by_formula(logits: Tensor, known: dict[str, Tensor]) -> Tensor:
     z = logits.double()
+    if "logits" in known:
+        return losses.bernoulli_kl(z, known["logits"].double())
     if "tokens" in known:
         return F.cross_entropy(z, known["tokens"])
     if "logprobs" in known:

@@ -148,7 +148,8 @@ def same_run(ranks, alone, steps=slice(None)):
             assert value == alone["state"][what]
     for mine, reference in zip(ranks[0]["metrics"], alone["metrics"][steps], strict=True):
         rest, of_one = ({k: v for k, v in row.items() if k != "step_kept"} for row in (mine, reference))
-        assert rest == pytest.approx(of_one, rel=3e-4, abs=1e-5)
+        # The cosine of gradients that are all but orthogonal is what rounding in float32 leaves of it
+        assert rest == pytest.approx(of_one, rel=3e-4, abs=3e-5)
         # A difference of roots: rounding counts for more
         assert mine.get("step_kept") == pytest.approx(reference.get("step_kept"), rel=1e-3)
     for rank in ranks:
