@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import losses
+from craft_optim.anchors.bernoulli_retention import bernoulli_term
 from craft_optim.anchors.capture import Layer, pool, positions, resolve_layers, run
 from craft_optim.anchors.kept import TopK, top_k_of
 from craft_optim.anchors.kinds import Output
@@ -145,9 +146,11 @@ class AnchorPass:
         if self._kind == "classes":
             return self._of_classes(rows.flatten(0, -2), tuple(rows.shape[:-1]))
         self.kept += value_bytes(rows.shape, self.dtype)
-        distance = losses.bernoulli_kl if self._kind == "labels" else losses.feature_mse
+        teacher = torch.empty(rows.shape, dtype=self.dtype)
+        if self._kind == "labels":
+            return bernoulli_term(rows.flatten(0, -2), teacher.flatten(0, -2))[0]
         with torch.autocast("cpu", enabled=False):
-            return distance(rows, torch.empty(rows.shape, dtype=self.dtype))
+            return losses.feature_mse(rows, teacher)
 
     def _of_classes(self, rows: LogitRows, shape: tuple[int, ...]) -> Tensor:
         classes, count = rows.shape[1], max(1, round(self.valid * len(rows)))
