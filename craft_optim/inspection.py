@@ -20,7 +20,7 @@ class Lengths(NamedTuple):
 
 
 def facts(cache: AnchorCache) -> list[tuple[str, str]]:
-    """Label and text of what there is to say about a cache as a whole. Reads nothing."""
+    """Label and text of what there is to say about a cache as a whole. Reads 4 bytes of each anchor."""
     f, settings = cache.features, cache.settings
     shards = len(cache.shards)
     names = ("forward", "mask", "spans", "autocast", "lengths")
@@ -30,7 +30,8 @@ def facts(cache: AnchorCache) -> list[tuple[str, str]]:
     skipped = f"; left out: {', '.join(cache.structure.skipped)}" if cache.structure.skipped else ""
     teacher = [cache.model_id, settings["teacher"].get("class")]
     rows = [
-        ("Anchors", f"{len(cache)} in {shards} shard{'s' * (shards != 1)}"),
+        ("Anchors", f"{len(cache):,} in {shards} shard{'s' * (shards != 1)}"),
+        ("Positions", f"{cache.positions:,}" if cache.positions else ""),
         ("Size on disk", f"{bytes_in_words(cache.nbytes)}, {bytes_in_words(cache.nbytes / len(cache))} per anchor"),
         ("Holds", f.describe()),
         ("Teacher", " · ".join(filter(None, teacher)) or "not named"),

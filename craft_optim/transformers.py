@@ -26,10 +26,11 @@ from transformers.trainer_callback import CallbackHandler
 
 from craft_optim._step.constraint import Constraints
 from craft_optim._step.rules import Rules
+from craft_optim.chat import chat_anchors
 from craft_optim.metrics import METRICS
 from craft_optim.optimizer import CraftOptimizer
 
-__all__ = ["CraftCallback", "craft_optimizer"]
+__all__ = ["CraftCallback", "chat_anchors", "craft_optimizer"]
 
 _LOGGED = ("retention_loss", "drift", "epsilon", "heldout", "epsilon_heldout", "lambda", "capped")
 

@@ -158,7 +158,7 @@ def test_no_resume_starts_a_half_built_cache_over(script, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        ([], "pass --policy.path, or --factory"),
+        ([], "--model.path for a language model, or --factory"),
         (["--factory={script}:anchors", "--policy.path=p"], "pass one"),
         (["--factory={script}"], "script.py:function"),
         (["--factory=scripts/none.py:anchors"], "there is no file 'scripts/none.py'"),

@@ -6,6 +6,7 @@ is not, each section is one (`SECTIONS`). A block that cannot run says why, in t
 """
 
 import ast
+import json
 import re
 import shlex
 import sys
@@ -122,8 +123,28 @@ def trainer():
     return {"args": args, "dataset": examples(16), "model_init": Classifier}
 
 
+def chat_model():
+    """A tiny chat model, its tokenizer, chats in a file, and what a Trainer needs."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("datasets")
+    sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
+    import toys
+
+    tokenizer = toys.tokenizer(bos=True)
+    tokenizer.chat_template = toys.CHAT
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    turns = [{"role": "user", "content": "is ice hot?"}, {"role": "assistant", "content": "no, it is cold"}]
+    Path("old_chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 8)
+    rows = [{"input_ids": torch.arange(4, 12), "labels": torch.arange(4, 12)} for _ in range(16)]
+    return {**trainer(), "model": model, "tokenizer": tokenizer, "new_data": rows}
+
+
 def more_for(page, section):
     """What a story needs besides."""
+    if page.name == "chat.md":
+        return chat_model()
     if section == "A language model with LoRA":
         return language_model()
     if section == "Pictures of a vision-language model":

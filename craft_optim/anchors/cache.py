@@ -147,7 +147,7 @@ class AnchorCache:
 
         Args:
             model: The model in training.
-            kind: One of `kinds`. None: the only one.
+            kind: One of `kinds`. None: the only one; of what a model has written its logits, in which the tokens are.
             batch_size: Anchors per pass (and process).
             **settings: Further arguments of its class.
 
@@ -160,8 +160,8 @@ class AnchorCache:
         from .output_retention import OutputRetention
         from .token_retention import TokenRetention
 
-        if kind is None and len(self.kinds) == 1:
-            (kind,) = self.kinds
+        if kind is None and (len(self.kinds) == 1 or self.kinds == ("logits", "tokens")):
+            kind = self.kinds[0]
         if kind not in self.kinds:
             raise ValueError(
                 f"`kind` must be one of {', '.join(map(repr, self.kinds))}, which {self.path} holds and whose units "
@@ -270,9 +270,18 @@ class AnchorCache:
         settings: dict[str, Any] = json.loads(json.dumps(self._settings))
         return settings
 
+    @property
+    def positions(self) -> int | None:
+        """How many positions of outputs count, over all anchors; None where the anchors themselves count."""
+        key = next((f"features.{x}" for x in sorted(self.joined_features) if cover(x) == "mask"), None)
+        if key is None:
+            return None
+        return sum(int(index.starts[-1]) for shard in self.shards if (index := shard.index(key)) is not None)
+
     def describe(self) -> str:
-        """One line: how many anchors, and what is held of the teacher."""
-        return f"{len(self)} anchors, {self.features.describe()}"
+        """One line: how many anchors and positions, and what is held of the teacher. Reads 4 bytes of each anchor."""
+        of = "" if self.positions is None else f" with {self.positions} positions"
+        return f"{len(self)} anchors{of}, {self.features.describe()}"
 
     def tensors(self) -> list[tuple[str, str, str]]:
         """For people: name, shape of one anchor, dtype on disk (and after reading) of every tensor."""

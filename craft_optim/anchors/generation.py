@@ -1,4 +1,4 @@
-"""Greedy generation by the teacher, and its result as inputs of a forward that predicts each token."""
+"""Generation by the teacher, and its result as inputs of a forward that predicts each token."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craft_optim._numbers import whole
+from craft_optim._numbers import number, whole
 
 from .masks import IGNORED
 from .names import unwrapped
 from .passes import is_encoder_decoder
 from .structure import Inputs
 
-__all__ = ["Generate", "greedy", "right_padded"]
+__all__ = ["Generate", "greedy", "right_padded", "sampled"]
 
 Generate = Callable[[nn.Module, Any], tuple[Inputs, Tensor]]
 
@@ -40,7 +40,28 @@ def greedy(max_new_tokens: int) -> Generate:
         ValueError: In use: the model cannot generate, or the batch is none that it can be generated from.
     """
     max_new_tokens = whole("tokens", max_new_tokens)
+    return _writing(f"greedy, at most {max_new_tokens}", max_new_tokens, do_sample=False)
 
+
+def sampled(max_new_tokens: int, temperature: float = 1.0) -> Generate:
+    """Sampling from the whole distribution with `model.generate` of transformers; everything else as of `greedy`.
+
+    The same anchors are written the same on one machine: `build` has the random numbers of each batch begin anew.
+
+    Args:
+        max_new_tokens: As of `greedy`.
+        temperature: Logits are divided by it; > 0.
+
+    Raises:
+        ValueError: As of `greedy`.
+    """
+    max_new_tokens = whole("tokens", max_new_tokens)
+    temperature = number("temperature", temperature, least=0.0, above=True)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return _writing(f"sampled at temperature {temperature:g}, at most {max_new_tokens}", max_new_tokens, **how)
+
+
+def _writing(name: str, max_new_tokens: int, **how: Any) -> Generate:
     def generate(model: nn.Module, batch: Any) -> tuple[Inputs, Tensor]:
         writer: Any = unwrapped(model)
         if not hasattr(writer, "generate") or is_encoder_decoder(model):
@@ -71,12 +92,10 @@ def greedy(max_new_tokens: int) -> Generate:
         stops = config.eos_token_id
         stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
         pad = config.pad_token_id if config.pad_token_id is not None else (stops or [0])[0]
-        written: Tensor = writer.generate(
-            **prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad
-        )
+        written: Tensor = writer.generate(**prompt, max_new_tokens=max_new_tokens, num_beams=1, pad_token_id=pad, **how)
         return right_padded(batch, mask, written[:, ids.shape[1] :], stops)
 
-    generate.__qualname__ = f"greedy, at most {max_new_tokens}"
+    generate.__qualname__ = name
     return generate
 
 

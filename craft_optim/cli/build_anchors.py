@@ -27,7 +27,7 @@ from craft_optim.cli.options import (
     whole,
 )
 from craft_optim.cli.output import log_shown, print_code, print_table
-from craft_optim.cli.sources import Source, factory_source, policy_source
+from craft_optim.cli.sources import Source, factory_source, policy_source, text_source
 from craft_optim.episodes import parse_episodes
 from craft_optim.inspection import bytes_in_words
 
@@ -52,6 +52,13 @@ the mean of what the policy was trained on stands for it:
   {"task": "open it", "image_path": "img/0.png", "state": [0.1, 0.2]}    (of a policy with one camera)
 
   craft-optim build-anchors anchors/ --policy.path=you/policy --prompts=questions.jsonl
+
+A language model of transformers, and chats, prompts or texts (a .jsonl or .parquet with `messages`, with `prompt` and
+`completion`, or with `text`; a .txt; a folder or an id of datasets); or its own answers to them:
+
+  craft-optim build-anchors anchors/ --model.path=HuggingFaceTB/SmolLM2-135M-Instruct --data=old_chats.jsonl
+  craft-optim build-anchors anchors/ --model.path=my_model/ --data=questions.jsonl --answers=sampled --count=256
+  craft-optim build-anchors anchors/ --model.path=my_model/ --data=self --count=256
 
 Any other model: a function without arguments in a script (or package.module:function) that returns
 (model, batches), or (model, batches, settings) with further arguments of craft_optim.anchors.build:
@@ -80,6 +87,15 @@ _OF_POLICY = {
     "prompts": "--prompts",
     "workers": "--workers",
 }
+# And with a language model
+_OF_TEXT = {
+    "data": "--data",
+    "answers": "--answers",
+    "counted": "--counted",
+    "max_length": "--max-length",
+    "max_new_tokens": "--max-new-tokens",
+    "temperature": "--temperature",
+}
 
 
 def add(command: AddCommand) -> None:
@@ -89,6 +105,13 @@ def add(command: AddCommand) -> None:
     add = made.add_argument
     add("out", metavar="OUT", help="folder of the cache")
     add_model(add)
+    where = "its chats, prompts or texts: a file, a folder, the id of a dataset; or `self`, for what it writes itself"
+    add("--data", metavar="WHERE", help=where)
+    add("--answers", choices=["given", "sampled", "greedy"], help="the data's, or the model's own (default: by --data)")
+    add("--counted", choices=["assistant", "all"], help="tokens that count, of given answers (default: assistant)")
+    add("--max-length", type=whole, metavar="N", help="tokens of prompt and answer (default: 1024)")
+    add("--max-new-tokens", type=whole, metavar="N", help="tokens of an answer that the model writes (default: 128)")
+    add("--temperature", type=float, metavar="T", help="of sampled answers (default: 1)")
     add_frames(add)
     kinds = ["logits", "tokens", "prefix", "actions"]
     add("--keep", choices=kinds, help="what to keep of the policy (default: by its type)")
@@ -117,10 +140,9 @@ def add_frames(add: Callable[..., Any]) -> None:
     backends = ["torchcodec", "pyav", "video_reader"]
     add("--dataset.video-backend", dest="video_backend", choices=backends, help="what reads videos")
     add("--dataset.depth-output-unit", dest="depth_output_unit", choices=["m", "mm"], help="of depth cameras")
-    add(
-        "--count", type=whole, metavar="N", help="N frames, spread over tasks and episodes (default: all, at most 1024)"
-    )
-    add("--batch-size", type=whole, metavar="N", help="frames per forward (default: 16)")
+    spread = "so many, frames spread over tasks and episodes (default: all, at most 1024; of --data 512)"
+    add("--count", type=whole, metavar="N", help=spread)
+    add("--batch-size", type=whole, metavar="N", help="anchors per forward (default: 16; of --data 8)")
     prompts = "instructions to take, one per line, in turn; or a .jsonl with pictures, in the place of a dataset"
     add("--prompts", type=existing_file, metavar="FILE", help=prompts)
     add("--workers", type=whole, metavar="N", help="processes that read frames ahead (default: none)")
@@ -160,10 +182,11 @@ def _build(args: argparse.Namespace) -> None:
     }
     started, finished = time.monotonic(), (Path(args.out) / MANIFEST).is_file() and not args.overwrite
     with joined_processes() as first:
-        source = source_of(args)
         autocast = args.autocast and getattr(torch, args.autocast)
+        source = text_source(args, device_of(args.device), autocast) if args.model else source_of(args)
         changed = _given({"tokens": args.tokens, "frozen": args.frozen, "autocast": autocast})
-        settings["reading"] = replace(source.reading or Reading(), **changed)
+        if not args.model:
+            settings["reading"] = replace(source.reading or Reading(), **changed)
         with log_shown() if first else nullcontext():
             cache = source.build(args.out, **_given(settings))
         if first:
@@ -177,13 +200,21 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 def check_build(args: argparse.Namespace) -> None:
     """Refuses options that do not go together."""
     require_one_model(args)
+    if getattr(args, "model", None):
+        _check_text(args)
+        return
+    for name, option in _OF_TEXT.items():
+        if getattr(args, name, None) is not None:
+            raise UsageError(f"{option} goes with --model.path, a language model")
     if args.factory:
         for name, option in _OF_POLICY.items():
             if getattr(args, name) is not None:
                 raise UsageError(f"{option} goes with --policy.path: of --factory the function chooses the anchors")
         return
     if not args.policy:
-        raise UsageError("there is no model: pass --policy.path, or --factory for models that are not lerobot's")
+        raise UsageError(
+            "there is no model: pass --policy.path for lerobot's, --model.path for a language model, or --factory"
+        )
     if args.prompts and Path(args.prompts).suffix == ".jsonl":
         for name, option in OF_DATASET.items():
             if getattr(args, name) is not None:
@@ -202,6 +233,22 @@ def check_build(args: argparse.Namespace) -> None:
         raise UsageError(f"--top-k needs --keep=logits. Found --keep={args.keep}")
 
 
+def _check_text(args: argparse.Namespace) -> None:
+    """Refuses options that do not go with a language model."""
+    if not args.data:
+        raise UsageError("which anchors? pass --data, chats, prompts or texts")
+    others = {name: option for name, option in _OF_POLICY.items() if name not in ("count", "batch_size")}
+    for name, option in {**others, "layers": "--layers", "tokens": "--tokens", "frozen": "--frozen"}.items():
+        if getattr(args, name) is not None:
+            raise UsageError(f"{option} does not go with --model.path")
+    answers = args.answers or ("sampled" if args.data == "self" else "given")
+    if answers != "given" and args.counted is not None:
+        raise UsageError("--counted goes with given answers: what the model writes is what counts")
+    for name, needs in (("max_new_tokens", ("sampled", "greedy")), ("temperature", ("sampled",))):
+        if getattr(args, name) is not None and answers not in needs:
+            raise UsageError(f"{_OF_TEXT[name]} needs --answers={' or '.join(needs)}")
+
+
 def source_of(args: argparse.Namespace) -> Source:
     """The model and its anchors, as the options say."""
     if args.factory:
@@ -214,9 +261,10 @@ def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> N
     print_table(
         f"Built {cache.path}" if seconds is not None else f"{cache.path} was finished already",
         [
-            ("Anchors", str(len(cache))),
+            ("Anchors", f"{len(cache):,}" + (f", {cache.positions:,} positions" if cache.positions else "")),
             ("Size on disk", f"{bytes_in_words(cache.nbytes)}, {bytes_in_words(cache.nbytes / len(cache))} per anchor"),
             ("Holds", cache.features.describe()),
+            *(("Keeps", kept.describe(cache.features.outputs[name].size)) for name, kept in cache.kept().items()),
             *([] if seconds is None else [("Time", f"{seconds:.1f} s")]),
         ],
     )

@@ -19,7 +19,7 @@ from craft_optim.anchors.sampling import spread
 from craft_optim.cli.build_anchors import OF_DATASET, add_frames, check_build, source_of
 from craft_optim.cli.options import AddCommand, UsageError, add_json, device_of, layer, require_folders, top_k, whole
 from craft_optim.cli.output import emit_json, print_grid
-from craft_optim.cli.sources import factory_source, load_policy, policy_reading
+from craft_optim.cli.sources import factory_source, load_policy, load_text_model, policy_reading
 from craft_optim.evaluation.actions import action_drift, predicted_actions
 from craft_optim.evaluation.checkpoints import Checkpoint, layer_name, record, short_names
 from craft_optim.evaluation.drift import QUANTILES, Drift, drifts, spread_over
@@ -32,6 +32,7 @@ On a cache of craft-optim build-anchors; several checkpoints give a row each:
 
   craft-optim drift anchors/ --policy.path=outputs/train/checkpoints/last/pretrained_model --epsilon=0.05
   craft-optim drift anchors/ --policy.path outputs/train/checkpoints/0*/pretrained_model --plot=drift.png --json=d.json
+  craft-optim drift anchors/ --model.path finetuned/checkpoint-100 finetuned/checkpoint-200 --epsilon=0.05
   craft-optim drift anchors/ --factory=my_script.py:finetuned
 
 Against the teacher itself; then actions are compared, too, those that both would take on the same frames with the same
@@ -65,6 +66,8 @@ def add(command: AddCommand) -> None:
     add("cache", nargs="?", metavar="CACHE", help="folder of a cache; comes first")
     paths = "lerobot policies: folders or hub ids, several with spaces or commas between"
     add("--policy.path", dest="policies", nargs="+", metavar="PATH", help=paths)
+    texts = "causal language models: folders, hub ids, adapters or .gguf files, several likewise"
+    add("--model.path", dest="texts", nargs="+", metavar="PATH", help=texts)
     add(
         "--factory", dest="factories", nargs="+", metavar="FILE:FUNCTION", help="functions that return (model, batches)"
     )
@@ -122,15 +125,17 @@ def _drift(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> list[str]:
     """The models to measure; refuses what does not go together before anything is loaded."""
-    if bool(args.policies) == bool(args.factories):
-        raise UsageError("which models? Pass --policy.path, or --factory for models that are not lerobot's")
+    if sum(map(bool, (args.policies, args.texts, args.factories))) != 1:
+        raise UsageError(
+            "which models? Pass --policy.path for lerobot's, --model.path for language models, or --factory for others"
+        )
     require_folders(args)
     if args.plot:
         require_matplotlib()
-    models = args.factories or [part for path in args.policies for part in _split(path)]
+    models = args.factories or [part for path in args.policies or args.texts for part in _split(path)]
     frames = {name: option for name, option in _FRAMES.items() if getattr(args, name) is not None}
-    if args.factories and args.teacher:
-        raise UsageError("--teacher.path goes with --policy.path: the teacher of --factory is in the cache")
+    if args.teacher and not args.policies:
+        raise UsageError("--teacher.path goes with --policy.path: the teacher of other models is in the cache")
     if args.cache:
         if frames:
             raise UsageError(f"{next(iter(frames.values()))} goes with a dataset, not with the cache {args.cache}")
@@ -152,7 +157,7 @@ def _split(path: str) -> list[str]:
 
 def _of_teacher(args: argparse.Namespace) -> argparse.Namespace:
     """The options as build-anchors takes them."""
-    return argparse.Namespace(**{**vars(args), "policy": args.teacher, "factory": None, "tokens": None})
+    return argparse.Namespace(**{**vars(args), "policy": args.teacher, "model": None, "factory": None, "tokens": None})
 
 
 def _epsilons(given: Sequence[str]) -> dict[str, float]:
@@ -215,6 +220,8 @@ def _loaded(args: argparse.Namespace, path: str, device: str, cache: AnchorCache
     if args.policies:
         policy = load_policy(path, device)
         return policy, policy_reading(policy, cache)
+    if args.texts:
+        return load_text_model(path, device), None
     source = factory_source(path, None if args.device == "auto" else device)
     return source.model.eval(), source.reading
 

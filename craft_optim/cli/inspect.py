@@ -7,7 +7,14 @@ from craft_optim.anchors import AnchorCache, Reading
 from craft_optim.anchors.sampling import spread
 from craft_optim.cli.options import AddCommand, add_model, device_of, require_one_model, whole
 from craft_optim.cli.output import print_table
-from craft_optim.cli.sources import factory_source, load_policy, policy_reading, teachers_tokenizer, tokenizer_of
+from craft_optim.cli.sources import (
+    factory_source,
+    load_policy,
+    load_text_model,
+    policy_reading,
+    teachers_tokenizer,
+    tokenizer_of,
+)
 from craft_optim.evaluation.drift import Drift, drifts, verdict
 from craft_optim.inspection import bytes_in_words, facts, lengths, tensors
 
@@ -48,10 +55,14 @@ def _inspect(args: argparse.Namespace) -> None:
     indices = spread(len(cache), args.count)
     measured: list[Drift] = []
     judged, tokenizer = None, args.tokenizer
-    if args.policy or args.factory:
-        if args.policy:
+    reading: Reading | None
+    if args.policy or args.model or args.factory:
+        if args.model:
+            model, reading = load_text_model(args.model, device_of(args.device)), None
+            tokenizer = tokenizer or args.model
+        elif args.policy:
             model = load_policy(args.policy, device_of(args.device))
-            reading: Reading | None = policy_reading(model, cache)
+            reading = policy_reading(model, cache)
             tokenizer = tokenizer or getattr(model.config, "text_tokenizer_name", None)
         else:
             source = factory_source(args.factory, None if args.device == "auto" else args.device)

@@ -93,6 +93,7 @@ def add_json(add: Callable[..., Any]) -> None:
 def add_model(add: Callable[..., Any]) -> None:
     """The options that name a model."""
     add("--policy.path", dest="policy", metavar="PATH", help="a lerobot policy: folder or hub id")
+    add("--model.path", dest="model", metavar="PATH", help="a causal language model: folder, hub id or .gguf file")
     add("--factory", metavar="FILE:FUNCTION", help="a function that returns (model, batches[, settings])")
     add("--device", default="auto", help="where the model runs (default: auto: CUDA if there is, else the CPU)")
 
@@ -106,8 +107,8 @@ def require_folders(args: argparse.Namespace) -> None:
 
 def require_one_model(args: argparse.Namespace) -> None:
     """Refuses two answers to which model."""
-    if args.policy and args.factory:
-        raise UsageError("--policy.path and --factory exclude each other: pass one")
+    if sum(map(bool, (args.policy, args.model, args.factory))) > 1:
+        raise UsageError("--policy.path, --model.path and --factory exclude each other: pass one")
 
 
 def device_of(name: str) -> str:

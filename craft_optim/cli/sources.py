@@ -21,9 +21,11 @@ __all__ = [
     "UsageError",
     "factory_source",
     "load_policy",
+    "load_text_model",
     "policy_reading",
     "policy_source",
     "teachers_tokenizer",
+    "text_source",
     "tokenizer_of",
     "user_function",
 ]
@@ -85,6 +87,30 @@ def factory_source(spec: str, device: str | None) -> Source:
     )
 
 
+def text_source(args: argparse.Namespace, device: str, autocast: Any) -> Source:
+    """A language model of transformers, and chats, prompts or texts, as the options of build-anchors name them.
+
+    Raises:
+        ImportError: transformers is not installed, or datasets.
+        ValueError: The model or the data cannot be used.
+    """
+    from craft_optim.chat import chat_anchors, load_language_model, read_records
+
+    names = ("answers", "counted", "max_length", "max_new_tokens", "temperature", "count", "batch_size")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    count = given.pop("count", 512)
+    # First: what is wrong with them is found in seconds
+    records = "self" if args.data == "self" else read_records(args.data, count)
+    model, tokenizer = load_language_model(args.model, device=device)
+    given |= {"count": count if args.data == "self" else None, "autocast": autocast, "model_id": args.model}
+    return Source(
+        model,
+        partial(chat_anchors, model, tokenizer, records, **given),
+        None,
+        "from craft_optim.anchors import AnchorCache\nretention = AnchorCache.open({cache!r}).retention(model)",
+    )
+
+
 def user_function(spec: str, option: str = "--factory") -> Callable[[], Any]:
     """The function of `script.py:function` or `package.module:function`, as an option names it.
 
@@ -135,6 +161,18 @@ def load_policy(path: str, device: str) -> Any:
     except ImportError as error:
         raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
     return load(path, device)
+
+
+def load_text_model(path: str, device: str) -> nn.Module:
+    """The model of `craft_optim.chat.load_language_model`.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: The checkpoint cannot be used.
+    """
+    from craft_optim.chat import load_language_model
+
+    return load_language_model(path, device=device)[0]
 
 
 def policy_source(args: argparse.Namespace, device: str) -> Source:

@@ -131,7 +131,9 @@ def test_the_loss_is_the_cross_entropy_beyond_the_teachers(
 
 def test_one_cache_serves_distributions_and_tokens(llama: nn.Module, token_batches: Batches, tmp_path: Path) -> None:
     cache = build(llama, token_batches((6, 7)), tmp_path, Reading(tokens=5), top_k=4)
-    assert cache.describe() == ("6 anchors, the top 4 of 60 classes and tokens (greedy, at most 5) as float16")
+    assert cache.describe() == (
+        "6 anchors with 30 positions, the top 4 of 60 classes and tokens (greedy, at most 5) as float16"
+    )
     for kind in (TokenRetention, LogitRetention):
         assert abs(kind(llama, cache, 6)().item()) < 1e-3
 

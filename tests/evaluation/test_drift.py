@@ -421,8 +421,8 @@ def test_one_checkpoint_has_a_row_of_numbers_for_each_layer(script, capsys):
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        (["a"], "Pass --policy.path, or --factory"),
-        (["a", "--factory=mine.py:taught", "--policy.path=p"], "Pass --policy.path, or --factory"),
+        (["a"], "--model.path for language models, or --factory"),
+        (["a", "--factory=mine.py:taught", "--policy.path=p"], "--model.path for language models, or --factory"),
         (["--factory=mine.py:taught"], "pass the folder of a cache before the options"),
         (["--policy.path=p", "--teacher.path=t"], "--dataset.repo_id or --dataset.root"),
         (["--policy.path=p", "--dataset.repo_id=d"], "--teacher.path"),

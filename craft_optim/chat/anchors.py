@@ -1,0 +1,198 @@
+"""`chat_anchors`: a cache of anchors from chats, prompts or texts."""
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from craft_optim._numbers import number, whole
+from craft_optim._paths import local
+from craft_optim.anchors.build import build
+from craft_optim.anchors.cache import AnchorCache
+from craft_optim.anchors.folders import write_aside
+from craft_optim.anchors.generation import greedy, sampled
+from craft_optim.anchors.masks import IGNORED
+from craft_optim.anchors.reading import Reading
+from craft_optim.chat.questions import self_questions
+from craft_optim.chat.records import read_records
+from craft_optim.chat.rows import Counted, Row, answered, prompted
+
+__all__ = ["Answers", "chat_anchors"]
+
+Answers = Literal["given", "sampled", "greedy"]
+QUESTIONS = "questions.jsonl"
+
+_log = logging.getLogger("craft_optim")
+
+
+def chat_anchors(
+    model: nn.Module,
+    tokenizer: Any,
+    data: str | Path | Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    answers: Answers | None = None,
+    counted: Counted = "assistant",
+    count: int | None = 512,
+    max_length: int = 1024,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    autocast: torch.dtype | None = None,
+    **settings: Any,
+) -> AnchorCache:
+    """Builds a cache of a language model's anchors: what it says, before it is fine-tuned, at the tokens that count.
+
+        cache = chat_anchors(model, tokenizer, "old_chats.jsonl", "anchors/")
+        retention = cache.retention(model)
+
+    A *position* is a token of an anchor whose distribution is compared: L_ret, and so epsilon, is the mean over them in
+    nats. By default they are those of answers. System prompts and templates are the same in every anchor and hardly
+    move: if they counted, too, most of the mean would be of them.
+
+    Rows of about the same length are in a batch. Those longer than `max_length` are cut, and left out if nothing that
+    counts is left; a line of the log says how many. Prompts that the model is to answer are not cut but left out.
+
+    Args:
+        model: A causal language model of transformers, before it is fine-tuned; with adapters or without.
+        tokenizer: Its own, with its chat template.
+        data: Records or where they are, see `read_records`. "self": the model writes the questions, too, see
+            `self_questions`; they are kept as `questions.jsonl` in the cache's folder, and read again from there.
+        path: The cache's folder. A finished cache of the same is opened, a half-built one goes on; see `anchors.build`.
+        answers: "given": those of the records, which is the default where there are any. "sampled" or "greedy": the
+            model writes its own after each prompt, at most `max_new_tokens`, sampled at `temperature` with seeds of
+            their own, or the likeliest. On one machine they are the same each time.
+        counted: "assistant", what answers say; or "all" tokens. Only of given answers.
+        count: At most so many records, evenly apart. None: all.
+        max_length: Tokens of a row, prompt and answer.
+        max_new_tokens: Tokens of an answer that the model writes.
+        temperature: Of "sampled".
+        batch_size: Rows per forward of the teacher.
+        autocast: As of `Reading`.
+        settings: Further arguments of `anchors.build`, such as `top_k`, `dtype` and `overwrite`.
+
+    Returns:
+        The cache; `len(cache)` anchors with `cache.positions` positions.
+
+    Raises:
+        ImportError: datasets is not installed, and a file is to be read.
+        ValueError: A record, or an argument, is not what it must be, or no row is left.
+        AnchorCacheError: As of `anchors.build`.
+    """
+    if answers is None:
+        answers = "sampled" if data == "self" else "given"
+    if answers not in get_args(Answers):
+        raise ValueError(f"`answers` must be one of {', '.join(map(repr, get_args(Answers)))}. Found {answers!r}.")
+    if counted not in get_args(Counted):
+        raise ValueError(f"`counted` must be one of {', '.join(map(repr, get_args(Counted)))}. Found {counted!r}.")
+    if answers != "given" and counted != "assistant":
+        raise ValueError(f"counted={counted!r} goes with answers='given': what the model writes is what counts.")
+    if data == "self" and (answers == "given" or count is None):
+        found = "answers='given'" if answers == "given" else "count=None"
+        raise ValueError(f"Questions that the model writes need answers of its own and a number. Found {found}.")
+    max_length, batch_size = whole("max_length", max_length), whole("batch_size", batch_size)
+    if data == "self":
+        records = _own_questions(model, tokenizer, local(path), whole("count", count), settings.get("overwrite", False))
+    else:
+        records = read_records(data, count)
+    if answers == "given":
+        rows = _fitting([answered(record, tokenizer, counted) for record in records], max_length)
+        reading = Reading(mask="labels", output="classes", class_dim=-1)
+    else:
+        new, heat = whole("max_new_tokens", max_new_tokens), number("temperature", temperature, least=0.0, above=True)
+        rows = _open_ended([prompted(record, tokenizer) for record in records], max_length - new)
+        writes = greedy(new) if answers == "greedy" else sampled(new, heat)
+        reading = Reading(tokens=writes, output="classes", class_dim=-1)
+    batches = _Batches(rows, batch_size, _padding(tokenizer), labelled=answers == "given")
+    own = {"model_id": getattr(getattr(model, "config", None), "name_or_path", None) or None}
+    return build(model, batches, path, replace(reading, autocast=autocast), **{**own, **settings})
+
+
+def _own_questions(model: nn.Module, tokenizer: Any, folder: Path, count: int, anew: bool) -> list[dict[str, Any]]:
+    """The model's questions, written once: what goes on after an interruption has to have the same."""
+    file = folder / QUESTIONS
+    if file.is_file() and not anew:
+        records = read_records(file)
+        if len(records) <= count:
+            return records
+    records = self_questions(model, tokenizer, count)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    write_aside(file, lambda aside: aside.write_text(lines, encoding="utf-8"))
+    return records
+
+
+def _fitting(rows: Sequence[Row], most: int) -> list[Row]:
+    """The rows, cut to a length, of which something counts."""
+    cut = [row._replace(ids=row.ids[:most], counts=row.counts[:most]) for row in rows]
+    kept = [row for row in cut if any(row.counts[1:])]
+    said = Counter(
+        {
+            f"are cut to {most} tokens": sum(len(row.ids) > most for row in rows),
+            "are left out, since nothing that counts is left of them": len(rows) - len(kept),
+            "have several answers of which the last alone counts, as the chat template rewrites earlier ones": sum(
+                row.last_only for row in kept
+            ),
+        }
+    )
+    _say(said, len(rows))
+    _require(kept, f"`max_length` is {most}, and no record has anything that counts within it: take a larger one.")
+    return kept
+
+
+def _open_ended(prompts: Sequence[list[int]], most: int) -> list[Row]:
+    kept = [Row(ids, [False] * len(ids)) for ids in prompts if 0 < len(ids) <= most]
+    _say(Counter({f"are left out: their prompt is longer than {most} tokens": len(prompts) - len(kept)}), len(prompts))
+    _require(kept, f"No prompt fits: they may have `max_length` - `max_new_tokens` = {most} tokens. Take a larger one.")
+    return kept
+
+
+def _say(found: Mapping[str, int], total: int) -> None:
+    for words, number_of in found.items():
+        if number_of:
+            _log.warning("%d of %d records %s.", number_of, total, words)
+
+
+def _require(rows: Sequence[Row], otherwise: str) -> None:
+    if not rows:
+        raise ValueError(otherwise)
+
+
+def _padding(tokenizer: Any) -> int:
+    """Any token will do: nothing attends to it, and it does not count."""
+    return next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
+
+
+class _Batches:
+    """Rows of about the same length as batches, the longest first: if memory is too small, it is at once."""
+
+    def __init__(self, rows: Sequence[Row], size: int, padding: int, *, labelled: bool) -> None:
+        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+        self._rows, self._size, self._padding, self._labelled = [rows[i] for i in order], size, padding, labelled
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._rows) / self._size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for at in range(0, len(self._rows), self._size):
+            yield self._batch(self._rows[at : at + self._size])
+
+    def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        shape = len(rows), max(len(row.ids) for row in rows)
+        ids = torch.full(shape, self._padding)
+        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+        for i, row in enumerate(rows):
+            length = len(row.ids)
+            ids[i, :length], mask[i, :length] = torch.tensor(row.ids), 1
+            labels[i, :length] = torch.where(torch.tensor(row.counts), ids[i, :length], IGNORED)
+        labels[:, 0] = IGNORED  # the first token has no distribution
+        batch = {"input_ids": ids, "attention_mask": mask}
+        return batch | {"labels": labels} if self._labelled else batch

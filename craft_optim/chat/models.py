@@ -1,0 +1,69 @@
+"""Causal language models of transformers with their tokenizers: folders, adapters, GGUF files, the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from craft_optim._paths import expanded
+from craft_optim.adapter_checkpoints import base_of_adapters, with_adapters
+
+__all__ = ["is_language_model", "load_language_model"]
+
+
+def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer. Code from the checkpoint is not run.
+
+    Args:
+        path: Folder or hub id of a model, or of PEFT's adapters for one; or a .gguf file, or a folder with one.
+        device: Where to put it.
+
+    Returns:
+        The model in eval mode, its parameters in the dtype of the checkpoint; and the tokenizer, that beside the
+        adapters if there is one.
+
+    Raises:
+        ImportError: transformers, or what it needs to read the file, is not installed.
+        ValueError: It is no such model, or weights are missing.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise ImportError(f"{path} needs transformers ({error}): pip install 'craft-optim[transformers]'.") from error
+    path = expanded(path)
+    folder, named = Path(path), {}
+    files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
+    if files and not (folder / "config.json").is_file():
+        if len(files) > 1:
+            raise ValueError(f"{path} holds {len(files)} GGUF files: name one, such as {files[0]}.")
+        path, named = str(files[0].parent), {"gguf_file": files[0].name}
+    adapters = (folder / "adapter_config.json").is_file()
+    whole, revision = base_of_adapters(path) if adapters else (path, None)
+    settings: dict[str, Any] = {"revision": revision, **named}
+    model, loaded = AutoModelForCausalLM.from_pretrained(whole, dtype="auto", output_loading_info=True, **settings)
+    # An output layer that is tied to the embedding is in no file
+    tied = {key for key in loaded["missing_keys"] if key in (getattr(model, "_tied_weights_keys", None) or ())}
+    if missing := sorted(set(loaded["missing_keys"]) - tied):
+        raise ValueError(
+            f"The weights of {whole} lack {len(missing)} tensors of {type(model).__name__}, such as {missing[0]!r}: "
+            "transformers would go on with untrained ones."
+        )
+    if adapters:
+        model = with_adapters(model, path)
+    own = not adapters or (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(path if own else whole, **(settings if whole == path else {}))
+    if named:  # transformers 5.5 reads them into the model's config and makes up the tokenizer's
+        for name in ("bos", "eos", "pad"):
+            if isinstance(known := getattr(model.config, f"{name}_token_id", None), int):
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known))
+    return model.to(device).eval(), tokenizer
+
+
+def is_language_model(path: str) -> bool:
+    """False if a folder's config.json says that it is a policy of lerobot."""
+    file = Path(expanded(path)) / "config.json"
+    if not file.is_file():
+        return True
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return not (isinstance(config, dict) and "type" in config and "model_type" not in config)

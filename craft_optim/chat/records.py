@@ -1,0 +1,106 @@
+"""Records: chats, prompts with completions, and texts, from files, folders and the hub, read by `datasets`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from craft_optim._numbers import whole
+from craft_optim._paths import expanded
+from craft_optim.anchors.sampling import spread
+
+__all__ = ["FORMS", "read_records", "require_form"]
+
+# Keys of a record, by what they are tried for
+FORMS = (("messages",), ("prompt", "completion"), ("prompt",), ("text",))
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+
+
+def read_records(source: str | Path | Sequence[Mapping[str, Any]], count: int | None = None) -> list[dict[str, Any]]:
+    """Records of a file, a folder or the hub, in their order.
+
+    A record has `messages`, a list of {"role": ..., "content": ...}; or `prompt` and, if it is there, `completion`,
+    both texts or both lists of messages; or `text`. Other columns are left out, but for `tools` of messages.
+
+    Args:
+        source: A .jsonl, .json or .parquet file; a .txt or .md file, of which paragraphs are texts; a folder that
+            `datasets.save_to_disk` wrote, or of such files; the id of a dataset on the hub, of which the split "train"
+            is read, or "ID:SPLIT"; or the records themselves.
+        count: At most so many, evenly apart. None: all.
+
+    Raises:
+        ImportError: datasets is not installed.
+        ValueError: There is no such file, it cannot be read, or a record is none of these.
+    """
+    count = None if count is None else whole("count", count)
+    rows: Any = source if not isinstance(source, str | Path) else _opened(expanded(str(source)))
+    if not len(rows):
+        raise ValueError(f"`data` must hold at least one record. Found none in {_name(source)}.")
+    places = spread(len(rows), len(rows) if count is None else count)
+    return [require_form(rows[place], f"Record {place} of {_name(source)}") for place in places]
+
+
+def require_form(record: Any, name: str) -> dict[str, Any]:
+    """The entries of a record that make it a chat, a prompt or a text.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{name} must be a mapping. Found {type(record).__name__}.")
+    for form in FORMS:
+        found = {key: record.get(key) for key in form}
+        if all(found.values()) and all(isinstance(x, str | list | tuple) for x in found.values()):
+            if form == ("messages",) and not isinstance(found["messages"], str):
+                return found | ({"tools": record["tools"]} if record.get("tools") else {})
+            if form != ("messages",) and (form != ("text",) or isinstance(found["text"], str)):
+                return found
+    raise ValueError(
+        f"{name} must have `messages`, a list of roles and contents, `prompt` and `completion`, or `text`, none of "
+        f"them empty. Found {', '.join(map(str, record)) or 'nothing'}: rename its columns."
+    )
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else "`data`"
+
+
+def _opened(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{source} is read by datasets ({error}): pip install datasets.") from error
+    path = Path(source)
+    kind = _READERS.get(path.suffix.lower())
+    if path.is_file():
+        if kind is None:
+            raise ValueError(f"`data` must be one of {', '.join(_READERS)}. Found {source}.")
+        if kind == "text":
+            return [{"text": text} for text in _paragraphs(path)]
+        return _read(source, lambda: datasets.load_dataset(kind, data_files=source, split="train"))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _split(_read(source, lambda: datasets.load_from_disk(source)), None, source)
+    name, _, split = source.partition(":") if not path.is_dir() else (source, "", "")
+    return _split(_read(source, lambda: datasets.load_dataset(name)), split or None, source)
+
+
+def _read(source: str, read: Any) -> Any:
+    try:
+        return read()
+    except Exception as error:  # of as many kinds as there are formats
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"{source} cannot be read as records: {type(error).__name__}: {reason}") from error
+
+
+def _split(found: Any, split: str | None, source: str) -> Any:
+    if not isinstance(found, dict):
+        return found
+    name = split or ("train" if "train" in found else next(iter(found)))
+    if name not in found:
+        raise ValueError(f"{source} has the splits {', '.join(found)}. Found {name!r}.")
+    return found[name]
+
+
+def _paragraphs(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    blocks = (block.strip() for block in text.replace("\r\n", "\n").split("\n\n"))
+    return [block for block in blocks if block]

@@ -1,0 +1,141 @@
+"""Rows: the tokens that a language model reads, and which of them count."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+__all__ = ["Counted", "Row", "answered", "prompted"]
+
+Counted = Literal["assistant", "all"]
+
+
+class Row(NamedTuple):
+    """One anchor.
+
+    Attributes:
+        ids: Tokens.
+        counts: For each of them, whether the model's distribution for it counts.
+        last_only: True if of several answers the last alone counts, see `answered`.
+    """
+
+    ids: list[int]
+    counts: list[bool]
+    last_only: bool = False
+
+
+def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assistant") -> Row:
+    """A record as a model sees it in training, written by the tokenizer's own chat template.
+
+    Of messages what the assistant says counts, up to and with the token that ends its turn; of a prompt with a
+    completion the completion; of a text all of it. The first token of a row has no distribution and never counts.
+
+    Templates that write earlier turns in another way once others follow, as those of reasoning models do, leave no way
+    to tell where these begin: then the last answer alone counts.
+
+    Args:
+        record: From `read_records`.
+        tokenizer: Of transformers.
+        counted: "all": everything counts, the template's own tokens among it, which never change.
+
+    Raises:
+        ValueError: There is no template for messages, or no answer in them.
+    """
+    messages, end = _messages(record), tokenizer.eos_token_id
+    if "text" in record:
+        row = _row(tokenizer, record["text"], [(0, len(record["text"]))])
+    elif messages is not None:
+        row = _of_messages(messages, tokenizer, record.get("tools"))
+    elif "completion" in record:
+        text = record["prompt"] + record["completion"]
+        row = _row(tokenizer, text, [(len(record["prompt"]), len(text))])
+        if end is not None and row.ids[-1] != end:
+            row = Row([*row.ids, end], [*row.counts, True])
+    else:
+        raise ValueError("A prompt without a completion has no answer: let the model answer, answers='sampled'.")
+    return Row(row.ids, [False, *(counted == "all" or counts for counts in row.counts[1:])], row.last_only)
+
+
+def prompted(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    """The tokens of a record up to where the model is to go on: before the last answer, or after the text.
+
+    Raises:
+        ValueError: There is no template for messages, or nothing in them to answer.
+    """
+    messages = _messages(record, answers=False)
+    if messages is None:
+        return _row(tokenizer, record.get("text") or record["prompt"], []).ids
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise ValueError("Messages must hold something to answer. Found the assistant's alone.")
+    asked = _templated(tokenizer, messages, record.get("tools"), add_generation_prompt=True)
+    return _row(tokenizer, asked, [], templated=True).ids
+
+
+def _messages(record: Mapping[str, Any], answers: bool = True) -> list[Any] | None:
+    """The messages of a record; None if it is of plain texts."""
+    if "messages" in record:
+        return list(record["messages"])
+    if isinstance(record.get("prompt"), str) or "prompt" not in record:
+        return None
+    return [*record["prompt"], *(record.get("completion", ()) if answers else ())]
+
+
+def _row(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], *, templated: bool = False) -> Row:
+    """A text's tokens; those with a character in one of the spans count.
+
+    A token may begin before a span, as the blank before a word is the word's. The special tokens that the tokenizer
+    puts before a text are there unless a template has written it, those after it are not.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"The tokenizer must say which characters a token stands for. Found {type(tokenizer).__name__}, which does "
+            "not: load it with AutoTokenizer, use_fast=True."
+        )
+    read = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
+    ids, places = list(read["input_ids"]), list(read["offset_mapping"])
+    while not templated and len(ids) > 1 and places[-1][0] == places[-1][1]:
+        ids.pop(), places.pop()
+    return Row(ids, [any(a < end and b > start for start, end in spans) for a, b in places])
+
+
+def _templated(tokenizer: Any, messages: Sequence[Any], tools: Any, **settings: Any) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no chat template, and records of messages need one: take the tokenizer of "
+            "the chat model, set `tokenizer.chat_template`, or give `prompt` and `completion` as texts."
+        )
+    settings = {"tools": tools, **settings} if tools else settings
+    written: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)
+    return written
+
+
+def _of_messages(messages: Sequence[Any], tokenizer: Any, tools: Any) -> Row:
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not places:
+        raise ValueError(
+            "Messages must hold an answer of the assistant. Found the roles "
+            f"{', '.join(str(message['role']) for message in messages)}: let the model answer, answers='sampled'."
+        )
+    text = _templated(tokenizer, messages, tools)
+    spans = [_span(messages, place, text, tokenizer, tools) for place in places]
+    if None in spans:
+        messages = messages[: places[-1] + 1]
+        text = _templated(tokenizer, messages, tools)
+        spans = [_span(messages, places[-1], text, tokenizer, tools)]
+    found = [span for span in spans if span is not None]
+    if not found:
+        raise ValueError(
+            "The chat template does not write an answer after what it writes to ask for one "
+            "(add_generation_prompt=True): nobody knows where it begins. Give `prompt` and `completion` as texts."
+        )
+    return _row(tokenizer, text, found, templated=True)._replace(last_only=len(found) < len(places))
+
+
+def _span(messages: Sequence[Any], place: int, text: str, tokenizer: Any, tools: Any) -> tuple[int, int] | None:
+    """First and last + 1 of an answer's characters; None if the conversation up to there is written in another way."""
+    before = _templated(tokenizer, messages[:place], tools, add_generation_prompt=True) if place else ""
+    after = _templated(tokenizer, messages[: place + 1], tools)
+    if not (after.startswith(before) and text.startswith(after)) or len(after) == len(before):
+        return None
+    # A line break after the token that ends a turn: no model writes it
+    return len(before), max(len(after.rstrip()), len(before) + 1)

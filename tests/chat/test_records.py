@@ -1,0 +1,77 @@
+"""Records of files, folders and lists."""
+
+import json
+
+import pytest
+
+from craft_optim.chat.records import read_records
+
+CHAT = [{"role": "user", "content": "is ice hot?"}, {"role": "assistant", "content": "no"}]
+ROWS = [{"messages": CHAT, "source": str(i)} for i in range(6)]
+
+
+def jsonl(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_file_of_chats_and_the_same_in_other_forms(tmp_path):
+    import datasets
+
+    expected = [{"messages": CHAT}] * 6
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "splits")
+    for source in (
+        jsonl(tmp_path / "a.jsonl", ROWS), str(tmp_path / "a.parquet"), tmp_path / "saved", tmp_path / "splits", ROWS,
+    ):  # fmt: skip
+        assert read_records(source) == expected
+    assert read_records(tmp_path / "a.jsonl", 2) == expected[:2]
+
+
+def test_paragraphs_of_a_text_are_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\n three \r\n\r\nfour", encoding="utf-8")
+    assert read_records(tmp_path / "a.txt") == [{"text": "one\ntwo"}, {"text": "three"}, {"text": "four"}]
+
+
+def test_a_part_of_them_is_evenly_apart():
+    rows = [{"text": str(i)} for i in range(10)]
+    assert [row["text"] for row in read_records(rows, 3)] == ["1", "5", "8"]
+
+
+def test_prompts_texts_and_tools():
+    rows = [
+        {"prompt": "a", "completion": "b", "text": None},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"prompt": "a"},
+        {"messages": CHAT, "tools": [{"type": "function"}]},
+    ]
+    assert read_records(rows) == [{"prompt": "a", "completion": "b"}, *rows[1:]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"conversations": CHAT}], "Record 0 of `data` must have `messages`.*Found conversations"),
+        ([{"text": "a"}, {"messages": []}], "Record 1 of"),
+        ([{"messages": "a"}], "none of them empty"),
+        ([{"text": ["a"]}], "none of them empty"),
+        (["a"], "must be a mapping. Found str"),
+        ([], "at least one record"),
+    ],
+)
+def test_other_records_are_refused(rows, words):
+    with pytest.raises(ValueError, match=words):
+        read_records(rows)
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"must be one of \.jsonl.*Found .*a\.csv"):
+        read_records(tmp_path / "a.csv")
+    (tmp_path / "b.jsonl").write_text("no json")
+    with pytest.raises(ValueError, match=r"b\.jsonl cannot be read as records"):
+        read_records(tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="cannot be read as records"):
+        read_records(tmp_path / "nowhere")
