@@ -32,5 +32,5 @@ PYTHON
 diff "$folder/seen" - <<'SEEN'
 bos: file 1 <|im_start|>, config 1, tokenizer <|im_start|>
 eos: file 2 <|im_end|>, config 2, tokenizer <|im_start|>
-pad: file 2 <|im_end|>, config None, tokenizer None
+pad: file 2 <|im_end|>, config 2, tokenizer None
 SEEN

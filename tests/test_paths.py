@@ -13,6 +13,7 @@ from craft_optim._paths import expanded, local
 from craft_optim.anchors import AnchorCache, build, convert
 from craft_optim.anchors.importers import write_cache
 from craft_optim.anchors.manifest import FeatureSpec
+from craft_optim.chat import chat_anchors, load_language_model, read_records
 from craft_optim.cli import main
 from craft_optim.evaluation.questions import read_questions
 from craft_optim.evaluation.scorers import load_scorer, require_checkpoint
@@ -142,6 +143,35 @@ def of_pictures(home):
     assert list((home / "pictures").glob("*.png"))
 
 
+def of_configs(home):
+    pytest.importorskip("transformers")
+    from craft_optim.planning.from_transformers import model_without_weights
+
+    (home / "model").mkdir()
+    (home / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=f"{home}/model has none"):
+        model_without_weights("~/model")
+
+
+def of_records(home):
+    (home / "a.txt").write_text("one")
+    assert read_records("~/a.txt") == [{"text": "one"}]
+
+
+def of_language_models(home):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **sizes)).save_pretrained(home / "model")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")), unk_token="a")
+    made.save_pretrained(home / "model")
+    language_model, tokenizer = load_language_model("~/model")
+    chat_anchors(language_model, tokenizer, [{"text": "a a"}], "~/anchors", progress=False)
+    assert len(AnchorCache.open(home / "anchors")) == 1
+
+
 # Every function that is given a path by a user -> what shows that it knows homes
 TAKES = {
     "anchors.build.build": of_build,
@@ -149,11 +179,15 @@ TAKES = {
     "anchors.cache.AnchorCache.open": of_cache,
     "anchors.importers.convert": of_convert,
     "anchors.importers.write_cache": of_write_cache,
+    "chat.anchors.chat_anchors": of_language_models,
+    "chat.models.load_language_model": of_language_models,
+    "chat.records.read_records": of_records,
     "evaluation.plots.draw_checkpoints": of_plots,
     "evaluation.questions.read_questions": of_questions,
     "evaluation.scorers.load_scorer": of_scorers,
     "evaluation.scorers.require_checkpoint": of_scorers,
     "metrics.JSONLWriter.__init__": of_writer,
+    "planning.from_transformers.model_without_weights": of_configs,
     "report.pictures.draw": of_pictures,
     "report.runs.read_runs": of_runs,
 }
@@ -172,6 +206,7 @@ WITHIN = {  # given paths by those above
     "adapter_checkpoints.base_of_adapters",
     "adapter_checkpoints.with_adapters",
     "cli.sources.load_policy",
+    "cli.sources.load_text_model",
     "evaluation.checkpoints.short_names",
     "lerobot.frames.require_count",
 }

@@ -1,6 +1,5 @@
 """Causal language models of transformers with their tokenizers: folders, adapters, GGUF files, the hub."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import nn
 from craft_optim._paths import expanded
 from craft_optim.adapter_checkpoints import base_of_adapters, with_adapters
 
-__all__ = ["is_language_model", "load_language_model"]
+__all__ = ["load_language_model"]
 
 
 def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, Any]:
@@ -58,12 +57,3 @@ def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, A
             if isinstance(known := getattr(model.config, f"{name}_token_id", None), int):
                 setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known))
     return model.to(device).eval(), tokenizer
-
-
-def is_language_model(path: str) -> bool:
-    """False if a folder's config.json says that it is a policy of lerobot."""
-    file = Path(expanded(path)) / "config.json"
-    if not file.is_file():
-        return True
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return not (isinstance(config, dict) and "type" in config and "model_type" not in config)

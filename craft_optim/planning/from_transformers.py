@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from craft_optim._paths import expanded
+
 __all__ = ["batch_of_shapes", "model_without_weights"]
 
 _TEXT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
@@ -24,6 +26,7 @@ def model_without_weights(path: str, dtype: torch.dtype | None = None) -> nn.Mod
     """
     import transformers
 
+    path = expanded(path)
     config = transformers.AutoConfig.from_pretrained(path)
     name = (getattr(config, "architectures", None) or ["none"])[0]
     kind = getattr(transformers, name, None)
