@@ -20,6 +20,7 @@ from craft_optim.anchors.cache import AnchorCache
 from craft_optim.anchors.folders import write_aside
 from craft_optim.anchors.generation import greedy, sampled
 from craft_optim.anchors.masks import IGNORED
+from craft_optim.anchors.processes import Team, find_team
 from craft_optim.anchors.reading import Reading
 from craft_optim.chat.questions import self_questions
 from craft_optim.chat.records import read_records
@@ -100,7 +101,8 @@ def chat_anchors(
         raise ValueError(f"Questions that the model writes need answers of its own and a number. Found {found}.")
     max_length, batch_size = whole("max_length", max_length), whole("batch_size", batch_size)
     if data == "self":
-        records = _own_questions(model, tokenizer, local(path), whole("count", count), settings.get("overwrite", False))
+        team, anew = find_team(model, settings.get("process_group")), settings.get("overwrite", False)
+        records = _own_questions(model, tokenizer, local(path) / QUESTIONS, whole("count", count), team, anew=anew)
     else:
         records = read_records(data, count)
     if answers == "given":
@@ -116,18 +118,25 @@ def chat_anchors(
     return build(model, batches, path, replace(reading, autocast=autocast), **{**own, **settings})
 
 
-def _own_questions(model: nn.Module, tokenizer: Any, folder: Path, count: int, anew: bool) -> list[dict[str, Any]]:
-    """The model's questions, written once: what goes on after an interruption has to have the same."""
-    file = folder / QUESTIONS
+def _own_questions(
+    model: nn.Module, tokenizer: Any, file: Path, count: int, team: Team, *, anew: bool
+) -> list[dict[str, Any]]:
+    """The model's questions, written once: what goes on after an interruption has to have the same.
+
+    Of several processes all run the model, and the first one's questions are those of all.
+    """
+    there = None
     if file.is_file() and not anew:
-        records = read_records(file)
-        if len(records) <= count:
-            return records
-    records = self_questions(model, tokenizer, count)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(f"{json.dumps(record)}\n" for record in records)
-    write_aside(file, lambda aside: aside.write_text(lines, encoding="utf-8"))
-    return records
+        lines = file.read_text(encoding="utf-8").splitlines()
+        there = [json.loads(line) for line in lines] if len(lines) <= count else None
+    if (records := team.gather(there)[0]) is None:
+        records = team.gather(self_questions(model, tokenizer, count))[0]
+        if team.rank == 0 and team.writes:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            text = "".join(f"{json.dumps(record)}\n" for record in records)
+            write_aside(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    found: list[dict[str, Any]] = records
+    return found
 
 
 def _fitting(rows: Sequence[Row], most: int) -> list[Row]:

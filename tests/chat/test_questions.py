@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from craft_optim.anchors import AnchorCache
+from craft_optim.anchors.processes import Team
 from craft_optim.chat import chat_anchors
 from craft_optim.chat.questions import is_loop, opening_and_end, self_questions, too_similar
 from craft_optim.cli import main
@@ -121,3 +122,24 @@ def test_the_command_says_what_it_cannot_do(llama, tokenizer, tmp_path, capsys):
     build = ["build-anchors", str(tmp_path / "a"), f"--model.path={tmp_path / 'model'}", "--data=self", "--count=1"]
     assert main(build) == 1
     assert "wrote no usable question" in capsys.readouterr().err
+
+
+def test_of_several_processes_the_first_ones_questions_are_those_of_all(
+    llama, tokenizer, written, tmp_path, monkeypatch
+):
+    import craft_optim.chat.anchors as chat
+
+    firsts = [{"messages": [{"role": "user", "content": "is ice cold"}]}]
+
+    class Second(Team):
+        def gather(self, value):
+            return [None if value is None else firsts, value]
+
+    generate, fake = type(llama).generate, llama.generate
+    monkeypatch.setattr(
+        llama, "generate", lambda **given: (fake if len(given["input_ids"]) == 16 else generate.__get__(llama))(**given)
+    )
+    monkeypatch.setattr(chat, "find_team", lambda *_: Second(None, 1, 2))
+    cache = chat_anchors(llama, tokenizer, "self", tmp_path, count=1, max_new_tokens=4)
+    assert tokenizer.decode(cache.read([0]).inputs["input_ids"][0]).startswith("USER: is ice cold ASSISTANT: ")
+    assert not (tmp_path / "questions.jsonl").exists(), "the first process writes them"
