@@ -389,7 +389,9 @@ def test_a_closure_at_the_place_of_one_that_is_gone_is_another():
     model = model_of()
     optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     for number in range(20):
-        optimizer.retention_closure = Told(model)
+        made = [Told(model) for _ in range(100)]  # so many that one of them gets the address of one that is gone
+        optimizer.retention_closure = next((one for one in made if id(one) in told), made[0])
+        del made
         train(model, optimizer, 1)
         assert len(told) == number + 1
         optimizer.retention_closure = None

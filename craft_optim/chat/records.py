@@ -28,7 +28,7 @@ def read_records(source: str | Path | Sequence[Mapping[str, Any]], count: int | 
         count: At most so many, evenly apart. None: all.
 
     Raises:
-        ImportError: datasets is not installed.
+        ImportError: datasets is not installed, which reads all but texts.
         ValueError: There is no such file, it cannot be read, or a record is none of these.
     """
     count = None if count is None else whole("count", count)
@@ -65,17 +65,17 @@ def _name(source: Any) -> str:
 
 
 def _opened(source: str) -> Any:
+    path = Path(source)
+    kind = _READERS.get(path.suffix.lower())
+    if path.is_file() and kind is None:
+        raise ValueError(f"`data` must be one of {', '.join(_READERS)}. Found {source}.")
+    if path.is_file() and kind == "text":
+        return [{"text": text} for text in _paragraphs(path)]
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"{source} is read by datasets ({error}): pip install datasets.") from error
-    path = Path(source)
-    kind = _READERS.get(path.suffix.lower())
     if path.is_file():
-        if kind is None:
-            raise ValueError(f"`data` must be one of {', '.join(_READERS)}. Found {source}.")
-        if kind == "text":
-            return [{"text": text} for text in _paragraphs(path)]
         return _read(source, lambda: datasets.load_dataset(kind, data_files=source, split="train"))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _split(_read(source, lambda: datasets.load_from_disk(source)), None, source)
