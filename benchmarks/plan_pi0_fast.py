@@ -37,7 +37,7 @@ def planned(dtype: str, size: int) -> dict[str, Any]:
 
     from craft_optim import plan
     from craft_optim.lerobot import adapter_for
-    from craft_optim.lerobot.shapes import batch_of_shapes, policy_without_weights
+    from craft_optim.lerobot.shapes import batch_of_shapes, plan_settings, policy_without_weights
 
     cameras = {f"observation.images.{name}": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)) for name in CAMERAS}
     policy = policy_without_weights(PI0FastConfig(device="cpu", dtype=dtype, input_features=cameras))
@@ -46,12 +46,10 @@ def planned(dtype: str, size: int) -> dict[str, Any]:
         policy,
         batch,
         adapter.inputs(batch),
-        loss=lambda model, given: model(given)[0],
-        reading=adapter.reading,
-        output="classes",
         top_k=TOP_K,
         valid=VALID,
         count=COUNT,
+        **plan_settings(adapter),
     )
     everything = found.per_anchor - found.phases.kept + found.phases.logits / (2 * size)
     return {**found.as_dict(GPUS), "bytes_per_anchor_of_all_classes": everything}

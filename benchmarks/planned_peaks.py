@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from craft_optim import CraftOptimizer, Plan, anchors, plan
 from craft_optim.anchors import AnchorCache
+from craft_optim.planning.make import adamw
 from craft_optim.planning.passes import task_loss
 from craft_optim.planning.result import Held
 
@@ -34,11 +35,6 @@ CLASSES = 4000
 def fused(parameters: Any) -> torch.optim.Optimizer:
     """AdamW that works with nothing beside its state."""
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-
-def listed(parameters: Any) -> torch.optim.Optimizer:
-    """AdamW as on a GPU, over lists of tensors."""
-    return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
 
 
 @dataclass(frozen=True)
@@ -189,7 +185,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "Llama, 4,000 classes": lambda: Case(llama, tokens),
     "Llama, checkpointed, top-32": lambda: Case(lambda: llama(8, checkpointing=True), tokens, build={"top_k": 32}),
     "Llama, hidden states of two layers": lambda: Case(llama, tokens, build={"layers": (2, 4), "output": None}),
-    "Llama, two sentences of 8 tokens, AdamW over lists": lambda: Case(llama, lambda: tokens(2, 8), base=listed),
+    "Llama, two sentences of 8 tokens, AdamW over lists": lambda: Case(llama, lambda: tokens(2, 8), base=adamw),
     "ViT": lambda: Case(vit, pictures),
     "convolutions, 4 examples and 32 anchors": lambda: Case(
         convolutions, examples, lambda: torch.rand(32, 3, 16, 16), loss=_squares, build={"class_dim": -1}

@@ -13,7 +13,7 @@ from .names import unwrapped
 from .passes import is_encoder_decoder
 from .structure import Inputs
 
-__all__ = ["Generate", "greedy", "right_padded", "sampled"]
+__all__ = ["Generate", "greedy", "right_padded", "sampled", "sampling"]
 
 Generate = Callable[[nn.Module, Any], tuple[Inputs, Tensor]]
 
@@ -56,9 +56,18 @@ def sampled(max_new_tokens: int, temperature: float = 1.0) -> Generate:
         ValueError: As of `greedy`.
     """
     max_new_tokens = whole("tokens", max_new_tokens)
+    how = sampling(temperature)
+    return _writing(f"sampled at temperature {how['temperature']:g}, at most {max_new_tokens}", max_new_tokens, **how)
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Settings of `generate` that sample from the whole distribution.
+
+    Raises:
+        TypeError, ValueError: The temperature is no number > 0.
+    """
     temperature = number("temperature", temperature, least=0.0, above=True)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return _writing(f"sampled at temperature {temperature:g}, at most {max_new_tokens}", max_new_tokens, **how)
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
 def _writing(name: str, max_new_tokens: int, **how: Any) -> Generate:

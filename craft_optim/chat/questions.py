@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from craft_optim._numbers import number, whole
+from craft_optim._numbers import whole
+from craft_optim.anchors.generation import sampling
 from craft_optim.anchors.passes import device_of, isolated_rng, steady
 from craft_optim.anchors.sampling import mixed_seed
 
@@ -49,14 +50,7 @@ def self_questions(
         ValueError: There is no chat template, it does not write a user's turn as it is, or nothing usable came.
     """
     count, batch_size = whole("count", count), whole("batch_size", batch_size)
-    settings = {
-        "do_sample": True,
-        "temperature": number("temperature", temperature, least=0.0, above=True),
-        "top_k": 0,
-        "top_p": 1.0,
-        "num_beams": 1,
-        "max_new_tokens": whole("max_new_tokens", max_new_tokens),
-    }
+    settings = {**sampling(temperature), "num_beams": 1, "max_new_tokens": whole("max_new_tokens", max_new_tokens)}
     opening, end = opening_and_end(tokenizer)
     device, writer = device_of(model), getattr(model, "generate", None)
     if writer is None:

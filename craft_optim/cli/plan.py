@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def _of_policy(args: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]
     try:
         from craft_optim.lerobot import adapter_for
         from craft_optim.lerobot.pretrained import load_config
-        from craft_optim.lerobot.shapes import batch_of_shapes, policy_without_weights
+        from craft_optim.lerobot.shapes import batch_of_shapes, plan_settings, policy_without_weights
     except ImportError as error:
         raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
     config = load_config(args.policy)
@@ -148,12 +148,7 @@ def _of_policy(args: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]
         policy.to(getattr(torch, args.dtype))
     adapter = adapter_for(policy)
     batch, anchors = (batch_of_shapes(config, size) for size in _sizes(args))
-    settings = {
-        "reading": replace(adapter.reading, output="classes" if adapter.kind == "logits" else None),
-        "layers": adapter.layers,
-        "loss": lambda model, given: model(given)[0],
-    }
-    return policy, batch, adapter.inputs(anchors), settings
+    return policy, batch, adapter.inputs(anchors), plan_settings(adapter)
 
 
 def _of_config(args: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,9 +12,10 @@ from lerobot.policies import get_policy_class
 from torch import Tensor
 
 from craft_optim.lerobot._shared import ACTION, ACTION_IS_PAD, ENVIRONMENT_STATE, STATE, TOKENS, TOKENS_MASK
+from craft_optim.lerobot.adapters import Adapter
 from craft_optim.lerobot.pi0_fast import ACTION_MASK, ACTION_TOKENS
 
-__all__ = ["batch_of_shapes", "policy_without_weights"]
+__all__ = ["batch_of_shapes", "plan_settings", "policy_without_weights"]
 
 _KNOWN = ("act", "pi0_fast")
 _NETWORK = {"pi0_fast": "lerobot.policies.pi0_fast.modeling_pi0_fast"}
@@ -52,6 +54,15 @@ def _without_tokenizers(module: str | None) -> Iterator[None]:
     nothing = mock.MagicMock(name="no tokenizer")
     with mock.patch.object(network, "AutoTokenizer", nothing), mock.patch.object(network, "AutoProcessor", nothing):
         yield
+
+
+def plan_settings(adapter: Adapter) -> dict[str, Any]:
+    """What `plan` is to be told of a policy with this adapter: its loss, and how it is run on anchors."""
+    return {
+        "reading": replace(adapter.reading, output="classes" if adapter.kind == "logits" else None),
+        "layers": adapter.layers,
+        "loss": lambda model, given: model(given)[0],
+    }
 
 
 def batch_of_shapes(config: Any, size: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # for `planne
 from craft_optim import plan
 from craft_optim.cli import main
 from craft_optim.lerobot import adapter_for
-from craft_optim.lerobot.shapes import batch_of_shapes, policy_without_weights
+from craft_optim.lerobot.shapes import batch_of_shapes, plan_settings, policy_without_weights
 
 PROMISED = 0.15
 
@@ -107,14 +107,7 @@ def test_pi0_fast_trains_what_is_not_frozen(pi0_fast):
     batch, adapter = batch_of_shapes(policy.config, 2), adapter_for(policy)
 
     def planned():
-        return plan(
-            policy,
-            batch,
-            adapter.inputs(batch),
-            loss=lambda model, given: model(given)[0],
-            reading=adapter.reading,
-            output="classes",
-        )
+        return plan(policy, batch, adapter.inputs(batch), **plan_settings(adapter))
 
     whole = planned()
     tower = policy.model.paligemma_with_expert.paligemma.model.vision_tower
