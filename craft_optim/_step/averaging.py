@@ -3,23 +3,34 @@
 Which gradients there are on any process says which collectives all of them must make. To ask that first would be a wait
 for the device on each pass. So everyone goes by what was agreed on last, and tells along with the inner products, which
 are read anyway, whether that was right here. Where it was not, what has been left over is averaged after that read.
+
+So it is known before a backward, too, what all will send, and in which order. What is there is sent while it goes on:
+when, is each process' own affair. What comes after it was sent is a rest like any other.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .arrivals import Arrivals
 from .gradients import Gradients
 
 __all__ = ["Averaging", "Means"]
 
 # Bytes that are copied into one buffer and averaged by one collective, and how many of these are on their way at once.
 _BUCKET, _AT_ONCE = 1 << 25, 8
+
+# A group -> another one of the same processes, which all that average over the first share
+_APART: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
+
+_Mean = Callable[[], list[Tensor]]
 
 # Kinds of gradients; between these two, sparse ones by their number of sparse dimensions.
 _ABSENT, _DENSE = 0, 99
@@ -33,12 +44,14 @@ class Means(NamedTuple):
         wanted: For each, whether any process wants it.
         rest: The gradients of this process that are not in the means.
         more: True if this process has more to add: a rest, or other wishes than it told.
+        begun: True if gradients of this process are in the means that were sent in the backward.
     """
 
     gradients: Gradients
     wanted: list[bool]
     rest: Sequence[Tensor | None]
     more: bool
+    begun: bool
 
 
 class Averaging:
@@ -51,14 +64,48 @@ class Averaging:
     Args:
         group: The processes.
         parameters: Places of the parameters among all of the optimizer's.
+        bucket: Bytes of gradients to one collective; a gradient of more has one of its own. One of more than
+            eight times as much waits for the end of the backward: in it, what is sent is copied.
     """
 
-    def __init__(self, group: ProcessGroup, parameters: Sequence[int] = ()) -> None:
+    def __init__(self, group: ProcessGroup, parameters: Sequence[int] = (), bucket: int = _BUCKET) -> None:
         self.parameters = parameters
-        self._group = group
+        self._group, self._over, self._bucket = group, group, bucket
         self._kinds: list[int] | None = None
         self._wanted: list[bool] = []  # on any process
         self._told: list[bool] = []  # of which this one told
+        self._arrivals = Arrivals()
+        self._places: list[int] = []  # in the backward, as all go by them
+        self._begun: list[tuple[list[int], _Mean]] = []  # the first buckets
+
+    @contextmanager
+    def during_backward(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Around the backward of what `means` gets next: sends what is there, and takes it out of `.grad`. Collective.
+
+        Args:
+            parameters: As for `means`.
+        """
+        self._begun = []
+        buckets = [] if self._kinds is None else self._buckets(self._kinds, parameters)
+        if self._kinds is not None and (len(buckets) < 2 or dist.get_backend(self._group) == "mpi"):
+            yield  # there is nothing to gain, or no group for it
+            return
+        if buckets:
+            self._over = _apart(self._group, parameters[0].device)
+
+        def send(bucket: list[int]) -> None:
+            tensors = [_dense(parameters[i].grad, parameters[i]) for i in bucket]
+            self._begun.append((bucket, _averaged(tensors, self._over, in_place=False)))
+            for i in bucket:
+                parameters[i].grad = None  # what is added from now on is a rest
+
+        small = [bucket for bucket in buckets if not self._large(parameters[bucket[0]])]
+        try:
+            with self._arrivals.watched(parameters, small, send):
+                yield
+        except BaseException:  # others may have sent more, or less: if all go on, then not on this group
+            _APART.pop(self._group, None)
+            raise
 
     @torch.no_grad()
     def means(self, gradients: Gradients, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> Means:
@@ -73,14 +120,17 @@ class Averaging:
         here = _kinds(gradients)
         if self._kinds is None:
             self._kinds = self._agreed(here, wanted, parameters)
+        begun, self._begun = self._begun, []
+        sent = {i for bucket, _ in begun for i in bucket}
         rest: Gradients = []
-        if here != self._kinds:
-            fits = [_fits(mine, agreed) for mine, agreed in zip(here, self._kinds, strict=True)]
+        if sent or here != self._kinds:
+            both = enumerate(zip(here, self._kinds, strict=True))
+            fits = [i not in sent and _fits(mine, agreed) for i, (mine, agreed) in both]
             rest = [None if fit else g for g, fit in zip(gradients, fits, strict=True)]
             gradients = [g if fit else None for g, fit in zip(gradients, fits, strict=True)]
-        found = self._reduced(gradients, parameters, self._kinds)
+        found = self._reduced(gradients, parameters, self._kinds, begun)
         more = wanted != self._told or any(g is not None for g in rest)
-        return Means(found, list(self._wanted), rest, more)
+        return Means(found, list(self._wanted), rest, more, bool(sent))
 
     @torch.no_grad()
     def added(
@@ -99,48 +149,59 @@ class Averaging:
         return self._reduced(rest, parameters, kinds), list(self._wanted)
 
     def _agreed(self, kinds: Sequence[int], wanted: Sequence[bool], parameters: Sequence[Tensor]) -> list[int]:
-        """The kinds that there are on any process, and all hear of what is wanted. Reads the device."""
+        """The kinds that there are on any process; all hear of what is wanted, and when it comes. Reads the device."""
         self._told = self._wanted = list(wanted)
         if not kinds:
             return []
-        told = torch.tensor([kinds, self._told], dtype=torch.int32, device=parameters[0].device)
+        mine = [kinds, self._told, self._arrivals.places or [0] * len(kinds)]
+        told = torch.tensor(mine, dtype=torch.int32, device=parameters[0].device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        anywhere, flags = told.tolist()
+        anywhere, flags, places = told.tolist()
         self._wanted = [bool(flag) for flag in flags]
+        self._places = [known or place for known, place in zip(self._places or places, places, strict=True)]
         return list(anywhere)
 
+    def _buckets(self, kinds: Sequence[int], parameters: Sequence[Tensor]) -> list[list[int]]:
+        """Places of the dense ones that go together, as they come in a backward; what is not copied, last."""
+        known = [place or len(kinds) + 1 for place in self._places]
+        order = [(self._large(p), known[i], -i, p) for i, p in enumerate(parameters) if kinds[i] == _DENSE]
+        buckets: list[list[int]] = []
+        alike, held = None, 0
+        for _, _, i, p in sorted(order):
+            if alike != (p.dtype, p.device) or held + p.nbytes > self._bucket:
+                buckets.append([])
+                alike, held = (p.dtype, p.device), 0
+            buckets[-1].append(-i)
+            held += p.nbytes
+        return buckets
+
+    def _large(self, p: Tensor) -> bool:
+        return p.nbytes > self._bucket * _AT_ONCE
+
     def _reduced(
-        self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], kinds: Sequence[int]
+        self,
+        gradients: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+        kinds: Sequence[int],
+        begun: Sequence[tuple[list[int], _Mean]] = (),
     ) -> Gradients:
-        """The means of gradients of these kinds, or None."""
-        size = self._group.size()
-        result: Gradients = []
-        bucket: list[Tensor] = []
-        held = 0
-        under_way: deque[Callable[[], None]] = deque()
+        """The means of gradients of these kinds, or None; those of the first buckets may have been begun."""
+        result: Gradients = [None] * len(gradients)
+        under_way = deque(begun)
 
-        def send() -> None:
-            if len(under_way) == _AT_ONCE:  # their buffers are memory, too
-                under_way.popleft()()
-            if bucket:
-                under_way.append(_averaged(bucket[:], size, self._group))
-            bucket.clear()
+        def finish() -> None:
+            bucket, mean = under_way.popleft()
+            for i, g in zip(bucket, mean(), strict=True):
+                result[i] = g
 
-        for g, p, kind in zip(gradients, parameters, kinds, strict=True):
-            if kind == _ABSENT:
-                result.append(None)
-            elif kind < _DENSE:
-                result.append(_sparse_mean(g, p, kind, size, self._group))
-            else:
-                g = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
-                if bucket and ((bucket[0].dtype, bucket[0].device) != (g.dtype, g.device) or held + g.nbytes > _BUCKET):
-                    send()
-                    held = 0
-                bucket.append(g)
-                held += g.nbytes
-                result.append(g)
-        send()
-        for finish in under_way:
+        for bucket in self._buckets(kinds, parameters)[len(begun) :]:
+            while len(under_way) >= _AT_ONCE:  # their buffers are memory, too
+                finish()
+            under_way.append((bucket, _averaged([_dense(gradients[i], parameters[i]) for i in bucket], self._over)))
+        for i, kind in enumerate(kinds):
+            if _ABSENT < kind < _DENSE:
+                result[i] = _sparse_mean(gradients[i], parameters[i], kind, self._over)
+        while under_way:
             finish()
         return result
 
@@ -154,35 +215,65 @@ def _fits(here: int, agreed: int) -> bool:
     return here in (agreed, _ABSENT) or agreed == _DENSE
 
 
-def _averaged(tensors: list[Tensor], size: int, group: ProcessGroup) -> Callable[[], None]:
-    """Begins to average dense tensors of one dtype, in place; the function that is returned ends it.
+def _dense(g: Tensor | None, p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
 
-    On an accelerator the host waits in neither.
+
+def _apart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
+    """Another group of the same processes, for what is sent in a backward. Collective the first time.
+
+    A model may have collectives of its own there, as SyncBatchNorm has, and each process sends when it can: on one
+    group one would be taken for the other. That a model has none cannot be seen: hooks, and what a checkpoint repeats,
+    are not in the graph.
     """
-    if len(tensors) == 1 and tensors[0].is_contiguous():
-        work = dist.all_reduce(tensors[0].div_(size), group=group, async_op=True)
-        return lambda: _wait(work)
-    real = [torch.view_as_real(g) if g.is_complex() else g for g in tensors]
-    flat = torch.cat([g.reshape(-1) for g in real]).div_(size)
-    work = dist.all_reduce(flat, group=group, async_op=True)
+    if group not in _APART:
+        _APART[group] = dist.new_group(
+            dist.get_process_group_ranks(group),
+            timeout=getattr(getattr(group._get_backend(device), "options", None), "_timeout", None),
+            backend=dist.get_backend_config(group),
+            use_local_synchronization=True,
+        )
+        # NCCL connects on first use, and the host waits for it: not in a backward
+        dist.all_reduce(torch.zeros(1, device=device), group=_APART[group])
+    return _APART[group]
 
-    def finish() -> None:
-        _wait(work)
+
+def _averaged(tensors: list[Tensor], group: ProcessGroup, in_place: bool = True) -> _Mean:
+    """Begins to average dense tensors of one dtype; what is returned ends it. No accelerator's host waits in either.
+
+    Not in place within a backward: autograd gives a leaf views without a copy, of what may have yet to go on.
+    """
+    size, alone = group.size(), len(tensors) == 1 and tensors[0].is_contiguous()
+    if alone:
+        flat = tensors[0].div_(size) if in_place else tensors[0] / size
+    else:
+        flat = torch.cat([_real(g).reshape(-1) for g in tensors]).div_(size)
+    work = dist.all_reduce(flat, group=group, async_op=True)
+    # Without their memory, which is free where nothing is written there
+    like = tensors if in_place else [torch.empty_like(g, device="meta") for g in tensors]
+
+    def means() -> list[Tensor]:
+        if work is not None:  # this process is in the group
+            work.wait()
+        if alone:
+            return [flat]
+        into = like if in_place else [torch.empty_like(g, device=flat.device) for g in like]
+        real = [_real(g) for g in into]
         pieces = torch.split_with_sizes(flat, [g.numel() for g in real])
         torch._foreach_copy_(real, [x.view_as(g) for x, g in zip(pieces, real, strict=True)])
+        return into
 
-    return finish
-
-
-def _wait(work: "dist.Work | None") -> None:
-    if work is not None:  # this process is in the group
-        work.wait()
+    return means
 
 
-def _sparse_mean(g: Tensor | None, p: Tensor, dimensions: int, size: int, group: ProcessGroup) -> Tensor:
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _sparse_mean(g: Tensor | None, p: Tensor, dimensions: int, group: ProcessGroup) -> Tensor:
     if g is None:
         places = torch.zeros(dimensions, 0, dtype=torch.int64, device=p.device)
         g = torch.sparse_coo_tensor(places, p.new_zeros(0, *p.shape[dimensions:]), p.shape, check_invariants=False)
-    g = (g / size).coalesce()
+    g = (g / group.size()).coalesce()
     dist.all_reduce(g, group=group)
     return g

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter
@@ -253,7 +253,9 @@ class RetentionPass:
             others = [p for p in named if id(p) not in own]
             del graph  # it is freed as the backward goes
             left_out = [] if all(wanted) else [p for p, want in zip(self._parameters, wanted, strict=True) if not want]
-            with set_aside(others), without_hooks([*others, *left_out]), self._unmoved(), conditions():
+            # Where the base ascends the sign is turned first
+            early = nullcontext() if any(self._ascended) else self._layout.during_backward(self._parameters, self.name)
+            with set_aside(others), without_hooks([*others, *left_out]), self._unmoved(), early, conditions():
                 loss.backward()  # type: ignore[no-untyped-call]
                 retention = gradients_of(self._parameters)
         if any(self._ascended):

@@ -80,6 +80,10 @@ class Layout:
         """Around forwards that no backward follows, on parameters that then change."""
         return nullcontext()
 
+    def during_backward(self, parameters: Sequence[Tensor], name: str | None = None) -> AbstractContextManager[object]:
+        """Around the backward of what `averaged` gets next. Collective: it may begin there, and take gradients away."""
+        return nullcontext()
+
     def averaged(
         self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool], name: str | None = None
     ) -> Averaged:

@@ -17,9 +17,9 @@ sharded or replicated. One all-reduce forms all sums; its result, and so every d
 import gc
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, cast
 
 import torch
@@ -96,6 +96,16 @@ class Processes(Layout):
         here = torch.tensor(sizes, dtype=torch.float64) * torch.tensor(self.shares, dtype=torch.float64)
         return [round(x) for x in self.total(here.to(parameters[0].device)).tolist()]
 
+    @cached_property
+    def _waits_for_nobody(self) -> bool:
+        """True if it is known that a backward has no collectives of its own.
+
+        Two groups of NCCL that are busy at once, on each process in another order, may wait for each other for ever.
+        """
+        models = [m for ddp in self.ddp for m in ddp.modules()]
+        alone = models and not self.sharding and not self.has_dtensors
+        return bool(alone) and not any(isinstance(m, nn.SyncBatchNorm) for m in models)
+
     @contextmanager
     def own_reduction(self) -> Iterator[None]:
         # DDP's buckets would be those of the task gradients, or await them all
@@ -116,17 +126,21 @@ class Processes(Layout):
             elif (handle := cast(Any, module)._handle) is not None and handle.uses_sharded_strategy:
                 _reshard(cast(Any, module), handle, True)
 
+    def during_backward(self, parameters: Sequence[Tensor], name: str | None = None) -> AbstractContextManager[object]:
+        if self.averaged_over is None or not self._waits_for_nobody:
+            return nullcontext()
+        averaging = self._averaging(self.averaged_over, parameters, name)
+        return averaging.during_backward(self._at(averaging.parameters, parameters))
+
     def averaged(
         self, gradients: Gradients, parameters: Sequence[Tensor], wanted: list[bool], name: str | None = None
     ) -> Averaged:
         if self.averaged_over is None:
             return Averaged(gradients, wanted)
-        if name not in self.averagings:
-            self.averagings[name] = Averaging(self.averaged_over, self._not_reduced(parameters, self.averaged_over))
-        averaging = self.averagings[name]
+        averaging = self._averaging(self.averaged_over, parameters, name)
         mine = averaging.parameters
         means = averaging.means(self._at(mine, gradients), self._at(mine, parameters), [wanted[i] for i in mine])
-        some = any_of(gradients, parameters)
+        some = means.begun or any_of(gradients, parameters)
         found, anywhere = list(gradients), list(wanted)
         for i, g, want in zip(mine, means.gradients, means.wanted, strict=True):
             found[i], anywhere[i] = self._whole(g, parameters[i]), want
@@ -144,6 +158,11 @@ class Processes(Layout):
             else:  # a dense tensor may have a sparse one added, not the other way round
                 found[i] = more + g if g.is_sparse else g + more
         return Averaged(found, wanted)
+
+    def _averaging(self, group: ProcessGroup, parameters: Sequence[Tensor], name: str | None) -> Averaging:
+        if name not in self.averagings:
+            self.averagings[name] = Averaging(group, self._not_reduced(parameters, group))
+        return self.averagings[name]
 
     def _at(self, places: Sequence[int], tensors: Sequence[Any]) -> list[Any]:
         """The parts on this process of some."""
