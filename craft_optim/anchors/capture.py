@@ -8,11 +8,12 @@ them all runs neither later layers nor the vocabulary head.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from .fsdp2 import fsdp2_around
 from .names import class_names, modules_by_name, plain_name
 from .passes import Forward, call, eager
 from .structure import Inputs
@@ -28,6 +29,7 @@ __all__ = [
     "resolve_layers",
     "run",
     "taps",
+    "tied",
 ]
 
 Layer = int | str
@@ -127,6 +129,23 @@ def _first_tensor(value: Any) -> Any:
     return value
 
 
+def _tapped(model: nn.Module, layers: tuple[Layer, ...]) -> dict[Layer, nn.Module]:
+    """Layer -> the module that returns its hidden states; of a number, the one that is given them."""
+    named = modules_by_name(model) if any(isinstance(layer, str) for layer in layers) else {}
+    found: dict[Layer, nn.Module] = {}
+    for layer in layers:
+        if isinstance(layer, str):
+            found[layer] = named[layer]
+            continue
+        decoder = find_decoder(model)
+        found[layer] = decoder.norm
+        if layer < len(decoder.layers):
+            block = decoder.layers[layer]
+            norms = (getattr(block, name, None) for name in _FIRST_NORMS)
+            found[layer] = next((norm for norm in norms if isinstance(norm, nn.Module)), block)
+    return found
+
+
 @contextmanager
 def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> Iterator[dict[Layer, Tensor]]:
     """Within the block, forwards of the model fill the yielded dict with the hidden states of `layers`.
@@ -164,20 +183,13 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
         if stop and len(out) == len(wanted):
             raise _EnoughError
 
-    named = modules_by_name(model) if any(isinstance(layer, str) for layer in wanted) else {}
     try:
-        for layer in wanted:
+        for layer, module in _tapped(model, wanted).items():
             if isinstance(layer, str):
-                after = named[layer].register_forward_hook
+                after = module.register_forward_hook
                 handles.append(after(lambda _, args, output, layer=layer: keep(layer, output)))
                 continue
-            decoder = find_decoder(model)
-            target = decoder.norm
-            if layer < len(decoder.layers):
-                block = decoder.layers[layer]
-                norms = (getattr(block, name, None) for name in _FIRST_NORMS)
-                target = next((norm for norm in norms if isinstance(norm, nn.Module)), block)
-            before = target.register_forward_pre_hook
+            before = module.register_forward_pre_hook
             handles.append(before(lambda _, args, kwargs, layer=layer: keep(layer, args or kwargs), with_kwargs=True))
         yield out
     except _EnoughError as enough:
@@ -187,6 +199,11 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def tied(tensor: Tensor, output: Tensor) -> Tensor:
+    """The tensor; its backward also goes through `output`, where FSDP's own begins."""
+    return cast(Tensor, _Tied.apply(tensor, output)) if output.requires_grad else tensor  # type: ignore[no-untyped-call]
 
 
 class _Tied(torch.autograd.Function):
@@ -202,6 +219,19 @@ class _Tied(torch.autograd.Function):
         return grad, ctx.zeros
 
 
+def _begin_at(model: nn.Module, hidden: Mapping[Layer, Tensor]) -> None:
+    """Has FSDP2 begin its backward at the hidden states, too, as if the model returned them.
+
+    When the backward comes to what a module has returned, FSDP2 gathers the module's weights and sees to it that
+    gradients are reduced. The loss of a hidden state passes by what the modules around it return. To tie it to that
+    (`tied`) would run the backward of all later layers and of the head, on zeros.
+    """
+    for layer, module in _tapped(model, tuple(hidden)).items():
+        for around in fsdp2_around(model, module):
+            # Private: a group, `fully_shard([norm, head])`, has no hook of its own at what the first of it returns
+            around._get_fsdp_state()._register_pre_backward_hook(hidden[layer])
+
+
 def run(
     model: nn.Module,
     inputs: Inputs,
@@ -214,7 +244,8 @@ def run(
 
     Without `output` the forward ends at the deepest tap and None is returned: neither later layers nor the vocabulary
     head run. Under FSDP it runs to its end, because its hooks after the forward prepare the backward; under FSDP1 so
-    does the backward, which begins at the output or not at all. With `layers` a compiled model runs as it is written.
+    does the backward, which begins at the output or not at all. FSDP2's begins at the hidden states. With `layers` a
+    compiled model runs as it is written.
 
     Raises:
         ValueError: A tap was not reached, or is computed without gradients.
@@ -223,12 +254,14 @@ def run(
         return call(model, inputs, forward), {}
     result: Any = None
     classes = class_names(model)
-    fsdp1 = "FullyShardedDataParallel" in classes
-    with eager(), taps(model, layers, stop=not (output or fsdp1 or "FSDPModule" in classes)) as hidden:
+    fsdp1, fsdp2 = "FullyShardedDataParallel" in classes, "FSDPModule" in classes
+    with eager(), taps(model, layers, stop=not (output or fsdp1 or fsdp2)) as hidden:
         result = call(model, inputs, forward)
     end = _first_tensor(result)
-    if fsdp1 and isinstance(end, Tensor) and end.requires_grad:
-        hidden = {layer: _Tied.apply(tensor, end) for layer, tensor in hidden.items()}  # type: ignore[no-untyped-call]
+    if fsdp1 and isinstance(end, Tensor):
+        hidden = {layer: tied(tensor, end) for layer, tensor in hidden.items()}
+    if fsdp2:
+        _begin_at(model, hidden)
     if missing := [layer for layer in layers if layer not in hidden]:
         raise ValueError(
             f"The forward of {type(model).__name__} never reached layers {missing}: it does not call these "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .manifest import FeatureSpec, tap_key
 from .masks import IGNORED, valid_positions
 from .outputs import Outputs, Rows, feature
 from .passes import autocast_to, isolated_rng, to_device
-from .pieces import LogitRows, pieces_of
+from .pieces import LogitRows, gathered, pieces_of
 from .reading import Reading
 from .sampling import mixed_seed
 from .structure import Inputs
@@ -76,12 +77,14 @@ class Extractor:
         inputs, labels = to_device(inputs, self.device), None
         features: dict[str, Tensor] = {}
         joined: set[str] = set()
-        with torch.no_grad(), isolated_rng(self.device, mixed_seed(0, first)):
+        with torch.no_grad(), isolated_rng(self.device, mixed_seed(0, first)), ExitStack() as stack:
             with autocast_to(self.device, self.reading.autocast):
                 if self.generate is not None:
                     inputs, labels = self.generate(self.model, inputs)
                 valid = None if self._outputs is None else self._valid(inputs, labels)
                 outcome = self._run(inputs, size, valid, lengths=lengths)
+                for rows in outcome.outputs.values():  # before anything that may be wrong on one process only
+                    stack.enter_context(gathered(rows.values))
                 if torch.is_autocast_enabled(self.device.type):
                     # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
                     torch.clear_autocast_cache()

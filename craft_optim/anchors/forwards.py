@@ -117,7 +117,7 @@ class AnchorForward:
         if self._outputs is None:
             return Outcome({}, hidden, {})
         if head is not None and head.used and self._linear is not None:
-            return Outcome({"": Rows(self._linear.rows(head), head.shape)}, hidden, {})
+            return Outcome({"": Rows(self._linear.rows(head, output), head.shape)}, hidden, {})
         if head is not None and head.used and valid is not None and (logits := logits_of(output)) is not None:
             return Outcome({"": Rows(whole(logits)[0], tuple(valid.shape))}, hidden, {})
         found = self._outputs(output, inputs, size, valid)
@@ -157,8 +157,8 @@ class AnchorForward:
         self._linear, self._head = linear, head if agrees else None
         if linear is None:
             _log.info(
-                "The logits are computed as a whole%s: the model's head is not a plain linear module, or something "
-                "else looks at its logits.",
+                "The logits are computed as a whole%s: the model's head is not a plain linear module, its weights are "
+                "split over processes by something else than FSDP2, or something else looks at its logits.",
                 " at the valid positions" if agrees else "",
             )
 

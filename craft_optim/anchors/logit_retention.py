@@ -1,11 +1,12 @@
 """Retention of a model's classes: the KL divergence from the cached distribution."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from torch import Tensor
 
 from .one_output import OneOutput
-from .pieces import LogitRows, distance_in_pieces, kl_of, none_of
+from .pieces import LogitRows, distance_in_pieces, gathered, kl_of, none_of
 
 __all__ = ["LogitRetention", "kl_term"]
 
@@ -18,11 +19,14 @@ def kl_term(student: LogitRows, teacher: Mapping[str, LogitRows]) -> tuple[Tenso
         teacher: "logprobs" `[positions, V]`, which may be a head's that has not run; or, as in a cache,
             "topk_logprobs", "topk_indices" and "rest_logprob".
     """
-    if not len(student):
-        return none_of(student), 0
     there = student.device
-    teacher = {n: x.to(there, non_blocking=True) if isinstance(x, Tensor) else x for n, x in teacher.items()}
-    return distance_in_pieces(student, kl_of(teacher)), len(student)
+    with ExitStack() as stack:
+        for rows in (student, *teacher.values()):
+            stack.enter_context(gathered(rows))
+        if not len(student):
+            return none_of(student), 0
+        teacher = {n: x.to(there, non_blocking=True) if isinstance(x, Tensor) else x for n, x in teacher.items()}
+        return distance_in_pieces(student, kl_of(teacher)), len(student)
 
 
 class LogitRetention(OneOutput):

@@ -18,7 +18,7 @@ from .masks import valid_positions
 from .output_retention import UNITS, values_term
 from .outputs import Outputs, Rows, rows_of, rows_where
 from .passes import call, device_of, is_compiled, isolated_rng, to_device
-from .pieces import pieces_of
+from .pieces import gathered, pieces_of
 from .reading import AnchorMismatchError, Reading, require_functions, with_fields
 from .retention import AnchorRetention, Anchors, Settings
 from .sampling import mixed_seed, spread
@@ -187,7 +187,7 @@ class OnlineRetention(AnchorRetention):
         with nullcontext() if head is None else head_left_out(head, None) as seen:
             output = call(model, inputs, self.reading.forward)
         if head is not None and seen is not None and seen.used:
-            return Rows(head.rows(seen), seen.shape)
+            return Rows(head.rows(seen, output), seen.shape)
         (found,) = self._outputs(output, inputs, None, valid).values()
         return rows_of(found, None)
 
@@ -254,7 +254,9 @@ class OnlineRetention(AnchorRetention):
 
     def _cause(self, batch: AnchorBatch) -> str:
         assert isinstance(batch, _TaughtBatch)
-        if not all(bool(values.isfinite().all()) for _, values in pieces_of(batch.taught.values)):
+        with gathered(batch.taught.values):
+            finite = all(bool(values.isfinite().all()) for _, values in pieces_of(batch.taught.values))
+        if not finite:
             return f"Cause: the teacher's output is not finite. {_NOT_FINITE}"
         if self.teacher is None:
             return (

@@ -9,7 +9,8 @@ same distances as formulas.
 A backward consumes the gradient: there is one for each forward, and no second derivative.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -26,6 +27,7 @@ __all__ = [
     "LogitRows",
     "bernoulli_of",
     "distance_in_pieces",
+    "gathered",
     "kl_of",
     "likelihood_of",
     "none_of",
@@ -67,6 +69,7 @@ class HeadRows:
         dtype: Of y: the model's, or autocast's.
         scale: What the model multiplies y by.
         cap: The bound of its softcapping; None without one.
+        gather: Makes a context within which weight and bias have their values; see `gathered`.
     """
 
     hidden: Tensor
@@ -75,6 +78,7 @@ class HeadRows:
     dtype: torch.dtype
     scale: float = 1.0
     cap: float | None = None
+    gather: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,6 +113,14 @@ class HeadRows:
 LogitRows = Tensor | HeadRows
 
 
+def gathered(rows: LogitRows) -> AbstractContextManager[Any]:
+    """Within the block logits can be computed, of a head whose weights are spread over processes, too.
+
+    Each of them has to enter as often as the others, with positions or without.
+    """
+    return nullcontext() if isinstance(rows, Tensor) else rows.gather()
+
+
 def rows_at(rows: LogitRows, places: Tensor) -> LogitRows:
     """Some of the positions, by numbers on the CPU."""
     return select(rows, places) if isinstance(rows, Tensor) else replace(rows, hidden=select(rows.hidden, places))
@@ -127,7 +139,7 @@ def none_of(rows: LogitRows) -> Tensor:
 
 
 def pieces_of(rows: LogitRows, budget: int = _PIECE) -> Iterator[tuple[slice, Tensor]]:
-    """Positions and their logits `[n, V]`, piece by piece; those of a head are computed on the way."""
+    """Positions and their logits `[n, V]`, piece by piece; those of a head, `gathered`, are computed on the way."""
     count = _count(rows, budget)
     rows = rows if isinstance(rows, Tensor) else rows.converted()
     return ((at, _piece(rows, at)) for at in _ranges(len(rows), count))
@@ -141,7 +153,7 @@ def distance_in_pieces(rows: LogitRows, distance: Distance, budget: int = _PIECE
     """Mean distance over positions, a scalar, float32 or wider.
 
     Args:
-        rows: One position or more.
+        rows: One position or more, `gathered`.
         distance: From the teacher.
         budget: Bytes of a piece in float32; at least one position is taken at a time.
     """

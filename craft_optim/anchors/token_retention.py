@@ -9,7 +9,7 @@ from torch import Tensor
 from .cache import AnchorBatch, AnchorCache
 from .cached import CachedRetention
 from .forwards import Outcome
-from .pieces import LogitRows, distance_in_pieces, likelihood_of, none_of, pieces_of
+from .pieces import LogitRows, distance_in_pieces, gathered, likelihood_of, none_of, pieces_of
 from .reading import AnchorMismatchError
 
 __all__ = ["TokenRetention"]
@@ -59,9 +59,10 @@ class TokenRetention(CachedRetention):
 
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
         student, tokens = self._student(outcome, batch), batch.features["tokens"]
-        if not len(student):
-            return {"tokens": (none_of(student), 0)}
-        value = distance_in_pieces(student, likelihood_of(tokens.to(student.device, non_blocking=True)))
+        with gathered(student):
+            if not len(student):
+                return {"tokens": (none_of(student), 0)}
+            value = distance_in_pieces(student, likelihood_of(tokens.to(student.device, non_blocking=True)))
         known = batch.features.get("token_logprobs")
         if known is not None:
             value = value + known.to(student.device, non_blocking=True).to(value.dtype).mean()
@@ -91,9 +92,10 @@ class TokenRetention(CachedRetention):
             student = self._student(self._outcome(batch), batch)
             tokens = batch.features["tokens"].to(student.device)
             share = torch.ones((), device=student.device)
+            with gathered(student):
+                likeliest = [logits.argmax(-1) for _, logits in pieces_of(student)]
             if len(tokens):
-                likeliest = torch.cat([logits.argmax(-1) for _, logits in pieces_of(student)])
-                share = (likeliest == tokens).float().mean()
+                share = (torch.cat(likeliest) == tokens).float().mean()
         agreement = self._over_all(share)
         if not agreement >= _AGREEMENT:
             raise AnchorMismatchError(

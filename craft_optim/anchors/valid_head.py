@@ -1,15 +1,16 @@
 """The vocabulary head, run only at the positions whose logits count, or left out where it is known what it computes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from .capture import run
+from .capture import run, tied
+from .fsdp2 import fsdp2_around
 from .masks import rows, select
 from .passes import Forward, call, eager, logits_of, saving_hooks
 from .pieces import HeadRows
@@ -38,6 +39,7 @@ class HeadUse:
             left out `[1, 0, V]`.
         calls: Number of times that the head has run. After more than one the output is of no use: run again without.
         hidden: What a head that was left out would have been given, `[P, D]`.
+        weight, bias: The parameters that it would have computed with: under FSDP2 those of its forwards.
         dtype: What it would have computed in.
         shape: Of all positions, `(B, T)`.
     """
@@ -45,6 +47,8 @@ class HeadUse:
     used: bool = False
     calls: int = 0
     hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
 
@@ -56,16 +60,44 @@ class LinearHead:
     Attributes:
         head: A plain linear module.
         scale, cap: As of `HeadRows`.
+        owner: The module of FSDP2 that gathers the head's parameters for a forward; None if they are always here.
     """
 
     head: nn.Linear
     scale: float = 1.0
     cap: float | None = None
+    owner: Any = None
 
-    def rows(self, seen: HeadUse) -> HeadRows:
-        """The logits of a forward that left the head out."""
-        assert seen.hidden is not None
-        return HeadRows(seen.hidden, self.head.weight, self.head.bias, seen.dtype, self.scale, self.cap)
+    def rows(self, seen: HeadUse, output: Any = None) -> HeadRows:
+        """The logits of a forward that left the head out.
+
+        Args:
+            seen: The head in it.
+            output: What the model returned.
+        """
+        hidden, weight, empty = seen.hidden, seen.weight, logits_of(output)
+        assert hidden is not None
+        assert weight is not None
+        if self.owner is not None and empty is not None:
+            # FSDP2 gathers weights and reduces gradients in a backward that begins at the model's output. Through the
+            # logits of no position the head gets zeros, too: a process without valid ones has to reduce as the others.
+            hidden = tied(hidden, empty)
+        return HeadRows(hidden, weight, seen.bias, seen.dtype, self.scale, self.cap, self.gathered)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within the block the parameters of the last forward have their values; afterwards all is as it was before.
+
+        A root of FSDP2 has its parameters gathered until the backward. Others have shared them out again.
+        """
+        away = self.owner is not None and _is_spread(self.head)
+        if away:
+            self.owner.unshard()
+        try:
+            yield
+        finally:
+            if away:
+                self.owner.reshard()
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -127,6 +159,7 @@ def head_left_out(known: LinearHead, valid: Tensor | None) -> Iterator[HeadUse]:
         autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         seen.dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
         seen.hidden, seen.shape = rows(hidden, valid), tuple(hidden.shape[:2])
+        seen.weight, seen.bias = known.head.weight, known.head.bias
         return hidden.flatten(0, 1)[:0].unsqueeze(0)
 
     with _given(known.head, nothing, seen):
@@ -160,15 +193,10 @@ def _given(head: nn.Module, instead: Callable[[Tensor], Tensor | None], seen: He
 def _is_plain(head: nn.Module, hooks: int = 0) -> bool:
     """True if the head is a linear module whose output depends on its two parameters alone, which are all here.
 
-    Not one with adapters, quantised or parametrised weights, nor with weights that a framework has split or taken away.
-    `hooks` of its forward may be there: our own.
+    Not one with adapters, quantised or parametrised weights, nor with weights that a framework has split or taken away:
+    FSDP2 has them here in a forward. `hooks` of its forward may be there: our own.
     """
-    if (
-        type(head) is not nn.Linear
-        or "forward" in vars(head)
-        or head._forward_hooks
-        or len(head._forward_pre_hooks) > hooks
-    ):
+    if not _is_linear(head, hooks):
         return False
     weight, bias = head.weight, head.bias
     return (
@@ -182,6 +210,28 @@ def _is_plain(head: nn.Module, hooks: int = 0) -> bool:
         and weight.ndim == 2
         and (bias is None or len(bias) == len(weight))
     )
+
+
+def _is_linear(head: nn.Module, hooks: int = 0) -> TypeGuard[nn.Linear]:
+    """True if the head is a linear module that nothing but FSDP2 has changed, wherever its parameters are."""
+    kind = type(head)
+    own = kind is nn.Linear or (kind.__bases__[-1] is nn.Linear and kind.__bases__[0].__name__ == "FSDPModule")
+    return (
+        own
+        and "forward" not in vars(head)
+        and not _others(head._forward_hooks.values())
+        and len(_others(head._forward_pre_hooks.values())) <= hooks
+    )
+
+
+def _others(hooks: Iterable[Any]) -> list[Any]:
+    """Hooks but for those of FSDP2, which gather the weights, and let them go."""
+    return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")]
+
+
+def _is_spread(head: nn.Linear) -> bool:
+    """True if the parameters are DTensors, of which each process has a part."""
+    return any(hasattr(p, "device_mesh") for p in head.parameters())
 
 
 def _is_plain_tensor(x: Any) -> bool:
@@ -226,23 +276,34 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
         model, inputs, forward: As for `head_agrees`.
     """
     head = output_head(model)
-    if type(head) is not nn.Linear or not _is_plain(head):
+    if head is None or not _is_linear(head):
         return None
+    around = fsdp2_around(model, head)
+    known = LinearHead(head, owner=around[-1] if around else None)
+    if known.owner is not None:
+        known.owner.reshard()  # of a root whose last forward had no backward: now it can be asked for its mesh
+    elif not _is_plain(head):
+        return None
+    mesh = getattr(head.weight, "device_mesh", None)
     whole = only_scaled(model, inputs, forward, head)
     if whole is None:
         return None
     with torch.no_grad():
         try:
-            with head_left_out(LinearHead(head), None) as seen:
+            with head_left_out(known, None) as seen:
                 call(model, inputs, forward)
         except Exception:  # whatever a model does with no logits, such as a loss over labels
             return None
-        if not seen.used or seen.calls > 1 or not _is_plain(head) or whole.shape[:-1] != seen.shape:
+        if not seen.used or seen.calls > 1 or whole.shape[:-1] != seen.shape:
             return None
         expected = rows(whole, None)
         eps = max(torch.finfo(seen.dtype).eps, torch.finfo(expected.dtype).eps)
-        forms = [LinearHead(head, *form) for form in _forms(model)]
-        apart = [_apart(form.rows(seen).logits(), expected) for form in forms]
+        forms = [replace(known, scale=scale, cap=cap) for scale, cap in sorted(_forms(model), key=str)]
+        with known.gathered():
+            if not _is_plain(head):
+                return None
+            apart = [_apart(form.rows(seen).logits(), expected) for form in forms]
+        apart = _largest_anywhere(apart, mesh, expected.device)
     best, *others = sorted(range(len(forms)), key=apart.__getitem__)
     # Small logits are the same with a cap and without, but they may grow
     told = all(apart[i] > apart[best] + eps for i in others)
@@ -301,6 +362,17 @@ def _apart(found: Tensor, expected: Tensor) -> float:
         return math.inf
     apart = float((found.to(expected.dtype) - expected).abs().max()) / (_largest(expected) or 1.0)
     return apart if math.isfinite(apart) else math.inf
+
+
+def _largest_anywhere(values: list[float], mesh: Any, device: torch.device) -> list[float]:
+    """Each the largest of all processes that share the weights: they have to decide alike."""
+    if mesh is None:
+        return values
+    from torch.distributed.tensor import DTensor, Partial
+
+    mine = DTensor.from_local(torch.tensor(values, device=device), mesh, [Partial("max")] * mesh.ndim)
+    found: list[float] = mine.full_tensor().tolist()
+    return found
 
 
 def _alike(found: Tensor, expected: Tensor, rounding: float) -> bool:
