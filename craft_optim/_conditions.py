@@ -9,7 +9,7 @@ the engine ends, with an error or without, and nothing else can keep it.
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -162,21 +162,21 @@ def with_settings(settings: Sequence[Setting]) -> Iterator[Callable[[Tensor], Te
 def held() -> Iterator[Callable[[], AbstractContextManager[object]]]:
     """For who runs the backward of a loss that is made in the block: yields a function of the block around it."""
     found: list[_Conditions] = []
-
-    @contextmanager
-    def backward() -> Iterator[None]:
-        with ExitStack() as stack:
-            for conditions in found:
-                stack.enter_context(conditions.again())
-                conditions.held = True
-                stack.callback(setattr, conditions, "held", False)
-            yield
-
     _BLOCKS.holders.append(found)
     try:
-        yield backward
+        yield lambda: _around_backward(found) if found else nullcontext()
     finally:
         _BLOCKS.holders.pop()
+
+
+@contextmanager
+def _around_backward(found: Sequence[_Conditions]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for conditions in found:
+            stack.enter_context(conditions.again())
+            conditions.held = True
+            stack.callback(setattr, conditions, "held", False)
+        yield
 
 
 @contextmanager

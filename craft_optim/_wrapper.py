@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -52,7 +53,7 @@ class Wrapper(torch.optim.Optimizer):
         """Called when the base has other groups than before."""
 
     def _each_parameter(self) -> Iterator[Tensor]:
-        return (p for group in self.base_optimizer.param_groups for p in group["params"])
+        return chain.from_iterable(group["params"] for group in self.base_optimizer.param_groups)
 
     def _step_base(self, closure: Callable[[], Any] | None, more: Arguments) -> Any:
         # `self.base_optimizer.step` and not its class's: a scheduler built on the base patches the instance.

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
+from itertools import chain
 from operator import call, is_
 from typing import Any, Literal, cast
 
@@ -346,7 +347,7 @@ class CraftOptimizer(Wrapper):
             self._rules,
             parameters,
             ascended=ascended(self.base_optimizer),
-            state={key: value for key, value in groups[0].items() if key.startswith("craft_")},
+            state=groups[0],
             layout=self._find_layout(parameters),
             shorten=closure is None or not (isinstance(self.base_optimizer, torch.optim.LBFGS) or self._base_moves),
             find_reached=self._measured + 1 == REACH_AT,
@@ -409,7 +410,7 @@ class CraftOptimizer(Wrapper):
         Made known to the closures, which may be others, too.
         """
         closures = [constraint.closure for constraint in self._constraints.values()]
-        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        world = dist.group.WORLD if dist.is_available() else None  # None before it is initialised
         found_for = [self.process_group, world, *closures, *parameters]
         # Not by ids, which others get when these are gone; nor held, since a framework may have made other parameters
         same = len(self._found_for) == len(found_for) and all(map(is_, map(call, self._found_for), found_for))
@@ -457,8 +458,7 @@ class CraftOptimizer(Wrapper):
     # -- our state: floats in every parameter group --------------------------------------------------------------------
 
     def _groups_changed(self) -> None:
-        ours = (key for group in self.param_groups for key in group if key.startswith("craft_"))
-        _, brought = split_state(dict.fromkeys(ours, 0.0))
+        _, brought = split_state(dict.fromkeys(chain(*self.param_groups), 0.0))
         if brought and (new := [name for name in self._constraints if name not in brought]):
             warn(
                 f"The state that was loaded is of constraints named {[*brought]} (None: without a name), and has "

@@ -1,8 +1,8 @@
 """Constraint: a retention loss, the drift it may show, the controller of its multiplier; and its pass in one step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter
@@ -19,7 +19,18 @@ from craft_optim.schedules import Schedule, as_schedule, epsilon_at
 from . import scaling
 from .decision import MOST
 from .drift import DRIFT, Drift
-from .gradients import Gradients, Graph, any_of, gradients_of, graph_of, leaves, put, set_aside, without_hooks
+from .gradients import (
+    Gradients,
+    Graph,
+    any_of,
+    gradients_of,
+    graph_of,
+    leaves,
+    not_among,
+    put,
+    set_aside,
+    without_hooks,
+)
 from .layout import Averaged, Layout
 from .rules import Projection
 
@@ -249,14 +260,16 @@ class RetentionPass:
             named = list(self._closure.parameters())
             if not (named and self._layout.several):  # those that shard put tensors of their own into the graph
                 named += leaves(graph)
-            own = set(map(id, self._parameters))
-            others = [p for p in named if id(p) not in own]
+            others = not_among(named, self._parameters)
             del graph  # it is freed as the backward goes
             left_out = [] if all(wanted) else [p for p, want in zip(self._parameters, wanted, strict=True) if not want]
             # Where the base ascends the sign is turned first
             early = nullcontext() if any(self._ascended) else self._layout.during_backward(self._parameters, self.name)
-            with set_aside(others), without_hooks([*others, *left_out]), self._unmoved(), early, conditions():
-                loss.backward()  # type: ignore[no-untyped-call]
+            with set_aside(others), without_hooks([*others, *left_out]):
+                hooked = [(p, p._version) for p in compress(self._parameters, map(_HOOKS, self._parameters))]
+                with early, conditions():
+                    loss.backward()  # type: ignore[no-untyped-call]
+                self._check_unmoved(hooked)
                 retention = gradients_of(self._parameters)
         if any(self._ascended):
             for g, ascended in zip(retention, self._ascended, strict=True):
@@ -278,11 +291,8 @@ class RetentionPass:
             gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
         return Passed(loss, gradients, scale, averaged)
 
-    @contextmanager
-    def _unmoved(self) -> Iterator[None]:
-        """Around a backward: raises if a hook has stepped in it, on the retention gradient alone."""
-        hooked = [(p, p._version) for p in compress(self._parameters, map(_HOOKS, self._parameters))]
-        yield
+    def _check_unmoved(self, hooked: Sequence[tuple[Tensor, int]]) -> None:
+        """Raises if a hook has stepped in the backward, on the retention gradient alone; from versions before it."""
         if moved := [tuple(p.shape) for p, version in hooked if p._version != version]:
             raise RuntimeError(
                 f"{prefix(self.name)}A hook of `register_post_accumulate_grad_hook` has changed {len(moved)} of the "

@@ -99,7 +99,7 @@ class Products:
 
     @property
     def finite(self) -> bool:
-        return bool(np.isfinite(self.matrix).all())
+        return all(map(math.isfinite, self.matrix.ravel().tolist()))
 
     def unscaled(self, scales: Sequence[float]) -> "Products":
         """The products of g_j, where these are of `scales[j]` * g_j."""

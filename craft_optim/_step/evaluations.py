@@ -48,11 +48,12 @@ def may_move(base: torch.optim.Optimizer) -> bool:
 
 def stands_still(base: torch.optim.Optimizer) -> bool:
     """True if every learning rate is zero."""
-
-    def is_zero(rate: Any) -> bool:  # a rate on an accelerator is not read: that would be a wait on every step
-        return not (isinstance(rate, Tensor) and rate.device.type != "cpu") and bool(rate == 0)
-
-    return all(is_zero(group.get("lr")) for group in base.param_groups)
+    for group in base.param_groups:
+        rate = group.get("lr")
+        # One on an accelerator is not read: that would be a wait on every step
+        if (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0:
+            return False
+    return True
 
 
 def without_gradients(parameters: Iterable[Tensor]) -> bool:

@@ -6,6 +6,7 @@ floats are those of a run that has ended. State comes by `load_state_dict`, whic
 
 import weakref
 from collections.abc import Iterable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def check_owner(base: torch.optim.Optimizer, owner: object) -> None:
 def are_complete(base: torch.optim.Optimizer) -> bool:
     """False if the base has other groups than those that were completed."""
     groups, written = base.param_groups, _WRITTEN.get(base, [])
-    same = len(groups) == len(written) and all(a is b for a, b in zip(groups, written, strict=True))
+    same = len(groups) == len(written) and all(map(is_, groups, written))
     return same and all("craft_step" in group for group in groups)
 
 

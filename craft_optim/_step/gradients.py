@@ -22,6 +22,7 @@ __all__ = [
     "gradients_of",
     "graph_of",
     "leaves",
+    "not_among",
     "not_zero",
     "present",
     "put",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 Gradients = list[Tensor | None]
+
+_PLACE = object.__hash__  # of no two that live, as `id`; that is audited, by Python code where `filelock` is imported
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> Gradients:
@@ -51,6 +54,12 @@ def any_of(gradients: Iterable[Tensor | None], parameters: Iterable[Tensor]) -> 
                 return True
             elements = True
     return not elements
+
+
+def not_among(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that are none of the others."""
+    known = set(map(_PLACE, others))
+    return [x for x in tensors if _PLACE(x) not in known]
 
 
 def put(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +28,14 @@ SHARED_STATE = {"craft_step": 0.0, "craft_skipped": 0.0, **PACE}
 """Floats of the state that belong to no constraint, before the first step"""
 
 
-def split_state(state: Mapping[str, float]) -> tuple[dict[str, float], dict[str | None, dict[str, float]]]:
-    """The shared floats, and those of each constraint by its name, without the name in their keys."""
+def split_state(group: Mapping[str, Any]) -> tuple[dict[str, float], dict[str | None, dict[str, float]]]:
+    """The shared floats of a group, and those of each constraint by its name, without the name in their keys."""
     shared: dict[str, float] = {}
     own: dict[str | None, dict[str, float]] = {}
-    for key, value in state.items():
-        what, _, name = key.partition("/")
-        (shared if what in SHARED_STATE else own.setdefault(name or None, {}))[what] = value
+    for key, value in group.items():
+        if key.startswith("craft_"):
+            what, _, name = key.partition("/")
+            (shared if what in SHARED_STATE else own.setdefault(name or None, {}))[what] = value
     return shared, own
 
 
@@ -87,7 +88,7 @@ class RetentionStep:
         rules: The rules of the merge.
         parameters: All of the optimizer's.
         ascended: For each parameter, True if the base steps along its gradient and not against it.
-        state: The `craft_*` floats before the step.
+        state: A group with the `craft_*` floats before the step.
         layout: The processes.
         shorten: False where the base may have a use for all of its step; see `shorten`.
         find_reached: True to look which tensors the retention losses reach: one more read of their gradients.
@@ -109,7 +110,7 @@ class RetentionStep:
         parameters: list[Tensor],
         *,
         ascended: Sequence[bool],
-        state: Mapping[str, float],
+        state: Mapping[str, Any],
         layout: Layout,
         shorten: bool = True,
         find_reached: bool = False,

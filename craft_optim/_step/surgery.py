@@ -88,9 +88,10 @@ class GradientPairs:
             dtypes = _fused().DTYPES
         else:
             return False
-        of_t, of_r = (Vectors.of_plain(gradients, device, dtypes) for gradients in (self.task, self.retention))
-        if of_t is None or of_r is None:
+        plain = Vectors.of_plain([self.task, self.retention], device, dtypes)
+        if not plain:
             return False
+        of_t, of_r = plain
         if library is not None:
             self._compiled = compiled.CompiledPairs(library, of_t, of_r, segments)
             self.share_memory = self._compiled.share_memory

@@ -24,6 +24,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _PIECE = 1 << 18
 _PER_THREAD = 1 << 23
 
+# As an argument the address of a buffer, from some byte on
+_At: Any = ctypes.c_char * 0
+
 
 class CompiledPairs:
     """Pairs of contiguous gradients in host memory.
@@ -50,7 +53,7 @@ class CompiledPairs:
         self._t, self._r, self._length = of_t.address, of_r.address, length
         self._kinds = of_t.kind, of_r.kind
         self._segment = None if segments is None else np.asarray(segments, np.int64)
-        if not ((length > 0) & (length <= _PIECE)).all():
+        if np.count_nonzero((length < 1) | (length > _PIECE)):  # a quarter of the time of `any`
             owner, start = cut(length, _PIECE)
             self._t, self._r = of_t.at(owner, start), of_r.at(owner, start)
             self._length = np.minimum(length[owner] - start, _PIECE)
@@ -60,7 +63,6 @@ class CompiledPairs:
         self._elements = int(self._length.sum())
         self._every = len(self._length) == np.count_nonzero(self._r)
         self._columns = [self._t, self._r, self._length, *self._kinds]
-        self._first = _first_of(self._columns)
 
     def sums(self, n_segments: int) -> NDArray[np.float64]:
         """<g_t, g_t>, <g_r, g_r> and <g_t, g_r> per segment, `[3, n_segments]`, formed in float64."""
@@ -72,10 +74,10 @@ class CompiledPairs:
 
     def merge_(self, coefficients: Sequence[Weights]) -> None:
         """Writes a g_t + w g_r into every retention gradient with w != 0, with the coefficients of its segment."""
-        if self._segment is None:
-            a, w = (np.repeat(c, len(self._length)) for c in coefficients[0])
-        else:
+        if self._segment is not None:
             a, w = (np.array(column)[self._segment] for column in zip(*coefficients, strict=True))
+        else:
+            a, w = (np.full(len(self._length), c) for c in coefficients[0])
         chosen = None
         if not self._every or any(c.retention == 0.0 for c in coefficients):
             chosen = (self._r != 0) & (w != 0.0)
@@ -84,18 +86,15 @@ class CompiledPairs:
     def _run(
         self, function: Callable[..., None], *arrays: NDArray[np.float64], chosen: NDArray[np.bool_] | None = None
     ) -> None:
-        columns, first, more = self._columns, self._first, [*arrays]
+        columns = [*self._columns, *arrays]
         if chosen is not None:
-            columns, more = [column[chosen] for column in columns], [column[chosen] for column in more]
-            first = _first_of(columns)
+            columns = [column[chosen] for column in columns]
         n = len(columns[0])
         if not n:
             return
-        first = first + _first_of(more)
 
         def work(begin: int, end: int) -> None:
-            at = [ctypes.c_void_p(address + begin * size) for address, size in first]
-            function(ctypes.c_int64(end - begin), *at)
+            function(ctypes.c_int64(end - begin), *(_At.from_buffer(x, begin * x.itemsize) for x in columns))
 
         threads = min(torch.get_num_threads(), self._elements // _PER_THREAD)
         if threads <= 1:
@@ -111,8 +110,3 @@ class CompiledPairs:
         work(bounds[0], bounds[1])
         for thread in others:
             thread.join()
-
-
-def _first_of(columns: Sequence[NDArray[Any]]) -> list[tuple[int, int]]:
-    """Address and size of each column's first element."""
-    return [(column.ctypes.data, column.itemsize) for column in columns]

@@ -1,6 +1,7 @@
 """The gradients of one parameter, the addresses of many, and how their memory is cut into pieces."""
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -80,49 +81,61 @@ class Vectors:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         given = [x for x in tensors if x is not None]
-        self._fill(tensors, given, list(map(_DTYPE, given)))
-
-    def _fill(self, tensors: Sequence[Tensor | None], given: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
-        n = len(given)
-        columns: list[NDArray[Any]] = [
-            np.fromiter(map(Tensor.data_ptr, given), np.int64, n),
-            np.fromiter(map(Tensor.numel, given), np.int64, n),
-            np.fromiter(map(KINDS.__getitem__, dtypes), np.int32, n),
-        ]
-        if n < len(tensors):
-            here = np.array([x is not None for x in tensors])
-            for i, column in enumerate(columns):
-                columns[i] = np.zeros(len(tensors), column.dtype)
-                columns[i][here] = column
-        self.address, self.length, self.kind = columns
+        self.address, self.length, self.kind = _columns(tensors, given, set(map(_DTYPE, given)))
 
     @classmethod
     def of_plain(
-        cls, tensors: Sequence[Tensor | None], device: torch.device, dtypes: Collection[torch.dtype]
-    ) -> "Vectors | None":
-        """The addresses of contiguous tensors on a device, of these dtypes; None if there is another among them."""
+        cls, lists: Sequence[Sequence[Tensor | None]], device: torch.device, dtypes: Collection[torch.dtype]
+    ) -> "list[Vectors]":
+        """The addresses in lists of one length, if these hold contiguous tensors on a device, of these dtypes.
+
+        Empty if there is another among them. All lists are looked at together: fewer calls.
+        """
+        tensors = [*chain.from_iterable(lists)]
         given = [x for x in tensors if x is not None]
-        found = list(map(_DTYPE, given))
+        found = set(map(_DTYPE, given))
         try:
             if not (
                 set(map(type, given)) <= PLAIN
                 and (all(map(_IS_CPU, given)) if device.type == "cpu" else set(map(_DEVICE, given)) <= {device})
-                and set(found) <= set(dtypes)
+                and found <= set(dtypes)
                 and all(map(Tensor.is_contiguous, given))  # sparse ones raise
                 and not any(map(Tensor.is_neg, given))
             ):
-                return None
+                return []
         except RuntimeError:  # of another layout
-            return None
-        vectors = cls.__new__(cls)
-        vectors._fill(tensors, given, found)
-        return vectors
+            return []
+        rows = [column.reshape(len(lists), -1) for column in _columns(tensors, given, found)]
+        made = [cls.__new__(cls) for _ in lists]
+        for vectors, address, length, kind in zip(made, *rows, strict=True):
+            vectors.address, vectors.length, vectors.kind = address, length, kind
+        return made
 
     def at(self, owner: NDArray[np.int64], start: NDArray[np.int64]) -> NDArray[np.int64]:
         """Addresses of the elements `start` of the tensors `owner`."""
         size = np.array([dtype.itemsize for dtype in KINDS], np.int64)[self.kind]
         address = self.address[owner]
         return np.where(address == 0, 0, address + start * size[owner])
+
+
+def _columns(
+    tensors: Sequence[Tensor | None], given: Sequence[Tensor], dtypes: Collection[torch.dtype]
+) -> list[NDArray[Any]]:
+    """Addresses, lengths and kinds of tensors, zeros for None, from those that are given and their dtypes."""
+    n = len(given)
+    columns: list[NDArray[Any]] = [
+        np.fromiter(map(Tensor.data_ptr, given), np.int64, n),
+        np.fromiter(map(Tensor.numel, given), np.int64, n),
+        np.full(n, KINDS[next(iter(dtypes))], np.int32)
+        if len(dtypes) == 1
+        else np.fromiter(map(KINDS.__getitem__, map(_DTYPE, given)), np.int32, n),
+    ]
+    if n < len(tensors):
+        here = np.array([x is not None for x in tensors])
+        for i, column in enumerate(columns):
+            columns[i] = np.zeros(len(tensors), column.dtype)
+            columns[i][here] = column
+    return columns
 
 
 def common_length(of_t: Vectors, of_r: Vectors) -> NDArray[np.int64]:
@@ -132,7 +145,7 @@ def common_length(of_t: Vectors, of_r: Vectors) -> NDArray[np.int64]:
         ValueError: If partners differ in it.
     """
     length: NDArray[np.int64] = of_t.length
-    if (length == of_r.length).all():
+    if not np.count_nonzero(length != of_r.length):
         return length
     length = np.maximum(length, of_r.length)
     if ((of_t.length != length) & (of_t.address != 0) | (of_r.length != length) & (of_r.address != 0)).any():
@@ -143,7 +156,7 @@ def common_length(of_t: Vectors, of_r: Vectors) -> NDArray[np.int64]:
 def share_memory(of_t: Vectors, of_r: Vectors) -> bool:
     """True if the gradients of any pair lie in the same place."""
     same = of_t.address == of_r.address
-    return bool(same.any() and (same & (of_t.length > 0)).any())
+    return np.count_nonzero(same) > 0 and np.count_nonzero(same & (of_t.length > 0)) > 0
 
 
 def cut(length: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
