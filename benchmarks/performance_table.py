@@ -38,6 +38,7 @@ FLOOR = "Surgery, as a multiple of its memory traffic"
 STEP = "Whole step, as a multiple of AdamW's"
 HEAD = "Retention pass over many classes, as a multiple of its distance as autograd takes it apart"
 HEAD_MEMORY = "Peak memory of that pass, in copies of its logits in float32"
+SMALL = "Step with retention, what it takes beyond its pass and the base's step"
 WITHOUT = "Step without retention, over AdamW's own step"
 MEMORY = "Peak memory over AdamW's, in copies of the gradients"
 SCALING = "Scaling"
@@ -106,6 +107,10 @@ LINES = (
     Line(HEAD_MEMORY, "peer: as autograd takes it apart, 257,152 classes",
          "memory, the formula's pass over 257152 classes"),
     Line(HEAD_MEMORY, "peer: a plain KL penalty, 257,152 classes", "memory, plain KL's pass over 257152 classes"),
+    Line(SMALL, "100 tensors of 64 elements", "step with retention, added to pass and base, 100 small tensors", promise=1.0,
+         promised_on="cpu", unit=" ms"),
+    Line(SMALL, "1,000 tensors of 64 elements", "step with retention, added to pass and base, 1000 small tensors",
+         promise=6.0, promised_on="cpu", unit=" ms"),
     Line(WITHOUT, "GPT-2's 148 tensors", "step without retention, GPT-2 124M", promise=1.01),
     Line(WITHOUT, "a tiny model, added microseconds", "step without retention, added to a tiny model's", promise=20.0,
          unit=" us"),
