@@ -52,8 +52,31 @@ def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, A
         model = with_adapters(model, path)
     own = not adapters or (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(path if own else whole, **(settings if whole == path else {}))
-    if named:  # transformers 5.5 reads them into the model's config and makes up the tokenizer's
-        for name in ("bos", "eos", "pad"):
-            if isinstance(known := getattr(model.config, f"{name}_token_id", None), int):
-                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(known))
+    if named:
+        tokenizer = _of_gguf(tokenizer, model.config)
+        _as_plain(model)
     return model.to(device).eval(), tokenizer
+
+
+def _of_gguf(tokenizer: Any, config: Any) -> Any:
+    """A tokenizer from a GGUF file as it has to be.
+
+    transformers 5.5 makes up its special tokens, while the config has those of the file; and gives it a class that,
+    when it is saved and loaded, splits texts in another way than the file says.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    known = {name: getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    special = {f"{name}_token": tokenizer.convert_ids_to_tokens(x) for name, x in known.items() if isinstance(x, int)}
+    backend, template = tokenizer.backend_tokenizer, tokenizer.chat_template
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
+
+
+def _as_plain(model: Any) -> None:
+    """Lets a model forget that its weights were quantised, which are plain numbers now.
+
+    With these marks transformers 5.24 does not save it, and its Trainer does not train it.
+    """
+    model.config.__dict__.pop("quantization_config", None)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
