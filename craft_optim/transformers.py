@@ -14,9 +14,12 @@ Nothing else changes: schedules, accumulation, clipping, checkpoints and `resume
 
 import gc
 import inspect
+import logging
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,6 +32,10 @@ from craft_optim._step.rules import Rules
 from craft_optim.chat import chat_anchors
 from craft_optim.metrics import METRICS
 from craft_optim.optimizer import CraftOptimizer
+from craft_optim.report.runs import read_file
+from craft_optim.report.summary import judge, summarise
+
+_log = logging.getLogger("craft_optim")
 
 __all__ = ["CraftCallback", "chat_anchors", "craft_optimizer"]
 
@@ -172,7 +179,8 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
     `craft/capped` (with `heldout` anchors `craft/heldout` and `craft/epsilon_heldout`, too, and `craft/skipped` once a
     retention pass was not finite): in the console, in `trainer.state.log_history`, and in everything in `report_to`.
     They belong to the last step that ran retention; `loss` is a mean since the last log. Evaluations get
-    `eval_craft/drift_heldout`, also as a `metric_for_best_model`.
+    `eval_craft/drift_heldout`, also as a `metric_for_best_model`. The last log, with `train_runtime`, has them once
+    more, and the verdict of `craft-optim report` goes to the log "craft_optim": a warning where drift was not held.
 
     It also tells the optimizer how long training is, `Rules.total_steps`, where that was not given.
 
@@ -216,7 +224,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
     ) -> None:
         logs = {} if logs is None else logs
         added: dict[str, float] = {}
-        if "loss" in logs:
+        if "loss" in logs or "train_runtime" in logs:
             measured = _craft_within(optimizer).metrics  # of several constraints also "lambda/name"
             wanted = (*self.metrics, "skipped") if measured.get("skipped") else self.metrics
             added = {f"craft/{name}": x for name, x in measured.items() if name.partition("/")[0] in wanted}
@@ -229,6 +237,19 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
         logs.update(added)
         if state.log_history:  # of which the Trainer has made a copy
             state.log_history[-1].update(added)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        measured = any("craft/drift" in name for row in state.log_history for name in row)
+        if not (measured and state.is_world_process_zero):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trainer_state.json"
+            state.save_to_json(str(file))
+            runs = read_file(file, "training")
+        for run in runs:
+            verdict = judge(summarise(run))
+            level = logging.WARNING if verdict.kind == "not held" else logging.INFO
+            _log.log(level, "%s: %s", run.name, verdict.words)
 
     def _go_first(self) -> None:
         """Callbacks get the same logs one after the other, those of `report_to` before those of `callbacks=`.

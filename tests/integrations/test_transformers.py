@@ -210,7 +210,8 @@ def test_what_reports_to_others_gets_the_metrics_too(when: str, cache: AnchorCac
     for row, history in zip(rows, job.logs, strict=True):
         assert row == {k: v for k, v in history.items() if k != "step"}
         assert row["craft/lambda"] > 0
-    assert not any("craft/lambda" in row for row in seen.logs if "loss" not in row)
+    others = [row for row in seen.logs if not {"loss", "train_runtime"} & row.keys()]
+    assert not any("craft/lambda" in row for row in others)
 
 
 def test_evaluations_measure_the_drift_on_other_anchors(cache: AnchorCache, tmp_path: Path) -> None:
@@ -235,6 +236,22 @@ def test_another_optimizer_is_named(cache: AnchorCache, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Found AdamW: pass `optimizer_cls_and_kwargs="):
         job.train()
     assert job.trainer.state.global_step == 0, "before the first step"
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "level", "words"), [(1e-7, "WARNING", "not held"), (10.0, "INFO", "held, with room")]
+)
+def test_the_end_of_training_has_the_verdict(
+    epsilon: float, level: str, words: str, cache: AnchorCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="craft_optim")
+    job = Job(tmp_path, cache, craft={"epsilon": epsilon, "trust_region": None}, callbacks=(CraftCallback(),)).train()
+    (said,) = [record for record in caplog.records if "Drift ended" in record.message]
+    assert said.levelname == level
+    assert words in said.message
+    *_, end = job.trainer.state.log_history
+    assert end["craft/drift"] == job.craft.metrics["drift"]
+    assert end["craft/epsilon"] == epsilon
 
 
 def test_a_line_of_the_log_has_a_few_metrics_unless_more_are_asked_for(cache: AnchorCache, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_without_a_constraint_it_is_the_plain_run(way: str, tokenizer: Any, cach
 
     craft = trained(tokenizer, tmp_path / "craft", retention, INACTIVE, **WAYS[way])
     assert_same(weights(plain), weights(craft))
-    logged = [row for row in craft.state.log_history if "craft/drift" in row]
+    logged = [row for row in craft.state.log_history if "loss" in row and "craft/drift" in row]
     assert len(logged) == 6
     assert logged[0]["craft/retention_loss"] == pytest.approx(0.0, abs=1e-5)
     assert logged[-1]["craft/retention_loss"] > 1e-3
@@ -147,7 +147,7 @@ def test_lora_with_the_model_itself_as_teacher(tokenizer: Any, tmp_path: Path) -
     lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=8, task_type="CAUSAL_LM")
     how = {"peft_config": lora, "gradient_checkpointing": True}
     trainer = trained(tokenizer, tmp_path, retention, {"epsilon": 0.01}, **how)
-    logged = [row for row in trainer.state.log_history if "craft/drift" in row]
+    logged = [row for row in trainer.state.log_history if "loss" in row and "craft/drift" in row]
     assert len(logged) == 6
     assert logged[0]["craft/retention_loss"] == pytest.approx(0.0, abs=1e-5)
     assert 0.0 < logged[-1]["craft/retention_loss"] < 0.1
@@ -177,7 +177,7 @@ def test_dpo_takes_the_optimizer_itself(tokenizer: Any, cache: AnchorCache, tmp_
         callbacks=[CraftCallback()],
     )
     trainer.train()
-    logged = [row for row in trainer.state.log_history if "craft/drift" in row]
+    logged = [row for row in trainer.state.log_history if "loss" in row and "craft/drift" in row]
     assert len(logged) == 4
     assert logged[0]["craft/retention_loss"] == pytest.approx(0.0, abs=1e-5)
     assert logged[-1]["craft/retention_loss"] > 0.0
