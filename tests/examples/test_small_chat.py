@@ -1,0 +1,69 @@
+"""The examples for chat models, on the small one."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import llm_chat_loop
+import small_chat
+
+
+@pytest.fixture(autouse=True)
+def without_the_package(monkeypatch):
+    """Whoever has the real model waits for minutes."""
+    monkeypatch.setattr(small_chat.importlib.util, "find_spec", lambda name: None)
+
+
+def check(adamw, craft):
+    values = [value for o in (adamw, craft) for value in asdict(o).values() if isinstance(value, float)]
+    assert all(map(math.isfinite, values))
+    assert adamw.drift > 10 * craft.drift
+    assert adamw.held_out > 5 * craft.held_out
+    assert craft.drift < 2 * 0.05
+    assert craft.answers[0] == "Paris"
+    assert adamw.answers[0] != "Paris"
+    assert craft.answers[2].startswith("{")
+
+
+def test_in_a_loop_of_ones_own_adamw_forgets_and_craft_does_not(capsys):
+    before, adamw, craft = llm_chat_loop.main([])
+    check(adamw, craft)
+    assert before.drift == pytest.approx(0.0, abs=1e-6)
+    assert before.answers[0] == "Paris"
+    assert craft.new_loss < before.new_loss / 2
+    printed = capsys.readouterr().out
+    assert all(o.name in printed and f"{o.drift:.4f}" in printed for o in (before, adamw, craft))
+
+
+def test_in_trl_adamw_forgets_and_craft_does_not(capsys):
+    pytest.importorskip("trl")
+    import llm_sft_trl
+
+    adamw, craft = llm_sft_trl.main([])
+    check(adamw, craft)
+    assert "CraftOptimizer(AdamW)" in capsys.readouterr().out
+
+
+def test_chats_for_measuring_are_others(capsys):
+    data = small_chat.chats()
+    for one, other in ((data.old, data.held_out), (data.new, data.new_held_out)):
+        assert len(one) == 3 * len(other)
+        assert not [record for record in other if record in one]
+
+
+def test_the_real_model_is_taken_where_its_package_is(monkeypatch):
+    class Found:
+        submodule_search_locations = ("folder",)
+
+    class Model:
+        def float(self):
+            return self
+
+    monkeypatch.setattr(small_chat.importlib.util, "find_spec", lambda name: Found)
+    monkeypatch.setattr(small_chat, "load_language_model", lambda path: (Model(), path))
+    model, tokenizer, _ = small_chat.chat_model()
+    assert isinstance(model, Model)
+    assert tokenizer == "folder"
