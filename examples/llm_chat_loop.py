@@ -1,6 +1,6 @@
 """A chat model learns to write orders as JSON, in a loop of one's own: AdamW against CraftOptimizer(AdamW).
 
-    python examples/llm_chat_loop.py        # seconds with a small model, six minutes on a core with SmolLM2-135M
+    python examples/llm_chat_loop.py        # seconds with a small model, much longer with SmolLM2-135M
 
 Afterwards it is asked for something else. Anchors are its own answers, from before, to questions that have nothing to
 do with orders. `small_chat.py` says how the real model is installed; nothing is downloaded.
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
         ]
         for name in ("before", "AdamW", "CraftOptimizer(AdamW)"):
             model = copy.deepcopy(base)
-            retention = caches[0].retention(model, batch_size=4)
+            retention = caches[0].retention(model)
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr or rate)
             if name.startswith("Craft"):
                 optimizer = CraftOptimizer(optimizer, retention, epsilon=options.epsilon)

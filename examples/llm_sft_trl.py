@@ -1,6 +1,6 @@
 """A chat model learns to write orders as JSON, by TRL's SFTTrainer: AdamW against CraftOptimizer(AdamW).
 
-    python examples/llm_sft_trl.py        # seconds with a small model, six minutes on a core with SmolLM2-135M
+    python examples/llm_sft_trl.py        # seconds with a small model, much longer with SmolLM2-135M
 
 The same as `llm_chat_loop.py`, with two arguments of the trainer more than without this package. Chats are the records
 that TRL takes, too; it learns from the answers alone. `small_chat.py` says how the real model is installed.
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
         ]
         for name in ("AdamW", "CraftOptimizer(AdamW)"):
             model = copy.deepcopy(base)
-            retention = caches[0].retention(model, batch_size=4)
+            retention = caches[0].retention(model)
             args = SFTConfig(
                 output_dir=f"{folder}/out",
                 max_steps=options.steps,
