@@ -5,6 +5,7 @@ import importlib
 import os
 import pickle
 import sys
+import time
 import traceback
 from contextlib import suppress
 from datetime import timedelta
@@ -34,6 +35,9 @@ def serve(rank: int, requests: Connection) -> None:
         requests.send_bytes(pickle.dumps(answer))  # `send` would share the memory of tensors
         dist.destroy_process_group()
         del answer
+        # torch 2.11 frees a DDP module's group with the GIL held, and waits for its threads: one that has yet to let go
+        # of a tensor waits for the GIL.
+        time.sleep(0.02)
         # A run searches all objects that are not frozen for its DDP and FSDP modules: among its own it is quick. What
         # the last one has left, threads among it, must not be frozen with the rest.
         gc.collect()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +12,16 @@ import llm_chat_loop
 import small_chat
 
 
+def find(monkeypatch, found):
+    """Has the example find this, and nobody else: libraries ask what is there when they are imported."""
+    util = SimpleNamespace(find_spec=lambda name: found)
+    monkeypatch.setattr(small_chat, "importlib", SimpleNamespace(util=util))
+
+
 @pytest.fixture(autouse=True)
 def without_the_package(monkeypatch):
     """Whoever has the real model waits for minutes."""
-    monkeypatch.setattr(small_chat.importlib.util, "find_spec", lambda name: None)
+    find(monkeypatch, None)
 
 
 def check(adamw, craft):
@@ -62,7 +69,7 @@ def test_the_real_model_is_taken_where_its_package_is(monkeypatch):
         def float(self):
             return self
 
-    monkeypatch.setattr(small_chat.importlib.util, "find_spec", lambda name: Found)
+    find(monkeypatch, Found)
     monkeypatch.setattr(small_chat, "load_language_model", lambda path: (Model(), path))
     model, tokenizer, _ = small_chat.chat_model()
     assert isinstance(model, Model)
