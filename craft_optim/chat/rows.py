@@ -3,7 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["Counted", "Row", "answered", "prompted"]
+import torch
+from torch import Tensor
+
+from craft_optim.anchors.masks import IGNORED
+
+__all__ = ["Counted", "Row", "answered", "batch_of", "prompted"]
 
 Counted = Literal["assistant", "all"]
 
@@ -69,6 +74,28 @@ def prompted(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
         raise ValueError("Messages must hold something to answer. Found the assistant's alone.")
     asked = _templated(tokenizer, messages, record.get("tools"), add_generation_prompt=True)
     return _row(tokenizer, asked, [], templated=True).ids
+
+
+def batch_of(rows: Sequence[Row], padding: int = 0) -> dict[str, Tensor]:
+    """Rows as one batch that a language model of transformers takes, padded on the right.
+
+    Args:
+        rows: At least one.
+        padding: The token after shorter rows. Nothing attends to it, and it does not count.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, longs `[rows, T]`. Labels are the tokens that count, else -100; the
+        first of a row never counts, since it has no distribution.
+    """
+    shape = len(rows), max(len(row.ids) for row in rows)
+    ids = torch.full(shape, padding)
+    mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    for i, row in enumerate(rows):
+        length = len(row.ids)
+        ids[i, :length], mask[i, :length] = torch.tensor(row.ids), 1
+        labels[i, :length] = torch.where(torch.tensor(row.counts), ids[i, :length], IGNORED)
+    labels[:, 0] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def _messages(record: Mapping[str, Any], answers: bool = True) -> list[Any] | None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from craft_optim.chat.rows import answered, prompted
+from craft_optim.chat.rows import Row, answered, batch_of, prompted
 
 TURNS = [("user", "is ice hot?"), ("assistant", "no, it is cold"), ("user", "what is this"), ("assistant", "a button")]
 CHAT = [{"role": role, "content": content} for role, content in TURNS]
@@ -104,3 +104,12 @@ def test_messages_need_a_template(tokenizer):
         answered({"messages": CHAT}, bare)
     with pytest.raises(ValueError, match="the assistant's alone"):
         prompted({"messages": CHAT[1:2]}, tokenizer)
+
+
+def test_a_batch_is_padded_on_the_right_and_the_first_token_never_counts():
+    batch = batch_of([Row([5, 6, 7], [True, False, True]), Row([8, 9], [False, True])], padding=4)
+    assert {name: x.tolist() for name, x in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 4]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "labels": [[-100, -100, 7], [-100, 9, -100]],
+    }

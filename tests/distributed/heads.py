@@ -229,12 +229,18 @@ def passes(cache, way, kind="logits", tied=False, frozen=False, mask=None, whole
 
 def train(cache, way):
     """Whole parameters after some steps, and metrics."""
-    rank, size = dist.get_rank(), dist.get_world_size()
     model = WAYS[way](network(moved=True))
-    retention = LogitRetention(model, AnchorCache.open(cache), ANCHORS // size, strict=False, workers=0)
+    batch_size = ANCHORS // dist.get_world_size()
+    retention = LogitRetention(model, AnchorCache.open(cache), batch_size, strict=False, workers=0)
+    return trained(model, retention, examples())
+
+
+def trained(model, retention, ids_of_all):
+    """Whole parameters after some steps of a language model, and metrics."""
+    rank, size = dist.get_rank(), dist.get_world_size()
     optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), retention, epsilon=0.1)
     for step in range(4):
-        ids = examples()[step::4].chunk(size)[rank]
+        ids = ids_of_all[step::4].chunk(size)[rank]
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()

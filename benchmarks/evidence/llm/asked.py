@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from small_chat import answers
 from torch import nn
 
 from craft_optim.evaluation import evaluate, read_questions
@@ -15,7 +15,7 @@ from craft_optim.evaluation.language_models import LanguageModelScorer
 
 from .setup import HERE
 
-__all__ = ["FORMATS", "SAMPLES", "answers", "follows", "words_right"]
+__all__ = ["FORMATS", "SAMPLES", "follows", "words_right"]
 
 SAMPLES = ("What is the capital of France?", "How can I fall asleep faster?", "Tell me a story about a mouse.")
 THINGS = (
@@ -49,27 +49,10 @@ FORMATS: dict[str, tuple[str, Callable[[str], bool]]] = {
 """Kind -> the instruction about `THINGS`, and the rule that says whether an answer follows it"""
 
 
-@torch.no_grad()
-def answers(model: nn.Module, tokenizer: Any, questions: Sequence[str], new_tokens: int = 48) -> list[str]:
-    """The likeliest answers, cut after some tokens."""
-    asked = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        for text in questions
-    ]
-    found = []
-    for at in range(0, len(asked), 16):
-        inputs = tokenizer(
-            asked[at : at + 16], add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        )
-        written = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
-        found += tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return found
-
-
 def follows(model: nn.Module, tokenizer: Any, limit: int | None = None) -> dict[str, list[bool]]:
     """For each of `FORMATS`, whether each answer follows the instruction."""
     return {
-        kind: [rule(text) for text in answers(model, tokenizer, [form.format(x) for x in THINGS[:limit]])]
+        kind: [rule(text) for text in answers(model, tokenizer, [form.format(x) for x in THINGS[:limit]], 48)]
         for kind, (form, rule) in FORMATS.items()
     }
 

