@@ -5,9 +5,13 @@ from typing import NamedTuple
 import numpy as np
 
 from craft_optim.anchors import AnchorCache
+from craft_optim.anchors.categories import by_category
 from craft_optim.anchors.room import bytes_in_words
 
 __all__ = ["Lengths", "bytes_in_words", "facts", "lengths", "tensors"]
+
+
+_NAMED = 12
 
 
 class Lengths(NamedTuple):
@@ -31,6 +35,7 @@ def facts(cache: AnchorCache) -> list[tuple[str, str]]:
     teacher = [cache.model_id, settings["teacher"].get("class")]
     rows = [
         ("Anchors", f"{len(cache):,} in {shards} shard{'s' * (shards != 1)}"),
+        ("Categories", _categories(cache)),
         ("Positions", f"{cache.positions:,}" if cache.positions else ""),
         ("Size on disk", f"{bytes_in_words(cache.nbytes)}, {bytes_in_words(cache.nbytes / len(cache))} per anchor"),
         ("Holds", f.describe()),
@@ -41,6 +46,19 @@ def facts(cache: AnchorCache) -> list[tuple[str, str]]:
         ("Batches", f"a {cache.structure.kind} of {', '.join(cache.structure.names)}{skipped}"),
     ]
     return [(label, text) for label, text in rows if text]
+
+
+def _categories(cache: AnchorCache) -> str:
+    """Each with its number of anchors, the largest first, as far as they fit a line; empty without any."""
+    if not any(cache.categories):
+        return ""
+    parts = sorted(((name or "none", len(places)) for name, places in by_category(cache.categories)), key=_largest)
+    more = f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
+    return ", ".join(f"{name} {count}" for name, count in parts[:_NAMED]) + more
+
+
+def _largest(part: tuple[str, int]) -> int:
+    return -part[1]
 
 
 def tensors(cache: AnchorCache) -> list[tuple[str, str, str]]:

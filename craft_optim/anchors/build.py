@@ -67,7 +67,8 @@ def build(
     A batch is a tensor (`model(batch)`), a tuple (`model(*batch)`) or a mapping (`model(**batch)`), its first dimension
     the anchors. Of a mapping only tensors are stored and passed to the model. Batches may differ in length (dimension
     1) if the shorter ones may be padded with zeros on the right, that is, if an `attention_mask` among the inputs, or
-    the reading's `mask`, covers that.
+    the reading's `mask`, covers that. The entry "category" of a mapping, a list of a text for each anchor, is kept:
+    drift is then told of each category, too.
 
     The model runs as in every later retention pass: as it is, except that dropout and normalisation modules are in eval
     mode. Its flags, and the random number generators of the CPU and of the model's device, are afterwards as before.

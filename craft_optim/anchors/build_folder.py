@@ -21,6 +21,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from .categories import recorded
 from .fingerprint import compare_fingerprints
 from .folders import is_locked, locked, write_aside, write_json
 from .images import Encoding
@@ -136,9 +137,22 @@ class BuildFolder:
     # Shards
 
     def write_shard(
-        self, shard: int, tensors: dict[str, Tensor], encodings: Mapping[str, Encoding], checksums: list[str]
+        self,
+        shard: int,
+        tensors: dict[str, Tensor],
+        encodings: Mapping[str, Encoding],
+        checksums: list[str],
+        categories: list[str],
     ) -> None:
-        """Writes a shard, and then the record that makes it complete; `checksums` has one for each anchor."""
+        """Writes a shard, and then the record that makes it complete.
+
+        Args:
+            shard: Its number.
+            tensors: By key.
+            encodings: Of inputs stored as bytes.
+            checksums: One of each anchor.
+            categories: One of each anchor, "" where it has none.
+        """
         path = self._file(shard, "safetensors")
         write_aside(path, lambda aside: safetensors.torch.save_file(tensors, aside))
         images = {name: {"formula": x, "dtype": dtype_name(dtype)} for name, (x, dtype) in encodings.items()}
@@ -149,6 +163,7 @@ class BuildFolder:
             "bytes": written.size,
             "sha256": written.checksum(),
             "images": images,
+            **recorded(categories),
             "outputs": self.outputs,
             "sources": checksums,
             "inputs": asdict(self.structure) if self.structure else None,

@@ -86,6 +86,7 @@ class AnchorCache:
         first_anchors: Checksums of the first anchors, as they were given to `build`.
         joined_features: Names of the features that hold the positions of their mask only, anchor after anchor.
         shards: Its files, in the order of the anchors.
+        categories: One of each anchor, "" where it has none: what stood under "category" in the batches.
 
     Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
     and memory does not grow with the size of the cache. Threads may read at the same time; an opened cache can be
@@ -100,7 +101,7 @@ class AnchorCache:
         self.model_id: str | None = manifest.teacher.get("model_id")
         self.origin: str | None = manifest.teacher.get("origin")
         self.first_anchors, self._settings = manifest.first_anchors, manifest.settings
-        self.shards = manifest.shards
+        self.shards, self.categories = manifest.shards, manifest.categories
         self._starts = np.cumsum([0, *(shard.count for shard in self.shards)])
         self._open: dict[int, None] = {}
         self._lock = threading.Lock()

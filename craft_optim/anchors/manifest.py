@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import images
+from .categories import categories_in
 from .files import Folder
 from .kinds import KINDS, Output
 from .shards import AnchorCacheError, Shard
@@ -148,6 +149,7 @@ class Manifest:
         settings: The arguments of the build, in the types of JSON.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
         shards: At least one, in the order of the anchors.
+        categories: One of each anchor, "" where it has none.
 
     Raises:
         AnchorCacheError: There is no such file, a value in it is not what it must be, or a shard is not as recorded.
@@ -211,7 +213,11 @@ class Manifest:
             "teacher": self.teacher,
         }
         folder = Folder(self.path.parent)
-        self.shards = tuple(self._shard(record, folder) for record in self._get(data, "shards", list))
+        records = self._get(data, "shards", list)
+        self.shards = tuple(self._shard(record, folder) for record in records)
+        self.categories = [
+            x for record, shard in zip(records, self.shards, strict=True) for x in self._of(record, shard)
+        ]
         anchors, found = self._get(data, "anchors", int), sum(shard.count for shard in self.shards)
         if not self.shards or anchors != found:
             raise self.error(f"it speaks of {anchors} anchors, its shards hold {found}")
@@ -245,6 +251,12 @@ class Manifest:
             raise self.error(f"shard {name!r} must have at least one anchor. Found {count}")
         sha256 = self._get(record, "sha256", str)
         return Shard(self.path.with_name(name), count, size, encodings, sha256, folder)
+
+    def _of(self, record: Any, shard: Shard) -> list[str]:
+        try:
+            return categories_in(record, shard.count)
+        except ValueError as error:
+            raise self.error(f"of {shard.path.name}, {error}") from error
 
     def _features(self, owner: Any) -> FeatureSpec:
         layers = self._get(owner, "layers", list)

@@ -26,6 +26,7 @@ class _Part(NamedTuple):
     lengths: dict[str, Tensor]
     encodings: dict[str, Encoding]
     checksums: list[str]
+    categories: tuple[str, ...]
 
 
 class ShardBuffer:
@@ -92,7 +93,7 @@ class ShardBuffer:
                 encoded = encode(x) if is_image and key not in lengths else None
                 if encoded is not None:
                     tensors[key], encodings[key] = encoded[0], (encoded[1], x.dtype)
-        self._parts.append(_Part(tensors, lengths, encodings, anchor_checksums(batch)))
+        self._parts.append(_Part(tensors, lengths, encodings, anchor_checksums(batch), _categories(batch)))
 
     def _flush(self, shard: int) -> None:
         parts, self._parts = self._parts, []
@@ -109,7 +110,13 @@ class ShardBuffer:
                 tensors |= packed(key, values)
         tensors = {key: x.contiguous() for key, x in tensors.items()}
         checksums = [checksum for part in parts for checksum in part.checksums]
-        self._folder.write_shard(shard, tensors, encodings, checksums)
+        categories = [category for part in parts for category in part.categories]
+        self._folder.write_shard(shard, tensors, encodings, checksums, categories)
+
+
+def _categories(batch: Flat) -> tuple[str, ...]:
+    """One of each anchor, "" where the batch has none."""
+    return batch.categories or ("",) * batch.count
 
 
 def _encoded_alike(key: str, parts: list[_Part]) -> tuple[list[Tensor], Encoding | None]:

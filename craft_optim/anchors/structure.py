@@ -54,24 +54,28 @@ class Flat:
         tensors: By name. First dimension the anchors, except for those that have lengths.
         count: Number of anchors.
         lengths: Name -> rows of each anchor, int64 `[count]`, on the CPU.
+        categories: The text of each anchor in the entry "category" of a mapping; empty without one.
     """
 
     structure: Structure
     tensors: dict[str, Tensor]
     count: int
     lengths: dict[str, Tensor]
+    categories: tuple[str, ...] = ()
 
     def anchors(self, first: int, last: int) -> "Flat":
         """Those from `first` to `last`, in the same memory."""
         lengths = {name: x[first:last] for name, x in self.lengths.items()}
-        return Flat(self.structure, cut(self.tensors, first, last, self.lengths), last - first, lengths)
+        tensors = cut(self.tensors, first, last, self.lengths)
+        return Flat(self.structure, tensors, last - first, lengths, self.categories[first:last])
 
 
 def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -> Flat:
     """Structure, named tensors and number of anchors of a batch.
 
     A batch is a tensor, a tuple or list of tensors, or a mapping from names to tensors. Entries of a mapping that are
-    not tensors (task strings, None) are skipped and recorded; a tuple may hold None besides tensors.
+    not tensors (task strings, None) are skipped and recorded; a tuple may hold None besides tensors. The entry
+    "category" of a mapping, if it is a list of a text for each anchor, says of what kind they are.
 
     Args:
         batch: The batch.
@@ -125,7 +129,15 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
             "leave other tensors out of the batch and recreate them in `forward=`. If one holds the rows of all "
             "anchors one after another, as processors give pictures, pass Reading(lengths=...)."
         )
-    return Flat(Structure(kind, tuple(named), tuple(skipped), tuple(x for x in named if x in told)), named, count, told)
+    structure = Structure(kind, tuple(named), tuple(skipped), tuple(x for x in named if x in told))
+    return Flat(structure, named, count, told, _categories(dict(entries).get("category"), count))
+
+
+def _categories(texts: Any, count: int) -> tuple[str, ...]:
+    """A text for each anchor; empty if it is anything else."""
+    if not isinstance(texts, list | tuple) or len(texts) != count or not all(isinstance(x, str) for x in texts):
+        return ()
+    return tuple(texts)
 
 
 def _called(lengths: Lengths, batch: Any) -> Mapping[str, Tensor | Sequence[int]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from craft_optim._numbers import number, whole
 from craft_optim._paths import local
@@ -109,7 +109,7 @@ def chat_anchors(
         reading = Reading(mask="labels", output="classes", class_dim=-1)
     else:
         new, heat = whole("max_new_tokens", max_new_tokens), number("temperature", temperature, least=0.0, above=True)
-        rows = _open_ended([prompted(record, tokenizer) for record in records], max_length - new)
+        rows = _open_ended(records, tokenizer, max_length - new)
         writes = greedy(new) if answers == "greedy" else sampled(new, heat)
         reading = Reading(tokens=writes, output="classes", class_dim=-1)
     batches = _Batches(rows, batch_size, _padding(tokenizer), labelled=answers == "given")
@@ -156,8 +156,10 @@ def _fitting(rows: Sequence[Row], most: int) -> list[Row]:
     return kept
 
 
-def _open_ended(prompts: Sequence[list[int]], most: int) -> list[Row]:
-    kept = [Row(ids, [False] * len(ids)) for ids in prompts if 0 < len(ids) <= most]
+def _open_ended(records: Sequence[Mapping[str, Any]], tokenizer: Any, most: int) -> list[Row]:
+    """The prompts that leave room for an answer; nothing of them counts."""
+    prompts = [(prompted(record, tokenizer), record.get("category", "")) for record in records]
+    kept = [Row(ids, [False] * len(ids), category=category) for ids, category in prompts if 0 < len(ids) <= most]
     _say(Counter({f"are left out: their prompt is longer than {most} tokens": len(prompts) - len(kept)}), len(prompts))
     _require(kept, f"No prompt fits: they may have `max_length` - `max_new_tokens` = {most} tokens. Take a larger one.")
     return kept
@@ -185,13 +187,17 @@ class _Batches:
     def __init__(self, rows: Sequence[Row], size: int, padding: int, *, labelled: bool) -> None:
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
         self._rows, self._size, self._padding, self._labelled = [rows[i] for i in order], size, padding, labelled
+        self._told_apart = any(row.category for row in rows)
 
     def __len__(self) -> int:
         return math.ceil(len(self._rows) / self._size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for at in range(0, len(self._rows), self._size):
-            batch = batch_of(self._rows[at : at + self._size], self._padding)
+            some = self._rows[at : at + self._size]
+            batch: dict[str, Any] = batch_of(some, self._padding)
             if not self._labelled:
                 del batch["labels"]
+            if self._told_apart:
+                batch["category"] = [row.category for row in some]
             yield batch

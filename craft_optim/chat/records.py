@@ -19,7 +19,8 @@ def read_records(source: str | Path | Sequence[Mapping[str, Any]], count: int | 
     """Records of a file, a folder or the hub, in their order.
 
     A record has `messages`, a list of {"role": ..., "content": ...}; or `prompt` and, if it is there, `completion`,
-    both texts or both lists of messages; or `text`. Other columns are left out, but for `tools` of messages.
+    both texts or both lists of messages; or `text`. Other columns are left out, but for `tools` of messages, and
+    `category`, a text: drift is told of each category, too.
 
     Args:
         source: A .jsonl, .json or .parquet file; a .txt or .md file, of which paragraphs are texts; a folder that
@@ -50,10 +51,12 @@ def require_form(record: Any, name: str) -> dict[str, Any]:
     for form in FORMS:
         found = {key: record.get(key) for key in form}
         if all(found.values()) and all(isinstance(x, str | list | tuple) for x in found.values()):
+            category = record.get("category")
+            more = {"category": category} if isinstance(category, str) else {}
             if form == ("messages",) and not isinstance(found["messages"], str):
-                return found | ({"tools": record["tools"]} if record.get("tools") else {})
+                return found | more | ({"tools": record["tools"]} if record.get("tools") else {})
             if form != ("messages",) and (form != ("text",) or isinstance(found["text"], str)):
-                return found
+                return found | more
     raise ValueError(
         f"{name} must have `messages`, a list of roles and contents, `prompt` and `completion`, or `text`, none of "
         f"them empty. Found {', '.join(map(str, record)) or 'nothing'}: rename its columns."

@@ -20,11 +20,13 @@ class Row(NamedTuple):
         ids: Tokens.
         counts: For each of them, whether the model's distribution for it counts.
         last_only: True if of several answers the last alone counts, see `answered`.
+        category: The record's; "" if it has none.
     """
 
     ids: list[int]
     counts: list[bool]
     last_only: bool = False
+    category: str = ""
 
 
 def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assistant") -> Row:
@@ -56,7 +58,8 @@ def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assi
             row = Row([*row.ids, end], [*row.counts, True])
     else:
         raise ValueError("A prompt without a completion has no answer: let the model answer, answers='sampled'.")
-    return Row(row.ids, [False, *(counted == "all" or counts for counts in row.counts[1:])], row.last_only)
+    counts = [False, *(counted == "all" or counts for counts in row.counts[1:])]
+    return row._replace(counts=counts, category=record.get("category", ""))
 
 
 def prompted(record: Mapping[str, Any], tokenizer: Any) -> list[int]:

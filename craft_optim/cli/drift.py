@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, Reading
+from craft_optim.anchors.categories import by_category
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.anchors.sampling import spread
@@ -47,7 +49,8 @@ of the data that it was fine-tuned on. Actions are in normalised units, as they 
 
 What the columns mean: "mean" is over all valid positions of all anchors together; it is what a training holds at
 epsilon, and what drift() of the retention returns. "per anchor" counts every anchor once, and quantiles, "> epsilon"
-(the share of anchors above it) and "worst" (places in the cache) are of the anchors' own means.
+(the share of anchors above it) and "worst" (places in the cache) are of the anchors' own means. A table by category
+follows where the anchors have several, such as a policy's tasks or the column `category` of chats.
 """
 _FRAMES = {  # what only goes with a dataset: name -> option
     **OF_DATASET,
@@ -106,16 +109,17 @@ def _drift(args: argparse.Namespace) -> None:
             found.append(_measured(model, reading, path, name, cache, places, expected, acting))
             del model, reading
             _free()
+        categories = [cache.categories[place] for place in places] if any(cache.categories) else []
         about = {
             "cache": None if args.kept is None and args.cache is None else str(cache.path),
             "teacher": args.teacher or cache.model_id,
             "anchors": len(places),
             "places": places,
             "epsilon": epsilon,
-            "checkpoints": record(found, places, epsilon, args.worst),
+            "checkpoints": record(found, places, epsilon, args.worst, categories),
         }
     if args.json != "-":
-        _print(found, places, epsilon, args.worst, len(cache))
+        _print(found, places, epsilon, args.worst, len(cache), categories)
     if args.json:
         emit_json(args.json, about)
     if args.plot:
@@ -252,12 +256,17 @@ def _free() -> None:
 
 
 def _print(
-    found: Sequence[Checkpoint], places: Sequence[int], epsilon: Mapping[str, float], worst: int, total: int
+    found: Sequence[Checkpoint],
+    places: Sequence[int],
+    epsilon: Mapping[str, float],
+    worst: int,
+    total: int,
+    categories: Sequence[str],
 ) -> None:
     print(f"Drift on {len(places)} of {total} anchors. mean: over all valid positions; the others: of single anchors")
 
-    def numbers(value: float, each: Sequence[float], threshold: float | None) -> list[str]:
-        spread = spread_over(each, places, threshold, worst)
+    def numbers(value: float, each: Sequence[float], threshold: float | None, of: Sequence[int] = places) -> list[str]:
+        spread = spread_over(each, of, threshold, worst)
         over = [] if spread.over is None else [f"{spread.over:.0%}"]
         anchors = " ".join(str(place) for place, _ in spread.worst)
         return [*map(_short, (value, spread.anchor_mean, *spread.quantiles.values())), *over, anchors]
@@ -266,11 +275,32 @@ def _print(
         over = [] if threshold is None else [f"> {threshold:g}"]
         return [first, "mean", "per anchor", *QUANTILES, *over, "worst"]
 
+    def print_categories(kind: str, of_all: Sequence[Sequence[float]], threshold: float | None) -> None:
+        parts = list(by_category(categories))
+        if len(parts) < 2:
+            return
+        if len(of_all) > 1:
+            rows = [
+                [checkpoint.name, *(_short(fmean(each[i] for i in some)) for _, some in parts)]
+                for checkpoint, each in zip(found, of_all, strict=True)
+            ]
+            print_grid(f"{kind} by category: per anchor", ["checkpoint", *(name or "none" for name, _ in parts)], rows)
+            return
+        columns = header("category", threshold)
+        columns[1] = "anchors"
+        rows = []
+        for name, some in parts:
+            row = [name or "none", *numbers(0.0, [of_all[0][i] for i in some], threshold, [places[i] for i in some])]
+            row[1] = str(len(some))
+            rows.append(row)
+        print_grid(f"{kind} by category", columns, rows)
+
     for number, drift in enumerate(found[0].drifts):
         threshold = epsilon.get(drift.kind)
         of_all = [checkpoint.drifts[number] for checkpoint in found]
         rows = [[c.name, *numbers(d.value, d.each, threshold)] for c, d in zip(found, of_all, strict=True)]
         print_grid(f"{drift.kind}: {drift.unit}", header("checkpoint", threshold), rows)
+        print_categories(drift.kind, [d.each for d in of_all], threshold)
         if drift.layers and len(found) == 1:
             rows = [[layer_name(p.layer, p.span), *numbers(p.value, p.each, threshold)] for p in drift.layers]
             print_grid(f"{drift.kind} by layer", header("layer", threshold), rows)
@@ -287,6 +317,7 @@ def _print(
             row[2] = _short(apart.rms)
             rows.append(row)
         print_grid("actions: |difference| to the teacher's, normalised units", columns, rows)
+        print_categories("actions", [apart.each for _, apart in acted], threshold)
         dimensions = [str(i) for i in range(len(acted[0][1].rms_per_dimension))]
         rows = [[name, *map(_short, apart.mean_abs_per_dimension)] for name, apart in acted]
         print_grid("actions by dimension: mean |difference|", ["checkpoint", *dimensions], rows)

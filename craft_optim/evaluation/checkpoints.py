@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import PurePath
 from typing import Any
 
+from craft_optim.anchors.categories import by_category
 from craft_optim.evaluation.actions import ActionDrift
 from craft_optim.evaluation.drift import Drift, spread_over
 
@@ -55,7 +56,11 @@ def layer_name(layer: int | str, span: str) -> str:
 
 
 def record(
-    checkpoints: Sequence[Checkpoint], places: Sequence[int], epsilon: Mapping[str, float], worst: int = 5
+    checkpoints: Sequence[Checkpoint],
+    places: Sequence[int],
+    epsilon: Mapping[str, float],
+    worst: int = 5,
+    categories: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Everything measured on the anchors at these places, with the `worst` named, in the types of JSON.
 
@@ -63,10 +68,17 @@ def record(
 
     Args:
         epsilon: Kind, or "actions", -> threshold.
+        categories: Of each of these anchors; empty if they have none.
     """
 
-    def numbers(value: float | None, each: Sequence[float], kind: str) -> dict[str, Any]:
-        spread = spread_over(each, places, epsilon.get(kind), worst)
+    def numbers(
+        value: float | None, each: Sequence[float], kind: str, of: Sequence[int] = places, *, split: bool = True
+    ) -> dict[str, Any]:
+        spread = spread_over(each, of, epsilon.get(kind), worst)
+        parts = {
+            category: numbers(None, [each[i] for i in some], kind, [of[i] for i in some], split=False)
+            for category, some in by_category(categories if split else ())
+        }
         return {
             **({} if value is None else {"mean": value}),
             "anchor_mean": spread.anchor_mean,
@@ -75,6 +87,7 @@ def record(
             "share_over_epsilon": spread.over,
             "worst": [{"anchor": place, "drift": drift} for place, drift in spread.worst],
             "each": list(each),
+            **({"categories": parts} if parts else {}),
         }
 
     rows = []

@@ -112,8 +112,8 @@ def anchor_batches(
     indices: Iterable[int] | None = None,
     prompts: Sequence[str] | None = None,
     workers: int = 0,
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of anchors as `Adapter.build` and `anchors.build` take them, read one at a time.
+) -> Iterator[dict[str, Any]]:
+    """Batches of anchors as `Adapter.build` and `anchors.build` take them, read one at a time; their category the task.
 
     Args:
         dataset: From `open_dataset`, or a LeRobotDataset with `delta_timestamps` that fit the policy. Every camera of
@@ -138,7 +138,7 @@ def anchor_batches(
     rows = list(indices)
     pictures = camera_keys(dataset)
 
-    def prepared() -> Iterator[dict[str, Tensor]]:
+    def prepared() -> Iterator[dict[str, Any]]:
         done, samples = 0, _samples(dataset, rows, workers)
         while some := list(islice(samples, batch_size)):
             batch = default_collate(some)
@@ -147,22 +147,24 @@ def anchor_batches(
                     batch[key] = batch[key].float() / 255.0  # as lerobot-train does before its preprocessor
             if prompts is not None:
                 batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(some))]
-            yield adapter.inputs(preprocessor(batch))
+            # The instruction as it is in the dataset: preprocessors write it anew
+            tasks = {"category": list(batch["task"])} if "task" in batch else {}
+            yield adapter.inputs(preprocessor(batch)) | tasks
             done += len(some)
 
     return _Batches(prepared(), math.ceil(len(rows) / batch_size))
 
 
-class _Batches(Iterator[dict[str, Tensor]]):
+class _Batches(Iterator[dict[str, Any]]):
     """An iterator that knows how many batches it has in all, for a bar that knows its end."""
 
-    def __init__(self, batches: Iterator[dict[str, Tensor]], number: int) -> None:
+    def __init__(self, batches: Iterator[dict[str, Any]], number: int) -> None:
         self._batches, self._number = batches, number
 
     def __len__(self) -> int:
         return self._number
 
-    def __next__(self) -> dict[str, Tensor]:
+    def __next__(self) -> dict[str, Any]:
         return next(self._batches)
 
 

@@ -58,7 +58,7 @@ def render(
         flat = flatten(batch.inputs, batch.lengths)
         inputs = {name: x if name in flat.lengths else x[0] for name, x in flat.tensors.items()}
         card = [
-            tag("header", tag("h3", f"Anchor {indices[place]}"), *_badges(measured, place)),
+            tag("header", tag("h3", _title(cache, indices[place])), *_badges(measured, place)),
             *views.pictures(place),
             _rows(inputs, views.names, decode),
             _teacher(batch.features, decode),
@@ -77,6 +77,11 @@ def render(
         tag("section", tag("h2", "Anchors"), tag("p", caption, class_="quiet"), tag("div", *cards, class_="cards")),
     ]
     return page(f"Anchors: {cache.path.resolve().name}", sections, asset("cache.css"))
+
+
+def _title(cache: AnchorCache, place: int) -> str:
+    category = cache.categories[place]
+    return f"Anchor {place}" + (f": {category}" if category else "")
 
 
 def _tensors(cache: AnchorCache) -> Markup:

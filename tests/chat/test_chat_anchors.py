@@ -48,6 +48,19 @@ def test_the_cache_alone_is_enough_to_hold_them(llama, tokenizer, tmp_path):
     assert 0.0 < retention.drift() < 0.2
 
 
+@pytest.mark.parametrize("answers", ["given", "greedy"])
+def test_drift_is_told_of_each_category_of_the_records(llama, tokenizer, tmp_path, answers):
+    data = [record | {"category": "short" if len(WORDS[i]) < 5 else "long", "id": i} for i, record in enumerate(DATA)]
+    data[1] = DATA[1]
+    cache = chat_anchors(llama, tokenizer, data, tmp_path / "a", answers=answers, max_new_tokens=4, batch_size=2)
+    rows = [tokenizer.decode(cache.read([place]).inputs["input_ids"][0]) for place in range(5)]
+    assert sorted(cache.categories) == ["", "long", "long", "short", "short"]
+    if answers == "given":  # the questions are alike
+        for row, category in zip(rows, cache.categories, strict=True):
+            assert ("drawer" in row) == (category == "long")
+            assert ("cold" in row) == (category == "")
+
+
 @pytest.mark.parametrize("answers", ["sampled", "greedy"])
 def test_the_model_answers_with_seeds_of_its_own(llama, tokenizer, tmp_path, answers):
     held = []

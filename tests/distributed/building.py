@@ -77,10 +77,14 @@ def build_ragged(path):
     given = []
     for first in range(0, 24, 4):
         part = torch.cat(rows[first : first + 4])
-        given.append({"counts": counts[first : first + 4]} | ({"rows": part} if len(part) else {}))
+        category = [f"{count} rows" for count in counts[first : first + 4].tolist()]
+        given.append(
+            {"counts": counts[first : first + 4], "category": category} | ({"rows": part} if len(part) else {})
+        )
     model = Summing()
     lengths = lambda batch: {"rows": batch["counts"]}  # noqa: E731 - its name is in the cache
     cache = build(model, given, path, lengths=lengths, class_dim=-1, dtype=torch.float32, **SETTINGS | {"layers": []})
+    assert cache.categories == [f"{count} rows" for count in counts.tolist()]
     retention = cache.retention(model, batch_size=4)
     if dist.is_initialized():
         retention.shard(dist.get_rank(), dist.get_world_size())

@@ -342,6 +342,10 @@ def teacher(scale=1.0):
 def taught():
     return *teacher(), {"layers": ["body", "head"], "dtype": torch.float32, "class_dim": -1}
 
+def of_categories():
+    model, batches = teacher()
+    return model, [{"input": x, "category": ["lift", "push"] * 4} for x in batches], {"class_dim": -1}
+
 def step_100():
     print("words of a library that loads a model")
     return teacher(1.1)
@@ -405,6 +409,30 @@ def test_json_in_the_place_of_tables_is_nothing_but_json(script, capsys):
     broken = json.loads(capsys.readouterr().out)["checkpoints"][0]["drift"]["logits"]
     assert broken["mean"] is None
     assert broken["share_over_epsilon"] == 1.0, "a diverged model is not within epsilon"
+
+
+def test_categories_are_told_apart(script, capsys):
+    assert main(["build-anchors", "b", "--factory=mine.py:of_categories"]) == 0
+    assert main(["inspect", "b", "--html=b.html"]) == 0
+    assert re.search(r"Categories +lift 20, push 20\n", capsys.readouterr().out)
+    titles = re.findall(r"Anchor (\d+): (lift|push)", Path("b.html").read_text())
+    assert len(titles) == 24
+    assert all(category == ("lift", "push")[int(place) % 2] for place, category in titles)
+    assert main(["drift", "b", "--factory=mine.py:step_200", "--epsilon=0.01", "--json=d.json", "--worst=2"]) == 0
+    said = capsys.readouterr().out
+    about = json.loads(Path("d.json").read_text())["checkpoints"][0]["drift"]["logits"]
+    for number, name in enumerate(("lift", "push")):
+        of, each = about["categories"][name], about["each"][number::2]
+        assert of["each"] == each
+        assert of["anchor_mean"] == pytest.approx(sum(each) / 20)
+        worst = [row["anchor"] for row in of["worst"]]
+        assert worst == sorted(range(number, 40, 2), key=lambda place: -about["each"][place])[:2]
+        shares = " +".join([f"{of['anchor_mean']:.3g}", *(f"{x:.3g}" for x in of["quantiles"].values())])
+        over = f"{of['share_over_epsilon']:.0%}"
+        assert re.search(rf"\n +{name} +20 +{shares} +{over} +{worst[0]} {worst[1]}\n", said)
+    assert main(["drift", "b", "--factory", "mine.py:step_100", "mine.py:step_200"]) == 0
+    found = capsys.readouterr().out
+    assert re.search(r"logits by category: per anchor\n +checkpoint +lift +push\n +mine.py:step_100 +\S+ +\S+\n", found)
 
 
 def test_one_checkpoint_has_a_row_of_numbers_for_each_layer(script, capsys):

@@ -107,7 +107,7 @@ def test_prompts_are_shared_out_by_kind():
     texts = [prompt["prompt"] for prompt in anchors + held_out]
     assert len(set(texts)) == len(texts)
     for prompts, number in ((anchors, 8), (held_out, 4)):
-        kinds = [prompt["kind"] for prompt in prompts]
+        kinds = [prompt["category"] for prompt in prompts]
         assert {kinds.count(kind) for kind in kinds} == {number}
 
 

@@ -68,6 +68,7 @@ def test_the_frames_are_the_datasets_after_the_policys_own_processors(pi0_fast, 
     prepare = make_processors(policy, path=ASSETS / "pretrained")[0]
     (expected,) = anchor_batches(dataset, prepare, adapter_for(policy), count=6)
     found = AnchorCache.open(tmp_path / "a").read(range(6)).inputs
+    assert AnchorCache.open(tmp_path / "a").categories == expected.pop("category") == 6 * [dataset[0]["task"]]
     assert set(found) == set(expected)
     for name, x in found.items():
         assert torch.equal(x, expected[name]), name
@@ -210,7 +211,8 @@ def test_the_page_shows_words_where_the_teachers_tokenizer_is_here(pi0_fast, tmp
             shutil.move(pi0_fast, tmp_path / "elsewhere")
         assert main(look) == 0
         words = re.sub(r" +", " ", page.read_text())
-        assert (instruction.lower() in words.lower()) == (not gone)
+        assert f": {instruction}</h3>" in words.replace("\n", "")
+        assert words.lower().count(instruction.lower()) == (3 if gone else 5)  # categories, two titles, two prompts
 
 
 def test_what_is_wrong_with_the_frames_is_told_before_the_weights_are_read(act, tmp_path, capsys):

@@ -90,6 +90,7 @@ def test_a_frame_is_the_same_anchor_from_a_file_as_from_a_dataset(name, tmp_path
     (found,) = anchor_batches(frames, preprocessor, adapter)
     wanted = expected.keys() - {"action_is_pad", "action", "action.tokens", "action.token_mask"}
     assert found.keys() == wanted >= {small.TOP}
+    assert found.pop("category") == expected["category"] == [line["task"] for line in lines]
     for key in found:
         assert torch.equal(found[key], expected[key]), key
 

@@ -52,11 +52,11 @@ def model_in(work: Path, source: str | None) -> tuple[nn.Module, Any]:
 
 
 def prompts(held_out: bool) -> list[dict[str, str]]:
-    """Prompts of twelve kinds; two thirds for anchors, the others held out."""
+    """Prompts of twelve categories; two thirds for anchors, the others held out."""
     lines = (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
-    kinds = len({prompt["kind"] for prompt in found})
-    return [prompt for place, prompt in enumerate(found) if (place // kinds % 3 == 2) == held_out]
+    categories = len({prompt["category"] for prompt in found})
+    return [prompt for place, prompt in enumerate(found) if (place // categories % 3 == 2) == held_out]
 
 
 def caches_of(work: Path, model: nn.Module, tokenizer: Any, limit: int | None) -> dict[str, AnchorCache]:

@@ -1,0 +1,48 @@
+"""Categories of anchors, such as tasks or kinds of prompts: in the record of a shard, and out of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["by_category", "categories_in", "recorded"]
+
+_KEY = "categories"
+
+
+def recorded(categories: Sequence[str]) -> dict[str, Any]:
+    """The entries of a shard's record: each text once, and its number for each anchor; nothing if all are "".
+
+    Example:
+        >>> recorded(["json", "list", "json"])
+        {'categories': {'names': ['json', 'list'], 'of': [0, 1, 0]}}
+    """
+    if not any(categories):
+        return {}
+    names = {name: number for number, name in enumerate(dict.fromkeys(categories))}
+    return {_KEY: {"names": list(names), "of": [names[category] for category in categories]}}
+
+
+def categories_in(record: Mapping[str, Any], count: int) -> list[str]:
+    """The categories of a shard's anchors, "" where they have none.
+
+    Raises:
+        ValueError: There is not one for each.
+    """
+    if _KEY not in record:
+        return [""] * count
+    found = record[_KEY]
+    try:
+        names, numbers = found["names"], found["of"]
+        whole = all(type(x) is int and x >= 0 for x in numbers) and all(isinstance(x, str) for x in names)
+        if not whole or len(numbers) != count:
+            raise ValueError
+        return [names[x] for x in numbers]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(f"its {_KEY!r} must be names, and one of them for each of {count} anchors") from None
+
+
+def by_category(categories: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """Each category, in the order of the alphabet, and its anchors' places in the list."""
+    places: dict[str, list[int]] = {}
+    for place, category in enumerate(categories):
+        places.setdefault(category, []).append(place)
+    yield from sorted(places.items())
