@@ -136,7 +136,10 @@ def chat_model():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
     turns = [{"role": "user", "content": "is ice hot?"}, {"role": "assistant", "content": "no, it is cold"}]
-    Path("old_chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 16)
+    for file in ("old_chats.jsonl", "new_chats.jsonl"):
+        Path(file).write_text(f"{json.dumps({'messages': turns})}\n" * 16)
+    for part in (model, tokenizer):
+        part.save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")  # as the page calls it
     rows = [{"input_ids": torch.arange(4, 12), "labels": torch.arange(4, 12)} for _ in range(16)]
     return {**trainer(), "model": model, "tokenizer": tokenizer, "new_data": rows}
 

@@ -140,6 +140,13 @@ class AnchorCache:
         """Kind of retention of an output -> its name."""
         return {name or _OF_ONE[output.kind]: name for name, output in self.features.outputs.items()}
 
+    @property
+    def kind(self) -> str | None:
+        """The one of `kinds` that is meant where none is named: the only one; of what a model has written its logits,
+        in which the tokens are. None if it has to be named.
+        """
+        return self.kinds[0] if len(self.kinds) == 1 or self.kinds == ("logits", "tokens") else None
+
     def retention(
         self, model: nn.Module, kind: str | None = None, batch_size: int = 16, **settings: Any
     ) -> "CachedRetention":
@@ -148,7 +155,7 @@ class AnchorCache:
 
         Args:
             model: The model in training.
-            kind: One of `kinds`. None: the only one; of what a model has written its logits, in which the tokens are.
+            kind: One of `kinds`. None: `self.kind`.
             batch_size: Anchors per pass (and process).
             **settings: Further arguments of its class.
 
@@ -161,8 +168,7 @@ class AnchorCache:
         from .output_retention import OutputRetention
         from .token_retention import TokenRetention
 
-        if kind is None and (len(self.kinds) == 1 or self.kinds == ("logits", "tokens")):
-            kind = self.kinds[0]
+        kind = self.kind if kind is None else kind
         if kind not in self.kinds:
             raise ValueError(
                 f"`kind` must be one of {', '.join(map(repr, self.kinds))}, which {self.path} holds and whose units "

@@ -257,7 +257,7 @@ def source_of(args: argparse.Namespace) -> Source:
 
 
 def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> None:
-    kind = f", {cache.kinds[0]!r}" if len(cache.kinds) > 1 else ""
+    kind = f", {cache.kinds[0]!r}" if cache.kind is None else ""
     print_table(
         f"Built {cache.path}" if seconds is not None else f"{cache.path} was finished already",
         [

@@ -186,12 +186,12 @@ def _resolved(given: Mapping[str, float], cache: AnchorCache, actions: bool) -> 
     """Each epsilon by its kind."""
     kinds, found = cache.kinds, dict(given)
     if "" in found:
-        if len(kinds) > 1 or kinds[0] in found:
+        if cache.kind is None or cache.kind in found:
             raise UsageError(
                 f"--epsilon={found['']:g} is of which kind? {cache.path} holds {' and '.join(kinds)}, whose units "
                 f"differ: pass --epsilon {' '.join(f'{kind}=X' for kind in kinds)}"
             )
-        found[kinds[0]] = found.pop("")
+        found[cache.kind] = found.pop("")
     if unknown := sorted(found.keys() - {*kinds, *(["actions"] if actions else [])}):
         measured = " and ".join([*kinds, *(["actions"] if actions else [])])
         raise UsageError(f"--epsilon {unknown[0]}=X: here {measured} are measured")

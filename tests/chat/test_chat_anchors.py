@@ -138,6 +138,11 @@ def test_on_the_command_line_to_a_verdict(saved, monkeypatch, capsys):
     assert main([*written, "--max-new-tokens=4", "--count=3", "--temperature=0.7"]) == 0
     assert len(AnchorCache.open("b")) == 3
     assert AnchorCache.open("b").features.tokens == "sampled at temperature 0.7, at most 4"
+    capsys.readouterr()
+    assert main(["drift", "b", "--model.path=moved", "--epsilon=0.001", "--json"]) == 0  # of what `retention` holds
+    found = json.loads(capsys.readouterr().out)
+    assert found["epsilon"] == {"logits": 0.001}
+    assert found["checkpoints"][0]["drift"].keys() == {"logits", "tokens"}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Method:
         lora: Adapters train, not the model's own weights.
         cache: The anchors of "replay", "kl" and "craft".
         anchors: So many of them are in a pass; 16 are the library's default.
+        epsilon: Of "craft".
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     lora: bool = False
     cache: str = "anchors"
     anchors: int = 16
+    epsilon: float = EPSILON
 
 
 METHODS = (
@@ -53,6 +55,7 @@ METHODS = (
     Method("adamw", "AdamW"),
     Method("craft", "CRaFT", "craft"),
     Method("craft-4", "CRaFT, 4 anchors in a pass", "craft", anchors=4),
+    Method("craft-0.15", "CRaFT, epsilon .15", "craft", epsilon=0.15),
     Method("craft-self", "CRaFT, anchors from nothing", "craft", cache="self"),
     Method("adamw-third", "AdamW, a third of the rate", rate=1 / 3),
     Method("lora", "LoRA", lora=True),
@@ -111,7 +114,7 @@ class Training:
         self._start = [p.detach().clone() for p in self._trained] if method.kind in ("l2", "asft") else []
         self._optimizer: torch.optim.Optimizer = base
         if method.kind == "craft":
-            self._optimizer = CraftOptimizer(base, self._retention, epsilon=EPSILON)
+            self._optimizer = CraftOptimizer(base, self._retention, epsilon=method.epsilon)
 
     def step(self, batch: Mapping[str, Tensor]) -> float:
         """One step; returns the loss on the new task."""
