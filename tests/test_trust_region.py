@@ -11,6 +11,7 @@ from torch import nn
 
 from craft_optim import Constraint, CraftOptimizer, Retention
 from craft_optim._step import step as steps
+from craft_optim._step.drift import Drift
 from craft_optim._step.trust import LEAST, KeptValues, share_of_step
 
 # -- the share -------------------------------------------------------------------------------------------------------
@@ -187,9 +188,9 @@ def test_where_no_step_leads_near_there_is_no_copy_and_no_forward(monkeypatch):
     monkeypatch.setattr(steps, "KeptValues", Counted)
     small = partial(torch.optim.SGD, lr=1e-6)
     _, optimizer = run(small, 40, retention_every=1)
-    assert len(made) == 40, "all of the start"
+    assert len(made) == 11, "the first pass of the start, and each fourth"
     asked = len(optimizer.retention_closure.asked)
-    assert asked == 5 * 40
+    assert asked == 40 + 4 * 11
     made.clear()
     (w,) = optimizer.param_groups[0]["params"]
     for _ in range(160):
@@ -198,6 +199,32 @@ def test_where_no_step_leads_near_there_is_no_copy_and_no_forward(monkeypatch):
         optimizer.step()
     assert len(made) == 10, "on each sixteenth pass"
     assert len(optimizer.retention_closure.asked) == asked + 160 + 2 * 10
+
+
+@pytest.mark.parametrize("factor", [1.1, 1.5, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("epsilon", [1.0, 0.03])
+def test_a_warm_up_within_the_start_is_bounded_as_if_each_step_was_looked_at(monkeypatch, factor, epsilon):
+    """Steps of 1/500 of the way to an epsilon of 1 at first, and longer ones from each to the next."""
+
+    def warmed_up():
+        w = nn.Parameter(torch.zeros(3))
+        base = torch.optim.SGD([w], lr=1.0)
+        optimizer = CraftOptimizer(base, Distance(w), epsilon=epsilon, retention_every=1)
+        way, kept = [], []
+        for step in range(30):
+            base.param_groups[0]["lr"] = min(0.002 * factor**step, 2.0)
+            w.grad = torch.tensor([-1.0, 0.0, 0.0])
+            optimizer.step()
+            way.append(w[0].item())
+            kept.append(optimizer.metrics["step_kept"])
+        return way, kept, sum(not gradients for _, gradients in optimizer.retention_closure.asked)
+
+    way, kept, looks = warmed_up()
+    monkeypatch.setattr(Drift, "may_leave", lambda *_: True)
+    expected = warmed_up()
+    assert (way, kept) == expected[:2]
+    assert looks <= expected[2] == 4 * 30
+    assert max(way) > 0.7 * math.sqrt(epsilon) or factor == 1.1
 
 
 def test_a_plain_function_is_not_called_again():

@@ -26,6 +26,7 @@ _OLD = 0.8  # weight of what was, in the average of L_ret
 _GROWTH_KEPT = 0.97  # on each pass
 _ROOM = 0.3  # about sqrt(1.6) - 1
 _LOOK_AGAIN = 16  # passes after which the growth of a step is measured anew
+_LOOK_AGAIN_FIRST, _FARTHER = 4, 4.0  # the same in the start, and how far a step may lead there, in ways so far
 _HELDOUT_EVERY = 25  # steps
 _HELDOUT_WEIGHT = 0.3
 _HELDOUT_LEAST, HELDOUT_MOST = 1.0 / 3.0, 30.0  # of the quotient
@@ -52,6 +53,7 @@ class Drift:
 
     def __init__(self, state: dict[str, float], asked_for: float) -> None:
         self._state, self.asked_for = state, asked_for
+        self._loss = 0.0  # of the pass of this step
 
     @property
     def epsilon(self) -> float:
@@ -82,6 +84,7 @@ class Drift:
     def saw(self, loss: float) -> None:
         """Takes L_ret of a pass into the average."""
         passes, growth = self._state["craft_drift_passes"], self._state["craft_growth"]
+        self._loss = loss
         self._state |= {
             "craft_drift": loss if passes == 0.0 else _OLD * self.average + (1.0 - _OLD) * loss,
             "craft_drift_passes": passes + 1.0,
@@ -107,12 +110,17 @@ class Drift:
         }
 
     def may_leave(self, trust: float, starting: bool) -> bool:
-        """True if the step that comes may lead drift beyond `trust` epsilon, as far as is known: in the start any."""
-        growth = self._state["craft_growth"]
-        if starting:
+        """True if the step that comes may lead drift beyond `trust` epsilon, as far as is known.
+
+        In the start beyond epsilon, of which the pass says more than the average. Steps become longer there, as the
+        learning rate is warmed up: one may lead as far as four times all that came before.
+        """
+        growth, passes = self._state["craft_growth"], int(self._state["craft_drift_passes"])
+        if growth < 0.0 or passes % (_LOOK_AGAIN_FIRST if starting else _LOOK_AGAIN) == 0:
             return True
-        again = int(self._state["craft_drift_passes"]) % _LOOK_AGAIN == 0
-        return again or growth < 0.0 or root(self.average) + growth >= root(trust * self.epsilon)
+        if starting:
+            return _FARTHER * (root(max(self.average, self._loss)) + growth) >= root(self.epsilon)
+        return root(self.average) + growth >= root(trust * self.epsilon)
 
     def share_of_step(self, before: float, after: float, starting: bool, trust: float) -> float:
         """The share of the step to keep; takes note of how far it led.
