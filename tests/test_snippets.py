@@ -6,6 +6,7 @@ is not, each section is one (`SECTIONS`). A block that cannot run says why, in t
 """
 
 import ast
+import copy
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from craft_optim import anchors
@@ -24,6 +26,7 @@ from craft_optim import anchors
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = {"recipes.md"}
+CHAT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # as docs/chat.md has it
 NOT_RUN: dict[str, int] = {}  # page -> number of blocks that say why they cannot run
 
 
@@ -138,8 +141,8 @@ def chat_model():
     turns = [{"role": "user", "content": "is ice hot?"}, {"role": "assistant", "content": "no, it is cold"}]
     for file in ("old_chats.jsonl", "new_chats.jsonl"):
         Path(file).write_text(f"{json.dumps({'messages': turns})}\n" * 16)
-    for part in (model, tokenizer):
-        part.save_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")  # as the page calls it
+    for part in (copy.deepcopy(model).bfloat16(), tokenizer):  # as on the hub
+        part.save_pretrained(CHAT_MODEL)
     rows = [{"input_ids": torch.arange(4, 12), "labels": torch.arange(4, 12)} for _ in range(16)]
     return {**trainer(), "model": model, "tokenizer": tokenizer, "new_data": rows}
 
@@ -210,6 +213,10 @@ def test_python_runs(page, section, parts, tmp_path, monkeypatch, capsys):
             assert re.sub(r"-?\d+\.\d+", "#", printed) == re.sub(r"-?\d+\.\d+", "#", block.printed)
             # Rounding differs from machine to machine.
             assert numbers(printed) == pytest.approx(numbers(block.printed), rel=0.1, abs=0.03)
+    if page.name == "chat.md":
+        before, after = (load_file(Path(folder) / "model.safetensors") for folder in (CHAT_MODEL, "out"))
+        moved = sum(int((after[name] != x).sum()) for name, x in before.items())
+        assert moved > 0.9 * sum(map(torch.numel, before.values())), "in bfloat16 hardly any weight moves"
 
 
 def test_blocks_that_do_not_run_are_known():

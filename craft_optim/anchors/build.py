@@ -157,7 +157,12 @@ def build(
         "features": json.loads(json.dumps(asdict(spec))),
         "images": images,
         "shard_size": shard_size,
-        "teacher": {"fingerprint": fingerprint(model), "class": class_name(model), "model_id": model_id},
+        "teacher": {
+            "fingerprint": fingerprint(model),
+            "class": class_name(model),
+            "model_id": model_id,
+            "dtypes": sorted({dtype_name(p.dtype) for p in model.parameters() if p.is_floating_point()}),
+        },
     }
     folder = local(path)
     team = find_team(model, process_group)

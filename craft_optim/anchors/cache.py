@@ -82,6 +82,7 @@ class AnchorCache:
         structure: Structure of its inputs.
         fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
         model_id: The teacher's name, as given to `build`; or None.
+        teacher_dtypes: Dtypes of its floating-point parameters; empty if they are not known.
         origin: Source of an imported cache; or None.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
         joined_features: Names of the features that hold the positions of their mask only, anchor after anchor.
@@ -100,6 +101,7 @@ class AnchorCache:
         self.fingerprint: str | None = manifest.teacher.get("fingerprint")
         self.model_id: str | None = manifest.teacher.get("model_id")
         self.origin: str | None = manifest.teacher.get("origin")
+        self.teacher_dtypes = manifest.teacher_dtypes
         self.first_anchors, self._settings = manifest.first_anchors, manifest.settings
         self.shards, self.categories = manifest.shards, manifest.categories
         self._starts = np.cumsum([0, *(shard.count for shard in self.shards)])

@@ -232,7 +232,7 @@ class CachedRetention(AnchorRetention):
     # -- the check of pass 0 -------------------------------------------------------------------------------------------
 
     def _precisions(self) -> list[torch.dtype]:
-        return [*super()._precisions(), getattr(torch, self.cache.features.dtype)]
+        return [*super()._precisions(), getattr(torch, self.cache.features.dtype), *self.cache.teacher_dtypes]
 
     def _teacher_in_words(self) -> str:
         return f"the cache {self.cache.path}"

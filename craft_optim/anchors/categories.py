@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["by_category", "categories_in", "recorded"]
+__all__ = ["by_category", "categories_in", "in_line", "recorded"]
 
 _KEY = "categories"
+_WIDTH = 40  # characters of a category in a table
 
 
 def recorded(categories: Sequence[str]) -> dict[str, Any]:
@@ -38,6 +39,19 @@ def categories_in(record: Mapping[str, Any], count: int) -> list[str]:
         return [names[x] for x in numbers]
     except (KeyError, IndexError, TypeError, ValueError):
         raise ValueError(f"its {_KEY!r} must be names, and one of them for each of {count} anchors") from None
+
+
+def in_line(category: str) -> str:
+    """A category in the cell of a table: one line, its middle left out where it is long.
+
+    Example:
+        >>> in_line(""), in_line("open\\nthe drawer")
+        ('(none)', 'open the drawer')
+    """
+    text = " ".join(category.encode("utf-8", "replace").decode().split())
+    if len(text) > _WIDTH:
+        text = f"{text[: _WIDTH // 2 - 1]} ... {text[len(text) - _WIDTH // 2 + 4 :]}"
+    return text or "(none)"
 
 
 def by_category(categories: Sequence[str]) -> Iterator[tuple[str, list[int]]]:

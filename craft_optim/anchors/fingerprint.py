@@ -114,8 +114,8 @@ def compare_fingerprints(cached: str, current: str) -> str | None:
 
 
 def anchor_checksums(batch: Flat) -> list[str]:
-    """8 hexadecimal digits for each anchor, of its bytes, dtypes and shapes."""
-    sums = [0] * batch.count
+    """8 hexadecimal digits for each anchor, of its category, and of its bytes, dtypes and shapes."""
+    sums = [zlib.crc32(category.encode("utf-8", "replace")) for category in batch.categories] or [0] * batch.count
     for name, x in sorted(batch.tensors.items()):
         values = x.detach().cpu().contiguous()
         shape = str((x.dtype, *x.shape[1:])).encode()

@@ -145,7 +145,8 @@ class Manifest:
         path: The file.
         features: The cache's features.
         structure: Structure of its batches of inputs.
-        teacher: Fingerprint, class and name of the teacher; origin of an imported cache.
+        teacher: Fingerprint, class, name and dtypes of the teacher; origin of an imported cache.
+        teacher_dtypes: Those of its parameters, as far as they are recorded.
         settings: The arguments of the build, in the types of JSON.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
         shards: At least one, in the order of the anchors.
@@ -206,6 +207,11 @@ class Manifest:
         self.teacher: dict[str, Any] = self._get(data, "teacher", dict)
         for key in ("fingerprint", "model_id", "origin"):
             self._get(self.teacher, key, str, optional=True)
+        names = self._strings(self.teacher, "dtypes") if "dtypes" in self.teacher else ()
+        dtypes = [getattr(torch, name, None) for name in names]
+        if wrong := [name for name, dtype in zip(names, dtypes, strict=True) if not isinstance(dtype, torch.dtype)]:
+            raise self.error(f"its teacher has parameters of unknown dtypes: {wrong!s:.60}")
+        self.teacher_dtypes = [dtype for dtype in dtypes if isinstance(dtype, torch.dtype)]
         self.first_anchors = self._strings(data, "first_anchors")
         self.settings: dict[str, Any] = {
             "features": {**asdict(self.features), "outputs": {}, "variances": {}, "scales": {}},

@@ -274,7 +274,7 @@ class AnchorRetention(Retention):
     # -- the check of pass 0 -------------------------------------------------------------------------------------------
 
     def _precisions(self) -> list[torch.dtype]:
-        """Dtypes that the model computes in."""
+        """Dtypes that model and teacher compute in."""
         dtypes = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
         running = autocast_dtype(self.device, self.reading.autocast)
         return dtypes if running is None else [*dtypes, running]

@@ -75,7 +75,7 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
 
     A batch is a tensor, a tuple or list of tensors, or a mapping from names to tensors. Entries of a mapping that are
     not tensors (task strings, None) are skipped and recorded; a tuple may hold None besides tensors. The entry
-    "category" of a mapping, if it is a list of a text for each anchor, says of what kind they are.
+    "category" of a mapping has a text for each anchor, or None for one that has no category.
 
     Args:
         batch: The batch.
@@ -83,12 +83,13 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
 
     Raises:
         TypeError: The batch, or an entry of it, is something else.
-        ValueError: The tensors do not share a first dimension of at least 1, the anchors; or lengths do not add up.
+        ValueError: The tensors do not share a first dimension of at least 1, the anchors; lengths do not add up; or
+            categories are something else.
     """
     if isinstance(batch, Tensor):
         kind, entries = "tensor", [("0", batch)]
     elif isinstance(batch, Mapping):
-        kind, entries = "mapping", list(batch.items())
+        kind, entries = "mapping", [entry for entry in batch.items() if not _names_categories(*entry)]
     elif isinstance(batch, tuple | list):
         kind, entries = "tuple", [(str(i), value) for i, value in enumerate(batch)]
     else:
@@ -130,14 +131,26 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
             "anchors one after another, as processors give pictures, pass Reading(lengths=...)."
         )
     structure = Structure(kind, tuple(named), tuple(skipped), tuple(x for x in named if x in told))
-    return Flat(structure, named, count, told, _categories(dict(entries).get("category"), count))
+    return Flat(structure, named, count, told, _categories(batch, count))
 
 
-def _categories(texts: Any, count: int) -> tuple[str, ...]:
-    """A text for each anchor; empty if it is anything else."""
-    if not isinstance(texts, list | tuple) or len(texts) != count or not all(isinstance(x, str) for x in texts):
+def _names_categories(key: object, value: object) -> bool:
+    """True for the entry "category" of a batch, unless it is an input of the model's."""
+    return key == "category" and not isinstance(value, Tensor)
+
+
+def _categories(batch: Any, count: int) -> tuple[str, ...]:
+    """A text for each anchor, empty for those without a category; none at all if the batch has none."""
+    found = batch.get("category") if isinstance(batch, Mapping) else None
+    if found is None or isinstance(found, Tensor) or (isinstance(found, list | tuple) and not any(found)):
         return ()
-    return tuple(texts)
+    texts = ["" if x is None else x for x in found] if not isinstance(found, str) else [found]
+    if len(texts) != count or not all(isinstance(x, str) for x in texts):
+        raise ValueError(
+            f'The entry "category" of a batch must have a text for each of its {count} anchors, or None. Found '
+            f"{found!r:.80}: rename it if it is something else."
+        )
+    return tuple(map(str, texts))
 
 
 def _called(lengths: Lengths, batch: Any) -> Mapping[str, Tensor | Sequence[int]]:
@@ -200,7 +213,7 @@ def model_inputs(batch: Any) -> Any:
         TypeError: It is nothing that a model could be called with.
     """
     if isinstance(batch, Mapping):
-        inputs = {name: x for name, x in batch.items() if x is not None and not _is_text(x)}
+        inputs = {name: x for name, x in batch.items() if not (x is None or _is_text(x) or _names_categories(name, x))}
         if not inputs:
             hint = f": {_TOKENIZE}" if any(_is_text(x) for x in batch.values()) else ""
             raise TypeError(f"A batch must hold at least one tensor. Found a mapping with entries {[*batch]}{hint}.")

@@ -20,7 +20,7 @@ def read_records(source: str | Path | Sequence[Mapping[str, Any]], count: int | 
 
     A record has `messages`, a list of {"role": ..., "content": ...}; or `prompt` and, if it is there, `completion`,
     both texts or both lists of messages; or `text`. Other columns are left out, but for `tools` of messages, and
-    `category`, a text: drift is told of each category, too.
+    `category`, a text or a number: drift is told of each category, too.
 
     Args:
         source: A .jsonl, .json or .parquet file; a .txt or .md file, of which paragraphs are texts; a folder that
@@ -37,7 +37,14 @@ def read_records(source: str | Path | Sequence[Mapping[str, Any]], count: int | 
     if not len(rows):
         raise ValueError(f"`data` must hold at least one record. Found none in {_name(source)}.")
     places = spread(len(rows), len(rows) if count is None else count)
-    return [require_form(rows[place], f"Record {place} of {_name(source)}") for place in places]
+    names = getattr(getattr(rows, "features", {}).get("category"), "names", None)  # of datasets.ClassLabel
+    found = []
+    for place in places:
+        record, name = rows[place], f"Record {place} of {_name(source)}"
+        if names and isinstance(number := record.get("category"), int):
+            record = {**record, "category": names[number] if number >= 0 else None}  # -1 stands for none
+        found.append(require_form(record, name))
+    return found
 
 
 def require_form(record: Any, name: str) -> dict[str, Any]:
@@ -51,8 +58,7 @@ def require_form(record: Any, name: str) -> dict[str, Any]:
     for form in FORMS:
         found = {key: record.get(key) for key in form}
         if all(found.values()) and all(isinstance(x, str | list | tuple) for x in found.values()):
-            category = record.get("category")
-            more = {"category": category} if isinstance(category, str) else {}
+            more = _category(record, name)
             if form == ("messages",) and not isinstance(found["messages"], str):
                 return found | more | ({"tools": record["tools"]} if record.get("tools") else {})
             if form != ("messages",) and (form != ("text",) or isinstance(found["text"], str)):
@@ -61,6 +67,16 @@ def require_form(record: Any, name: str) -> dict[str, Any]:
         f"{name} must have `messages`, a list of roles and contents, `prompt` and `completion`, or `text`, none of "
         f"them empty. Found {', '.join(map(str, record)) or 'nothing'}: rename its columns."
     )
+
+
+def _category(record: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The record's category as a text; nothing if it has none."""
+    found = record.get("category")
+    if found is None:
+        return {}
+    if not isinstance(found, str | int | float):
+        raise ValueError(f"{name}: `category` must be a text or a number. Found {found!r:.80}: rename the column.")
+    return {"category": str(found)}
 
 
 def _name(source: Any) -> str:

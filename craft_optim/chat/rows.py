@@ -59,7 +59,7 @@ def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assi
     else:
         raise ValueError("A prompt without a completion has no answer: let the model answer, answers='sampled'.")
     counts = [False, *(counted == "all" or counts for counts in row.counts[1:])]
-    return row._replace(counts=counts, category=record.get("category", ""))
+    return row._replace(counts=counts, category=str(record.get("category") or ""))
 
 
 def prompted(record: Mapping[str, Any], tokenizer: Any) -> list[int]:

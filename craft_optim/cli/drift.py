@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_optim.anchors import AnchorCache, Reading
-from craft_optim.anchors.categories import by_category
+from craft_optim.anchors.categories import by_category, in_line
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.anchors.sampling import spread
@@ -61,6 +61,9 @@ _FRAMES = {  # what only goes with a dataset: name -> option
     "top_k": "--top-k",
     "kept": "--cache",
 }
+
+
+_CATEGORIES = 20  # rows of a table
 
 
 def add(command: AddCommand) -> None:
@@ -277,23 +280,25 @@ def _print(
 
     def print_categories(kind: str, of_all: Sequence[Sequence[float]], threshold: float | None) -> None:
         parts = list(by_category(categories))
-        if len(parts) < 2:
+        if not 1 < len(parts) < len(places):
             return
-        if len(of_all) > 1:
-            rows = [
-                [checkpoint.name, *(_short(fmean(each[i] for i in some)) for _, some in parts)]
-                for checkpoint, each in zip(found, of_all, strict=True)
-            ]
-            print_grid(f"{kind} by category: per anchor", ["checkpoint", *(name or "none" for name, _ in parts)], rows)
-            return
-        columns = header("category", threshold)
+        last = of_all[-1]
+        parts.sort(key=lambda part: -fmean(last[i] for i in part[1]))
+        left_out = f", {len(parts) - _CATEGORIES} others in --json" if len(parts) > _CATEGORIES else ""
+        columns, rows = header("category", threshold), []
         columns[1] = "anchors"
-        rows = []
-        for name, some in parts:
-            row = [name or "none", *numbers(0.0, [of_all[0][i] for i in some], threshold, [places[i] for i in some])]
-            row[1] = str(len(some))
+        for name, some in parts[:_CATEGORIES]:
+            row = [in_line(name), str(len(some))]
+            if len(of_all) > 1:
+                row += [_short(fmean(each[i] for i in some)) for each in of_all]
+            else:
+                row += numbers(0.0, [last[i] for i in some], threshold, [places[i] for i in some])[1:]
             rows.append(row)
-        print_grid(f"{kind} by category", columns, rows)
+        if len(of_all) > 1:
+            columns = [*columns[:2], *(checkpoint.name for checkpoint in found)]
+            print_grid(f"{kind} by category: means per anchor{left_out}", columns, rows)
+        else:
+            print_grid(f"{kind} by category{left_out}", columns, rows)
 
     for number, drift in enumerate(found[0].drifts):
         threshold = epsilon.get(drift.kind)

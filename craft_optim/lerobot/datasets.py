@@ -148,7 +148,8 @@ def anchor_batches(
             if prompts is not None:
                 batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(some))]
             # The instruction as it is in the dataset: preprocessors write it anew
-            tasks = {"category": list(batch["task"])} if "task" in batch else {}
+            told = batch.get("task")
+            tasks = {"category": list(told)} if told and all(isinstance(task, str) for task in told) else {}
             yield adapter.inputs(preprocessor(batch)) | tasks
             done += len(some)
 

@@ -11,7 +11,7 @@ from craft_optim._step.rules import Rules
 from craft_optim.anchors.capture import Layer
 from craft_optim.anchors.kept import TopK, top_k_of
 from craft_optim.anchors.reading import Reading, with_fields
-from craft_optim.anchors.structure import flatten
+from craft_optim.anchors.structure import flatten, model_inputs
 from craft_optim.planning.cache_size import input_bytes
 from craft_optim.planning.gpus import blocks_of
 from craft_optim.planning.passes import AnchorPass, Loss, task_loss
@@ -89,7 +89,7 @@ def plan(
     inputs = batch
     if isinstance(batch, Mapping):
         inputs = {name: x for name, x in batch.items() if name != "labels" and isinstance(x, Tensor)}
-    anchors = inputs if anchors is None else anchors
+    anchors = inputs if anchors is None else model_inputs(anchors)
     reading = with_fields(Reading() if reading is None else reading, fields, "plan")
     one = AnchorPass(model, reading, tuple(layers), top_k, dtype, valid)
     if loss is None:

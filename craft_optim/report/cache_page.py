@@ -80,7 +80,7 @@ def render(
 
 
 def _title(cache: AnchorCache, place: int) -> str:
-    category = cache.categories[place]
+    category = cache.categories[place].encode("utf-8", "replace").decode()
     return f"Anchor {place}" + (f": {category}" if category else "")
 
 

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from craft_optim import CraftOptimizer
-from craft_optim.anchors import AnchorCache
+from craft_optim import CraftOptimizer, calibrate
+from craft_optim.anchors import AnchorCache, AnchorMismatchError
 from craft_optim.chat import chat_anchors, load_language_model
 from craft_optim.chat.rows import answered
 from craft_optim.cli import main
@@ -103,6 +103,28 @@ def test_long_rows_are_cut_and_left_out_with_a_word(llama, tokenizer, tmp_path, 
 def test_wrong_arguments_are_refused(llama, tokenizer, tmp_path, given, words):
     with pytest.raises(ValueError, match=words):
         chat_anchors(llama, tokenizer, DATA, tmp_path / "a", **given)
+
+
+def test_a_model_in_bfloat16_is_held_in_float32(llama, tokenizer, tmp_path):
+    """As the page trains it: what the two precisions differ in is rounding, other weights are not."""
+    with torch.no_grad():
+        for p in llama.parameters():
+            p.mul_(6.5)  # so that rounding is seen
+    cache = chat_anchors(llama.bfloat16(), tokenizer, DATA, tmp_path / "a", dtype=torch.float32)
+    assert cache.teacher_dtypes == [torch.bfloat16]
+    retention = cache.retention(llama.float(), batch_size=5)
+    assert retention.tolerance == 5e-3
+    assert 1e-4 < retention().item() < 5e-3, "more than what float32 alone may differ by"
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(1.2)
+    with pytest.raises(AnchorMismatchError):
+        cache.retention(llama, batch_size=5)()
+
+
+def test_drift_can_be_calibrated_where_the_model_has_answered(llama, tokenizer, tmp_path):
+    cache = chat_anchors(llama, tokenizer, DATA, tmp_path / "a", answers="greedy", max_new_tokens=4)
+    assert cache.kinds == ("logits", "tokens")
+    assert calibrate(llama, cache).unit == cache.retention(llama, "logits", 5).unit
 
 
 @pytest.fixture

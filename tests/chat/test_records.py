@@ -75,3 +75,25 @@ def test_what_cannot_be_read_is_said(tmp_path):
         read_records(tmp_path / "b.jsonl")
     with pytest.raises(ValueError, match="cannot be read as records"):
         read_records(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("given", "found"), [("code", "code"), (3, "3"), (0, "0"), (1.5, "1.5"), (None, None)])
+def test_a_category_is_a_text(given, found):
+    (record,) = read_records([{"text": "a", "category": given, "other": 1}])
+    assert record == {"text": "a"} | ({} if found is None else {"category": found})
+
+
+@pytest.mark.parametrize("given", [["code"], {"a": 1}])
+def test_other_categories_are_refused(given):
+    with pytest.raises(ValueError, match=r"Record 0 of `data`: `category` must be a text or a number\. Found .*rename"):
+        read_records([{"text": "a", "category": given}])
+
+
+def test_class_labels_are_their_names(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "category": datasets.ClassLabel(names=["a", "b"])})
+    made = datasets.Dataset.from_dict({"text": ["x", "y", "z"], "category": [1, 0, -1]}, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    expected = [{"text": "x", "category": "b"}, {"text": "y", "category": "a"}, {"text": "z"}]
+    assert read_records(made) == read_records(tmp_path / "saved") == expected

@@ -432,7 +432,33 @@ def test_categories_are_told_apart(script, capsys):
         assert re.search(rf"\n +{name} +20 +{shares} +{over} +{worst[0]} {worst[1]}\n", said)
     assert main(["drift", "b", "--factory", "mine.py:step_100", "mine.py:step_200"]) == 0
     found = capsys.readouterr().out
-    assert re.search(r"logits by category: per anchor\n +checkpoint +lift +push\n +mine.py:step_100 +\S+ +\S+\n", found)
+    columns = r"logits by category: means per anchor\n +category +anchors +mine.py:step_100 +mine.py:step_200\n"
+    assert re.search(columns + r" +(lift|push) +20 +\S+ +\S+\n +(lift|push) +20 +\S+ +\S+\n", found)
+
+
+def test_of_many_categories_the_worst_have_a_row(script, capsys, monkeypatch):
+    monkeypatch.setattr("craft_optim.cli.drift._CATEGORIES", 2)
+    source = Path("mine.py").read_text().replace('["lift", "push"] * 4', '["", "none", "a" * 300, "b\\nc"] * 2')
+    Path("mine.py").write_text(source)
+    assert main(["build-anchors", "c", "--factory=mine.py:of_categories"]) == 0
+    capsys.readouterr()
+    assert main(["drift", "c", "--factory=mine.py:step_200", "--json=d.json"]) == 0
+    said = capsys.readouterr().out
+    about = json.loads(Path("d.json").read_text())["checkpoints"][0]["drift"]["logits"]["categories"]
+    assert about.keys() == {"", "none", "a" * 300, "b\nc"}
+    worst = sorted(about, key=lambda name: -about[name]["anchor_mean"])
+    shown = {"": "(none)", "none": "none", "a" * 300: "a" * 19 + " ... " + "a" * 16, "b\nc": "b c"}
+    assert "logits by category, 2 others in --json" in said
+    table = said.split("by category")[1]
+    assert [name for name in worst if re.search(rf"\n +{re.escape(shown[name])} +10 ", table)] == worst[:2]
+
+
+def test_where_each_anchor_has_its_own_category_there_is_no_second_table(script, capsys):
+    source = Path("mine.py").read_text().replace('["lift", "push"] * 4', '[f"{float(row.sum())}" for row in x]')
+    Path("mine.py").write_text(source)
+    assert main(["build-anchors", "c", "--factory=mine.py:of_categories"]) == 0
+    assert main(["drift", "c", "--factory=mine.py:step_200"]) == 0
+    assert "by category" not in capsys.readouterr().out
 
 
 def test_one_checkpoint_has_a_row_of_numbers_for_each_layer(script, capsys):
