@@ -1,6 +1,8 @@
 """The benchmark on a language model, in its smallest form, on a small one."""
 
 import json
+import random
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +12,7 @@ pytest.importorskip("matplotlib")
 
 import small_chat
 from llm import asked, command, setup, summary
+from llm.figure import spaced
 from llm.methods import METHODS
 
 SHORT = ["--steps=3", "--rows=2", "--limit=4", "--seeds=1", "--workers=1"]
@@ -129,3 +132,17 @@ def test_the_page_has_the_table_of_the_kept_runs():
     runs = [json.loads(file.read_text("utf-8")) for file in sorted(folder.glob("*.json"))]
     assert summary.markdown(summary.rows_of(runs)) in command.PAGE.read_text("utf-8")
     assert len({json.dumps(run["settings"]) for run in runs}) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_labels_are_apart_in_their_order_and_near_their_marks(seed):
+    generator = random.Random(seed)
+    values = [generator.choice([generator.random(), 0.5]) for _ in range(generator.randint(1, 14))]
+    placed = spaced(values, 0.04)
+    order = sorted(range(len(values)), key=lambda i: (values[i], placed[i]))
+    for first, second in pairwise(order):
+        assert placed[second] - placed[first] >= 0.04 - 1e-9
+    assert sum(placed) == pytest.approx(sum(values))
+    assert max(abs(a - b) for a, b in zip(values, placed, strict=True)) <= 0.04 * len(values)
+    apart = [0.0, 0.3, 0.1]
+    assert spaced(apart, 0.04) == apart
