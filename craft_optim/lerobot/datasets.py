@@ -149,7 +149,8 @@ def anchor_batches(
                 batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(some))]
             # The instruction as it is in the dataset: preprocessors write it anew
             told = batch.get("task")
-            tasks = {"category": list(told)} if told and all(isinstance(task, str) for task in told) else {}
+            texts = isinstance(told, list | tuple) and all(isinstance(task, str) for task in told)
+            tasks = {"category": list(told)} if texts else {}
             yield adapter.inputs(preprocessor(batch)) | tasks
             done += len(some)
 

@@ -129,7 +129,11 @@ def test_given_prompts_take_the_frames_own_place_in_turn():
     adapter = SimpleNamespace(inputs=lambda batch: batch)
     batches = list(anchor_batches(dataset, dict, adapter, batch_size=2, prompts=["a", "b", "c"]))
     assert [batch["task"] for batch in batches] == [["a", "b"], ["c", "a"], ["b"]]
+    assert [batch["category"] for batch in batches] == [["a", "b"], ["c", "a"], ["b"]]
     assert [batch["task"] for batch in anchor_batches(dataset, dict, adapter, indices=[1, 4])] == [["own", "own"]]
+    numbered = Rows(*({"task": i, "x": torch.tensor(i)} for i in range(3)), features={"x": {"dtype": "image"}})
+    (batch,) = anchor_batches(numbered, dict, adapter)
+    assert "category" not in batch
 
 
 def test_byte_images_reach_the_preprocessor_as_lerobot_train_gives_them():
