@@ -146,7 +146,7 @@ $(FOR_LLM): $(FOR_TESTS)
 	$(BIN)/python -m pip install --quiet "gguf>=0.19"
 	@touch $@
 
-llm: $(FOR_LLM)  ## 13 ways to fine-tune a real language model, two seeds (hours on two cores; goes on where it stopped; QUICK=1: a look at two)
+llm: $(FOR_LLM)  ## 14 ways to fine-tune a real language model, two seeds (hours on two cores; goes on where it stopped; QUICK=1: a look at two)
 	$(BIN)/python benchmarks/evidence/retention_llm.py $(if $(QUICK),--quick)
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)

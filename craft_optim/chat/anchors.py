@@ -23,7 +23,7 @@ from craft_optim.anchors.processes import Team, find_team
 from craft_optim.anchors.reading import Reading
 from craft_optim.chat.questions import self_questions
 from craft_optim.chat.records import read_records
-from craft_optim.chat.rows import Counted, Row, answered, batch_of, prompted
+from craft_optim.chat.rows import Counted, Row, answered, batch_of, category_of, prompted
 
 __all__ = ["Answers", "chat_anchors"]
 
@@ -158,7 +158,7 @@ def _fitting(rows: Sequence[Row], most: int) -> list[Row]:
 
 def _open_ended(records: Sequence[Mapping[str, Any]], tokenizer: Any, most: int) -> list[Row]:
     """The prompts that leave room for an answer; nothing of them counts."""
-    prompts = [(prompted(record, tokenizer), str(record.get("category") or "")) for record in records]
+    prompts = [(prompted(record, tokenizer), category_of(record)) for record in records]
     kept = [Row(ids, [False] * len(ids), category=category) for ids, category in prompts if 0 < len(ids) <= most]
     _say(Counter({f"are left out: their prompt is longer than {most} tokens": len(prompts) - len(kept)}), len(prompts))
     _require(kept, f"No prompt fits: they may have `max_length` - `max_new_tokens` = {most} tokens. Take a larger one.")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from craft_optim.anchors.masks import IGNORED
 
-__all__ = ["Counted", "Row", "answered", "batch_of", "prompted"]
+__all__ = ["Counted", "Row", "answered", "batch_of", "category_of", "prompted"]
 
 Counted = Literal["assistant", "all"]
 
@@ -59,7 +59,7 @@ def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assi
     else:
         raise ValueError("A prompt without a completion has no answer: let the model answer, answers='sampled'.")
     counts = [False, *(counted == "all" or counts for counts in row.counts[1:])]
-    return row._replace(counts=counts, category=str(record.get("category") or ""))
+    return row._replace(counts=counts, category=category_of(record))
 
 
 def prompted(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
@@ -77,6 +77,11 @@ def prompted(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
         raise ValueError("Messages must hold something to answer. Found the assistant's alone.")
     asked = _templated(tokenizer, messages, record.get("tools"), add_generation_prompt=True)
     return _row(tokenizer, asked, [], templated=True).ids
+
+
+def category_of(record: Mapping[str, Any]) -> str:
+    """The record's category; "" if it has none."""
+    return str(record.get("category") or "")
 
 
 def batch_of(rows: Sequence[Row], padding: int = 0) -> dict[str, Tensor]:

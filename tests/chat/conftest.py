@@ -6,7 +6,8 @@ import pytest
 pytest.importorskip("transformers", reason="pip install 'craft-optim[transformers]'")
 pytest.importorskip("datasets")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))  # for `toys`
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "evaluation"), str(TESTS / "common")]  # for `toys`
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from craft_optim.chat import batch_of, chat_anchors
 from craft_optim.chat.rows import answered
 
 lightning = pytest.importorskip("lightning.pytorch", reason="pip install --group integrations")
+from quiet_lightning import fit  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*does not have many workers")
 
@@ -60,21 +61,6 @@ def anchors(llama, tokenizer, tmp_path):
     return chat_anchors(llama, tokenizer, OLD, tmp_path / "anchors", dtype=torch.float32).path
 
 
-def fit(model, anchors, batches, folder, epochs, resumed=None):
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    data = torch.utils.data.DataLoader(batches, batch_size=None)
-    trainer.fit(Module(model, anchors), data, ckpt_path=resumed)
-    return trainer
-
-
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_it_trains_as_a_loop_of_ones_own(llama, anchors, batches, tmp_path, interrupted):
     model = copy.deepcopy(llama)
@@ -88,8 +74,8 @@ def test_it_trains_as_a_loop_of_ones_own(llama, anchors, batches, tmp_path, inte
     resumed = None
     if interrupted:
         resumed = tmp_path / "half.ckpt"
-        fit(copy.deepcopy(llama), anchors, batches, tmp_path, 2).save_checkpoint(resumed)
-    trainer = fit(found := copy.deepcopy(llama), anchors, batches, tmp_path, 4, resumed)
+        fit(Module(copy.deepcopy(llama), anchors), batches, tmp_path, 2).save_checkpoint(resumed)
+    trainer = fit(Module(found := copy.deepcopy(llama), anchors), batches, tmp_path, 4, resumed)
     for name, p in model.named_parameters():
         assert torch.equal(p, found.get_parameter(name)), name
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `runs`, which the tests here share
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "common")]  # for `runs`, which the tests here share
 
 
 @pytest.fixture(scope="session")

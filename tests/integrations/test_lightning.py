@@ -10,6 +10,7 @@ from torch import nn
 from craft_optim import CraftOptimizer
 
 lightning = pytest.importorskip("lightning.pytorch", reason="pip install --group integrations")
+import quiet_lightning  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*does not have many workers")
@@ -54,19 +55,8 @@ class Module(lightning.LightningModule):
 
 
 def fit(run, folder, epochs=1, load=None, scheduled=True, automatic=True, skipped=(), **trainer):
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **trainer,
-    )
-    data = torch.utils.data.DataLoader([batch(i) for i in range(BATCHES)], batch_size=None)
-    trainer.fit(Module(run, scheduled, automatic, skipped), data, ckpt_path=load)
-    return trainer
+    module = Module(run, scheduled, automatic, skipped)
+    return quiet_lightning.fit(module, [batch(i) for i in range(BATCHES)], folder, epochs, load, **trainer)
 
 
 def plain(run, accumulate=1, clip=None, autocast=None, scaler=None, scheduled=True):
