@@ -1,11 +1,12 @@
 """Lightning's Trainer on the CPU, without anything that it would print or write."""
 
-import lightning.pytorch as lightning
 import torch
 
 
 def fit(module, batches, folder, epochs=1, load=None, **settings):
     """Trains on these batches as they are, from the checkpoint `load` if there is one; returns the trainer."""
+    import lightning.pytorch as lightning  # here: pytest reads this module for doctests where lightning is not installed, too
+
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
