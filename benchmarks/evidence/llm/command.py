@@ -12,11 +12,8 @@ anew, it goes on.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from typing import Any
 import _paths
 from performance_table import with_table
 from retention_budget import positive
+from separate_runs import finished, make_unless_done, side_by_side
 
 from .figure import draw
 from .methods import METHODS, Method
@@ -33,6 +31,7 @@ from .summary import markdown, rows_of
 __all__ = ["main"]
 
 NAME = "retention_llm"
+SCRIPT = _paths.ROOT / "benchmarks" / "evidence" / f"{NAME}.py"
 PAGE = _paths.ROOT / "docs" / "llm_benchmark.md"
 BEGIN = f"<!-- {NAME}: written by `python benchmarks/evidence/{NAME}.py --only-report` -->\n"
 END = "<!-- end -->"
@@ -68,11 +67,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run_all(args: argparse.Namespace) -> None:
     """Makes the runs that are not there yet, seed by seed, so that what there is at any time is balanced."""
     methods = [method for method in TRAINED if args.methods is None or method.name in args.methods]
-    _unless_done(BEFORE, args.seeds[0], args)  # which makes model and anchors, too
-    with ThreadPoolExecutor(args.workers) as pool:
-        jobs = [(method, seed) for seed in args.seeds for method in methods]
-        for done in [pool.submit(_unless_done, method, seed, args) for method, seed in jobs]:
-            done.result()
+    _make(BEFORE, args.seeds[0], args)  # which makes model and anchors, too
+    jobs = (functools.partial(_make, method, seed, args) for seed in args.seeds for method in methods)
+    side_by_side(jobs, args.workers)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -83,23 +80,10 @@ def _file(method: Method, seed: int, args: argparse.Namespace) -> Path:
     return Path(args.results) / (f"{method.name}.json" if method is BEFORE else f"{method.name}-seed{seed}.json")
 
 
-def _unless_done(method: Method, seed: int, args: argparse.Namespace) -> None:
-    """Makes a run in a process of its own, whose memory is the run's.
-
-    Raises:
-        ValueError: It is there, with other settings.
-    """
-    file, settings = _file(method, seed, args), asdict(_settings(args))
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        if found != settings:
-            raise ValueError(f"{file} is of other settings, {found}: pass these, or another --results.")
-        print(f"{file.stem}: done before", flush=True)
-        return
-    options = settings | {"model": args.model, "work": args.work, "results": args.results, "seeds": seed}
-    flags = [f"--{key}={value}" for key, value in options.items() if value is not None]
-    script = _paths.ROOT / "benchmarks" / "evidence" / f"{NAME}.py"
-    subprocess.run([sys.executable, script, *flags, f"--one={method.name}"], check=True)
+def _make(method: Method, seed: int, args: argparse.Namespace) -> None:
+    settings = asdict(_settings(args))
+    where = {"model": args.model, "work": args.work, "results": args.results, "seeds": seed, "one": method.name}
+    make_unless_done(SCRIPT, _file(method, seed, args), settings, settings | where)
 
 
 def report(runs: Sequence[dict[str, Any]], results: Path) -> None:
@@ -120,6 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return [run(method, seed, _settings(args), args.work, args.model, _file(method, seed, args))]
     if not args.only_report:
         run_all(args)
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.results.glob("*.json"))]
+    runs = finished(args.results)
     report(runs, args.results)
     return runs
