@@ -27,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence core text lowest newest lint ruff types docs dist mutants bench plan pareto knob sweep budget vla llm experiments assets clean
+.PHONY: help setup demo test evidence core text lowest newest lint ruff types docs dist mutants bench plan pareto knob budget vla skills llm experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -131,14 +131,14 @@ knob: $(FOR_TESTS)  ## is the drift where epsilon says? (half an hour; AGAINST=P
 	$(BIN)/python benchmarks/evidence/knob.py $(if $(AGAINST),--against=$(AGAINST) --results=benchmarks/evidence/results)
 	$(if $(AGAINST),$(BIN)/python benchmarks/evidence/findings.py)
 
-sweep: $(FOR_EXAMPLE)  ## epsilon against success and drift, several seeds (about half an hour on 2 cores)
-	$(BIN)/python benchmarks/evidence/sweep_epsilon.py
-
 budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
 	$(BIN)/python benchmarks/evidence/retention_budget.py
 
 vla: $(FOR_EXAMPLE)  ## 18 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
 	$(BIN)/python benchmarks/evidence/retention_vla.py
+
+skills: $(FOR_TESTS)  ## 23 ways to teach a robot policy of seven tasks more, three seeds (a working day; goes on where it stopped; QUICK=1: a look at two)
+	$(BIN)/python benchmarks/evidence/retention_skills.py $(if $(QUICK),--quick)
 
 # Without dependencies: they are those of an engine of its own, which nothing here runs.
 $(FOR_LLM): $(FOR_TESTS)
@@ -152,8 +152,9 @@ llm: $(FOR_LLM)  ## 14 ways to fine-tune a real language model, two seeds (hours
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)
 	$(BIN)/python benchmarks/evidence/six_experiments.py
 
-assets: $(FOR_EXAMPLE)  ## record the demonstrations and pretrain the small policy again
+assets: $(FOR_EXAMPLE)  ## record the demonstrations and pretrain the small policies again
 	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all
+	$(BIN)/python -m examples.metaworld_pi0_fast.make_assets all --many
 
 dist: $(FOR_DIST)  ## sdist and wheel in dist/, checked
 	rm -rf dist

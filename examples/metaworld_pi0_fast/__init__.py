@@ -22,3 +22,20 @@ OLD_TASK = "drawer-open-v3"
 
 NEW_TASK = "button-press-topdown-v3"
 """The task that it learns in the example."""
+
+SKILLS = ASSETS / "skills"
+"""A larger policy that knows seven tasks, and fewer demonstrations of each, in the same three places."""
+
+OLD_TASKS = (
+    OLD_TASK,
+    "faucet-open-v3",
+    "window-open-v3",
+    "handle-press-v3",
+    "plate-slide-v3",
+    "coffee-button-v3",
+    "button-press-v3",
+)
+"""The tasks that the policy of `SKILLS` knows."""
+
+NEW_TASKS = (NEW_TASK, "faucet-close-v3", "window-close-v3", "drawer-close-v3", "handle-pull-v3")
+"""Tasks that it can learn. The first has a scene of its own; of the others an old task has a scene that looks alike."""

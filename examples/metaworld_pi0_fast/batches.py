@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -48,6 +49,23 @@ class PreparedFrames:
         self.train_indices = torch.nonzero(~heldout).flatten()
         self.heldout_indices = torch.nonzero(heldout).flatten()
 
+    @classmethod
+    def joined(cls, parts: Sequence[PreparedFrames]) -> PreparedFrames:
+        """The frames of several datasets, one after another; what each of them holds out stays held out.
+
+        Args:
+            parts: At least one; all of the same preprocessor.
+        """
+        joined = cls.__new__(cls)
+        joined.tasks = [task for part in parts for task in part.tasks]
+        joined.images = {key: torch.cat([part.images[key] for part in parts]) for key in parts[0].images}
+        joined.tensors = {key: torch.cat([part.tensors[key] for part in parts]) for key in parts[0].tensors}
+        firsts = [0, *accumulate(len(part) for part in parts)]
+        numbered = list(zip(firsts, parts, strict=False))
+        joined.train_indices = torch.cat([first + part.train_indices for first, part in numbered])
+        joined.heldout_indices = torch.cat([first + part.heldout_indices for first, part in numbered])
+        return joined
+
     def __len__(self) -> int:
         return len(self.tasks)
 
@@ -62,7 +80,7 @@ class PreparedFrames:
 
     @torch.no_grad()
     def heldout_loss(self, policy: Any, batch_size: int = 64, max_frames: int | None = 512) -> float:
-        """Cross-entropy per action token on held-out frames; the policy's mode is left as it was.
+        """The policy's loss on held-out frames, of pi0_fast per action token; the policy's mode is left as it was.
 
         Args:
             policy: The policy.
@@ -80,7 +98,7 @@ class PreparedFrames:
         for part in torch.split(rows, batch_size):
             batch = self.train_batch(part)
             loss, _ = policy.forward(batch)
-            weight = float(batch["action.token_mask"][:, 1:].sum())
+            weight = float(batch["action.token_mask"][:, 1:].sum()) if "action.token_mask" in batch else len(part)
             total, tokens = total + float(loss) * weight, tokens + weight
         policy.train(was_training)
         return total / tokens

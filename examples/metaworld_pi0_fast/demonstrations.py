@@ -77,6 +77,7 @@ def record(
     seed: int = RECORDING_SEED,
     max_steps: int = 200,
     after_success: int = 5,
+    skip: int = 0,
 ) -> Any:
     """Records successful episodes of MetaWorld's scripted expert as a LeRobotDataset v3.
 
@@ -90,6 +91,7 @@ def record(
         seed: Seed of the goals and of the pushes.
         max_steps: An episode that has not succeeded by then is thrown away, and the next goal is tried.
         after_success: Steps recorded after the task is solved, so that the data say how to end.
+        skip: So many successful episodes are left out first: what is recorded are those that follow them.
 
     Returns:
         The finished `LeRobotDataset`.
@@ -120,40 +122,42 @@ def record(
         # Nearly lossless, colours at full resolution: what matters here is a few pixels wide.
         rgb_encoder=RGBEncoderConfig(vcodec="h264", pix_fmt="yuv444p", crf=8, g=10),
     )
-    kept = goal = 0
+    kept, goal = -skip, 0
     with tqdm(total=episodes, desc=f"recording {task}", unit="episode") as progress:
         while kept < episodes:
             if goal >= len(goals):
                 raise RuntimeError(
-                    f"Only {kept} of `episodes`={episodes} succeeded, on {len(goals)} goals of seed {seed}. "
+                    f"Only {max(kept, 0)} of `episodes`={episodes} succeeded, on {len(goals)} goals of seed {seed}. "
                     "Ask for fewer episodes, or allow more `max_steps`."
                 )
             environment.reset(goal)
             policy, shove = expert(task), Pushes(rng)
-            disturbed = kept % 2 == 1
+            disturbed = (skip + kept) % 2 == 1
             remaining = after_success
             for _ in range(max_steps):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     action = np.clip(policy.get_action(environment.observation), -1.0, 1.0).astype(np.float32)
-                dataset.add_frame(
-                    {
-                        CAMERA_KEY: camera.picture(environment),
-                        STATE_KEY: environment.state,
-                        ACTION_KEY: action,
-                        "task": instruction(task),
-                    }
-                )
+                if kept >= 0:
+                    dataset.add_frame(
+                        {
+                            CAMERA_KEY: camera.picture(environment),
+                            STATE_KEY: environment.state,
+                            ACTION_KEY: action,
+                            "task": instruction(task),
+                        }
+                    )
                 environment.step(shove(action) if disturbed else action)
                 remaining -= environment.success
                 if remaining < 0:
                     break
             goal += 1
             if environment.success:
-                dataset.save_episode()
+                if kept >= 0:
+                    dataset.save_episode()
+                    progress.update()
                 kept += 1
-                progress.update()
-            else:
+            elif kept >= 0:
                 dataset.clear_episode_buffer()
     dataset.finalize()
     camera.close()

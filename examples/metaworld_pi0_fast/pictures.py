@@ -57,7 +57,7 @@ def draw_curves(metrics: Path, epsilon: float, path: Path) -> Path:
     cosine.axhline(0.0, color="black", lw=0.6)
     for axis, title in (
         (loss, "loss on the new task"),
-        (drift, "drift on 64 anchors of the old task"),
+        (drift, "drift on 64 anchors of the old tasks"),
         (multiplier, "multiplier lambda"),
         (cosine, "cosine of task and retention gradient"),
     ):
@@ -73,60 +73,40 @@ def draw_curves(metrics: Path, epsilon: float, path: Path) -> Path:
     return path
 
 
+def plain(task: str) -> str:
+    """The name of a task of MetaWorld in words, without its version.
+
+    Example:
+        >>> plain("drawer-open-v3")
+        'drawer open'
+    """
+    return task.rsplit("-v", 1)[0].replace("-", " ")
+
+
 def draw_success(summary: dict[str, Any], old: str, new: str, path: Path) -> Path:
-    """Success rates before, after AdamW and after CRaFT, with 95 % Wilson intervals."""
+    """Success on every task before, after AdamW and after CRaFT, with 95 % Wilson intervals; the new task first."""
     methods = [m for m in COLOURS if m in summary]
-    figure, axis = plt.subplots(figsize=(6.4, 3.8))
-    width = 0.8 / len(methods)
+    *known, learnt = summary[methods[0]]["tasks"]
+    tasks = [learnt, *known]
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.5 * len(tasks)))
     for i, method in enumerate(methods):
-        for j, task in enumerate(("old_success", "new_success")):
-            rate, (low, high) = summary[method][task], summary[method][f"{task}_interval"]
-            x = j + (i - (len(methods) - 1) / 2) * width
-            label = LABELS[method] if j == 0 else None
-            axis.bar(x, rate, width * 0.92, color=COLOURS[method], label=label)
-            axis.errorbar(x, rate, [[max(rate - low, 0)], [max(high - rate, 0)]], color="black", capsize=3, lw=1)
-            axis.text(x, min(high + 0.03, 1.04), f"{rate:.2f}", ha="center", fontsize=8)
-    axis.set_xticks([0, 1], [f"old task\n{old}", f"new task\n{new}"])
-    axis.set_ylim(0, 1.15)
-    axis.set_ylabel("success rate")
-    axis.set_title(f"seeds {summary['seeds']}, bars: 95 % interval", fontsize=10)
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+        row = summary[method]
+        places = [place + 0.22 * (i - (len(methods) - 1) / 2) for place in range(len(tasks))]
+        rates = [row["tasks"][task] for task in tasks]
+        ends = [row["task_intervals"][task] for task in tasks]
+        low = [max(rate - end[0], 0.0) for rate, end in zip(rates, ends, strict=True)]
+        high = [max(end[1] - rate, 0.0) for rate, end in zip(rates, ends, strict=True)]
+        look: dict[str, Any] = {"color": COLOURS[method], "marker": "o", "ls": "", "ms": 7, "elinewidth": 1}
+        axis.errorbar(rates, places, xerr=[low, high], capsize=2, label=LABELS[method], **look)
+    axis.axhline(0.5, color="black", lw=0.8)
+    names = [plain(task) for task in tasks]
+    axis.set_yticks(range(len(tasks)), [f"{names[0]}\n(the new task)", *names[1:]])
+    axis.invert_yaxis()
+    axis.set(xlim=(-0.03, 1.03), xlabel="share of attempts in the simulator that solve the task; bars: 95 % interval")
+    axis.set_title(f"A robot that can do {old} learns one more: {plain(new)}", fontsize=11)
+    axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    axis.grid(alpha=0.25, axis="x")
     axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
-def draw_sweep(result: dict[str, Any], path: Path) -> Path:
-    """Success on both tasks, and drift on anchors and held-out frames, over epsilon; AdamW as horizontal lines."""
-    rows, adamw = result["craft"], result["adamw"]
-    epsilons = [row["epsilon"] for row in rows]
-    figure, (success, drift) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for task, colour in (("old_success", COLOURS["craft"]), ("new_success", "#4daf4a")):
-        rates = [row[task] for row in rows]
-        low = [max(row[task] - row[f"{task}_interval"][0], 0.0) for row in rows]
-        high = [max(row[f"{task}_interval"][1] - row[task], 0.0) for row in rows]
-        name = task.replace("_success", " task")
-        success.errorbar(epsilons, rates, [low, high], color=colour, marker="o", capsize=3, label=f"CRaFT, {name}")
-        success.axhline(adamw[task], color=colour, ls=":", label=f"AdamW, {name}")
-    success.set_ylim(-0.03, 1.05)
-    success.set_title(f"success, {len(result['seeds'])} seeds, 95 % interval", fontsize=10)
-    for key, colour, name in (
-        ("drift_anchor", COLOURS["craft"], "on the anchors"),
-        ("drift_heldout", "#984ea3", "on held-out frames"),
-    ):
-        drift.plot(epsilons, [row[key] for row in rows], color=colour, marker="o", label=f"CRaFT, {name}")
-        drift.axhline(adamw[key], color=colour, ls=":", label=f"AdamW, {name}")
-    drift.plot(epsilons, epsilons, color="black", lw=1, label="drift = epsilon")
-    drift.fill_between(epsilons, [0.8 * e for e in epsilons], [1.25 * e for e in epsilons], color="black", alpha=0.1)
-    drift.set_yscale("log")
-    drift.set_title(f"final drift ({result['retention']})", fontsize=10)
-    for axis in (success, drift):
-        axis.set_xscale("log")
-        axis.set_xlabel("epsilon")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

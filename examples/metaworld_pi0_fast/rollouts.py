@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_all_start_methods, get_context
@@ -60,6 +60,8 @@ def run_episodes(
     seed: int = 0,
     max_steps: int = 200,
     film_stride: int = 0,
+    asked: str | None = None,
+    watch: Callable[[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32]], object] | None = None,
 ) -> Rollouts:
     """Runs one episode per goal, in this process.
 
@@ -72,6 +74,9 @@ def run_episodes(
         seed: Seed of the goals.
         max_steps: An episode that has not succeeded by then has failed.
         film_stride: Film the first episode, one picture every so many steps; 0 for no film.
+        asked: The task whose instruction the policy is given; None: `task`. Success is that of `task`.
+        watch: Called with what the policy saw, pictures `[n, size, size, 3]` and states `[n, 4]`, and with the actions
+            `[n, chunk, 4]` that it chose for the episodes that still run.
 
     Returns:
         The outcome. The same arguments give the same outcome on the same machine.
@@ -93,13 +98,16 @@ def run_episodes(
     time = 0
     while active and time < max_steps:
         pictures = camera.pictures([environments[i] for i in active])
+        states = np.stack([environments[i].state for i in active])
         observation = {
             CAMERA_KEY: torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0,
-            STATE_KEY: torch.from_numpy(np.stack([environments[i].state for i in active])),
-            "task": [instruction(task)] * len(active),
+            STATE_KEY: torch.from_numpy(states),
+            "task": [instruction(asked or task)] * len(active),
         }
         with torch.no_grad():
             chunk = postprocessor(policy.predict_action_chunk(preprocessor(observation)))
+        if watch is not None:
+            watch(pictures, states, chunk.numpy())
         actions = dict(zip(active, chunk.numpy(), strict=True))
         for offset in range(min(policy.config.n_action_steps, max_steps - time)):
             for i in list(active):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -21,19 +22,19 @@ class Outcome:
     Attributes:
         method: "pretrained", "adamw" or "craft".
         seed: Seed of the fine-tuning run.
-        old_success: Whether each rollout of the old task succeeded; None if rollouts were skipped.
+        old_success: Whether each rollout of each old task succeeded; None if rollouts were skipped.
         new_success: The same for the new task.
-        old_ce: Cross-entropy per action token on held-out frames of the old task, in nats.
+        old_ce: Cross-entropy per action token on held-out frames of the old tasks, in nats.
         new_ce: The same for the new task.
         drift_anchor: Mean drift from the snapshot over all anchors, in the unit of epsilon.
-        drift_heldout: The same on frames of the old task that are not anchors.
+        drift_heldout: The same on frames of the old tasks that are not anchors.
         ms_per_step: Wall time of a training step; None for the pretrained policy.
     """
 
     method: str
     seed: int
-    old_success: Sequence[bool] | None
-    new_success: Sequence[bool] | None
+    old_success: Mapping[str, Sequence[bool]] | None
+    new_success: Mapping[str, Sequence[bool]] | None
     old_ce: float
     new_ce: float
     drift_anchor: float
@@ -45,8 +46,9 @@ def summarise(outcomes: Iterable[Outcome], epsilon: float) -> dict[str, Any]:
     """Means over seeds per method; success rates with the Wilson interval over all rollouts of all seeds.
 
     Returns:
-        method -> `old_success`, `old_success_interval`, `old_success_per_seed`, the same for `new_success`, and
-        `old_ce`, `new_ce`, `drift_anchor`, `drift_heldout`, `epsilon`, `ms_per_step`.
+        method -> `old_success`, over the rollouts of all old tasks, `old_success_interval`, `old_success_per_seed`, the
+        same for `new_success`; `tasks`, success by task, and `task_intervals`; `old_mean` and `old_worst`, of the old
+        tasks; None without rollouts; and `old_ce`, `new_ce`, `drift_anchor`, `drift_heldout`, `epsilon`, `ms_per_step`.
     """
     by_method: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -55,11 +57,13 @@ def summarise(outcomes: Iterable[Outcome], epsilon: float) -> dict[str, Any]:
     for method, runs in by_method.items():
         row: dict[str, Any] = {}
         for task in ("old_success", "new_success"):
-            found = [list(s) for s in (getattr(run, task) for run in runs) if s is not None]
-            pooled = [success for s in found for success in s]
+            found = [of_tasks for of_tasks in (getattr(run, task) for run in runs) if of_tasks is not None]
+            each = [[success for of_task in of_tasks.values() for success in of_task] for of_tasks in found]
+            pooled = [success for of_seed in each for success in of_seed]
             row[task] = fmean(pooled) if pooled else None
             row[f"{task}_interval"] = wilson(sum(pooled), len(pooled)) if pooled else None
-            row[f"{task}_per_seed"] = [fmean(s) for s in found]
+            row[f"{task}_per_seed"] = [fmean(of_seed) for of_seed in each]
+        row |= _by_task(runs)
         for value in ("old_ce", "new_ce", "drift_anchor", "drift_heldout"):
             row[value] = fmean(getattr(run, value) for run in runs)
         row["drift_anchor_per_seed"] = [run.drift_anchor for run in runs]
@@ -68,6 +72,19 @@ def summarise(outcomes: Iterable[Outcome], epsilon: float) -> dict[str, Any]:
         row["ms_per_step"] = fmean(times) if times else None
         summary[method] = row
     return summary
+
+
+def _by_task(runs: Sequence[Outcome]) -> dict[str, Any]:
+    if any(run.old_success is None or run.new_success is None for run in runs):
+        return {"tasks": None, "task_intervals": None, "old_mean": None, "old_worst": None}
+    pooled: dict[str, list[bool]] = {}
+    for run in runs:
+        for task, successes in chain((run.old_success or {}).items(), (run.new_success or {}).items()):
+            pooled.setdefault(task, []).extend(successes)
+    tasks = {task: fmean(successes) for task, successes in pooled.items()}
+    old = [tasks[task] for task in runs[0].old_success or {}]
+    intervals = {task: wilson(sum(successes), len(successes)) for task, successes in pooled.items()}
+    return {"tasks": tasks, "task_intervals": intervals, "old_mean": fmean(old), "old_worst": min(old)}
 
 
 _CAPTION = "[..]: 95 % interval; CE: cross-entropy per action token on held-out frames, nats"
@@ -84,8 +101,8 @@ def format_rate(row: dict[str, Any], task: str) -> str:
 def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -> None:
     """The summary as a table; success rates with their 95 % interval."""
     methods = [m for m in ("pretrained", "adamw", "craft") if m in summary]
-    title = f"old task: {old}, new task: {new}; seeds {summary['seeds']}"
-    table = Table(title=title, caption=_CAPTION, box=SIMPLE_HEAD, pad_edge=False)
+    title = f"keep {old}, learn {new}; seeds {summary['seeds']}"
+    table = Table(title=title, caption=_CAPTION, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for method in methods:
         table.add_column(method, justify="right", no_wrap=True)
@@ -93,10 +110,14 @@ def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -
     def number(row: dict[str, Any], key: str, form: str) -> str:
         return "-" if row[key] is None else format(row[key], form)
 
-    for label, task in (("old task: success", "old_success"), ("new task: success", "new_success")):
+    for label, task in (("new task: success", "new_success"), ("old tasks: success", "old_success")):
         table.add_row(label, *(format_rate(summary[m], task) for m in methods))
+    *old_tasks, _ = summary[methods[0]]["tasks"] or [""]
+    for task in old_tasks:
+        table.add_row(f"  {task.rsplit('-v', 1)[0]}", *(f"{summary[m]['tasks'][task]:.2f}" for m in methods))
     for label, key, form in (
-        ("old task: CE", "old_ce", ".3f"),
+        ("old tasks: worst", "old_worst", ".2f"),
+        ("old tasks: CE", "old_ce", ".3f"),
         ("new task: CE", "new_ce", ".3f"),
         ("drift on anchors", "drift_anchor", ".4f"),
         ("drift, held-out", "drift_heldout", ".4f"),
@@ -105,29 +126,4 @@ def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -
         table.add_row(label, *(number(summary[m], key, form) for m in methods))
     epsilon = f"{summary[methods[-1]]['epsilon']:g}"
     table.add_row("epsilon", *(epsilon if m == "craft" else "-" for m in methods))
-    console.print(table)
-
-
-def print_sweep(result: dict[str, Any], console: Console) -> None:
-    """A row per epsilon, AdamW last."""
-    old, new = result["tasks"]["old"], result["tasks"]["new"]
-    title = f"old task: {old}, new task: {new}; retention: {result['retention']}; seeds {result['seeds']}"
-    table = Table(title=title, box=SIMPLE_HEAD)
-    for column in ("epsilon", "old task", "new task", "drift", "drift / epsilon", "held out", "ms/step"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in [*result["craft"], result["adamw"]]:
-        epsilon = row.get("epsilon")
-        ratio = "-"
-        if epsilon:
-            ratios = [drift / epsilon for drift in row["drift_anchor_per_seed"]]
-            ratio = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        table.add_row(
-            "AdamW" if epsilon is None else f"{epsilon:g}",
-            format_rate(row, "old_success"),
-            format_rate(row, "new_success"),
-            f"{row['drift_anchor']:.4f}",
-            ratio,
-            f"{row['drift_heldout']:.4f}",
-            f"{row['ms_per_step']:.0f}",
-        )
     console.print(table)

@@ -5,7 +5,7 @@ import torch
 
 def fit(module, batches, folder, epochs=1, load=None, **settings):
     """Trains on these batches as they are, from the checkpoint `load` if there is one; returns the trainer."""
-    import lightning.pytorch as lightning  # here: pytest reads this module for doctests where lightning is not installed, too
+    import lightning.pytorch as lightning  # not above: pytest reads this module for doctests without it, too
 
     trainer = lightning.Trainer(
         accelerator="cpu",

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
 
-from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK, environment
+from metaworld_pi0_fast import ASSETS, NEW_TASK, NEW_TASKS, OLD_TASK, OLD_TASKS, SKILLS, environment
 from metaworld_pi0_fast.batches import PreparedFrames
-from metaworld_pi0_fast.demonstrations import Pushes, load_frames, open_dataset
+from metaworld_pi0_fast.demonstrations import Pushes, load_frames, open_dataset, record
 from metaworld_pi0_fast.fast_tokenizer import LocalFastTokenizer
 from metaworld_pi0_fast.pictures import draw_films
 from metaworld_pi0_fast.policy import load_policy, make_processors, parameter_count, save_policy
@@ -40,7 +40,7 @@ def frames(policy):
 
 def test_the_shipped_files_are_small_and_name_no_folder_of_ours():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 8_000_000
+    assert sum(path.stat().st_size for path in files) < 25_000_000
     for path in files:
         if path.suffix == ".json":
             assert not re.search(r'"/\w+/', path.read_text()), f"{path.name} holds an absolute path"
@@ -168,7 +168,54 @@ def test_goals_of_the_demonstrations_cannot_be_evaluated_on(policy, processors):
         run_episodes(policy, *processors, OLD_TASK, goals=[0], seed=-1000)
 
 
+def test_several_datasets_are_joined_and_keep_what_they_hold_out(processors, policy):
+    parts = [
+        PreparedFrames(load_frames(ASSETS / "demonstrations" / task, 10, episodes=[0, 1]), processors[0], 1)
+        for task in (OLD_TASK, NEW_TASK)
+    ]
+    joined = PreparedFrames.joined(parts)
+    assert len(joined) == sum(map(len, parts))
+    for rows in ("train_indices", "heldout_indices"):
+        (first, second), found = [getattr(part, rows) for part in parts], getattr(joined, rows)
+        for part, these, at in ((parts[0], first, 0), (parts[1], second, len(first))):
+            wanted, got = part.train_batch(these[:3]), joined.train_batch(found[at : at + 3])
+            assert all(torch.equal(wanted[key], got[key]) for key in wanted)
+            assert [part.tasks[row] for row in these[:3]] == [joined.tasks[row] for row in found[at : at + 3]]
+        assert len(found) == len(first) + len(second)
+
+
+@needs_gl
+def test_the_last_episodes_are_recorded_as_they_would_have_been(tmp_path):
+    all_of_them = record(OLD_TASK, tmp_path / "all", episodes=3)
+    last = record(OLD_TASK, tmp_path / "last", episodes=2, skip=1)
+    rows, wanted = (dataset.hf_dataset.with_format(None) for dataset in (last, all_of_them))
+    assert last.meta.total_episodes == 2
+    for key in ("action", "observation.state"):
+        assert np.array_equal(np.asarray(rows[key]), np.asarray(wanted[key])[-len(rows) :])
+
+
+@needs_gl
+def test_another_instruction_can_be_given_in_a_scene_and_what_is_done_watched(policy, processors):
+    seen = []
+    settings = {"goals": [0, 1], "max_steps": 20, "watch": lambda *found: seen.append([part.shape for part in found])}
+    run_episodes(policy, *processors, OLD_TASK, **settings)
+    assert seen == [[(2, 64, 64, 3), (2, 4), (2, 10, 4)]] * 2
+    told = []
+
+    def preprocessor(observation):
+        told.extend(observation["task"])
+        return processors[0](observation)
+
+    run_episodes(policy, preprocessor, processors[1], OLD_TASK, goals=[0], max_steps=10, asked=NEW_TASK)
+    assert told == [environment.instruction(NEW_TASK)]
+
+
 def test_assets_say_how_they_were_made():
+    record = json.loads((SKILLS / "assets.json").read_text())
+    success = record["pretrain"]["success_on_50_heldout_goals"]
+    assert all(success[task] >= 0.8 for task in OLD_TASKS)
+    assert all(success[task] < 0.3 for task in NEW_TASKS)
+    assert sorted(record["ship"]["tasks"]) == sorted(path.name for path in (SKILLS / "demonstrations").iterdir())
     record = json.loads((ASSETS / "assets.json").read_text())
     assert record["pretrain"]["success_on_50_heldout_goals"] == {OLD_TASK: 1.0, NEW_TASK: 0.0}
     assert {"lerobot", "torch", "metaworld"} <= set(record["versions"])
