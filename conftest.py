@@ -55,7 +55,6 @@ LONGEST = (
     "tests/lerobot/test_command_line.py",
     "tests/integrations/test_bases.py",
     "tests/kernels/test_fused.py",
-    "tests/evidence/test_sweep_epsilon.py",
     "tests/evidence/test_retention_budget.py",
     "tests/examples/test_llm_lora_trainer.py",
     "tests/constraints/test_constraints.py",

@@ -1,4 +1,4 @@
-"""Fine-tune a pi0_fast that knows one task on another one: with plain AdamW, and with CraftOptimizer(AdamW).
+"""Fine-tune a pi0_fast that knows seven tasks on one more: with plain AdamW, and with CraftOptimizer(AdamW).
 
     python examples/pi0_fast_craft.py                          # small policy, MetaWorld, all shipped: minutes on a CPU
     python examples/pi0_fast_craft.py --seeds 3                # the same with three seeds
@@ -16,19 +16,19 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from metaworld_pi0_fast import ASSETS, NEW_TASK, OLD_TASK
+from metaworld_pi0_fast import NEW_TASK, OLD_TASKS, SKILLS
 from metaworld_pi0_fast.batches import PreparedFrames
 from metaworld_pi0_fast.demonstrations import load_frames
 from metaworld_pi0_fast.pictures import draw_curves, draw_films, draw_success
 from metaworld_pi0_fast.policy import load_policy, make_processors, parameter_count, save_policy
-from metaworld_pi0_fast.rollouts import GL_HELP, RolloutPool, Rollouts, gl_backend
+from metaworld_pi0_fast.rollouts import GL_HELP, RolloutPool, gl_backend
 from metaworld_pi0_fast.summary import Outcome, print_table, summarise
 from rich.console import Console
 from torch import Tensor
@@ -43,6 +43,7 @@ METHODS = ("pretrained", "adamw", "craft")
 # hidden (share of variance): about the smallest drift that this run can reach; 0.03 let go of the old task.
 EPSILON = {"logits": 0.05, "hidden": 0.005}
 PROBE_EVERY = 25  # steps between two measurements of the drift, for the picture
+STRIDE = 2  # every second frame of what is to be kept is an anchor: neighbours are alike
 
 console = Console()
 
@@ -55,10 +56,11 @@ class Task:
     frames: PreparedFrames
     environment: str | None
 
-    def batches(self, rows: Tensor, batch_size: int = 32) -> Iterator[dict[str, Tensor]]:
-        """What the policy's network reads of these rows, for building a cache."""
+    def batches(self, rows: Tensor, batch_size: int = 32) -> Iterator[dict[str, Any]]:
+        """What the policy's network reads of these rows, for building a cache; their instructions are categories."""
         for part in torch.split(rows, batch_size):
-            yield anchor_inputs(self.frames.train_batch(part))
+            instructions = [self.frames.tasks[row] for row in part.tolist()]
+            yield {**anchor_inputs(self.frames.train_batch(part)), "category": instructions}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -76,12 +78,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--retention-every", type=every, default="auto", help="run retention on every K-th step (default: auto)")
     add("--rho", type=float, default=Rules.rho, help=f"cap on retention's share of a step (default: {Rules.rho:g})")
     add("--anchor-batch-size", type=int, default=16, help="anchors per retention pass (default: 16)")
-    add("--steps", type=int, default=800, help="fine-tuning steps (default: 800)")
+    add("--steps", type=int, default=400, help="fine-tuning steps (default: 400)")
     add("--batch-size", type=int, default=16, help="frames per step (default: 16)")
     add("--lr", type=float, default=1e-3, help="peak learning rate, cosine with 50 steps of warm-up (default: 1e-3)")
     add("--seeds", type=int, default=1, help="number of seeds, counted from --seed (default: 1)")
     add("--seed", type=int, default=0, help="the first seed (default: 0)")
-    add("--rollouts", type=int, default=20, help="episodes per task and policy, on held-out goals; 0 for none")
+    add("--rollouts", type=int, default=10, help="episodes per task and policy, on held-out goals; 0 for none")
     add("--workers", type=int, default=2, help="rollout processes (default: 2)")
     add("--device", default="cpu", help="device to train on (default: cpu)")
     add("--threads", type=int, default=1, help="CPU threads; more are slower on a model this small (default: 1)")
@@ -106,12 +108,25 @@ def every(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def load_task(repo_id: str | None, environment: str, policy: Any, preprocessor: Any, args: argparse.Namespace) -> Task:
-    """Demonstrations of the hub; those that are shipped of `environment`, if there is no repo id."""
-    data = repo_id or ASSETS / "demonstrations" / environment
+def load_task(
+    repo_id: str | None,
+    environment: str,
+    policy: Any,
+    preprocessor: Any,
+    args: argparse.Namespace,
+    shipped: Path = SKILLS,
+) -> Task:
+    """Demonstrations of the hub; those of `environment` under `shipped`, if there is no repo id."""
+    data = repo_id or shipped / "demonstrations" / environment
     episodes = list(range(args.episodes)) if args.episodes else None
     frames = load_frames(data, policy.config.chunk_size, episodes=episodes)
     return Task(repo_id or environment, PreparedFrames(frames, preprocessor), None if repo_id else environment)
+
+
+def together(tasks: Sequence[Task]) -> Task:
+    """The frames of several tasks as those of one, which has no place in the simulator."""
+    name = f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0].name
+    return Task(name, PreparedFrames.joined([task.frames for task in tasks]), None)
 
 
 def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Namespace) -> anchors.AnchorCache:
@@ -228,55 +243,62 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         shutil.rmtree(args.out / "anchors", ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    source = args.policy or ASSETS / "pretrained"
+    source = args.policy or SKILLS / "pretrained"
     policy = load_policy(source, device=args.device)
     processors = make_processors(policy, path=source)
 
-    old = load_task(args.anchors, OLD_TASK, policy, processors[0], args)
+    tasks = OLD_TASKS[:1] if args.anchors else OLD_TASKS
+    known = [load_task(args.anchors, task, policy, processors[0], args) for task in tasks]
     new = load_task(args.dataset, NEW_TASK, policy, processors[0], args)
     console.print(
-        f"[bold]pi0_fast[/bold], {parameter_count(policy) / 1e6:.2f} M parameters; keep [cyan]{old.name}[/cyan] "
-        f"({len(old.frames.train_indices)} frames as anchors), learn [cyan]{new.name}[/cyan] "
+        f"[bold]pi0_fast[/bold], {parameter_count(policy) / 1e6:.2f} M parameters; keep "
+        f"[cyan]{', '.join(task.name for task in known)}[/cyan], learn [cyan]{new.name}[/cyan] "
         f"({len(new.frames.train_indices)} frames)"
     )
 
     with ExitStack() as stack:
         pool = None
-        if args.rollouts and old.environment and new.environment:
+        if args.rollouts and known[0].environment and new.environment:
             if gl_backend() is None:
                 console.print(f"[yellow]Rollouts are skipped, everything else runs.[/yellow] {GL_HELP}")
             else:
                 pool = stack.enter_context(RolloutPool(workers=args.workers))
-        return _run(args, policy, processors, old, new, pool)
+        return _run(args, policy, processors, known, new, pool)
 
 
 def _run(
-    args: argparse.Namespace, policy: Any, processors: Any, old: Task, new: Task, pool: RolloutPool | None
+    args: argparse.Namespace, policy: Any, processors: Any, known: list[Task], new: Task, pool: RolloutPool | None
 ) -> dict[str, Any]:
     snapshot = copy.deepcopy(policy.state_dict())
-    anchor_cache = anchor(policy, old, old.frames.train_indices, args.out / "anchors" / args.retention, args)
+    old = together(known)
+    rows = old.frames.train_indices[::STRIDE]
+    anchor_cache = anchor(policy, old, rows, args.out / "anchors" / args.retention, args)
     heldout_cache = anchor(
         policy, old, old.frames.heldout_indices, args.out / "anchors" / f"{args.retention}-held-out", args
     )
 
-    films: dict[str, Any] = {}  # the first held-out goal of the old task, per method
+    films: dict[str, Any] = {}  # the first held-out goal of the first old task, per method
 
-    def success(task: Task, film: bool = False) -> Rollouts | None:
-        if pool is None or task.environment is None:
+    def success(tasks: Sequence[Task], film_as: str | None = None) -> dict[str, list[bool]] | None:
+        if pool is None:
             return None
-        return pool.run(policy, processors, task.environment, episodes=args.rollouts, film_stride=4 if film else 0)
+        found = {}
+        for task in tasks:
+            stride = 4 if film_as and task is tasks[0] else 0
+            made = pool.run(policy, processors, task.name, episodes=args.rollouts, film_stride=stride)
+            found[task.name] = made.successes
+            if film_as and made.film is not None:
+                films[film_as] = made.film
+        return found
 
     def evaluate(method: str, seed: int, ms_per_step: float | None) -> Outcome:
         retention = retention_of(policy, anchor_cache, args, seed)
         filmed = method != "pretrained" and method not in films
-        old_rollouts, new_rollouts = success(old, film=filmed), success(new)
-        if old_rollouts is not None and old_rollouts.film is not None:
-            films[method] = old_rollouts.film
         return Outcome(
             method=method,
             seed=seed,
-            old_success=None if old_rollouts is None else old_rollouts.successes,
-            new_success=None if new_rollouts is None else new_rollouts.successes,
+            old_success=success(known, film_as=method if filmed else None),
+            new_success=success([new]),
             old_ce=old.frames.heldout_loss(policy),
             new_ce=new.frames.heldout_loss(policy),
             drift_anchor=retention.drift(),
@@ -287,7 +309,7 @@ def _run(
     outcomes: list[Outcome] = []
     seeds = list(range(args.seed, args.seed + args.seeds))
     probe = [anchor_cache.read(range(0, len(anchor_cache), max(1, len(anchor_cache) // 64)))]
-    rows = []
+    lines = []
     if "pretrained" in args.methods:
         outcomes.append(evaluate("pretrained", seeds[0], None))
     for seed in seeds:
@@ -296,8 +318,8 @@ def _run(
             retention = retention_of(policy, anchor_cache, args, seed)
             ms = fine_tune(policy, method, new, retention, probe, args, seed)
             outcomes.append(evaluate(method, seed, ms))
-            rows.append((args.out / "runs" / f"{method}-seed{seed}" / "metrics.jsonl").read_text(encoding="utf-8"))
-    (args.out / "metrics.jsonl").write_text("".join(rows), encoding="utf-8")
+            lines.append((args.out / "runs" / f"{method}-seed{seed}" / "metrics.jsonl").read_text(encoding="utf-8"))
+    (args.out / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
     settings = {k: v for k, v in vars(args).items() if k not in ("methods", "out")}
     summary = summarise(outcomes, args.epsilon) | {"seeds": seeds, "settings": settings}
@@ -306,7 +328,7 @@ def _run(
         json.dumps([asdict(o) for o in outcomes], indent=2) + "\n", encoding="utf-8"
     )
     print_table(summary, old.name, new.name, console)
-    if rows:
+    if lines:
         draw_curves(args.out / "metrics.jsonl", args.epsilon, args.out / "curves.png")
         page = render(read_runs([f"{args.out / 'runs'}"]), f"Keep {old.name}, learn {new.name}")
         (args.out / "report.html").write_text(page, encoding="utf-8")

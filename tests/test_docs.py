@@ -289,22 +289,6 @@ def test_a_message_that_is_not_there_is_found_out():
     assert len(QUOTED) > 20
 
 
-def test_numbers_of_the_sweep():
-    swept = json.loads(read(ROOT / "benchmarks" / "evidence" / "results" / "sweep-logits.json"))
-    rows = re.findall(r"^\| ([\d.]+|plain AdamW) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
-                      read(CHOOSING), re.MULTILINE)  # fmt: skip
-    found = {name: tuple(map(float, numbers)) for name, *numbers in rows}
-    points = {"plain AdamW": swept["adamw"]} | {f"{point['epsilon']:g}": point for point in swept["craft"]}
-    rounded = {
-        name: (
-            *(round(point[f"{task}_success"], 2) for task in ("old", "new")),
-            *(round(point[f"drift_{kind}"], 4) for kind in ("anchor", "heldout")),
-        )
-        for name, point in points.items()
-    }
-    assert found == rounded
-
-
 if __name__ == "__main__":
     for name, (page, _) in TABLES.items():
         page.write_text(with_table(read(page), name), encoding="utf-8")

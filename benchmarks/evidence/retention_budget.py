@@ -85,7 +85,7 @@ class Bench:
         preprocessor = make_processors(self.policy, path=source)[0]
         common = self.arguments(PLAIN, args)
         old, self.new = (
-            craft.load_task(None, task, self.policy, preprocessor, common) for task in (OLD_TASK, NEW_TASK)
+            craft.load_task(None, task, self.policy, preprocessor, common, ASSETS) for task in (OLD_TASK, NEW_TASK)
         )
         folder = self._work / "anchors"
         self.cache = craft.anchor(self.policy, old, old.frames.train_indices, folder / "anchors", common)

@@ -60,7 +60,7 @@ class Bench:
         flags = [f"--dataset.episodes={episodes}"] if episodes else []
         of_kind = {kind: craft.parse([*flags, f"--retention={kind}"]) for kind in KINDS}
         self.old, self.new = (
-            craft.load_task(None, task, self.policy, self.processors[0], of_kind["logits"])
+            craft.load_task(None, task, self.policy, self.processors[0], of_kind["logits"], ASSETS)
             for task in (OLD_TASK, NEW_TASK)
         )
         rows = {"anchors": self.old.frames.train_indices, "heldout": self.old.frames.heldout_indices}
