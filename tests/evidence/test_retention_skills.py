@@ -1,0 +1,135 @@
+"""The benchmark on a robot policy of many skills, in its smallest form."""
+
+import json
+
+import pytest
+
+pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
+pytest.importorskip("peft")
+
+from metaworld_pi0_fast import NEW_TASK, OLD_TASKS, environment
+from skills import command, runs, setup, summary
+from skills.methods import IN_SCENES, IN_SEQUENCE, METHODS
+
+KNOWN = OLD_TASKS[:2]
+TINY = runs.Settings(steps=3, lr=1e-3, rollouts=2, episodes=3, known=2)
+BY_NAME = {method.name: method for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("skills")
+
+
+@pytest.fixture
+def made(folder, monkeypatch):
+    """Makes a run in this process, without rollouts: each succeeds on the first goal alone."""
+
+    def succeeds(bench, scene, episodes, asked=None):
+        return [True] + [False] * (episodes - 1)
+
+    monkeypatch.setattr(runs._Bench, "_succeeds", succeeds)
+
+    def make(name, scenario="button"):
+        file = folder / "results" / f"{scenario}-{name}-seed0.json"
+        if not file.is_file():
+            runs.run(BY_NAME[name], scenario, 0, TINY, folder / "work", file)
+        return json.loads(file.read_text("utf-8"))
+
+    return make
+
+
+def test_what_does_not_train_does_not_move(made):
+    (stage,) = made("before")["stages"]
+    assert set(stage["drift_heldout"]) == set(KNOWN)
+    assert stage["drift"] == pytest.approx(0.0, abs=1e-5)
+    assert max(stage["drift_heldout"].values()) == pytest.approx(0.0, abs=1e-5)
+    assert max(stage["drift_hidden"].values()) == pytest.approx(0.0, abs=1e-5)
+    assert max(stage["actions_moved"].values()) == 0.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "craft"])
+def test_what_trains_moves(made, name):
+    (stage,) = made(name)["stages"]
+    assert stage["drift"] > 0.0
+    assert min(stage["drift_heldout"].values()) > 0.0
+    assert list(stage["success"]) == [*KNOWN, NEW_TASK]
+    assert stage["seconds"] > 0.0
+    assert ("constraint" in stage) == (name == "craft")
+
+
+@pytest.mark.evidence
+def test_tasks_in_turn_each_have_their_own_constraint(made):
+    stages = made("craft", "sequence")["stages"]
+    assert [len(stage["success"]) for stage in stages] == [3, 4, 5, 6]
+    held = [{key for key in stage["constraint"][-1] if key.startswith("epsilon/")} for stage in stages]
+    assert [len(names) for names in held] == [1, 2, 3, 4]
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in ("before", "adamw", "craft", "craft-joint")])
+def test_every_method_learns(made, name):
+    plain, (stage,) = made("adamw")["stages"][0], made(name)["stages"]
+    assert 0.0 < stage["drift"] != plain["drift"]
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize("name", IN_SEQUENCE)
+def test_every_method_learns_in_turn(made, name):
+    assert len(made(name, "sequence")["stages"]) == len(runs.SCENARIOS["sequence"].tasks)
+
+
+@pytest.mark.evidence
+@pytest.mark.skipif(environment.gl_backend() is None, reason=environment.GL_HELP)
+def test_the_command_makes_what_is_missing_and_reports_all(folder, capsys):
+    flags = ["--known=2", "--episodes=3", "--steps=3", "--rollouts=1", "--seeds=0", "--scenarios", "button", "faucet"]
+    flags += ["--methods", "adamw", "craft", f"--work={folder / 'work'}", f"--results={folder / 'made'}"]
+    found = command.main(flags)
+    assert {run["method"] for run in found} == {"before", "adamw", "craft"}
+    pairs = [run["stages"][-1]["other_instruction"] for run in found if run["scenario"] == "faucet"]
+    assert [set(pair) for pair in pairs] == [{"faucet-open-v3", "faucet-close-v3"}] * 2
+    assert (folder / "made.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert all(BY_NAME[name].label in printed for name in ("adamw", "craft"))
+    assert "faucet" in printed
+    command.main(flags)
+    assert "button-craft-seed0: done before" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"other settings.*another --results"):
+        command.main([*flags, "--steps=4"])
+
+
+def test_tables_are_about_all_rollouts_of_all_seeds():
+    found = [_run("before", 0, {"a-v3": [1, 1], "b-v3": [1, 1]}, [0, 0])]
+    found += [_run("adamw", seed, {"a-v3": [1, seed], "b-v3": [0, 0]}, [1, 1]) for seed in (0, 1)]
+    before, adamw = summary.rows_of(found)
+    assert (before["old_mean"], before["new"], before["cost"]) == (1.0, 0.0, None)
+    assert adamw["tasks"] == {"a-v3": 0.75, "b-v3": 0.0}
+    assert (adamw["old_mean"], adamw["old_worst"], adamw["worst_task"]) == (0.375, 0.0, "b-v3")
+    assert (adamw["new"], adamw["seeds"], adamw["cost"]) == (1.0, [0, 1], 1.0)
+    assert "| AdamW | 2 | 1.00 " in summary.markdown(found)
+
+
+def test_what_orders_tasks_as_their_success_does_predicts_it():
+    worse = [
+        _run("adamw", seed, {"a-v3": [1, 1], "b-v3": [1, 0]}, [1, 1], {"a-v3": 0.1, "b-v3": 0.2}) for seed in (0, 1)
+    ]
+    better = _run("craft", 0, {"a-v3": [1, 1], "b-v3": [1, 1]}, [1, 1], {"a-v3": 0.05, "b-v3": 0.1})
+    found = summary.predictions([*worse, better])
+    assert found["drift_heldout"]["tasks"] < -0.8
+    assert found["drift_heldout"]["worst"] == pytest.approx(-1.0)
+
+
+def _run(method, seed, success, new, drift=None):
+    tasks = {task: [bool(x) for x in of] for task, of in success.items()}
+    each = drift or dict.fromkeys(tasks, 0.0)
+    stage = {"success": tasks | {NEW_TASK: [bool(x) for x in new]}, "drift": max(each.values()), "seconds": 0.1}
+    stage |= dict.fromkeys(summary.PREDICTORS, each)
+    return {"method": method, "scenario": "button", "seed": seed, "stages": [stage]}
+
+
+def test_methods_and_choices_are_of_what_there_is():
+    assert len(BY_NAME) == len(METHODS)
+    assert set(IN_SCENES) | set(IN_SEQUENCE) <= set(BY_NAME)
+    for method in METHODS:
+        assert method.anchors in setup.ANCHORED or method.anchors == "own"
+    assert all(old in OLD_TASKS for old in runs.LOOKS_LIKE.values())
