@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=3e-4, help="learning rate, at its highest")
     add("--limit", type=positive, help="at most so many anchors, words and instructions of each kind")
     add("--methods", nargs="+", choices=[method.name for method in TRAINED], help="default: all")
-    add("--quick", action="store_true", help=f"{' and '.join(QUICK)}, one seed, 15 steps, 40 anchors and words")
+    add("--quick", action="store_true", help=f"{' and '.join(QUICK)}, one seed, 8 steps, 40 anchors and words")
     add("--model", help="folder, GGUF file or hub id of another chat model")
     add("--workers", type=positive, default=2, help="runs side by side, each in a process of its own")
     add("--work", type=Path, default=_paths.WORK / NAME, help="where the model and its anchors go")
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--one", choices=[method.name for method in METHODS], help="make this run alone, here, of the first seed")
     args = parser.parse_args(arguments)
     if args.quick:
-        args.seeds, args.steps, args.limit, args.methods = args.seeds[:1], 15, 40, args.methods or list(QUICK)
+        args.seeds, args.steps, args.limit, args.methods = args.seeds[:1], 8, 40, args.methods or list(QUICK)
         args.work = args.work.with_name(f"{args.work.name}-quick")
     args.results = args.results or (args.work / "results" if args.quick else _paths.RESULTS / NAME)
     return args
