@@ -9,6 +9,7 @@ pytest.importorskip("peft")
 
 from metaworld_pi0_fast import NEW_TASK, OLD_TASKS, environment
 from skills import command, runs, setup, summary
+from skills.figure import draw
 from skills.methods import IN_SCENES, IN_SEQUENCE, METHODS
 
 KNOWN = OLD_TASKS[:2]
@@ -107,6 +108,24 @@ def test_tables_are_about_all_rollouts_of_all_seeds():
     assert (adamw["old_mean"], adamw["old_worst"], adamw["worst_task"]) == (0.375, 0.0, "b-v3")
     assert (adamw["new"], adamw["seeds"], adamw["cost"]) == (1.0, [0, 1], 1.0)
     assert "| AdamW | 2 | 1.00 " in summary.markdown(found)
+
+
+def test_the_page_has_room_for_the_tables():
+    page = command.with_table(command.PAGE.read_text("utf-8"), "| the tables |", command.BEGIN, command.END)
+    assert f"{command.BEGIN}\n| the tables |\n{command.END}" in page
+
+
+def test_what_there_are_no_runs_for_is_left_out(tmp_path):
+    with pytest.raises(ValueError, match=r"no run to report.*--results"):
+        summary.markdown([])
+    (adamw,) = alone = [_run("adamw", 0, {"a-v3": [1, 1]}, [1, 1])]
+    assert "predicts" not in summary.markdown(alone)
+    before = _run("before", 0, {"a-v3": [1, 1]}, [1, 1]) | {"scenario": "pi0-faucet"}
+    assert summary.markdown([before]).strip() == ""
+    draw([before], tmp_path, "made")
+    assert not list(tmp_path.iterdir())
+    draw([before, adamw], tmp_path, "made")
+    assert [file.name for file in tmp_path.iterdir()] == ["made.png"]
 
 
 def test_what_orders_tasks_as_their_success_does_predicts_it():

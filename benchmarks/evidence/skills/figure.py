@@ -18,7 +18,8 @@ __all__ = ["draw"]
 
 def draw(runs: Sequence[Mapping[str, Any]], folder: Path, name: str) -> None:
     """Draws one more skill to `folder/name.png`, and of "sequence" each method to `folder/name-METHOD.png`."""
-    _draw_tasks(rows_of(runs), folder / f"{name}.png")
+    if rows := rows_of(runs):
+        _draw_tasks(rows, folder / f"{name}.png")
     for method in METHODS:
         if (matrix := matrix_of(runs, method)) is not None:
             draw_matrix(matrix, folder / f"{name}-{method.name}.png")

@@ -146,10 +146,12 @@ def predictions(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     Returns:
         For each: `tasks`, Spearman's rank correlation with the success of the task, over all tasks of all runs;
         `worst`, of its highest value among the tasks of a run with the lowest success among them; and of "drift", the
-        one number of a run, `worst` alone.
+        one number of a run, `worst` alone. Nothing of fewer than two runs, which have no order.
     """
     fast = [run for run in runs if SCENARIOS[run["scenario"]].policy == "pi0_fast"]
     stages = [run["stages"][-1] for run in fast if run["method"] != "before" and len(run["stages"]) == 1]
+    if len(stages) < 2:
+        return {}
     rates = [{task: fmean(stage["success"][task]) for task in stage["drift_heldout"]} for stage in stages]
     worst = [min(of.values()) for of in rates]
     found = {"drift": {"worst": _rank([stage["drift"] for stage in stages], worst)}}
@@ -171,15 +173,23 @@ def _with(row: Mapping[str, Any], key: str, interval: str) -> str:
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """The tables of the page."""
-    parts = [_skill_table(rows_of(runs))]
+    """The tables of the page: those that there are runs for.
+
+    Raises:
+        ValueError: There is no run.
+    """
+    if not runs:
+        raise ValueError("There is no run to report: run without --only-report first, or name another --results.")
+    parts = []
+    if rows := rows_of(runs):
+        parts += ["**One more task**", _skill_table(rows)]
     if scenes := scenes_of(runs):
         parts += ["**Scenes that look alike**", _scene_table(scenes)]
     matrices = {method: matrix for method in METHODS if (matrix := matrix_of(runs, method)) is not None}
     if matrices:
         parts += ["**Four tasks in turn**", _sequence_table(matrices)]
-    if any(run["method"] != "before" for run in runs):
-        parts += ["**What predicts success**", _prediction_table(predictions(runs))]
+    if found := predictions(runs):
+        parts += ["**What predicts success**", _prediction_table(found)]
     return "\n\n".join(parts) + "\n"
 
 
