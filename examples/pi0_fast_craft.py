@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from craft_optim.report import read_runs, render
 
 METHODS = ("pretrained", "adamw", "craft")
 # logits (nats): the default of CraftOptimizer; this learning rate can reach it.
-# hidden (share of variance): about the smallest drift that this run can reach; 0.03 let go of the old task.
+# hidden (share of variance): about the smallest drift that a policy of one task could reach; at 0.03 it let go of that.
 EPSILON = {"logits": 0.05, "hidden": 0.005}
 PROBE_EVERY = 25  # steps between two measurements of the drift, for the picture
 STRIDE = 2  # every second frame of what is to be kept is an anchor: neighbours are alike
@@ -55,12 +55,6 @@ class Task:
     name: str
     frames: PreparedFrames
     environment: str | None
-
-    def batches(self, rows: Tensor, batch_size: int = 32) -> Iterator[dict[str, Any]]:
-        """What the policy's network reads of these rows, for building a cache; their instructions are categories."""
-        for part in torch.split(rows, batch_size):
-            instructions = [self.frames.tasks[row] for row in part.tolist()]
-            yield {**anchor_inputs(self.frames.train_batch(part)), "category": instructions}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -131,7 +125,7 @@ def together(tasks: Sequence[Task]) -> Task:
 
 def anchor(policy: Any, task: Task, rows: Tensor, path: Path, args: argparse.Namespace) -> anchors.AnchorCache:
     """Writes down what the policy says about these frames before it is fine-tuned."""
-    name, batches = args.policy or "small pi0_fast", task.batches(rows)
+    name, batches = args.policy or "small pi0_fast", task.frames.anchor_batches(rows, anchor_inputs)
     if args.retention == "logits":
         return anchors.build(
             policy, batches, path, anchors.Reading(action_logits, action_mask), class_dim=-1, model_id=name
@@ -333,7 +327,7 @@ def _run(
         page = render(read_runs([f"{args.out / 'runs'}"]), f"Keep {old.name}, learn {new.name}")
         (args.out / "report.html").write_text(page, encoding="utf-8")
     if pool is not None:
-        draw_success(summary, old.name, new.name, args.out / "success.png")
+        draw_success(summary, old.name, args.out / "success.png")
     if films:
         draw_films(films, args.out / "rollout.gif")
     console.print(

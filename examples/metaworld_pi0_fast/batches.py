@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -77,6 +77,19 @@ class PreparedFrames:
         for key, images in self.images.items():
             batch[key] = images[rows].to(device).float() / 255.0
         return batch
+
+    def anchor_batches(
+        self, rows: Tensor, inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch_size: int = 32
+    ) -> Iterator[dict[str, Any]]:
+        """The rows as `anchors.build` takes them; their instructions are the categories.
+
+        Args:
+            rows: Which.
+            inputs: A batch -> what of it is stored.
+            batch_size: Rows of a batch.
+        """
+        for part in torch.split(rows, batch_size):
+            yield {**inputs(self.train_batch(part)), "category": [self.tasks[row] for row in part.tolist()]}
 
     @torch.no_grad()
     def heldout_loss(self, policy: Any, batch_size: int = 64, max_frames: int | None = 512) -> float:

@@ -139,6 +139,16 @@ def instruction(task: str) -> str:
     return descriptions[task]
 
 
+def short(task: str) -> str:
+    """A task's name without its version.
+
+    Example:
+        >>> short("drawer-open-v3")
+        'drawer-open'
+    """
+    return task.rsplit("-v", 1)[0]
+
+
 @functools.cache
 def _task_descriptions() -> dict[str, str]:
     # Read from lerobot's file, not imported from its module: that would import mujoco, and fix its back end.

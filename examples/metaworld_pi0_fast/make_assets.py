@@ -69,23 +69,23 @@ def pretrained(assets: Path) -> Path:
 def step_record(options: argparse.Namespace) -> dict[str, Any]:
     """Records all tasks, for pretraining."""
     episodes = dict.fromkeys((*options.old, *options.new), options.episodes)
-    return _record(options.recordings, episodes, episodes, options.seed)
+    return _record(options.recordings, episodes, options)
 
 
 def step_ship(options: argparse.Namespace) -> dict[str, Any]:
     """Records the last episodes of every task once more: the same ones, for they depend on the seed alone."""
     known = [task for task in options.old if task != TRAINED_ONLY]
     kept = dict.fromkeys(known, options.shipped_old) | dict.fromkeys(options.new, options.shipped_new)
-    return _record(options.assets, kept, dict.fromkeys(kept, options.episodes), options.seed)
+    return _record(options.assets, kept, options)
 
 
-def _record(folder: Path, kept: dict[str, int], of: dict[str, int], seed: int) -> dict[str, Any]:
+def _record(folder: Path, kept: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for task, count in kept.items():
-        meta = record(task, demonstrations(folder, task), count, seed, skip=of[task] - count).meta
+        meta = record(task, demonstrations(folder, task), count, options.seed, skip=options.episodes - count).meta
         found = {"instruction": instruction(task), "episodes": meta.total_episodes, "frames": meta.total_frames}
         report[task] = found
-    return {"seed": seed, "tasks": report}
+    return {"seed": options.seed, "tasks": report}
 
 
 def step_tokenizers(options: argparse.Namespace) -> dict[str, Any]:

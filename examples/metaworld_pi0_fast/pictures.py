@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from .environment import short
+
 COLOURS = {"pretrained": "#8c8c8c", "adamw": "#d95f02", "craft": "#1b6ca8"}
 LABELS = {"pretrained": "before", "adamw": "AdamW", "craft": "CraftOptimizer(AdamW)"}
 
@@ -73,17 +75,7 @@ def draw_curves(metrics: Path, epsilon: float, path: Path) -> Path:
     return path
 
 
-def plain(task: str) -> str:
-    """The name of a task of MetaWorld in words, without its version.
-
-    Example:
-        >>> plain("drawer-open-v3")
-        'drawer open'
-    """
-    return task.rsplit("-v", 1)[0].replace("-", " ")
-
-
-def draw_success(summary: dict[str, Any], old: str, new: str, path: Path) -> Path:
+def draw_success(summary: dict[str, Any], old: str, path: Path) -> Path:
     """Success on every task before, after AdamW and after CRaFT, with 95 % Wilson intervals; the new task first."""
     methods = [m for m in COLOURS if m in summary]
     *known, learnt = summary[methods[0]]["tasks"]
@@ -99,11 +91,11 @@ def draw_success(summary: dict[str, Any], old: str, new: str, path: Path) -> Pat
         look: dict[str, Any] = {"color": COLOURS[method], "marker": "o", "ls": "", "ms": 7, "elinewidth": 1}
         axis.errorbar(rates, places, xerr=[low, high], capsize=2, label=LABELS[method], **look)
     axis.axhline(0.5, color="black", lw=0.8)
-    names = [plain(task) for task in tasks]
+    names = [short(task).replace("-", " ") for task in tasks]
     axis.set_yticks(range(len(tasks)), [f"{names[0]}\n(the new task)", *names[1:]])
     axis.invert_yaxis()
     axis.set(xlim=(-0.03, 1.03), xlabel="share of attempts in the simulator that solve the task; bars: 95 % interval")
-    axis.set_title(f"A robot that can do {old} learns one more: {plain(new)}", fontsize=11)
+    axis.set_title(f"A robot that can do {old} learns one more: {names[0]}", fontsize=11)
     axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
     axis.grid(alpha=0.25, axis="x")
     axis.spines[["top", "right"]].set_visible(False)

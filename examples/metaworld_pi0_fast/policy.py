@@ -22,6 +22,7 @@ from unittest import mock
 
 from torch import nn
 
+from .demonstrations import ACTION_KEY, CAMERA_KEY, STATE_KEY
 from .environment import ACTION_NAMES, IMAGE_SIZE, STATE_NAMES
 
 _MODULE = "lerobot.policies.pi0_fast.modeling_pi0_fast"
@@ -60,6 +61,48 @@ class Backbone:
     image: int = IMAGE_SIZE
 
 
+def shrink(config: Any, backbone: Backbone, vocab_size: int) -> None:
+    """Writes the sizes of a small PaliGemma into the config that lerobot is about to build one of.
+
+    lerobot has already written its own sizes into it; only what it hard-codes needs undoing.
+
+    Args:
+        config: Changed in place.
+        backbone: The sizes.
+        vocab_size: Size of the text tokenizer's vocabulary, action tokens included.
+    """
+    text, vision = config.text_config, config.vision_config
+    text.vocab_size = config._vocab_size = vocab_size
+    # PaliGemma's image placeholder: lerobot never uses it, but the embedding must be able to hold it.
+    config.image_token_index = config.image_token_id = vocab_size - 1
+    text.pad_token_id = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: backbone.depth]
+    vision.hidden_size, vision.num_hidden_layers = backbone.vision_width, backbone.vision_depth
+    vision.intermediate_size, vision.num_attention_heads = backbone.vision_mlp, backbone.vision_heads
+    vision.patch_size, vision.image_size = backbone.patch, backbone.image
+    vision.num_image_tokens = (backbone.image // backbone.patch) ** 2
+    vision.projection_dim = config.projection_dim = config.hidden_size = backbone.width
+
+
+def features(camera: str = CAMERA_KEY, image: int = IMAGE_SIZE) -> dict[str, Any]:
+    """What a policy's config says of MetaWorld: `input_features` and `output_features`.
+
+    Args:
+        camera: Key of the camera in the datasets.
+        image: Side of the picture, in pixels.
+    """
+    from lerobot.configs.types import FeatureType, PolicyFeature
+
+    return {
+        "input_features": {
+            camera: PolicyFeature(FeatureType.VISUAL, (3, image, image)),
+            STATE_KEY: PolicyFeature(FeatureType.STATE, (len(STATE_NAMES),)),
+        },
+        "output_features": {ACTION_KEY: PolicyFeature(FeatureType.ACTION, (len(ACTION_NAMES),))},
+    }
+
+
 @contextlib.contextmanager
 def small_backbone(backbone: Backbone, vocab_size: int) -> Iterator[Any]:
     """While this is open, `PI0FastPolicy(config)` builds a small PaliGemma.
@@ -76,19 +119,7 @@ def small_backbone(backbone: Backbone, vocab_size: int) -> Iterator[Any]:
     full = getattr(module, name)
 
     def build(config: Any) -> nn.Module:
-        # lerobot has already written its own sizes into `config`; only what it hard-codes needs undoing.
-        text, vision = config.text_config, config.vision_config
-        text.vocab_size = config._vocab_size = vocab_size
-        # PaliGemma's image placeholder: lerobot never uses it, but the embedding must be able to hold it.
-        config.image_token_index = config.image_token_id = vocab_size - 1
-        text.pad_token_id = 0
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[: backbone.depth]
-        vision.hidden_size, vision.num_hidden_layers = backbone.vision_width, backbone.vision_depth
-        vision.intermediate_size, vision.num_attention_heads = backbone.vision_mlp, backbone.vision_heads
-        vision.patch_size, vision.image_size = backbone.patch, backbone.image
-        vision.num_image_tokens = (backbone.image // backbone.patch) ** 2
-        vision.projection_dim = config.projection_dim = config.hidden_size = backbone.width
+        shrink(config, backbone, vocab_size)
         model: nn.Module = full(config)
         return model
 
@@ -104,7 +135,7 @@ def small_backbone(backbone: Backbone, vocab_size: int) -> Iterator[Any]:
 def new_policy(
     tokenizers: Path,
     backbone: Backbone | None = None,
-    camera: str = "observation.image",
+    camera: str = CAMERA_KEY,
     chunk_size: int = 10,
     max_action_tokens: int = 28,
     tokenizer_max_length: int = 20,
@@ -122,7 +153,7 @@ def new_policy(
     Returns:
         A `PI0FastPolicy` on the CPU.
     """
-    from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
+    from lerobot.configs.types import NormalizationMode
     from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 
     backbone = backbone or Backbone()
@@ -147,11 +178,7 @@ def new_policy(
             "STATE": NormalizationMode.MIN_MAX,
             "ACTION": NormalizationMode.MIN_MAX,
         },
-        input_features={
-            camera: PolicyFeature(FeatureType.VISUAL, (3, backbone.image, backbone.image)),
-            "observation.state": PolicyFeature(FeatureType.STATE, (len(STATE_NAMES),)),
-        },
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (len(ACTION_NAMES),))},
+        **features(camera, backbone.image),
     )
     return _build(config, backbone)
 

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from craft_optim.evaluation.statistics import wilson
 
+from .environment import short
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -114,7 +116,7 @@ def print_table(summary: dict[str, Any], old: str, new: str, console: Console) -
         table.add_row(label, *(format_rate(summary[m], task) for m in methods))
     *old_tasks, _ = summary[methods[0]]["tasks"] or [""]
     for task in old_tasks:
-        table.add_row(f"  {task.rsplit('-v', 1)[0]}", *(f"{summary[m]['tasks'][task]:.2f}" for m in methods))
+        table.add_row(f"  {short(task)}", *(f"{summary[m]['tasks'][task]:.2f}" for m in methods))
     for label, key, form in (
         ("old tasks: worst", "old_worst", ".2f"),
         ("old tasks: CE", "old_ce", ".3f"),

@@ -1,5 +1,6 @@
 """The benchmark on a robot policy of many skills, in its smallest form."""
 
+import functools
 import json
 
 import pytest
@@ -8,7 +9,8 @@ pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.
 pytest.importorskip("peft")
 
 from metaworld_pi0_fast import NEW_TASK, OLD_TASKS, environment
-from skills import command, runs, setup, summary
+from metaworld_pi0_fast.rollouts import Rollouts
+from skills import command, continuous, runs, setup, summary
 from skills.figure import draw
 from skills.methods import IN_SCENES, IN_SEQUENCE, METHODS
 
@@ -26,10 +28,10 @@ def folder(tmp_path_factory):
 def made(folder, monkeypatch):
     """Makes a run in this process, without rollouts: each succeeds on the first goal alone."""
 
-    def succeeds(bench, scene, episodes, asked=None):
-        return [True] + [False] * (episodes - 1)
+    def episodes(policy, preprocessor, postprocessor, scene, goals, seed, asked):
+        return Rollouts([goal == 0 for goal in goals], [1] * len(goals))
 
-    monkeypatch.setattr(runs._Bench, "_succeeds", succeeds)
+    monkeypatch.setattr(runs, "run_episodes", episodes)
 
     def make(name, scenario="button"):
         file = folder / "results" / f"{scenario}-{name}-seed0.json"
@@ -78,6 +80,21 @@ def test_every_method_learns(made, name):
 @pytest.mark.parametrize("name", IN_SEQUENCE)
 def test_every_method_learns_in_turn(made, name):
     assert len(made(name, "sequence")["stages"]) == len(runs.SCENARIOS["sequence"].tasks)
+
+
+@pytest.mark.evidence
+@pytest.mark.skipif(environment.gl_backend() is None, reason=environment.GL_HELP)
+@pytest.mark.parametrize("name", ["before", "adamw", "craft"])
+def test_a_policy_of_continuous_actions_is_made_once_and_learns(made, folder, monkeypatch, name):
+    monkeypatch.setattr(continuous, "EPISODES", 6)
+    monkeypatch.setattr(continuous, "load", functools.partial(continuous.load, steps=3))
+    weights = folder / "work" / "pi0" / "pi0.safetensors"
+    before = weights.stat().st_mtime_ns if weights.is_file() else None
+    (stage,) = made(name, "pi0-faucet")["stages"]
+    assert before in (None, weights.stat().st_mtime_ns)
+    assert set(stage["drift_heldout"]) == set(KNOWN)
+    assert (max(stage["drift_heldout"].values()) < 1e-5) == (name == "before")
+    assert set(stage["other_instruction"]) == (set() if name == "before" else {"faucet-open-v3", "faucet-close-v3"})
 
 
 @pytest.mark.evidence

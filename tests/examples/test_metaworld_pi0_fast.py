@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("lerobot", reason="pip install --group example, Python >= 3.12")
 
-from metaworld_pi0_fast import ASSETS, NEW_TASK, NEW_TASKS, OLD_TASK, OLD_TASKS, SKILLS, environment
+from metaworld_pi0_fast import ASSETS, NEW_TASK, NEW_TASKS, OLD_TASK, OLD_TASKS, SKILLS, environment, make_assets
 from metaworld_pi0_fast.batches import PreparedFrames
 from metaworld_pi0_fast.demonstrations import Pushes, load_frames, open_dataset, record
 from metaworld_pi0_fast.fast_tokenizer import LocalFastTokenizer
@@ -208,6 +208,14 @@ def test_another_instruction_can_be_given_in_a_scene_and_what_is_done_watched(po
 
     run_episodes(policy, preprocessor, processors[1], OLD_TASK, goals=[0], max_steps=10, asked=NEW_TASK)
     assert told == [environment.instruction(NEW_TASK)]
+
+
+def test_many_tasks_have_defaults_of_their_own():
+    one, many = make_assets.parse(["all"]), make_assets.parse(["all", "--many", "--steps=5"])
+    assert (one.assets, one.old, one.new, one.backbone) == (ASSETS, [OLD_TASK], [NEW_TASK], {})
+    assert (many.assets, many.new, many.steps) == (SKILLS, NEW_TASKS, 5)
+    assert set(many.old) == {*OLD_TASKS, make_assets.TRAINED_ONLY}
+    assert load_policy(SKILLS / "pretrained").config.max_action_tokens == many.max_action_tokens
 
 
 def test_assets_say_how_they_were_made():

@@ -174,7 +174,7 @@ def test_summary_has_every_task_and_the_worst_of_the_old(tmp_path):
     assert (row["old_mean"], row["old_worst"], row["old_success"]) == (0.625, 0.25, 0.625)
     assert row["old_success_per_seed"] == [0.75, 0.5]
     assert row["task_intervals"]["faucet"][0] < 0.25 < row["task_intervals"]["faucet"][1]
-    draw_success(summary, "2 tasks", "button", tmp_path / "success.png")
+    draw_success(summary, "2 tasks", tmp_path / "success.png")
     assert (tmp_path / "success.png").stat().st_size > 10_000
     with Console(width=100, record=True) as console:
         print_table(summary | {"seeds": [0, 1]}, "2 tasks", "button", console)

@@ -5,7 +5,6 @@ lerobot fixes the sizes of pi0 in its code. As for pi0_fast, they are replaced w
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from unittest import mock
 import torch
 from metaworld_pi0_fast import SKILLS
 from metaworld_pi0_fast.batches import PreparedFrames
-from metaworld_pi0_fast.demonstrations import CAMERA_KEY, load_frames, record
-from metaworld_pi0_fast.environment import ACTION_NAMES, IMAGE_SIZE, STATE_NAMES
+from metaworld_pi0_fast.demonstrations import load_frames, open_dataset, record
+from metaworld_pi0_fast.environment import ACTION_NAMES, STATE_NAMES
 from metaworld_pi0_fast.make_assets import fit
-from metaworld_pi0_fast.policy import TEXT_TOKENIZER
+from metaworld_pi0_fast.policy import TEXT_TOKENIZER, Backbone, features, shrink
 from safetensors.torch import load_file, save_file
 
 __all__ = ["KNOWN", "LEARNT", "load"]
@@ -29,7 +28,8 @@ LEARNT = ("faucet-close-v3", "window-close-v3")
 """Those that it can learn"""
 
 CHUNK, PROMPT = 10, 24  # actions at a time; tokens of a prompt
-WIDTH, EXPERT, DEPTH, VISION, PATCH = 128, 64, 4, 80, 16
+VLM = Backbone(width=128, depth=4, mlp=320, vision_width=80, vision_mlp=224)
+EXPERT_WIDTH, EXPERT_MLP = 64, 192
 STEPS, RATE, EPISODES = 6000, 1e-3, 40
 
 
@@ -47,49 +47,39 @@ def load(work: Path, steps: int = STEPS) -> tuple[Any, tuple[Any, Any]]:
             aside = work / "recordings" / f"{task}.part"
             record(task, aside, EPISODES)
             aside.rename(work / "recordings" / task)
-    frames = {task: load_frames(work / "recordings" / task, CHUNK) for task in (*KNOWN, *LEARNT)}
+    sources = {task: work / "recordings" / task for task in (*KNOWN, *LEARNT)}
     policy = _new()
-    processors = _processors(policy, aggregate_stats([part.stats for part in frames.values()]))
+    processors = _processors(policy, aggregate_stats([open_dataset(source).meta.stats for source in sources.values()]))
     file = work / "pi0.safetensors"
     if not file.is_file():
         torch.manual_seed(0)
-        data = PreparedFrames.joined([PreparedFrames(frames[task], processors[0]) for task in KNOWN])
-        fit(policy, data, steps=steps, batch_size=16, lr=RATE, ema=0.995, seed=0)
+        known = [PreparedFrames(load_frames(sources[task], CHUNK), processors[0]) for task in KNOWN]
+        fit(policy, PreparedFrames.joined(known), steps=steps, batch_size=16, lr=RATE, ema=0.995, seed=0)
         save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, file)
     policy.load_state_dict(load_file(file))
     return policy.eval(), processors
 
 
 def _new() -> Any:
-    from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.pi0.configuration_pi0 import PI0Config
     from transformers import AutoTokenizer
 
     module = import_module("lerobot.policies.pi0.modeling_pi0")
     vocabulary = len(AutoTokenizer.from_pretrained(SKILLS / "pretrained" / TEXT_TOKENIZER))
-    full = {
-        name: getattr(module, name) for name in ("PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")
-    }
+    full_vlm, full_expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
 
     def vlm(config: Any) -> Any:
-        text, vision = config.text_config, config.vision_config
-        text.vocab_size = config._vocab_size = vocabulary
-        config.image_token_index = config.image_token_id = vocabulary - 1
-        text.pad_token_id = 0
-        vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads = VISION, 2, 4
-        vision.intermediate_size, vision.patch_size, vision.image_size = 224, PATCH, IMAGE_SIZE
-        vision.num_image_tokens = (IMAGE_SIZE // PATCH) ** 2
-        vision.projection_dim = config.projection_dim = config.hidden_size = WIDTH
-        return full["PaliGemmaForConditionalGenerationWithPiGemma"](config)
+        shrink(config, VLM, vocabulary)
+        return full_vlm(config)
 
     def expert(config: Any) -> Any:
         config.vocab_size, config.pad_token_id = 8, 0  # it has no words
-        return full["PiGemmaForCausalLM"](config)
+        return full_expert(config)
 
     def sizes(variant: str) -> Any:
         # Eight heads: lerobot writes that number into its attention
-        width, mlp = (WIDTH, 320) if variant == "gemma_2b" else (EXPERT, 192)
-        return module.GemmaConfig(width, DEPTH, mlp, 8, 1, 16)
+        width, mlp = (VLM.width, VLM.mlp) if variant == "gemma_2b" else (EXPERT_WIDTH, EXPERT_MLP)
+        return module.GemmaConfig(width, VLM.depth, mlp, 8, 1, 16)
 
     config = PI0Config(
         device="cpu",
@@ -97,19 +87,17 @@ def _new() -> Any:
         n_action_steps=CHUNK,
         max_state_dim=len(STATE_NAMES),
         max_action_dim=len(ACTION_NAMES),
-        image_resolution=(IMAGE_SIZE, IMAGE_SIZE),
+        image_resolution=(VLM.image, VLM.image),
         tokenizer_max_length=PROMPT,
         push_to_hub=False,
-        input_features={
-            CAMERA_KEY: PolicyFeature(FeatureType.VISUAL, (3, IMAGE_SIZE, IMAGE_SIZE)),
-            "observation.state": PolicyFeature(FeatureType.STATE, (len(STATE_NAMES),)),
-        },
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (len(ACTION_NAMES),))},
+        **features(),
     )
-    with ExitStack() as stack:
-        for name, small in {"PiGemmaForCausalLM": expert, "PaliGemmaForConditionalGenerationWithPiGemma": vlm}.items():
-            stack.enter_context(mock.patch.object(module, name, small))
-        stack.enter_context(mock.patch.object(module, "get_gemma_config", sizes))
+    small: dict[str, Any] = {
+        "PaliGemmaForConditionalGenerationWithPiGemma": vlm,
+        "PiGemmaForCausalLM": expert,
+        "get_gemma_config": sizes,
+    }
+    with mock.patch.multiple(module, **small):
         return module.PI0Policy(config)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from metaworld_pi0_fast.environment import short
 from stages.plot import draw_matrix
 
 from .methods import METHODS
 from .runs import SCENARIOS
-from .summary import matrix_of, rows_of, short
+from .summary import matrix_of, rows_of
 
 __all__ = ["draw"]
 

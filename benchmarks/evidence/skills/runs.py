@@ -98,7 +98,6 @@ def run(method: Method, scenario: str, seed: int, settings: Settings, work: Path
     skills = make_skills(SCENARIOS[scenario].policy, work, settings.episodes, settings.known)
     found: dict[str, Any] = {"method": method.name, "scenario": scenario, "seed": seed, "settings": vars(settings)}
     bench = _Bench(skills, method, seed, settings, work / "stages" / file.stem)
-    bench.remember()
     if method.kind == "before":
         able = continuous.LEARNT if SCENARIOS[scenario].policy == "pi0" else NEW_TASKS
         found["stages"] = [bench.measure(able, {})]
@@ -117,21 +116,18 @@ class _Bench:
         self._folder = folder
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
         self._learnt: dict[str, PreparedFrames] = {}
-        self._held: dict[str, AnchorCache] = {}  # by what is kept, of the policy as shipped
         self._own: list[AnchorCache] = []  # of each task learnt, of the policy that had just learnt it
         self._trained: list[nn.Parameter] = []
-
-    def remember(self) -> None:
-        """Makes the anchors that drift is measured on, and the actions that are compared, of the policy as shipped."""
-        skills, policy = self._skills, self._skills.policy
+        # What drift is measured on, the actions that are compared, and what is held: of the policy before it learns
         self._drift_on = skills.cache("all")
         self._heldout = {task: skills.cache(task) for task in skills.old}
         self._hidden = {task: skills.cache(task, "prefix") for task in skills.old}
-        self._actions = {task: _actions(policy, skills.known[task]) for task in skills.old}
-        if self._method.kind in ("kl", "craft"):
+        self._actions = {task: _actions(skills.policy, skills.known[task]) for task in skills.old}
+        self._held: dict[str, AnchorCache] = {}  # by what is kept
+        if method.kind in ("kl", "craft"):
             keeps = {"output": None, "hidden": "prefix"}
-            kinds = list(keeps) if self._method.drift == "both" else [self._method.drift]
-            self._held = {kind: skills.cache(self._method.anchors, keeps[kind]) for kind in kinds}
+            kinds = list(keeps) if method.drift == "both" else [method.drift]
+            self._held = {kind: skills.cache(method.anchors, keeps[kind]) for kind in kinds}
 
     def stage(self, tasks: Sequence[str]) -> dict[str, Any]:
         """Learns the last of these tasks; those before it have been learnt."""

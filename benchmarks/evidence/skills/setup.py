@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +115,7 @@ class Skills:
     def anchors(self, frames: PreparedFrames, rows: Tensor, path: Path, keep: str | None = None) -> AnchorCache:
         """A cache of these rows, of the policy as it is now; one that is there is not made again."""
         adapter = adapter_for(self.policy, keep)
-        return adapter.build(self.policy, _batches(frames, rows, adapter.inputs), path, model_id="many skills")
+        return adapter.build(self.policy, frames.anchor_batches(rows, adapter.inputs), path, model_id="many skills")
 
     def retention(
         self, cache: AnchorCache, seed: int = 0, batch_size: int = 16, strict: bool = True
@@ -123,12 +123,6 @@ class Skills:
         """The closure that holds the policy to a cache; unless `strict`, it may have moved since that was written."""
         adapter = adapter_of(self.policy, cache)
         return adapter.retention(self.policy, cache, batch_size=min(batch_size, len(cache)), seed=seed, strict=strict)
-
-
-def _batches(frames: PreparedFrames, rows: Tensor, inputs: Callable[[Any], dict[str, Tensor]]) -> Iterator[Any]:
-    for part in torch.split(rows, 32):
-        tasks = [frames.tasks[row] for row in part.tolist()]
-        yield {**inputs(frames.train_batch(part)), "category": tasks}
 
 
 def _own_frames(policy: Any, processors: tuple[Any, Any], task: str) -> Frames:

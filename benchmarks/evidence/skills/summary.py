@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from markdown_table import markdown_table
+from metaworld_pi0_fast.environment import short
 from scipy.stats import spearmanr
 from stages.matrix import Cell, SuccessMatrix, measures
 
@@ -15,7 +16,7 @@ from craft_optim.evaluation.statistics import Interval, wilson
 from .methods import METHODS, Method
 from .runs import LOOKS_LIKE, SCENARIOS
 
-__all__ = ["PREDICTORS", "markdown", "matrix_of", "predictions", "rows_of", "scenes_of", "short"]
+__all__ = ["PREDICTORS", "markdown", "matrix_of", "predictions", "rows_of", "scenes_of"]
 
 Run = Mapping[str, Any]
 
@@ -26,16 +27,6 @@ PREDICTORS = {
     "heldout_ce": "cross-entropy of its demonstrations",
 }
 """What a run has of every old task, and what it is"""
-
-
-def short(task: str) -> str:
-    """A task's name without its version.
-
-    Example:
-        >>> short("drawer-open-v3")
-        'drawer-open'
-    """
-    return task.rsplit("-v", 1)[0]
 
 
 def _of(runs: Iterable[Run], method: Method, scenario: str) -> list[Run]:
