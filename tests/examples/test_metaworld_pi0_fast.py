@@ -94,8 +94,9 @@ def test_action_tokens_decode_to_the_actions():
 def test_the_shipped_tokenizers_code_is_the_examples_own():
     from metaworld_pi0_fast import fast_tokenizer
 
-    shipped = PRETRAINED / "tokenizers" / "fast" / "fast_tokenizer.py"
-    assert shipped.read_text() == Path(fast_tokenizer.__file__).read_text()
+    for folder in (ASSETS, SKILLS):
+        shipped = folder / "pretrained" / "tokenizers" / "fast" / "fast_tokenizer.py"
+        assert shipped.read_text() == Path(fast_tokenizer.__file__).read_text()
 
 
 def test_a_saved_policy_can_be_moved(policy, processors, tmp_path, frames):
