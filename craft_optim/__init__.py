@@ -4,14 +4,18 @@
 against.
 """
 
-from craft_optim import anchors, dual, functional, metrics, schedules
-from craft_optim._step.constraint import Constraint
-from craft_optim._step.rules import Rules
-from craft_optim.calibration import Calibration, calibrate
-from craft_optim.heldout import HeldOutDrift
-from craft_optim.optimizer import CraftOptimizer
-from craft_optim.planning import Plan, plan
-from craft_optim.retention import Retention, RetentionClosure
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from craft_optim import anchors, dual, functional, metrics, schedules
+    from craft_optim._step.constraint import Constraint
+    from craft_optim._step.rules import Rules
+    from craft_optim.calibration import Calibration, calibrate
+    from craft_optim.heldout import HeldOutDrift
+    from craft_optim.optimizer import CraftOptimizer
+    from craft_optim.planning import Plan, plan
+    from craft_optim.retention import Retention, RetentionClosure
 
 __all__ = [
     "Calibration",
@@ -32,3 +36,31 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Calibration": "calibration",
+    "Constraint": "_step.constraint",
+    "CraftOptimizer": "optimizer",
+    "HeldOutDrift": "heldout",
+    "Plan": "planning",
+    "Retention": "retention",
+    "RetentionClosure": "retention",
+    "Rules": "_step.rules",
+    "calibrate": "calibration",
+    "plan": "planning",
+}
+"""Name -> the module that defines it; all other names are modules themselves"""
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for: with torch, all of them at once would cost each command 2 s."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_PLACES.get(name, name)}")
+    found = getattr(module, name) if name in _PLACES else module
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -241,7 +241,7 @@ def test_unforeseen_errors_are_one_line_too(built, monkeypatch, capsys):
     def broken(*_):
         raise KeyError("videos/top/chunk_index")
 
-    monkeypatch.setattr("craft_optim.cli.inspect.facts", broken)
+    monkeypatch.setattr("craft_optim.cli.work.inspect.facts", broken)
     capsys.readouterr()
     assert main(["inspect", "a"]) == 1
     assert capsys.readouterr().err == (
@@ -347,6 +347,23 @@ def program(*arguments):
     finally:
         started.terminate()  # not kill: torchrun ends its processes
     return subprocess.CompletedProcess(arguments, started.returncode, output, errors)
+
+
+COMMANDS = [name for action in _parser()._actions for name in action.choices or () if action.dest == "command"]
+
+
+@pytest.mark.parametrize("asked", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_no_help_imports_what_takes_seconds(asked):
+    code = f"""
+import sys
+from craft_optim.cli import main
+try:
+    main({asked})
+except SystemExit:
+    print("torch" in sys.modules, "numpy" in sys.modules, "lerobot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False False False"
 
 
 def test_as_a_program(script):

@@ -1,4 +1,4 @@
-"""The command line: craft-optim build-anchors, inspect, convert. Each command has a module of its name here.
+"""The command line: craft-optim build-anchors, inspect, drift and so on.
 
     craft-optim plan --policy.path=lerobot/pi0fast-base --batch-size=8 --gpu 24 80
     craft-optim build-anchors anchors/ --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/old_task --count=512
@@ -7,13 +7,17 @@
     craft-optim drift anchors/ --policy.path=outputs/checkpoints/last/pretrained_model --epsilon=0.05
     craft-optim report outputs/train/new_task
 
+The options of a command are in the module of its name here, and what it does in the one in `work`, which is imported
+when it is run: torch and lerobot take seconds, and no help needs them.
+
 The same as `python -m craft_optim.cli`. Exit status: 0, 1 for what went wrong, 2 for wrong arguments.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from craft_optim import __version__
 from craft_optim._paths import expanded
@@ -32,9 +36,9 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"craft-optim {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add_command(name: str, run: Callable[[argparse.Namespace], None], about: str, examples: str) -> Parser:
+    def add_command(name: str, about: str, examples: str) -> Parser:
         made = commands.add_parser(name, help=about, description=about, epilog=f"examples:\n\n{examples}")
-        made.set_defaults(run=run, parser=made)
+        made.set_defaults(parser=made)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return made
 
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(args, "takes_rest", False):
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        args.run(args)
+        import_module(f"{__name__}.work.{args.command.replace('-', '_')}").run(args)
     except UsageError as error:
         args.parser.error(str(error).rstrip("."))
     except KeyboardInterrupt:

@@ -1,11 +1,6 @@
 """craft-optim convert: a cache of an earlier CRaFT implementation, in this format."""
 
-import argparse
-
-from craft_optim import anchors
 from craft_optim.cli.options import AddCommand, layer
-from craft_optim.cli.output import print_table
-from craft_optim.inspection import facts
 
 __all__ = ["add"]
 
@@ -14,13 +9,8 @@ _EXAMPLES = "  craft-optim convert old_cache/ anchors/ --layers 4 8 -1\n"
 
 def add(command: AddCommand) -> None:
     """The command and its options."""
-    add = command("convert", _convert, "Import a cache of an earlier CRaFT implementation.", _EXAMPLES).add_argument
+    add = command("convert", "Import a cache of an earlier CRaFT implementation.", _EXAMPLES).add_argument
     add("old", metavar="OLD", help="folder with its .pt files")
     add("new", metavar="NEW", help="folder of the new cache")
     add("--layers", nargs="+", type=layer, metavar="L", help="its layers, where its files do not name them")
     add("--overwrite", action="store_true", help="start over, whatever the new folder holds")
-
-
-def _convert(args: argparse.Namespace) -> None:
-    cache = anchors.convert(args.old, args.new, layers=args.layers, overwrite=args.overwrite)
-    print_table(f"Converted {args.old} to {cache.path}", facts(cache))

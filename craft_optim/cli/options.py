@@ -1,17 +1,10 @@
 """Parts of all commands: their parser, the types of their options, which model, the processes of a launcher."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
-import torch.distributed as dist
-
-from craft_optim.cli.sources import UsageError
 
 __all__ = [
     "AddCommand",
@@ -19,9 +12,7 @@ __all__ = [
     "UsageError",
     "add_json",
     "add_model",
-    "device_of",
     "existing_file",
-    "joined_processes",
     "layer",
     "require_folders",
     "require_one_model",
@@ -29,8 +20,12 @@ __all__ = [
     "whole",
 ]
 
-AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str, str], "Parser"]
-"""(name, what to run, one line about it, examples) -> the command's parser"""
+AddCommand = Callable[[str, str, str], "Parser"]
+"""(name, one line about it, examples) -> the command's parser"""
+
+
+class UsageError(Exception):
+    """A wrong argument on the command line; the message has the remedy."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,26 +104,3 @@ def require_one_model(args: argparse.Namespace) -> None:
     """Refuses two answers to which model."""
     if sum(map(bool, (args.policy, args.model, args.factory))) > 1:
         raise UsageError("--policy.path, --model.path and --factory exclude each other: pass one")
-
-
-def device_of(name: str) -> str:
-    """The device that --device names; "auto" is CUDA, under a launcher this process' own, or the CPU."""
-    if name != "auto":
-        return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def joined_processes() -> Iterator[bool]:
-    """Joins the processes that torchrun has started, if it has; yields whether this one speaks for them."""
-    told = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not told or dist.is_initialized():
-        yield not dist.is_initialized() or dist.get_rank() == 0
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()

@@ -1,10 +1,7 @@
 """craft-optim train: lerobot-train with retention."""
 
-import argparse
-import sys
-from collections.abc import Callable
-
-from craft_optim.cli.options import AddCommand, UsageError
+from craft_optim.cli.options import AddCommand
+from craft_optim.cli.settings_help import settings_in_words
 
 __all__ = ["add"]
 
@@ -28,36 +25,6 @@ _STOPPED = "; --resume=true --config_path=.../train_config.json goes on from its
 
 def add(command: AddCommand) -> None:
     """The command; its options are lerobot's."""
-    made = command("train", _train, "Run lerobot-train under the constraint that the policy does not drift.", _EXAMPLES)
+    made = command("train", "Run lerobot-train under the constraint that the policy does not drift.", _EXAMPLES)
     made.set_defaults(takes_rest=True, stopped=_STOPPED)
-    made.format_help = _with_settings(made.format_help)  # type: ignore[method-assign]
-
-
-def _with_settings(format_help: Callable[[], str]) -> Callable[[], str]:
-    """The help, and behind it what lerobot has to be imported for."""
-
-    def whole() -> str:
-        try:
-            from craft_optim.lerobot.settings_help import settings_in_words
-        except ImportError as error:
-            return f"{format_help()}\nThe settings are listed where lerobot is installed ({error}).\n"
-        return f"{format_help()}\nsettings and their defaults:\n\n{settings_in_words()}\n"
-
-    return whole
-
-
-def _train(args: argparse.Namespace) -> None:
-    try:
-        from lerobot.scripts import lerobot_train
-
-        from craft_optim.lerobot.plugin import TRAIN_FLAG, install
-    except ImportError as error:
-        raise UsageError(f"train needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
-    sys.argv = ["lerobot-train", TRAIN_FLAG, *args.rest]
-    install(sys.argv[1:], debug=args.debug)  # the flag alone would not: the module is imported already
-    try:
-        lerobot_train.main()
-    except Exception:
-        # Of what has trained for hours the traceback is not to be had again
-        args.debug = args.debug or lerobot_train.craft_run.retention is not None
-        raise
+    made.epilog = f"{made.epilog}\nsettings and their defaults:\n\n{settings_in_words()}"

@@ -22,6 +22,8 @@ from craft_optim.evaluation.checkpoints import Checkpoint, short_names
 from craft_optim.evaluation.drift import drifts, spread_over
 from craft_optim.evaluation.plots import draw_checkpoints
 
+ROOT = Path(__file__).parents[2]
+
 COUNT, WIDTH = 11, 9
 LENGTHS = torch.arange(COUNT) % 6 + 2
 CLOSURES = {"logits": anchors.LogitRetention, "hidden": anchors.HiddenRetention, "tokens": anchors.TokenRetention}
@@ -437,7 +439,7 @@ def test_categories_are_told_apart(script, capsys):
 
 
 def test_of_many_categories_the_worst_have_a_row(script, capsys, monkeypatch):
-    monkeypatch.setattr("craft_optim.cli.drift._CATEGORIES", 2)
+    monkeypatch.setattr("craft_optim.cli.work.drift._CATEGORIES", 2)
     source = Path("mine.py").read_text().replace('["lift", "push"] * 4', '["", "none", "a" * 300, "b\\nc"] * 2')
     Path("mine.py").write_text(source)
     assert main(["build-anchors", "c", "--factory=mine.py:of_categories"]) == 0
@@ -529,8 +531,10 @@ def test_a_picture_of_one_checkpoint_and_actions(tmp_path, states):
 
 def test_the_core_needs_none_of_the_extras():
     missing = ["scipy", "tqdm", "PIL", "rich", "matplotlib", "transformers", "lerobot"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import craft_optim.cli"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    commands = [file.stem for file in (ROOT / "craft_optim" / "cli" / "work").glob("*.py")]
+    imports = "".join(f"; import craft_optim.cli.work.{name}" for name in commands)
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})){imports}; import craft_optim; craft_optim.plan"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_every_output_is_a_kind(script, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +18,11 @@ from torch import nn
 from craft_optim import anchors
 from craft_optim._warn import CraftWarning
 from craft_optim.anchors import AnchorCache
+from craft_optim.cli.settings_help import settings_in_words
 from craft_optim.lerobot import run_anchors
 from craft_optim.lerobot.checks import check_quantiles, check_source, find_cache, warn_of_few
 from craft_optim.lerobot.run_anchors import open_source, split_count
-from craft_optim.lerobot.settings import AnchorSettings, SettingsError, read_settings, setting_names
-from craft_optim.lerobot.settings_help import settings_in_words
+from craft_optim.lerobot.settings import AnchorSettings, CraftSettings, SettingsError, read_settings, setting_names
 
 DATA = ASSETS / "demonstrations" / OLD_TASK
 
@@ -95,9 +96,11 @@ def test_what_belongs_together_may_come_from_the_checkpoint():
 def test_the_help_lists_every_setting_with_its_default_and_what_it_is():
     lines = settings_in_words().splitlines()
     listed = {line.strip(): lines[place + 1] for place, line in enumerate(lines) if line.startswith("  --craft.")}
-    assert [name.partition("=")[0] for name in listed] == [f"--craft.{name}" for name in setting_names()]
-    assert {"--craft.epsilon=0.05", "--craft.rho=3.0", "--craft.anchors.count=1024"} <= listed.keys()
+    defaults = {name: attrgetter(name)(CraftSettings()) for name in setting_names()}
+    assert listed.keys() == {f"--craft.{name}={'null' if x is None else x}" for name, x in defaults.items()}
+    assert next(iter(listed)) == "--craft.epsilon=0.05"
     assert all(len(text.strip()) > 10 for text in listed.values())
+    assert "the clipping of the policy's optimizer" in listed["--craft.max_grad_norm=null"]  # lerobot's, not `Rules`'
 
 
 # Where anchors come from

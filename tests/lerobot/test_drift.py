@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from craft_optim.anchors import AnchorCache
 from craft_optim.cli import main
-from craft_optim.cli.sources import load_policy
+from craft_optim.cli.work.sources import load_policy
 from craft_optim.evaluation.actions import action_drift, predicted_actions
 from craft_optim.lerobot import adapter_for, anchor_batches
 from craft_optim.lerobot.pretrained import load_preprocessor

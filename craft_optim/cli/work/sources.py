@@ -15,10 +15,10 @@ from torch import nn
 
 from craft_optim import anchors
 from craft_optim.anchors import AnchorCache, Reading
+from craft_optim.cli.options import UsageError
 
 __all__ = [
     "Source",
-    "UsageError",
     "factory_source",
     "load_policy",
     "load_text_model",
@@ -29,10 +29,6 @@ __all__ = [
     "tokenizer_of",
     "user_function",
 ]
-
-
-class UsageError(Exception):
-    """A wrong argument on the command line; the message has the remedy."""
 
 
 @dataclass(frozen=True)
