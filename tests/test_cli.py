@@ -366,6 +366,29 @@ except SystemExit:
     assert done.stdout.splitlines()[-1] == "False False False"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="as bash does it")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("craft-optim dr", ["drift"]),
+        ("craft-optim drift --policy.p", ["--policy.path"]),
+        ("craft-optim plan --dtype=b", ["bfloat16"]),
+        ("craft-optim build-anchors out --prompts=docs/gui", ["docs/guide.md"]),
+        (
+            "craft-optim train --craft.epsilon_s",
+            ["--craft.epsilon_schedule", "--craft.epsilon_start", "--craft.epsilon_steps"],
+        ),
+    ],
+)
+def test_a_shell_is_told_what_may_come_next(line, offered):
+    """With the variables that argcomplete's bash function sets; what is offered goes to descriptor 8."""
+    told = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash"}
+    told |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:"}
+    asked = f"{sys.executable} -m craft_optim.cli 8>&1 9>&2 1>/dev/null"
+    done = subprocess.run(["bash", "-c", asked], env={**os.environ, **told}, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == offered
+
+
 def test_as_a_program(script):
     done = program("craft_optim.cli", "inspect", "nowhere")
     assert done.returncode == 1

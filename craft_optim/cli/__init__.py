@@ -22,7 +22,7 @@ from importlib import import_module
 from craft_optim import __version__
 from craft_optim._paths import expanded
 from craft_optim.cli import build_anchors, convert, drift, eval_mcq, inspect, plan, report, train
-from craft_optim.cli.options import Parser, UsageError
+from craft_optim.cli.options import Parser, UsageError, complete
 
 __all__ = ["main"]
 
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: With status 2 for wrong arguments; after --help and --version with 0.
     """
     parser = _parser()
+    complete(parser)
     given = sys.argv[1:] if arguments is None else [*arguments]
     try:
         args, rest = parser.parse_known_args(given if given[:1] == ["train"] else [*map(_at_home, given)])

@@ -1,6 +1,7 @@
 """Parts of all commands: their parser, the types of their options, which model, the processes of a launcher."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ __all__ = [
     "UsageError",
     "add_json",
     "add_model",
+    "complete",
+    "completing",
     "existing_file",
     "layer",
     "require_folders",
@@ -51,6 +54,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help has examples)\n")
+
+
+def completing() -> bool:
+    """True if a shell asks what may come next, see `complete`."""
+    return "_ARGCOMPLETE" in os.environ
+
+
+def complete(parser: Parser) -> None:
+    """Answers a shell that has been told so by `eval "$(register-python-argcomplete craft-optim)"`, and ends there.
+
+    Source: argcomplete, https://kislyuk.github.io/argcomplete/.
+    """
+    if completing():
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def whole(text: str) -> int:

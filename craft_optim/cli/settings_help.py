@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["settings_in_words"]
+__all__ = ["settings", "settings_in_words"]
 
 _PACKAGE = Path(__file__).parents[1]
 _SETTINGS, _RULES = _PACKAGE / "lerobot" / "settings.py", _PACKAGE / "_step" / "rules.py"
@@ -19,14 +19,18 @@ _OF_THE_RUN = "total_steps"  # lerobot's own `steps`
 
 def settings_in_words(width: int = 100) -> str:
     """Each setting with its default, and what it is."""
+    lines = list[str]()
+    for flag, default, text in settings():
+        lines.append(f"  {flag}={'null' if default is None else default}")
+        lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def settings() -> list[tuple[str, object, str]]:
+    """Flag, default and description of each setting."""
     own, texts = _declared(_SETTINGS, "CraftSettings")
     rules, _ = _declared(_RULES, "Rules", texts)
-    lines = list[str]()
-    for name, default, text in own + rules:
-        if name != _OF_THE_RUN:
-            lines.append(f"  --craft.{name}={'null' if default is None else default}")
-            lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+    return [(f"--craft.{name}", default, text) for name, default, text in own + rules if name != _OF_THE_RUN]
 
 
 def _declared(

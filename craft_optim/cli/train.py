@@ -1,7 +1,7 @@
 """craft-optim train: lerobot-train with retention."""
 
-from craft_optim.cli.options import AddCommand
-from craft_optim.cli.settings_help import settings_in_words
+from craft_optim.cli.options import AddCommand, completing
+from craft_optim.cli.settings_help import settings, settings_in_words
 
 __all__ = ["add"]
 
@@ -28,3 +28,6 @@ def add(command: AddCommand) -> None:
     made = command("train", "Run lerobot-train under the constraint that the policy does not drift.", _EXAMPLES)
     made.set_defaults(takes_rest=True, stopped=_STOPPED)
     made.epilog = f"{made.epilog}\nsettings and their defaults:\n\n{settings_in_words()}"
+    if completing():  # else they are among the rest, which lerobot's parser takes
+        for flag, _, about in settings():
+            made.add_argument(flag, help=about)
