@@ -321,7 +321,9 @@ def test_convert(tmp_path, capsys):
     new = tmp_path / "new"
     assert main(["convert", str(old), str(new), "--layers", "-3", "-2"]) == 0
     assert AnchorCache.open(new).features.layers == (-3, -2)
-    assert re.search(r"Anchors +3 in 1 shard\n", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"Anchors +3 in 1 shard\n", said)
+    assert f"craft-optim inspect {new} --html=anchors.html" in said
 
 
 def test_version_and_help(capsys):

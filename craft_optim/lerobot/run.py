@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -292,6 +293,9 @@ class CraftRun:
         _meter(tracker, METRICS, optimizer.metrics)
         if self._writer is not None:
             self._writer({"step": step, "loss": tracker.loss.val, "lr": tracker.lr.val, **row})
+            if step == cfg.steps:
+                page = Path(cfg.output_dir) / "report.html"
+                log.info("craft: next: %s", shlex.join(["craft-optim", "report", str(cfg.output_dir), f"--out={page}"]))
 
     def _drifts(self) -> dict[str, float]:
         assert self._anchors is not None

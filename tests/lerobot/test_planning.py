@@ -65,6 +65,7 @@ def test_the_command_reads_the_config_alone(pi0_fast, capsys):
         "Batches of 4, 2 anchors per pass",
         "GPUs of 24 GiB",
         "the head runs in pieces",
+        f"craft-optim build-anchors anchors/ --policy.path={pi0_fast} --dataset.repo_id=OLD_TASK --count=512",
     ):
         assert words in said, words
 

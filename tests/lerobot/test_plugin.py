@@ -102,6 +102,8 @@ def test_metrics_go_to_the_console_the_tracker_and_a_file(act, tmp_path, monkeyp
     assert "task_grad_norm" not in line
     assert configured["craft"]["epsilon"] == 0.01
     (said,) = [said for said in console if said.startswith("craft: step 4")]
+    (following,) = [said for said in console if said.startswith("craft: next: ")]
+    assert following.split()[2:5] == ["craft-optim", "report", f"{tmp_path / 'out'}"]
     assert f"{written[-1]['drift_heldout']:.3g} on held-out ones" in said
 
 

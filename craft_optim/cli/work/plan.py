@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
@@ -14,7 +15,7 @@ from torch import nn
 
 from craft_optim.anchors import Reading
 from craft_optim.cli.options import UsageError
-from craft_optim.cli.output import emit_json
+from craft_optim.cli.output import emit_json, print_code
 from craft_optim.cli.work.sources import user_function
 from craft_optim.planning.make import adamw, plan
 from craft_optim.planning.passes import task_loss
@@ -47,6 +48,9 @@ def run(args: argparse.Namespace) -> None:
             )
     if args.json != "-":
         print(f"\n{in_words(found, args.gpu)}")
+        if args.policy:
+            flags = shlex.join([f"--policy.path={args.policy}", "--dataset.repo_id=OLD_TASK", f"--count={args.count}"])
+            print_code(f"craft-optim build-anchors anchors/ {flags}")
     if args.json:
         emit_json(args.json, found.as_dict(tuple(args.gpu)))
 
