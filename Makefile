@@ -77,7 +77,7 @@ CORE := --ignore=tests/distributed/test_equals_one_process.py
 core: $(FOR_CORE)  ## the tests of the core without an extra, on Python 3.11
 	.venv-core/bin/python -m pytest $(TWO) $(CORE)
 
-TEXT := tests/chat tests/evaluation tests/examples/test_small_chat.py tests/examples/test_llm_lora_trainer.py \
+TEXT := tests/chat tests/evaluation tests/examples/test_demo_chat.py tests/examples/test_llm_lora_trainer.py \
 	$(addprefix tests/integrations/test_,transformers.py trl.py peft.py accelerate.py)
 
 text: $(FOR_TEXT)  ## the tests of language models, on Python 3.11 with newer transformers, TRL and PEFT than lerobot's

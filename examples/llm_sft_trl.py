@@ -2,23 +2,26 @@
 
     python examples/llm_sft_trl.py        # seconds with a small model, much longer with SmolLM2-135M
 
-The same as `llm_chat_loop.py`, with two arguments of the trainer more than without this package. Chats are the records
-that TRL takes, too; it learns from the answers alone. `small_chat.py` says how the real model is installed.
+The same as `craft-optim demo chat`, with two arguments of the trainer more than without this package. Chats are the
+records that TRL takes, too; it learns from the answers alone. `craft_optim/demo/small_chat.py` says how the real model
+is installed.
 
 Needs `pip install craft-optim[transformers] trl`.
 """
 
+import argparse
 import copy
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from small_chat import Comparison, Outcome, anchors_of, chat_model, chats, parsed
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # it loads them when they are asked for
 
+from craft_optim.demo.small_chat import Comparison, Outcome, anchors_of, chat_model, chats
 from craft_optim.transformers import CraftCallback, craft_optimizer
 
 
@@ -29,13 +32,16 @@ def as_prompts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
     """Fine-tunes twice, prints a table and returns it."""
-    options = parsed(__doc__, arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epsilon", type=float, default=0.05, help="drift to allow, in nats per token of an answer")
+    parser.add_argument("--steps", type=int, default=40)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     base, tokenizer, rate = chat_model()
     rows = Dataset.from_list(as_prompts(chats().new))
     with tempfile.TemporaryDirectory() as folder:
-        anchors, held_out = anchors_of(base, tokenizer, folder, options.tokens)
+        anchors, held_out = anchors_of(base, tokenizer, Path(folder))
         found = Comparison(tokenizer, anchors, held_out)
         for name in ("AdamW", "CraftOptimizer(AdamW)"):
             model = copy.deepcopy(base)
@@ -43,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
                 output_dir=f"{folder}/out",
                 max_steps=options.steps,
                 per_device_train_batch_size=4,
-                learning_rate=options.lr or rate,
+                learning_rate=rate,
                 logging_steps=10,
                 save_strategy="no",
                 report_to=[],

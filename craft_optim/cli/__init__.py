@@ -21,12 +21,12 @@ from importlib import import_module
 
 from craft_optim import __version__
 from craft_optim._paths import expanded
-from craft_optim.cli import build_anchors, convert, drift, eval_mcq, inspect, plan, report, train
+from craft_optim.cli import build_anchors, convert, demo, drift, eval_mcq, inspect, plan, report, train
 from craft_optim.cli.options import Parser, UsageError, complete
 
 __all__ = ["main"]
 
-_COMMANDS = (plan, build_anchors, inspect, convert, eval_mcq, drift, train, report)
+_COMMANDS = (demo, plan, build_anchors, inspect, convert, eval_mcq, drift, train, report)
 
 
 def _parser() -> Parser:

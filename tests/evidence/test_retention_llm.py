@@ -10,10 +10,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-import small_chat
 from llm import asked, command, setup, summary
 from llm.figure import spaced
 from llm.methods import METHODS
+
+from craft_optim.demo import small_chat
 
 SHORT = ["--steps=3", "--rows=2", "--limit=4", "--seeds=1", "--workers=1"]
 

