@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +15,9 @@ from craft_optim import Constraint, CraftOptimizer
 
 __all__ = ["IN_SCENES", "IN_SEQUENCE", "METHODS", "Method", "Training", "adapted", "fisher"]
 
-EPSILON = 0.05  # nats: the default of CraftOptimizer
+EPSILON = 0.1  # nats: the default of craft-optim train
 HIDDEN_EPSILON = 0.005  # share of the variance
+BATCH = 16  # frames of a step, and anchors of a pass
 RANK, LORA_RATE = 16, 3.0  # of LoRA; its rate is a multiple of the others'
 
 
@@ -37,6 +39,7 @@ class Method:
         drift: What "craft" holds: the policy's "output" (logits), "hidden" states, or "both" as two constraints.
         every: K of "craft".
         epsilon: Of "craft", on the output.
+        batch: Anchors of a pass, or known frames of a step of "replay".
         heldout: Its epsilon is about held-out frames.
         joint: In a sequence of tasks the anchors of all earlier ones are one constraint, written down anew before each
             task; else each has its own, of the policy that had just learnt it.
@@ -55,8 +58,14 @@ class Method:
     drift: Literal["output", "hidden", "both"] = "output"
     every: int | Literal["auto"] = "auto"
     epsilon: float = EPSILON
+    batch: int = BATCH
     heldout: bool = False
     joint: bool = False
+
+    @property
+    def trains_less(self) -> bool:
+        """True if a step of AdamW alone would cost more than what is this method's plain step."""
+        return self.lora or bool(self.frozen)
 
 
 METHODS = (
@@ -68,7 +77,9 @@ METHODS = (
     Method("craft-half", "CRaFT, anchors of half of the tasks", "craft", anchors="half"),
     Method("craft-one", "CRaFT, anchors of one task", "craft", anchors="one"),
     Method("craft-own", "CRaFT, its own rollouts as anchors", "craft", anchors="own"),
+    Method("craft-0.05", "CRaFT, epsilon .05", "craft", epsilon=0.05),
     Method("craft-0.2", "CRaFT, epsilon .2", "craft", epsilon=0.2),
+    Method("craft-8", "CRaFT, 8 anchors per pass", "craft", batch=8),
     Method("kl-0.1", "KL, lambda .1", "kl", weight=0.1),
     Method("kl-10", "KL, lambda 10", "kl", weight=10.0),
     Method("lora", "LoRA", lora=True),
@@ -117,6 +128,11 @@ class Training:
         importance: Of each of `trained`, of "ewc".
         lr: Learning rate, before the method's factor.
         steps: Of this training: the rate falls over them.
+
+    Attributes:
+        seconds: CPU time of each step.
+        plain_seconds: What of it AdamW alone would have taken: the loss on the new task, its gradient, its clipping and
+            the step. Measured in the same steps, it is comparable whatever else the machine is doing.
     """
 
     def __init__(
@@ -148,27 +164,41 @@ class Training:
                 total_steps=steps,
                 max_grad_norm=1.0,
             )
+        self.seconds, self.plain_seconds = list[float](), list[float]()
+        base = optimizer.base_optimizer if isinstance(optimizer, CraftOptimizer) else optimizer
+        base.register_step_pre_hook(lambda *_: self._clock(-1))
+        base.register_step_post_hook(lambda *_: self._clock(1))
         self._optimizer = optimizer
         self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(steps))
 
     def step(self, batch: Mapping[str, Tensor]) -> float:
         """One step; returns the loss on the new task."""
+        began = time.process_time()
+        self.plain_seconds.append(0.0)
+        self._clock(-1)
         loss, _ = self._policy.forward(batch)
-        total = loss
-        if self._method.kind in ("replay", "kl"):
-            total = loss + self._method.weight * sum(term() for term in self._terms.values())
-        total.backward()
+        loss.backward()
+        self._clock(1)
+        for term in self._terms.values() if self._method.kind in ("replay", "kl") else ():
+            (self._method.weight * term()).backward()  # type: ignore[no-untyped-call]
         if self._method.kind == "ewc":
             for parameter, start, weight in zip(self._trained, self._start, self._importance, strict=True):
                 if parameter.grad is not None:
                     parameter.grad += self._method.weight * weight * (parameter.detach() - start)
+        self._clock(-1)
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        self._clock(1)
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self._method.kind == "l2":
             self._towards_start(self._method.weight * float(self._optimizer.param_groups[0]["lr"]))
         self._schedule.step()
+        self.seconds.append(time.process_time() - began)
         return float(loss.detach())
+
+    def _clock(self, sign: int) -> None:
+        """Starts, with -1, or stops the time that AdamW alone would take, too."""
+        self.plain_seconds[-1] += sign * time.process_time()
 
     def end(self) -> None:
         """What the method does after the last step."""

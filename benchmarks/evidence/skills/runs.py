@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from craft_optim.anchors import AnchorCache
 from craft_optim.anchors.sampling import AnchorSampler
 
 from . import continuous
-from .methods import Method, Training, adapted, fisher
+from .methods import BATCH, Method, Training, adapted, fisher
 from .setup import STRIDE, Skills, make_skills, of_tasks
 
 __all__ = ["LOOKS_LIKE", "SCENARIOS", "Scenario", "Settings", "run"]
@@ -59,7 +58,6 @@ SCENARIOS = {
 }
 """By name: one more task; one whose scene looks like that of an old one; four in turn; and the second kind for pi0"""
 
-BATCH = 16  # frames of a step, and anchors of a pass
 EVERY = 25  # steps between two records of the constraint, of which the last is one
 JUDGED = 512  # anchors that drift is measured on after training, at most
 ACTED = 32  # held-out frames of each task on which the actions are compared
@@ -157,18 +155,17 @@ class _Bench:
         return found | self.measure(tasks, alike)
 
     def _train(self, training: Training, frames: PreparedFrames, title: str) -> dict[str, Any]:
-        losses, seconds, constraint = list[float](), list[float](), list[dict[str, float]]()
+        losses, constraint = list[float](), list[dict[str, float]]()
         torch.manual_seed(self._seed)
         for number in tqdm(range(self._settings.steps), desc=title, mininterval=10):
             batch = frames.train_batch(rows_of_step(frames.train_indices, BATCH, self._seed, number))
-            began = time.process_time()
             losses.append(training.step(batch))
-            seconds.append(time.process_time() - began)
             constraint.append(training.found())
         training.end()
         self._skills.policy.eval()
-        # The first step makes the optimizer's state
-        found: dict[str, Any] = {"loss": fmean(losses[-50:]), "seconds": fmean(seconds[1:])}
+        found: dict[str, Any] = {"loss": fmean(losses[-50:])}
+        for name in ("seconds", "plain_seconds"):
+            found[name] = fmean(getattr(training, name)[1:])  # the first step makes the optimizer's state
         first = (self._settings.steps - 1) % EVERY
         return found | ({"constraint": constraint[first::EVERY]} if constraint[0] else {})
 
@@ -180,7 +177,7 @@ class _Bench:
             if self._method.few:
                 known = {task: skills.frames(task, episodes=1) for task in skills.old}
             joined = PreparedFrames.joined([*known.values(), *(self._learnt[task] for task in earlier)])
-            return {"replay": _replay(policy, joined, self._seed)}
+            return {"replay": _replay(policy, joined, self._seed, self._method.batch)}
         if self._method.kind not in ("kl", "craft"):
             return {}
         caches = dict(self._held)
@@ -194,7 +191,7 @@ class _Bench:
             caches |= {f"stage {number}": cache for number, cache in enumerate(self._own, start=1)}
         # What was written down before an earlier task has been left since
         strict = not earlier or self._method.joint
-        return {name: skills.retention(cache, self._seed, BATCH, strict) for name, cache in caches.items()}
+        return {name: skills.retention(cache, self._seed, self._method.batch, strict) for name, cache in caches.items()}
 
     def _importance(self, earlier: Sequence[str]) -> list[Tensor]:
         if self._method.kind != "ewc":
@@ -249,10 +246,10 @@ def _actions(policy: Any, frames: PreparedFrames) -> Tensor:
     return chunk
 
 
-def _replay(policy: Any, frames: PreparedFrames, seed: int) -> Callable[[], Tensor]:
+def _replay(policy: Any, frames: PreparedFrames, seed: int, size: int) -> Callable[[], Tensor]:
     """The policy's own loss on frames that it knows, with the actions demonstrated there; each call takes the next."""
     rows = frames.train_indices
-    sampler = AnchorSampler(len(rows), BATCH, seed)
+    sampler = AnchorSampler(len(rows), size, seed)
     numbers: Iterator[int] = itertools.count()
 
     def loss() -> Tensor:

@@ -49,7 +49,8 @@ def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         `name`, `label`, `kind`, `seeds`; `tasks`, success of each old task over all rollouts of all seeds, `old_mean`
         and its interval (Wilson's, 95 %), `old_worst` and `worst_task`, `worst_interval`; `new` and `new_interval`;
         `drift`, on the anchors of all tasks; means over tasks of what `PREDICTORS` names; `cost`, CPU time of a step as
-        a multiple of AdamW's, None of what was not trained.
+        a multiple of AdamW's, which is measured within the same steps, but for methods that train less: None of what
+        was not trained.
     """
     (new,) = SCENARIOS["button"].tasks
     found = []
@@ -71,10 +72,9 @@ def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for key in PREDICTORS:
             row[key] = fmean(value for stage in last for value in stage[key].values())
         row["cost"] = None
-        if method.kind != "before" and theirs:
-            row["cost"] = fmean(stage["seconds"] for stage in last) / fmean(
-                run["stages"][-1]["seconds"] for run in theirs
-            )
+        if method.kind != "before" and (theirs or not method.trains_less):
+            plain = [run["stages"][-1] for run in (theirs if method.trains_less else ours)]
+            row["cost"] = fmean(stage["seconds"] for stage in last) / fmean(stage["plain_seconds"] for stage in plain)
         found.append(row)
     return found
 
