@@ -1,6 +1,6 @@
 """An anchor cache in numbers and words."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from craft_optim.anchors import AnchorCache
 from craft_optim.anchors.categories import by_category, in_line
 from craft_optim.anchors.room import bytes_in_words
 
-__all__ = ["Lengths", "bytes_in_words", "facts", "lengths", "tensors"]
+__all__ = ["Lengths", "as_json", "bytes_in_words", "facts", "lengths", "tensors"]
 
 
 _NAMED = 6  # categories
@@ -76,3 +76,19 @@ def lengths(cache: AnchorCache) -> list[Lengths]:
         every = np.concatenate(counts)
         found.append(Lengths(name, int(every.min()), float(every.mean()), int(every.max())))
     return found
+
+
+def as_json(cache: AnchorCache) -> dict[str, Any]:
+    """The same for programs: `cache`, its path; `anchors`; `facts`, `kept` and `tensors`."""
+    varying = {row.name: row for row in lengths(cache)}
+    return {
+        "cache": str(cache.path),
+        "anchors": len(cache),
+        "facts": dict(facts(cache)),
+        "kept": {name: told._asdict() for name, told in cache.kept().items()},
+        "tensors": [
+            {"name": name, "shape": shape, "dtype": dtype}
+            | ({"length": list(varying[name][1:])} if name in varying else {})
+            for name, shape, dtype in tensors(cache)
+        ],
+    }

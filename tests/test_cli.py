@@ -130,6 +130,21 @@ def test_it_prints_what_it_built_and_code_that_works(script, capsys):
     assert isinstance(names["optimizer"], CraftOptimizer)
 
 
+def test_what_it_built_as_json(script, capsys, tmp_path):
+    assert main(["build-anchors", "told", f"--factory={script}:anchors", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    cache = AnchorCache.open("told")
+    assert (told["cache"], told["anchors"]) == ("told", len(cache))
+    assert {row["name"] for row in told["tensors"]} == {name for name, _, _ in cache.tensors()}
+    assert main(["build-anchors", "told", f"--factory={script}:anchors", "--json=told.json"]) == 0
+    assert "JSON: told.json" in capsys.readouterr().out
+    assert json.loads(Path("told.json").read_text()) == told
+    with pytest.raises(SystemExit):
+        main(["build-anchors", "other", f"--factory={script}:anchors", "--json=nowhere/told.json"])
+    assert "there is no folder nowhere" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
 def test_a_finished_cache_is_left_alone_unless_told_otherwise(built, script, capsys):
     before = contents("a")
     build = ["build-anchors", "a", f"--factory={script}:anchors"]
@@ -224,7 +239,8 @@ def test_hyphens_and_underscores_are_the_same_in_the_names_of_options(script):
 def test_every_option_is_known_under_both_names():
     (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
     for command in commands.choices.values():
-        given = {"eval-mcq": [__file__, "--model=x"], "convert": ["x", "y"]}.get(command.prog.split()[-1], ["x"])
+        special = {"eval-mcq": [__file__, "--model=x"], "convert": ["x", "y"], "demo": ["vision"]}
+        given = special.get(command.prog.split()[-1], ["x"])
         for action in command._actions:
             action.type = None
             for name in action.option_strings:
@@ -241,7 +257,7 @@ def test_unforeseen_errors_are_one_line_too(built, monkeypatch, capsys):
     def broken(*_):
         raise KeyError("videos/top/chunk_index")
 
-    monkeypatch.setattr("craft_optim.cli.work.inspect.facts", broken)
+    monkeypatch.setattr("craft_optim.cli.work.inspect.as_json", broken)
     capsys.readouterr()
     assert main(["inspect", "a"]) == 1
     assert capsys.readouterr().err == (
@@ -324,6 +340,8 @@ def test_convert(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"Anchors +3 in 1 shard\n", said)
     assert f"craft-optim inspect {new} --html=anchors.html" in said
+    assert main(["convert", str(old), str(new), "--layers", "-3", "-2", "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["anchors"] == 3
 
 
 def test_version_and_help(capsys):

@@ -137,7 +137,11 @@ def test_the_page_is_well_formed_and_loads_nothing(cache, model):
     assert len(page.all("img")) == 3 * (5 + 2 + 8)
     assert "clip and 3 more" in words
     assert "attention_mask.4d" not in {x["alt"] for x in page.all("img")}
-    assert words.index("Drift of the model") < words.index("What it is") < words.index("Anchor 5")
+    assert words.index("Drift of the model") < words.index("Anchor 5") < words.index("About the cache")
+    unfolded = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert "Anchor 5" in unfolded
+    assert "Fingerprint" not in unfolded, "what the files hold is for who asks"
+    assert "float32" not in unfolded.partition("<h2>Anchors")[2]
 
 
 @pytest.mark.parametrize("name", ["pixels", "pixel_values", "bytes", "stack", "last.channel", "clip"])
@@ -176,9 +180,55 @@ def test_words_and_numbers_of_an_anchor(cache):
     assert decode(prompt) in words
     assert "1.2 1.3" in words, "the state"
     best = cache.read([6]).features["logprobs"][0].exp().topk(1)
-    assert f"{decode(best.indices.tolist())}  {best.values[0]:.0%}" in words
-    assert f"first {min(6, VALID[6])} of {VALID[6]} positions" in words
-    assert " ".join(map(str, prompt)) in " ".join(Page(render(cache, [6])).text), "ids, where there is no tokenizer"
+    assert f"{decode(best.indices.tolist())}  {best.values[0]:.0%}".replace("%", " %") in words
+    assert f"The teacher, all {VALID[6]} positions" in words
+    assert "the teacher's tokenizer is not here" not in words
+    without = " ".join(Page(render(cache, [6])).text)
+    assert " ".join(map(str, prompt)) in without, "ids, where there is no tokenizer"
+    assert "Numbers stand for tokens: the teacher's tokenizer is not here. --tokenizer=PATH shows words." in without
+
+
+def card(cache, place, **settings):
+    """The inputs of an anchor as its card names and shows them, and the line beside its title."""
+    text = render(cache, [place], **settings).partition("<h2>Anchors")[2].partition("<details>")[0]
+    named = re.findall(r'<dt title="[^"]*">([^<]*)</dt><dd class="[^"]*">([^<]*)</dd>', text)
+    return dict(named), re.findall(r'<span class="source">([^<]*)</span>', text)
+
+
+def test_words_come_before_numbers_and_have_names_of_everyday(model, tmp_path):
+    def rows(labels):
+        batch = next(batches())
+        ids = batch["input_ids"]
+        counted = {"labels": torch.where(torch.arange(8) > 1, ids, -100)} if labels else {}
+        return [{"state": batch["state"], **counted, "input_ids": ids}]
+
+    decode = " ".join
+    words = {"decode": lambda ids: decode(chr(96 + i) for i in ids)}
+    first = anchors.build(model, rows(labels=False), tmp_path / "a", Reading(forward), class_dim=-1)
+    shown, _ = card(first, 1, **words)
+    assert [*shown] == ["prompt", "state"], "though the state is the first input"
+    ids = [i for i in next(batches())["input_ids"][1].tolist() if i]
+    assert shown["prompt"] == words["decode"](ids)
+    second = anchors.build(model, rows(labels=True), tmp_path / "b", Reading(forward), class_dim=-1)
+    shown, _ = card(second, 1, **words)
+    assert [*shown] == ["counted for drift", "text", "state"]
+    assert shown["counted for drift"] == words["decode"](ids[2:])
+
+
+def test_where_an_anchor_comes_from(model, tmp_path):
+    batch = next(batches()) | {
+        "category": ["open", "close", "open", "lift"],
+        "episode_index": torch.tensor([3, 3, 4, 1200]),
+        "observation.frame_index": torch.tensor([0, 17, 5, 9]),
+        "reward": torch.tensor([0.5, 0.25, 0.0, 1.0]),
+    }
+    cache = anchors.build(model, [batch], tmp_path, Reading(forward), class_dim=-1)
+    shown, source = card(cache, 3)
+    assert source == ["episode 1,200 · frame 9"]
+    assert "episode_index" not in shown
+    assert shown["reward"] == "1"
+    assert "<h3>Anchor 3: lift</h3>" in render(cache, [3])
+    assert card(cache, 1)[1] == ["episode 3 · frame 17"]
 
 
 def test_what_the_teacher_wrote(model, tmp_path):

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from craft_optim.cli.options import AddCommand, add_model, existing_file, layer, top_k, whole
+from craft_optim.cli.options import AddCommand, add_json, add_model, existing_file, layer, top_k, whole
 from craft_optim.episodes import parse_episodes
 
 __all__ = ["add", "add_frames"]
@@ -72,6 +72,7 @@ def add(command: AddCommand) -> None:
     add("--shard-size", type=whole, metavar="N", help="anchors per file (default: 256)")
     add("--overwrite", action="store_true", help="start over, whatever the folder holds")
     add("--no-resume", action="store_true", help="start a half-built cache over")
+    add_json(add)
 
 
 def add_frames(add: Callable[..., Any]) -> None:

@@ -1,6 +1,6 @@
 """craft-optim convert: a cache of an earlier CRaFT implementation, in this format."""
 
-from craft_optim.cli.options import AddCommand, layer
+from craft_optim.cli.options import AddCommand, add_json, layer
 
 __all__ = ["add"]
 
@@ -14,3 +14,4 @@ def add(command: AddCommand) -> None:
     add("new", metavar="NEW", help="folder of the new cache")
     add("--layers", nargs="+", type=layer, metavar="L", help="its layers, where its files do not name them")
     add("--overwrite", action="store_true", help="start over, whatever the new folder holds")
+    add_json(add)

@@ -1,6 +1,6 @@
 """craft-optim inspect: what a cache holds, as text and as a page; and how far a model has moved from it."""
 
-from craft_optim.cli.options import AddCommand, add_model, whole
+from craft_optim.cli.options import AddCommand, add_json, add_model, whole
 
 __all__ = ["add"]
 
@@ -20,4 +20,5 @@ def add(command: AddCommand) -> None:
     add("--verify", action="store_true", help="compare all checksums: reads the whole cache")
     add("--count", type=whole, default=24, metavar="N", help="anchors to show and to measure (default: 24)")
     add("--tokenizer", metavar="PATH", help="of token ids: folder or hub id (default: the teacher's, if it is here)")
+    add_json(add)
     add_model(add)

@@ -17,7 +17,7 @@ __all__ = [
     "completing",
     "existing_file",
     "layer",
-    "require_folders",
+    "require_folder",
     "require_one_model",
     "top_k",
     "whole",
@@ -112,11 +112,10 @@ def add_model(add: Callable[..., Any]) -> None:
     add("--device", default="auto", help="where the model runs (default: auto: CUDA if there is, else the CPU)")
 
 
-def require_folders(args: argparse.Namespace) -> None:
-    """Refuses --json and --plot files in folders that are not there, before anything is measured."""
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and file != "-" and not Path(file).absolute().parent.is_dir():
-            raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
+def require_folder(option: str, file: str | None) -> None:
+    """Refuses a file in a folder that is not there, before anything is measured; "-" is standard output."""
+    if file and file != "-" and not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
 
 
 def require_one_model(args: argparse.Namespace) -> None:

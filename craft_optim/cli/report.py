@@ -1,6 +1,6 @@
 """craft-optim report: a run's metrics as a page, and as pictures."""
 
-from craft_optim.cli.options import AddCommand
+from craft_optim.cli.options import AddCommand, add_json
 
 __all__ = ["add"]
 
@@ -22,4 +22,5 @@ def add(command: AddCommand) -> None:
     add("runs", nargs="*", metavar="RUN", help="a file, a folder, or NAME= before either")
     add("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
     add("--png", metavar="DIR", help="also every chart as a picture; needs matplotlib")
+    add_json(add)
     add("--title", metavar="TEXT", help="on top of the page (default: the names of what is in it)")

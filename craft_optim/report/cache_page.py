@@ -1,4 +1,7 @@
-"""An anchor cache as one HTML page: pictures, prompts, states, what the teacher says, and where a model has drifted."""
+"""An anchor cache as one HTML page: pictures, prompts, states, what the teacher says, and where a model has drifted.
+
+What a person can judge comes first; what the files hold is folded below it.
+"""
 
 import base64
 import io
@@ -15,7 +18,8 @@ from craft_optim.anchors import AnchorCache
 from craft_optim.anchors.structure import flatten
 from craft_optim.evaluation.drift import Drift
 from craft_optim.inspection import bytes_in_words, facts, lengths, tensors
-from craft_optim.report.markup import Markup, asset, page, table, tag
+from craft_optim.report.markup import Markup, asset, folded, page, table, tag
+from craft_optim.report.numbers import number, percent
 
 __all__ = ["render"]
 
@@ -25,6 +29,16 @@ _SIDE = 224  # pixels of the longer side of a thumbnail
 _VIEWS = 8  # pictures per anchor and input: a clip of 300 frames is told by its first ones
 _POSITIONS = 6  # of the teacher's predictions
 _IDS = re.compile(r"(^|[._])(input_ids|tokens|labels)$")
+_LABELS = re.compile(r"(^|[._])labels$")
+# Inputs of one whole number that say where an anchor is from -> word before the number
+_PLACES = {
+    "dataset_index": "dataset",
+    "episode_index": "episode",
+    "frame_index": "frame",
+    "index": "row",
+    "row": "row",
+    "id": "id",
+}
 
 
 def render(
@@ -52,31 +66,42 @@ def render(
     if measured:
         order.sort(key=lambda place: -abs(measured[0].each[place]))
     views = _Views(cache, indices)
-    cards = []
+    cards, without_words = [], False
     for place in order:
         batch = cache.read([indices[place]])
         flat = flatten(batch.inputs, batch.lengths)
         inputs = {name: x if name in flat.lengths else x[0] for name, x in flat.tensors.items()}
+        sources = {name: x for name, x in inputs.items() if _is_place(name, x)}
+        rest = {name: x for name, x in inputs.items() if name not in sources}
+        without_words |= decode is None and any(_are_ids(name, x) for name, x in rest.items())
+        head = [tag("h3", _title(cache, indices[place])), *_source(sources), *_badges(measured, place)]
         card = [
-            tag("header", tag("h3", _title(cache, indices[place])), *_badges(measured, place)),
+            tag("header", *head),
             *views.pictures(place),
-            _rows(inputs, views.names, decode),
+            _rows(rest, views.names, decode),
             _teacher(batch.features, decode),
         ]
         cards.append(tag("article", *(part for part in card if part)))
 
-    which = f"All {len(cache)}" if len(indices) == len(cache) else f"{len(indices)} of {len(cache)}, evenly spread"
+    which = (
+        f"All {len(cache):,}" if len(indices) == len(cache) else f"{len(indices):,} of {len(cache):,}, evenly spread"
+    )
     caption = f"{which}; the largest drift first." if measured else f"{which}."
+    if without_words:
+        caption += " Numbers stand for tokens: the teacher's tokenizer is not here. --tokenizer=PATH shows words."
     named = [*facts(cache), ("Checksums", "verified" if verified else "not compared (--verify does)")]
     about = [part for label, text in named for part in (tag("dt", label), tag("dd", text))]
+    teacher = cache.model_id or cache.settings["teacher"].get("class") or "a teacher without a name"
+    lead = f"{len(cache):,} anchors of {teacher}: {cache.features.describe()}"
+    name = cache.path.resolve().name
     sections = [
-        tag("header", tag("p", "anchor cache", class_="kind"), tag("h1", cache.path.resolve().name)),
+        tag("header", tag("p", "anchor cache", class_="kind"), tag("h1", name), tag("p", lead, class_="quiet lead")),
         _drift_section(measured, verdict),
-        tag("section", tag("h2", "What it is"), tag("dl", *about)),
-        tag("section", tag("h2", "Tensors"), _tensors(cache)),
         tag("section", tag("h2", "Anchors"), tag("p", caption, class_="quiet"), tag("div", *cards, class_="cards")),
+        folded("About the cache", tag("dl", *about)),
+        folded("Tensors", _tensors(cache)),
     ]
-    return page(f"Anchors: {cache.path.resolve().name}", sections, asset("cache.css"))
+    return page(f"Anchors: {name}", sections, asset("cache.css"))
 
 
 def _title(cache: AnchorCache, place: int) -> str:
@@ -84,8 +109,23 @@ def _title(cache: AnchorCache, place: int) -> str:
     return f"Anchor {place}" + (f": {category}" if category else "")
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_place(name: str, x: Tensor) -> bool:
+    return _last(name) in _PLACES and x.numel() == 1 and not x.is_floating_point()
+
+
+def _source(places: Mapping[str, Tensor]) -> list[Markup]:
+    """Where an anchor is from, as far as its inputs tell."""
+    found = {_last(name): int(x.reshape(-1)[0]) for name, x in places.items()}
+    told = [f"{word} {found[name]:,}" for name, word in _PLACES.items() if name in found]
+    return [tag("span", " · ".join(told), class_="source")] if told else []
+
+
 def _tensors(cache: AnchorCache) -> Markup:
-    varying = {row.name: f"{row.shortest} / {row.mean:.3g} / {row.longest}" for row in lengths(cache)}
+    varying = {row.name: f"{row.shortest:,} / {number(row.mean)} / {row.longest:,}" for row in lengths(cache)}
     rows = [[name, shape, dtype, varying.get(name, "")] for name, shape, dtype in tensors(cache)]
     words = f"{bytes_in_words(cache.nbytes)} on disk. Shapes are those of one anchor; lengths leave out padding."
     columns = ["name", "shape", "dtype on disk -> read", "length: least / mean / most"]
@@ -98,10 +138,10 @@ def _drift_section(measured: Sequence[Drift], verdict: tuple[bool, str] | None) 
     rows = [
         [
             drift.kind,
-            f"{drift.value:.3g}",
-            f"{median(drift.each):.3g}",
-            f"{max(drift.each):.3g}",
-            "" if drift.tolerance is None else f"{drift.tolerance:.1g}",
+            number(drift.value),
+            number(median(drift.each)),
+            number(max(drift.each)),
+            "" if drift.tolerance is None else number(drift.tolerance),
             drift.unit,
         ]
         for drift in measured
@@ -120,7 +160,7 @@ def _badges(measured: Sequence[Drift], place: int) -> list[Markup]:
     for drift in measured:
         share = abs(drift.each[place]) / max(max(map(abs, drift.each)), drift.tolerance or 0.0, 1e-12)
         bar = tag("i", style=f"width:{100 * share:.1f}%")
-        words = f"{drift.kind} {drift.each[place]:.3g}"
+        words = f"{drift.kind} drift {number(drift.each[place])}"
         badges.append(tag("span", words, tag("b", bar), class_="drift", title=drift.unit))
     return badges
 
@@ -185,7 +225,7 @@ class _Views:
         figures = []
         for name, views in self._small[place].items():
             black, white = self._ranges[name]
-            title = f"{name}, shown from {black:.3g} to {white:.3g}"
+            title = f"{name}, shown from {number(black)} to {number(white)}"
             images = [tag("img", src=_data_uri(x, black, white), alt=name, title=title) for x in views]
             more = self._hidden[place][name]
             caption = tag("figcaption", name + (f" and {more} more" if more else ""))
@@ -220,11 +260,19 @@ def _data_uri(picture: Tensor, black: float, white: float) -> str:
 
 def _rows(inputs: Mapping[str, Tensor], pictures: set[str], decode: Decode | None) -> Markup:
     parts = []
-    for name, x in inputs.items():
+    ids = [name for name, x in inputs.items() if _are_ids(name, x)]
+    texts = [name for name in ids if not _LABELS.search(name)]
+    whole = "prompt" if texts == ids else "text"  # with labels it has the answer, too
+    # Words first: states and the like are for a second look
+    for name, x in sorted(inputs.items(), key=lambda item: item[0] not in ids):
         if name in pictures or x.dtype == torch.bool or "mask" in name.lower():
             continue
-        text = _text(_trimmed(x.tolist()), decode) if _are_ids(name, x) else _numbers(x)
-        parts += [tag("dt", name), tag("dd", text, class_="text" if _are_ids(name, x) and decode else "numbers")]
+        label = "counted for drift" if name in ids and name not in texts else name
+        if name in texts and (len(texts) == 1 or "language" in name):
+            label = whole
+        text = _text(_trimmed(x.tolist()), decode) if name in ids else _numbers(x)
+        look = "text" if name in ids and decode else "numbers"
+        parts += [tag("dt", label, title=name), tag("dd", text, class_=look)]
     return tag("dl", *parts, class_="inputs") if parts else Markup("")
 
 
@@ -246,22 +294,23 @@ def _trimmed(ids: list[int]) -> list[int]:
 
 def _text(ids: list[int], decode: Decode | None) -> str:
     ids = [i for i in ids if i >= 0]
-    text, longest = (" ".join(map(str, ids)), 240) if decode is None else (decode(ids), 600)
+    text, longest = (" ".join(map(str, ids)), 240) if decode is None else (decode(ids).strip(), 600)
     return text if len(text) <= longest else text[:longest] + " ..."
 
 
 def _numbers(x: Tensor) -> str:
     if x.ndim == 0 or (x.ndim == 1 and len(x) <= 32):
-        return " ".join(_number(value) for value in x.reshape(-1).tolist())
+        return " ".join(_exact(value) for value in x.reshape(-1).tolist())
     shape = " x ".join(map(str, x.shape))
     if not x.numel() or x.is_complex():
         return shape
     low, mean, high = float(x.min()), float(x.double().mean()), float(x.max())
-    return f"{shape}, from {_number(low)} to {_number(high)}, mean {_number(mean)}"
+    return f"{shape}, from {number(low)} to {number(high)}, mean {number(mean)}"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _exact(value: Any) -> str:
+    """Whole numbers have all their digits: they may be names."""
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def _teacher(features: Mapping[str, Tensor], decode: Decode | None) -> Markup:
@@ -270,12 +319,13 @@ def _teacher(features: Mapping[str, Tensor], decode: Decode | None) -> Markup:
     predictions, total = _predictions(features)
     for position, guesses in enumerate(predictions):
         words = [
-            tag("span", tag("code", _class(number, decode)), f" {chance:.0%}", style=f"--p:{100 * chance:.0f}%")
-            for number, chance in guesses
-            if chance >= 0.005 or number == guesses[0][0]
+            tag("span", tag("code", _class(index, decode)), f" {percent(chance)}", style=f"--p:{100 * chance:.0f}%")
+            for index, chance in guesses
+            if chance >= 0.005 or index == guesses[0][0]
         ]
-        lines.append(tag("li", tag("small", str(position)), *words))
-    heading = "The teacher" if total == 1 else f"The teacher, first {len(lines)} of {total} positions"
+        lines.append(tag("li", *([tag("small", str(position))] if total > 1 else []), *words))
+    part = f"first {len(lines)} of {total:,} positions" if len(lines) < total else f"all {total} positions"
+    heading = "The teacher's likeliest classes" if total == 1 else f"The teacher, {part}"
     parts = [tag("h4", heading), tag("ol", *lines)] if lines else []
     if "tokens" in features:
         written = _text(features["tokens"].reshape(-1).tolist(), decode)
@@ -283,8 +333,8 @@ def _teacher(features: Mapping[str, Tensor], decode: Decode | None) -> Markup:
     return tag("div", *parts, class_="teacher") if parts else Markup("")
 
 
-def _class(number: int, decode: Decode | None) -> str:
-    return str(number) if decode is None else repr(decode([number]))[1:-1] or str(number)
+def _class(index: int, decode: Decode | None) -> str:
+    return str(index) if decode is None else repr(decode([index]))[1:-1] or str(index)
 
 
 def _predictions(features: Mapping[str, Tensor]) -> tuple[list[list[tuple[int, float]]], int]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-__all__ = ["Markup", "asset", "page", "table", "tag"]
+__all__ = ["Markup", "asset", "folded", "page", "table", "tag"]
 
 _VOID = ("img", "input", "meta")
 
@@ -43,6 +43,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
     head = tag("tr", *(tag("th", column) for column in columns))
     body = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll", tabindex=0)
+
+
+def folded(summary: str, *children: str) -> Markup:
+    """What opens on a click."""
+    return tag("details", tag("summary", summary), *children)
 
 
 def page(title: str, sections: Sequence[str], style: str = "", scripts: Sequence[str] = ()) -> str:

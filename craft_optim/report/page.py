@@ -1,16 +1,18 @@
 """The report as one HTML page that loads nothing. Charts are drawn by uPlot (MIT), which is in the page."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from craft_optim.report.markup import Markup, asset, page, table, tag
-from craft_optim.report.panels import POINTS, Curve, Group, Panel, groups, panels
+from craft_optim.report.markup import Markup, asset, folded, page, table, tag
+from craft_optim.report.numbers import duration, number, percent
+from craft_optim.report.panels import POINTS, Curve, Group, Limit, Panel, groups, panels
 from craft_optim.report.runs import Column, Run
-from craft_optim.report.summary import BAND, Summary, in_text, judge, judge_all, summarise
+from craft_optim.report.summary import BAND, LABELS, Summary, judge, judge_all, summarise
 
 __all__ = ["COLOURS", "render"]
 
@@ -20,19 +22,25 @@ _ON_BLACK = "5fb0f0 ff9a4d 4fd1a5 b69af0 f472a8 d8c44a 4dd0e1 c9a294 9fa8ff 9ccc
 COLOURS = [f"#{colour}" for colour in _ON_WHITE.split()]
 """Those of methods, on white, in the order in which they are given out; beyond the last one they begin anew"""
 
-_BADGES = {"held": "held", "inactive": "held, with room", "not held": "not held", "free": "not constrained"}
-_FACTS = {
-    "task loss": ("loss", ".3g"),
-    "held-out drift": ("heldout", ".3g"),
-    "steps with a pass": ("passes", ".0%"),
-    "steps over epsilon": ("violated", ".0%"),
-    "at the cap": ("capped", ".0%"),
-    "in conflict": ("conflict", ".0%"),
-    "projected": ("projected", ".0%"),
-    "skipped": ("skipped", ".0f"),
-    "ms per step": ("ms_per_step", ".3g"),
+_FACTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "task loss": ("loss", number),
+    "held-out drift": ("heldout", number),
+    "steps above epsilon": ("violated", percent),
+    "steps with a pass": ("passes", percent),
+    "lambda at its cap": ("capped", percent),
+    "in conflict": ("conflict", percent),
+    "projected": ("projected", percent),
+    "passes not finite": ("skipped", number),
+    "time per step": ("ms_per_step", duration),
 }
-_SOURCES = {"anchors": "", "heldout": " (held out)", "average": " (average)", "batches": " (batches)"}
+_LARGE = ("loss", "heldout")  # of these, shown large already
+_SOURCES = {
+    "anchors": "",
+    "heldout": " (held-out)",
+    "average": " (average of the last passes)",
+    "batches": " (median of the last passes)",
+}
+_FIRST = ("drift", "loss")  # charts; the others are folded
 
 
 def render(runs: Sequence[Run], title: str = "Training report") -> str:
@@ -45,6 +53,7 @@ def render(runs: Sequence[Run], title: str = "Training report") -> str:
     sections = [
         tag("header", tag("p", "craft-optim report", class_="kind"), tag("h1", title), tag("p", about, class_="quiet")),
         _verdicts(found, summaries),
+        _notes(runs),
         _charts(found, drawn),
         _table(found, summaries),
     ]
@@ -67,25 +76,45 @@ def _verdicts(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) ->
 
 def _card(place: int, name: str, summaries: Sequence[Summary]) -> Markup:
     verdict, several = judge_all(summaries), len(summaries) > 1
-    badge = tag("span", _BADGES[verdict.kind], class_=f"badge {verdict.kind.replace(' ', '-')}")
-    seeds = tag("span", f"{len(summaries)} seeds", class_="seeds") if several else Markup("")
-    ratio, drift, epsilon = (_typical(summaries, name) for name in ("ratio", "drift", "epsilon"))
-    if ratio is not None:
-        large = [tag("b", f"{ratio:.2f}"), Markup(" &times; epsilon")]
-        what = "held-out drift" if any(x.source == "heldout" for x in summaries) else "drift"
-        below = f"{what} {drift:.3g} at the end, epsilon {epsilon:.3g}"
-    else:
-        large = [tag("b", in_text(drift)), Markup(" drift")]
-        below = "at the end" if drift is not None else "not measured"
-    facts = [tag("div", tag("dt", label), tag("dd", text)) for label, text in _facts(summaries).items() if text != "-"]
+    badge = tag("span", LABELS[verdict.kind], class_=f"badge {verdict.kind.replace(' ', '-')}")
+    seeds = tag("span", f"{len(summaries)} seeds, medians", class_="seeds") if several else Markup("")
+    facts = _facts(summaries, [label for label, (of, _) in _FACTS.items() if of not in _LARGE])
+    numbers = [tag("div", tag("dt", label), tag("dd", text)) for label, text in facts.items() if text != "-"]
     return tag(
         "article",
         tag("header", _swatch(place), tag("h3", name), seeds, badge),
-        tag("p", *large, class_="large"),
-        tag("p", below + (", medians" if several else ""), class_="quiet"),
-        tag("p", verdict.words, class_="words"),
-        tag("dl", *facts, class_="facts"),
+        tag("div", *_large(summaries), class_="numbers"),
+        tag("p", _unbroken(verdict.words), class_="words"),
+        folded("More numbers", tag("dl", *numbers, class_="facts")) if numbers else Markup(""),
     )
+
+
+def _large(summaries: Sequence[Summary]) -> list[Markup]:
+    """What counts: drift on what epsilon is for, drift on the others, and the task's loss."""
+    epsilon, elsewhere = _typical(summaries, "epsilon"), summaries[0].source == "heldout"
+    words = {"anchors": "drift", "heldout": "held-out drift"}
+    made = []
+    for name in ("heldout", "anchors") if elsewhere else ("anchors", "heldout"):
+        drift, step = _typical(summaries, name), _typical(summaries, "heldout_step")
+        older = "" if step is None or name != "heldout" else f" at step {step:,.0f}"
+        if drift is None:
+            made.append(_number("–", "", f"{words[name]}: not measured"))
+        elif epsilon and (name == "heldout" or not elsewhere):
+            about = f"{words[name]} {number(drift)}{older}"
+            made.append(_number(number(drift / epsilon), Markup(" &times; epsilon"), about))
+        else:
+            made.append(_number(number(drift), "", words[name] + older))
+    loss = _typical(summaries, "loss")
+    return made if loss is None else [*made, _number(number(loss), "", "task loss")]
+
+
+def _number(value: str, unit: str, about: str) -> Markup:
+    return tag("div", tag("p", tag("b", value), unit), tag("small", about))
+
+
+def _unbroken(words: str) -> str:
+    """Numbers stay on one line with what they are numbers of."""
+    return re.sub(r"(?<=\d) (?=%|x\b)", "\u00a0", words)
 
 
 def _swatch(place: int) -> Markup:
@@ -97,27 +126,34 @@ def _typical(summaries: Sequence[Summary], name: str) -> float | None:
     return median(values) if values else None
 
 
-def _facts(summaries: Sequence[Summary]) -> dict[str, str]:
+def _facts(summaries: Sequence[Summary], labels: Sequence[str] = tuple(_FACTS)) -> dict[str, str]:
     """Label -> text; medians over the runs."""
-    facts = {label: in_text(_typical(summaries, name), form) for label, (name, form) in _FACTS.items()}
+    facts = {label: _FACTS[label][1](_typical(summaries, _FACTS[label][0])) for label in labels}
     retention = any(x.retention_steps for x in summaries)
-    return facts | {"skipped": f"{sum(x.skipped for x in summaries)}" if retention else "-"}
+    return facts | {"passes not finite": f"{sum(x.skipped for x in summaries):,}" if retention else "-"}
+
+
+def _notes(runs: Sequence[Run]) -> Markup:
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return tag("ul", *(tag("li", note) for note in notes), class_="quiet") if notes else Markup("")
 
 
 def _charts(found: Sequence[Group], drawn: Sequence[Panel]) -> Markup:
-    names = []
+    legend = []
     for place, group in enumerate(found):
         box = tag("input", type="checkbox", value=place, checked="", autocomplete="off")
-        names.append(tag("label", box, _swatch(place), tag("span", group.name)))
-    figures = []
+        legend.append(tag("label", box, _swatch(place), tag("span", group.name)))
+    large: list[Markup] = []
+    others: list[Markup] = []
     for place, panel in enumerate(drawn):
         plot = tag("div", class_="plot", role="img", aria_label=_in_words(panel, found))
-        caption = tag("figcaption", panel.caption)
-        figures.append(tag("figure", tag("h3", panel.title), plot, tag("output"), caption, data_panel=place))
+        head = tag("header", tag("h3", panel.title), tag("output"))
+        figure = tag("figure", head, plot, tag("figcaption", panel.caption), data_panel=place)
+        (large if panel.key in _FIRST else others).append(figure)
     runs = [run for group in found for run in group.runs]
     steps = [run.steps for run in runs]
     data = {
-        "groups": [group.name for group in found],
+        "groups": _short_names([group.name for group in found]),
         "inks": len(COLOURS),
         "panels": [_numbers(panel) for panel in drawn],
         "first": float(min(x[0] for x in steps)),
@@ -125,34 +161,44 @@ def _charts(found: Sequence[Group], drawn: Sequence[Panel]) -> Markup:
     }
     # Names of runs are the users': "<" would end the element
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    several = len(found) > 1
     return tag(
         "section",
         tag("h2", "Over the steps"),
-        tag("p", _thinned(runs, any(len(group.runs) > 1 for group in found)), class_="quiet"),
         tag("noscript", tag("p", "The charts need JavaScript; verdicts and table do not.", class_="verdict")),
-        tag("div", *names, class_="legend", role="group", aria_label="What the charts show"),
-        tag("div", *figures, class_="charts"),
+        tag("div", *legend, class_="legend", role="group", aria_label="Shown in the charts") if several else Markup(""),
+        tag("div", *large, class_="charts large"),
+        tag("p", _thinned(runs, any(len(group.runs) > 1 for group in found)), class_="quiet"),
+        folded("Why? Lambda, gradients, time", tag("div", *others, class_="charts")) if others else Markup(""),
         tag("script", Markup(text), type="application/json", id="data"),
     )
 
 
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Names of methods less the run that all of them are constraints of."""
+    runs = {name.rpartition(": ")[0] for name in names}
+    return [name.rpartition(": ")[2] for name in names] if len(names) > 1 and len(runs) == 1 else list(names)
+
+
 def _thinned(runs: Sequence[Run], seeds: bool) -> str:
     longest = max(len(run.steps) for run in runs)
-    several = "; of several seeds a line is their median, the shade reaches from the lowest to the highest"
+    several = (
+        " Of several seeds a line is the median; the shade reaches from the lowest to the highest." if seeds else ""
+    )
     words = "Move over a chart for values, drag to zoom, double-click to see everything."
     if longest <= POINTS:
-        return f"{words} Every row is drawn{several if seeds else ''}."
+        return f"{words} Every row is drawn.{several}"
     return (
-        f"{words} A curve has at most {POINTS} points: of {longest:,} rows a point is the mean of about "
-        f"{longest / POINTS:.3g}, and the shade their range{several if seeds else ''}."
+        f"{words} A line has at most {POINTS} points: of {longest:,} rows a point is the mean of about "
+        f"{number(longest / POINTS)}, and the shade is their range.{several}"
     )
 
 
 def _in_words(panel: Panel, found: Sequence[Group]) -> str:
     """A chart in words, for readers who do not see it."""
     ends = [
-        f"{found[curve.group].name}{f' {curve.label}' if curve.label else ''} from {curve.y[0]:.3g} to "
-        f"{curve.y[-1]:.3g}, between {curve.y.min():.3g} and {curve.y.max():.3g}"
+        f"{found[curve.group].name}{f' {curve.label}' if curve.label else ''} from {number(curve.y[0])} to "
+        f"{number(curve.y[-1])}, between {number(curve.y.min())} and {number(curve.y.max())}"
         for curve in panel.curves
         if curve.style != "faint"
     ]
@@ -161,15 +207,21 @@ def _in_words(panel: Panel, found: Sequence[Group]) -> str:
 
 def _numbers(panel: Panel) -> dict[str, Any]:
     return {
+        "unit": panel.unit,
         "log": panel.log,
+        "large": panel.key in _FIRST,
         "bottom": panel.bottom,
         "top": panel.top,
         "curves": [_curve(curve, panel.log) for curve in panel.curves],
         "limits": [
-            {"group": limit.group, "x": _short(limit.x, 7), "y": _short(limit.y), "band": BAND}
+            {"group": limit.group, "label": _epsilon(limit), "x": _short(limit.x, 7), "y": _short(limit.y)}
             for limit in panel.limits
         ],
     }
+
+
+def _epsilon(limit: Limit) -> str:
+    return f"epsilon {number(limit.y[0])}" if len({*limit.y}) == 1 else "epsilon"
 
 
 def _curve(curve: Curve, log: bool) -> dict[str, Any]:
@@ -190,20 +242,22 @@ def _short(column: Column, digits: int = 4) -> list[float]:
 
 
 def _table(found: Sequence[Group], summaries: Sequence[Sequence[Summary]]) -> Markup:
-    rows, notes = [], []
+    rows = []
     for group, of in zip(found, summaries, strict=True):
         for run, summary in zip(group.runs, of, strict=True):
             over = "" if summary.drift is None else _SOURCES[summary.source]
-            held = [in_text(summary.drift) + over, in_text(summary.epsilon), in_text(summary.ratio, ".2f")]
-            facts = _facts([summary]).values()
-            rows.append([run.name, _BADGES[judge(summary).kind], *held, *facts, f"{summary.steps:,}"])
-            notes += [f"{run.name}: {note}" for note in run.notes]
+            held = [number(summary.drift) + over, number(summary.epsilon), number(summary.ratio)]
+            rows.append(
+                [run.name, LABELS[judge(summary).kind], *held, *_facts([summary]).values(), f"{summary.steps:,}"]
+            )
     columns = ["run", "verdict", "drift", "epsilon", "drift / epsilon", *_FACTS, "last step"]
-    told = [tag("ul", *(tag("li", note) for note in notes), class_="quiet")] if notes else []
     low, high = BAND
     words = (
-        f"Held: drift at the end is at most {high:g} x epsilon; with room: below {low:g}. Drift is that over many "
-        "anchors where the run measured it, else the average that epsilon is held against (average), or the median of "
-        "the last anchor batches (batches). Where epsilon is of held-out anchors, drift is theirs (held out)."
+        f"Held: drift at the end is at most {high:g} x epsilon; with room: below {low:g}. Steps above epsilon: above "
+        f"{high:g} x epsilon; with more than a tenth of them, drift was held at the end alone. "
+        "Drift is over many anchors where the run measured it, else over the last passes. Where epsilon is for "
+        "held-out anchors, drift is theirs."
     )
-    return tag("section", tag("h2", "Runs"), tag("p", words, class_="quiet"), table(columns, rows), *told)
+    return tag(
+        "section", folded("All numbers, and the words for them", tag("p", words, class_="quiet"), table(columns, rows))
+    )

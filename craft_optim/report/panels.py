@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from craft_optim.report.runs import Column, Run
-from craft_optim.report.summary import BAND
 
 __all__ = ["POINTS", "Curve", "Group", "Limit", "Panel", "groups", "panels"]
 
@@ -43,7 +42,7 @@ class Curve:
 
     Attributes:
         group: Place of its method among the groups.
-        label: Name beside the method's name; "" for the panel's own.
+        label: Name beside the method's name; "" where a method has one line.
         style: "solid", "dashed", "dotted" or "faint".
         low: Lower end of the range, `high` the upper one; as long as y.
     """
@@ -76,14 +75,16 @@ class Panel:
 
     Attributes:
         caption: How to read it.
+        unit: What is on its axis.
         log: True for a logarithmic axis.
-        limits: Epsilons to draw with the band around them.
+        limits: Epsilons, below which is the room that drift may use.
         bottom: Lower end of the axis, `top` the upper one; None: that of the values.
     """
 
     key: str
     title: str
     caption: str
+    unit: str
     log: bool
     curves: tuple[Curve, ...]
     limits: tuple[Limit, ...] = ()
@@ -104,8 +105,14 @@ def _in_three_styles(**labels: str) -> tuple[_Line, ...]:
 
 
 # The first of these that a run has is drawn, the next one faint beside it
-_DRIFT = {"drift_anchors": "", "drift": "average", "retention_loss": "anchor batches"}
-_HELD_OUT = _Line("drift_heldout", "held out", "dotted")
+_DRIFT = {"drift_anchors": "anchors", "drift": "average", "retention_loss": "batches"}
+_MEANING = {
+    "anchors": "drift on many anchors",
+    "average": "drift over the last passes",
+    "batches": "drift on the anchors of single passes, which scatters",
+    "held-out": "drift on anchors that are not trained on",
+}
+_HELD_OUT = _Line("drift_heldout", "held-out", "dashed")
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ class _Chart:
     """The making of a panel.
 
     Attributes:
+        unit: What is on its axis; "s" becomes "ms" where all values are below 1.
+        log: None: logarithmic where the values are far apart.
         smooth: The share of a run over which values are averaged before they are thinned; 0: not at all.
         typical: True: a point is the median of its steps instead of their mean.
         ranged: True: the range of the values is drawn.
@@ -121,40 +130,41 @@ class _Chart:
     key: str
     title: str
     caption: str
+    unit: str
     lines: tuple[_Line, ...]
-    log: bool = False
+    log: bool | None = False
     smooth: float = 0.0
-    scale: float = 1.0
     typical: bool = False
     ranged: bool = True
     bounds: tuple[float | None, float | None] = (None, None)
 
 
-_LOW, _HIGH = BAND
 _CHARTS = (
-    _Chart("loss", "Task loss", "Moving mean over 2 % of the run.", (_Line("loss"),), smooth=0.02),
     _Chart(
         "drift",
-        "Drift against epsilon",
-        f"Dashed: epsilon; band: {_LOW:g} to {_HIGH:g} epsilon. Solid: over many anchors where that was measured, else "
-        "the average over passes, or single anchor batches, which scatter; faint: the next of these beside it. Dotted: "
-        "held-out anchors; epsilon is theirs where the run has one for them.",
+        "Drift",
+        "",
+        "drift",
         (),
-        log=True,
     ),
-    _Chart("lambda", "Multiplier lambda", "The weight of the retention gradient.", (_Line("lambda"),), log=True),
+    _Chart(
+        "loss", "Task loss", "Moving mean over 2 % of the run.", "task loss", (_Line("loss"),), log=None, smooth=0.02
+    ),
+    _Chart("lambda", "Lambda", "The weight of the retention gradient.", "lambda", (_Line("lambda"),), log=True),
     _Chart(
         "cosine",
         "Cosine of task and retention gradient",
-        "Below 0 a step for the task is one away from the snapshot. Moving mean over 2 % of the run.",
+        "Below 0 a step for the task leads away from the snapshot. Moving mean over 2 % of the run.",
+        "cosine",
         (_Line("grad_cos"),),
         smooth=0.02,
     ),
     _Chart(
         "shares",
         "Conflict, projection, cap",
-        "Share of steps, moving over 5 % of the run. Solid: the gradients conflict; dashed: the projection acts; "
-        "dotted: lambda is at its cap.",
+        "How often the gradients conflict, the projection acts, and lambda is at its cap. Moving mean over 5 % of the "
+        "run.",
+        "share of passes",
         _in_three_styles(conflict="conflict", projected="projected", capped="at the cap"),
         smooth=0.05,
         ranged=False,
@@ -163,7 +173,8 @@ _CHARTS = (
     _Chart(
         "norms",
         "Gradient norms",
-        "Solid: task; dashed: retention; dotted: merged, what the optimizer stepped on.",
+        "Merged: the gradient that the optimizer stepped on.",
+        "norm",
         _in_three_styles(task_grad_norm="task", retention_grad_norm="retention", merged_grad_norm="merged"),
         log=True,
         smooth=0.02,
@@ -171,11 +182,11 @@ _CHARTS = (
     ),
     _Chart(
         "cost",
-        "Milliseconds per step",
+        "Time per step",
         "Median. By the run's own clock where it has logged one; else from the times of its rows, with everything that "
         "happened between them.",
+        "s",
         (_Line("seconds"),),
-        scale=1e3,
         typical=True,
         ranged=False,
         bounds=(0.0, None),
@@ -184,6 +195,7 @@ _CHARTS = (
         "interval",
         "Steps between passes",
         "K, the steps that a pass stands for.",
+        "steps",
         (_Line("interval"),),
         bounds=(0.0, None),
     ),
@@ -191,10 +203,11 @@ _CHARTS = (
         "kept",
         "Share of a step that is kept",
         "Below 1 where the whole step led beyond the trust region.",
+        "share",
         (_Line("step_kept"),),
         bounds=(0.0, 1.0),
     ),
-    _Chart("lr", "Learning rate", "As logged.", (_Line("lr"),), ranged=False, bounds=(0.0, None)),
+    _Chart("lr", "Learning rate", "As logged.", "learning rate", (_Line("lr"),), ranged=False, bounds=(0.0, None)),
 )
 
 
@@ -220,14 +233,35 @@ def panels(found: Sequence[Group], points: int = POINTS) -> list[Panel]:
             for place, group in enumerate(found)
             for line in _lines(chart, group)
         )
-        curves = [curve for curve in each if curve is not None]
-        if curves:
-            limits = _limits(found, points) if chart.key == "drift" else ()
-            bottom, top = chart.bounds
-            if chart.log:
-                bottom, top = _log_range(curves, limits)
-            made.append(Panel(chart.key, chart.title, chart.caption, chart.log, tuple(curves), limits, bottom, top))
+        curves = tuple(curve for curve in each if curve is not None)
+        if not curves:
+            continue
+        unit, log, (bottom, top) = chart.unit, chart.log, chart.bounds
+        if log is None:
+            values = np.concatenate([curve.y for curve in curves])
+            log = bool(values.min() > 0.0 and values.max() > _FAR * values.min())
+        limits = _limits(found, points) if chart.key == "drift" else ()
+        if chart.key == "drift":
+            log, bottom, top = _drift_axis(curves, limits)
+        elif log:
+            bottom, top = _log_range(curves)
+        elif unit == "s" and max(curve.y.max() for curve in curves) < 1.0:
+            unit, curves = "ms", tuple(_scaled(curve, 1e3) for curve in curves)
+        caption = chart.caption or _of_drift(curves, limits)
+        made.append(Panel(chart.key, chart.title, caption, unit, log, curves, limits, bottom, top))
     return made
+
+
+def _of_drift(curves: Sequence[Curve], limits: Sequence[Limit]) -> str:
+    """The caption of the lines that are there."""
+    room = ["Green: the room below epsilon."] if len(limits) == 1 else []
+    shown = {curve.label: " (thin)" if curve.style == "faint" else "" for curve in curves}
+    parts = [f"{x.capitalize()}{shown[x]}: {text}." for x, text in _MEANING.items() if x in shown]
+    return " ".join([*room, *parts])
+
+
+def _scaled(curve: Curve, factor: float) -> Curve:
+    return replace(curve, y=factor * curve.y, low=factor * curve.low, high=factor * curve.high)
 
 
 def _lines(chart: _Chart, group: Group) -> tuple[_Line, ...]:
@@ -246,7 +280,7 @@ def _has(group: Group, column: str) -> bool:
 
 def _curve(place: int, group: Group, line: _Line, chart: _Chart, points: int) -> Curve | None:
     series = [run.measured(line.column) for run in group.runs]
-    series = [(x, chart.scale * y) for x, y in series if len(x)]
+    series = [(x, y) for x, y in series if len(x)]
     if not series:
         return None
     edges = _edges([x for x, _ in series], points)
@@ -308,25 +342,45 @@ def _limits(found: Sequence[Group], points: int) -> tuple[Limit, ...]:
             steps, values = _binned(x, y, _edges([x], points), np.mean)
             there = np.isfinite(values)
             each.append(Limit(place, steps[there], values[there]))
-    constant = {float(v) for limit in each for v in limit.y}
-    if len(constant) == 1 and each:
+    values = np.concatenate([limit.y for limit in each]) if each else np.array([])
+    if each and np.ptp(values) <= 1e-9 * values.max():  # means of one number may differ in their last digits
         first, last = min(limit.x[0] for limit in each), max(limit.x[-1] for limit in each)
-        return (Limit(None, np.array([first, last]), np.array([*constant, *constant])),)
+        return (Limit(None, np.array([first, last]), np.full(2, values[0])),)
     return tuple(each)
 
 
-def _log_range(curves: Sequence[Curve], limits: Sequence[Limit]) -> tuple[float, float]:
-    """The ends of a logarithmic axis: drift begins at rounding errors around 0, which would take most of it."""
-    values = np.concatenate([c.y for c in curves if c.style != "faint"] or [c.y for c in curves])
-    values = values[values > 0.0]
+_FAR = 20.0  # times the smallest value: on a plain axis a curve that ends there is a line on the ground
+_NEAR = 4.0  # times epsilon: as far as drift can go on a plain axis, and what is below epsilon still be seen
+_ROOM = 5.0  # epsilon is so many times the lower end of a logarithmic axis, or more
+
+
+def _drift_axis(curves: Sequence[Curve], limits: Sequence[Limit]) -> tuple[bool, float, float]:
+    """Whether it is logarithmic, and its ends: epsilon has room below it, and lies on neither end."""
+    highest = max(float(curve.y.max()) for curve in curves)
+    epsilons = np.concatenate([limit.y for limit in limits]) if limits else np.array([])
+    epsilons = epsilons[epsilons > 0.0]
+    if not len(epsilons) or highest <= _NEAR * epsilons.min():
+        return False, 0.0, 1.1 * max(highest, 1.1 * float(epsilons.max(initial=0.0))) or 1.0
+    low, high = float(epsilons.min()), max(highest, float(epsilons.max()))
+    lowest = _drawn(curves).min(initial=low)  # rounding errors around 0 would take most of the axis
+    return True, _round_below(min(max(float(lowest), low / 30), low / _ROOM)), 1.5 * high
+
+
+def _log_range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The ends of a logarithmic axis, of six decades at most."""
+    values = _drawn(curves)
     if not len(values):
         return 1e-3, 1.0
     low, high = float(values.min()), float(values.max())
-    if limits:
-        epsilons = np.concatenate([limit.y for limit in limits])
-        low, high = max(low, float(epsilons.min()) / 30), max(high, 1.5 * float(epsilons.max()))
     low = min(max(low, high / 1e6), high / 2)
     return _round_below(low / 1.1), high * 1.3
+
+
+def _drawn(curves: Sequence[Curve]) -> Column:
+    """What has a place on a logarithmic axis; of faint curves only if there are no others."""
+    values = np.concatenate([c.y for c in curves if c.style != "faint"] or [c.y for c in curves])
+    above: Column = values[values > 0.0]
+    return above
 
 
 def _round_below(value: float) -> float:

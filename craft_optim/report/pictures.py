@@ -9,10 +9,10 @@ from craft_optim.evaluation.plots import require_matplotlib
 from craft_optim.report.page import COLOURS
 from craft_optim.report.panels import Group, Panel, groups, panels
 from craft_optim.report.runs import Run
-from craft_optim.report.summary import BAND
 
 __all__ = ["draw"]
 
+_ROOM = "#1f8a4c"  # the green of what is below epsilon, as on the page
 _STYLES = {"solid": "-", "dashed": "--", "dotted": ":", "faint": "-"}
 
 
@@ -65,7 +65,8 @@ def _draw_panel(axis: Any, panel: Panel, found: Sequence[Group], legend: bool) -
         ink, constant = _colour(limit.group), len({*limit.y}) == 1
         name = f"epsilon = {limit.y[0]:g}" if constant else "epsilon"
         axis.plot(limit.x, limit.y, color=ink, ls="--", lw=1, label=name)
-        axis.fill_between(limit.x, BAND[0] * limit.y, BAND[1] * limit.y, color=ink, alpha=0.12, lw=0)
+        if len(panel.limits) == 1:
+            axis.fill_between(limit.x, panel.bottom or 0.0, limit.y, color=_ROOM, alpha=0.1, lw=0)
     if panel.log:
         axis.set_yscale("log")
         short = panel.bottom and panel.top and panel.top < 100 * panel.bottom
@@ -75,6 +76,7 @@ def _draw_panel(axis: Any, panel: Panel, found: Sequence[Group], legend: bool) -
     axis.set_ylim(panel.bottom, panel.top)
     axis.set_title(panel.title, fontsize=10)
     axis.set_xlabel("step", fontsize=8)
+    axis.set_ylabel(panel.unit, fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 
@@ -55,14 +56,94 @@ def page(tmp_path_factory, rows, write):
     return file
 
 
-def test_charts_are_drawn_and_nothing_is_loaded(page, tmp_path):
-    dom, console, asked = browse(page, tmp_path, "--dump-dom", "--window-size=1280,900")
+@pytest.fixture(scope="module")
+def opened(page):
+    """With all that is folded."""
+    file = page.with_name("opened.html")
+    file.write_text(page.read_text().replace("<details>", "<details open>"))
+    return file
+
+
+@pytest.mark.parametrize(("which", "number"), [("page", 2), ("opened", 7)])
+def test_charts_are_drawn_and_nothing_is_loaded(which, number, tmp_path, request):
+    dom, console, asked = browse(request.getfixturevalue(which), tmp_path, "--dump-dom", "--window-size=1280,900")
     assert console == []
     assert asked == set()
     drawn = [int(n) for n in re.findall(r'<figure data-panel="\d+" data-points="(\d+)"', dom)]
-    assert len(drawn) == dom.count("<canvas") == 7
+    assert len(drawn) == dom.count("<canvas") == number
     assert min(drawn) > 100
-    assert 'data-charts="7"' in dom
+    assert f'data-charts="{number}"' in dom
+
+
+UNFOLD = """
+const first = document.querySelectorAll("figure[data-points]").length;
+document.querySelectorAll("details").forEach(fold => { fold.open = true; });
+setTimeout(() => {
+  const widths = [...document.querySelectorAll("figure canvas")].map(x => x.clientWidth);
+  document.body.innerHTML = `<pre>${JSON.stringify([first, widths])}</pre>`;
+}, 300);
+"""
+
+
+def used(page, script, folder, *options):
+    """What a script that acts on the page leaves in its <pre>."""
+    file = folder / "used.html"
+    text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text())
+    file.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    dom, console, _ = browse(file, folder, "--dump-dom", "--virtual-time-budget=3000", *options)
+    assert console == []
+    return json.loads(re.search(r"<pre>(.*)</pre>", dom)[1])
+
+
+def test_what_is_folded_is_drawn_when_it_opens(page, tmp_path):
+    first, widths = used(page, UNFOLD, tmp_path, "--window-size=1280,900")
+    assert first == 2
+    assert len(widths) == 7
+    assert min(widths[:2]) > 1.8 * max(widths[2:]) > 600, "drift and loss are twice as wide"
+
+
+# What is written on the canvases: text, colour, place, alignment
+LABELS = """
+const said = [], fill = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  const at = this.getTransform();
+  const own = {text, ink: this.fillStyle, x: x + at.e, y: y + at.f, width: this.measureText(text).width};
+  said.push({...own, right: this.canvas.width, height: this.canvas.height, align: this.textAlign});
+  return fill.apply(this, arguments);
+};
+"""
+TELL = "document.body.innerHTML = `<pre>${JSON.stringify(said).replaceAll('<', '&lt;')}</pre>`;"
+
+
+def labels(page, folder, width=1280):
+    """All texts on the canvases of the page."""
+    file = folder / "labels.html"
+    file.write_text(page.read_text().replace("<main>", f"<script>{LABELS}</script><main>"))
+    return used(file, f"setTimeout(() => {{ {TELL} }}, 300);", folder, f"--window-size={width},900")
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_lines_have_their_names_at_their_ends(page, tmp_path, width):
+    said = labels(page, tmp_path, width)
+    names = [(one["text"], one["ink"]) for one in said if one["align"] == "left"]
+    assert {name for name, _ in names} == {"craft", "adamw", "epsilon 0.05"}
+    assert {ink for name, ink in names if name == "craft"} == {"#1b6ca8"}
+    assert {ink for name, ink in names if name == "adamw"} == {"#d95f02"}
+    # uPlot draws each chart once more when fonts are there: the last ones count
+    ends = [one for one in said if one["align"] == "left"][-5:]
+    assert all(one["x"] + one["width"] <= one["right"] for one in ends), "none is cut off"
+    for chart in (ends[:3], ends[3:]):
+        places = sorted(one["y"] for one in chart)
+        assert all(after - before >= 14 for before, after in pairwise(places)), "none on another"
+        assert all(6 <= y <= chart[0]["height"] - 30 for y in places)
+
+
+def test_axes_are_labelled_and_numbers_are_those_of_the_page(page, tmp_path):
+    texts = {one["text"] for one in labels(page, tmp_path)}
+    assert {"step", "drift", "task loss"} <= texts
+    numbers = texts - {"step", "drift", "task loss", "craft", "adamw", "epsilon 0.05"}
+    assert {"0.01", "0.1", "1", "0", "50", "100"} <= numbers
+    assert all(re.fullmatch(r"-?(\d{1,3}(,\d{3})*(\.\d+)?)", text) for text in numbers if text), numbers
 
 
 def test_this_would_be_noticed(page, tmp_path):
@@ -91,27 +172,22 @@ setTimeout(() => {
 
 
 def test_it_tells_values_and_hides_methods(page, tmp_path):
-    used = tmp_path / "used.html"
-    text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text())
-    used.write_text(text.replace("</body>", f"<script>{USE}</script></body>"))
-    dom, console, _ = browse(used, tmp_path, "--dump-dom", "--window-size=1280,900", "--virtual-time-budget=3000")
-    assert console == []
-    texts, later = json.loads(re.search(r"<pre>(.*)</pre>", dom)[1])
-    step, craft, adamw = re.match(r"step (\d+) · craft ([\d.]+) · adamw ([\d.]+)$", texts[0]).groups()
+    texts, later = used(page, USE, tmp_path, "--window-size=1280,900")
+    step, craft, adamw = re.match(r"step (\d+) · craft ([\d.]+) · adamw ([\d.]+)$", texts[1]).groups()
     assert int(step) == pytest.approx(150, abs=5)
     expected = 2.0 * math.exp(-int(step) / 30)
     assert float(craft) == pytest.approx(expected, rel=0.1)
     assert float(adamw) == pytest.approx(expected, rel=0.1)
-    assert all(text.startswith(f"step {step} · craft ") for text in texts), "all charts follow"
-    assert "epsilon 0.05" in texts[1]
-    assert re.match(r"step 7\d · craft [\d.]+$", later)
+    assert texts[0].startswith(f"step {step} · craft "), "all charts follow"
+    assert texts[0].endswith(" · adamw 2 · epsilon 0.05")
+    assert re.match(r"step 7\d · craft [\d.]+ · epsilon 0.05$", later)
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_lines_have_the_colours_of_their_methods(page, tmp_path, dark):
+def test_lines_have_the_colours_of_their_methods(opened, tmp_path, dark):
     size = ["--window-size=500,4200", f"--screenshot={tmp_path / 'page.png'}"]
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    _, console, _ = browse(page, tmp_path, *size, *scheme)
+    _, console, _ = browse(opened, tmp_path, *size, *scheme)
     assert console == []
     picture = Image.open(tmp_path / "page.png").convert("RGB")
     found = {colour: count for count, colour in picture.getcolors(picture.width * picture.height)}

@@ -58,7 +58,7 @@ def page(runs_folder):
 def test_it_says_what_came_of_the_runs(page):
     assert "Both <methods>" in page.words
     assert "4 runs, up to step 99" in page.words
-    assert "Held in 2 of 2 runs" in page.words
+    assert "Held at the end in 2 of 2 runs" in page.words
     assert "Nothing was constrained: drift ended from 2 to 2.1 in 2 runs." in page.words
     assert page.words.count("held") >= 3
     for name in ("craft seed 0", "craft seed 1", "adamw seed 0", "adamw seed 1"):
@@ -72,19 +72,79 @@ def test_charts_have_numbers_and_words(page):
     assert len(figures) == len(page.data["panels"]) == 9
     described = [attrs["aria-label"] for attrs in page.all("div") if attrs.get("role") == "img"]
     assert len(described) == 9
-    assert any(re.search(r"Drift against epsilon: craft average from .* to 0\.05", text) for text in described)
+    assert any(re.search(r"Drift: craft average from .* to 0\.05", text) for text in described)
     assert page.data["groups"] == ["craft", "adamw"]
-    drift = page.data["panels"][1]
-    assert drift["limits"] == [{"group": None, "x": [0.0, 99.0], "y": [0.05, 0.05], "band": [0.9, 1.1]}]
+    drift = page.data["panels"][0]
+    assert drift["limits"] == [{"group": None, "label": "epsilon 0.05", "x": [0.0, 99.0], "y": [0.05, 0.05]}]
+    assert [panel["unit"] for panel in page.data["panels"]][:3] == ["drift", "task loss", "lambda"]
     assert len(drift["curves"][0]["x"]) == len(drift["curves"][0]["y"]) == 100
+
+
+def large(page):
+    """The large numbers of a page's cards with their units, and what is said below each."""
+    found = re.findall(r"<div><p><b>([^<]*)</b>([^<]*)</p><small>([^<]*)</small></div>", page)
+    return [(value, unit.replace("&times;", "x").strip(), about) for value, unit, about in found]
+
+
+def test_drift_held_out_drift_and_loss_are_large(tmp_path, rows, write):
+    def of(content):
+        return large(render(read_runs([str(write(tmp_path / "m.jsonl", content))])))
+
+    content = rows(averages=True)
+    loss = ("0.103", "", "task loss")
+    assert of(content) == [("1", "x epsilon", "drift 0.05"), ("–", "", "held-out drift: not measured"), loss]
+    content[97] |= {"drift_anchors": 0.04, "drift_heldout": 0.123}
+    assert of(content) == [("0.8", "x epsilon", "drift 0.04"), ("2.46", "x epsilon", "held-out drift 0.123"), loss]
+    content[50]["drift_heldout"] = content[97].pop("drift_heldout")
+    assert of(content)[1] == ("2.46", "x epsilon", "held-out drift 0.123 at step 50")
+    steered = rows(averages=True, epsilon_heldout=0.2, heldout=0.25)
+    assert of(steered) == [("1.25", "x epsilon", "held-out drift 0.25"), ("0.05", "", "drift"), loss], (
+        "epsilon is for held-out ones"
+    )
+    plain = rows(epsilon=None, drift_anchors=2.0)
+    assert of(plain) == [("2", "", "drift"), ("–", "", "held-out drift: not measured"), loss]
+
+
+def test_drift_and_loss_are_open_and_all_else_is_folded(runs_folder):
+    text = render(read_runs([str(runs_folder)]))
+    shown = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert re.findall(r'<figure data-panel="\d+"><header><h3>([^<]*)', shown) == ["Drift", "Task loss"]
+    assert text.count("<figure data-panel") == 9
+    assert "<table" not in shown
 
 
 def test_epsilon_of_held_out_anchors(tmp_path, rows, write):
     content = rows(averages=True, every=4, epsilon_heldout=0.2, heldout=0.25)
     page = Page(render(read_runs([str(write(tmp_path / "m.jsonl", content))])))
-    assert "held-out drift 0.25 at the end, epsilon 0.2" in page.words
-    assert "0.25 (held out)" in page.words
-    assert re.search(r"steps with a pass\s+25%", page.words)
+    assert "0.25 (held-out)" in page.words
+    assert re.search(r"steps with a pass\s+25 %", page.words)
+
+
+def test_a_card_does_not_contradict_itself(tmp_path, rows, write):
+    content = rows(averages=True)
+    for row in content[:66]:
+        row["drift"] = 0.2
+    text = render(read_runs([str(write(tmp_path / "m.jsonl", content))]))
+    assert '<span class="badge late">held at the end</span>' in text
+    words = Page(text).words
+    assert "above 1.1\u00a0x epsilon for 66\u00a0% of the steps, at most 4\u00a0x." in words
+    assert re.search(r"steps above epsilon\s+66 %", words)
+
+
+def test_numbers_are_written_in_one_way(tmp_path, rows, write):
+    content = rows(3000, averages=True, seconds=9.7)
+    text = Page(render(read_runs([str(write(tmp_path / "m.jsonl", content))]))).words
+    assert re.search(r"time per step\s+9.7 s", text)
+    assert "of 3,000 rows a point is the mean of about 12.5" in text
+    assert not re.search(r"e[+-]0\d|\d{4,}", text)
+
+
+def test_constraints_of_one_run_go_by_their_own_names(tmp_path, write):
+    row = {"retention_loss/a": 0.1, "epsilon/a": 0.2, "retention_loss/b": 0.1, "epsilon/b": 0.2, "loss": 1.0}
+    content = [row | {"step": s} for s in range(5)]
+    page = Page(render(read_runs([str(write(tmp_path / "first.jsonl", content))])))
+    assert page.data["groups"] == ["a", "b"]
+    assert "first: a" in page.words
 
 
 def test_names_are_text(tmp_path, rows, write):
@@ -94,7 +154,7 @@ def test_names_are_text(tmp_path, rows, write):
     assert len(page.scripts) == 3
     assert not page.all("img")
     assert page.data["groups"] == [EVIL]
-    assert page.words.count(EVIL) >= 5
+    assert page.words.count(EVIL) == 4, "title, heading, card, and row"
 
 
 def test_it_loads_nothing_and_runs_its_own_scripts_alone(page, runs_folder):

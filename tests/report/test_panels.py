@@ -29,11 +29,11 @@ def test_methods_are_grouped_and_constrained_ones_come_first(runs_folder):
 
 def test_every_quantity_has_its_chart(runs_folder):
     found = by_key(read_runs([str(runs_folder)]))
-    assert [*found] == ["loss", "drift", "lambda", "cosine", "shares", "norms", "cost", "interval", "kept"]
+    assert [*found] == ["drift", "loss", "lambda", "cosine", "shares", "norms", "cost", "interval", "kept"]
     assert [curve.label for curve in found["shares"].curves] == ["conflict", "projected", "at the cap"]
     assert {curve.group for curve in found["loss"].curves} == {0, 1}
     assert {curve.group for curve in found["lambda"].curves} == {0}
-    assert found["cost"].curves[0].y == pytest.approx(100.0)
+    assert (found["cost"].unit, found["cost"].curves[0].y.tolist()) == ("ms", pytest.approx([100.0] * 100))
 
 
 def test_seeds_are_their_median_and_range(run_of):
@@ -84,32 +84,32 @@ def test_cost_is_typical(run_of):
 def test_drift_and_what_stands_in_for_it(run_of, rows):
     batches = run_of(rows())
     (curve,) = by_key([batches])["drift"].curves
-    assert (curve.label, curve.style) == ("anchor batches", "solid")
+    assert (curve.label, curve.style) == ("batches", "solid")
     content = rows()
     content[50] |= {"drift_anchors": 0.04, "drift_heldout": 0.09}
     found = by_key([run_of(content, "measured")])["drift"].curves
     assert [(c.label, c.style, len(c.x)) for c in found] == [
-        ("", "solid", 1),
-        ("anchor batches", "faint", 100),
-        ("held out", "dotted", 1),
+        ("anchors", "solid", 1),
+        ("batches", "faint", 100),
+        ("held-out", "dashed", 1),
     ]
 
 
 def test_the_average_over_passes_stands_in_for_many_anchors(run_of, rows):
     content = rows(averages=True)
     found = by_key([run_of(content)])["drift"].curves
-    assert [(c.label, c.style) for c in found] == [("average", "solid"), ("anchor batches", "faint")]
+    assert [(c.label, c.style) for c in found] == [("average", "solid"), ("batches", "faint")]
     assert found[0].y == pytest.approx([row["drift"] for row in content])
     content[99]["drift_anchors"] = 0.04
     found = by_key([run_of(content, "measured")])["drift"].curves
-    assert [(c.label, c.style) for c in found] == [("", "solid"), ("average", "faint")]
+    assert [(c.label, c.style) for c in found] == [("anchors", "solid"), ("average", "faint")]
 
 
 def test_epsilon_of_held_out_anchors(run_of, rows):
     content = rows(averages=True, epsilon_heldout=0.2, heldout=0.19)
     panel = by_key([run_of(content)])["drift"]
     assert panel.limits[0].y.tolist() == [0.2, 0.2], "what was asked for, not what the anchors are held at for it"
-    assert [(c.label, c.style) for c in panel.curves][-1] == ("held out", "dotted")
+    assert [(c.label, c.style) for c in panel.curves][-1] == ("held-out", "dashed")
     assert panel.curves[-1].y == pytest.approx(0.19)
 
 
@@ -135,18 +135,50 @@ def test_epsilon_of_one_and_of_several(run_of, rows):
     assert limits[1].y[[0, -1]].tolist() == pytest.approx([1.0, 0.01])
 
 
-def test_a_logarithmic_axis_is_not_lost_to_rounding(run_of, rows):
-    content = rows()
+def test_what_means_of_one_epsilon_leave_over_is_no_other_epsilon(run_of, rows):
+    content = rows(2000)
+    for row in content[::7]:
+        row["epsilon"] = 0.05 * (1 + 1e-15)
+    (limit,) = by_key([run_of(content)])["drift"].limits
+    assert (limit.group, len(limit.y)) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("final", "log"),
+    [(0.2, False), (1.0, False), (3.5, False), (5.0, True), (44.0, True), (1e4, True)],
+)
+def test_epsilon_and_the_room_below_it_are_on_the_axis(run_of, rows, final, log):
+    content = rows(final=final)
     content[0]["retention_loss"] = 1e-12
     content[1]["retention_loss"] = -1e-9
     panel = by_key([run_of(content)])["drift"]
-    assert panel.log
-    assert 1e-4 < panel.bottom <= 0.05 / 30
-    assert panel.top > 0.05
-    power = math.floor(math.log10(panel.bottom))
-    assert panel.bottom / 10**power == pytest.approx(round(panel.bottom / 10**power))
+    assert panel.log == log
+    assert panel.bottom <= (0.05 / 5 if log else 0.0), "room below epsilon"
+    assert panel.bottom >= (1e-3 if log else 0.0), "and not lost to rounding errors"
+    highest = max(0.05, *(row["retention_loss"] for row in content))
+    assert 1.05 * highest < panel.top < 2 * highest, "neither lies on the edge"
+
+
+def test_a_plain_axis_begins_at_zero_without_epsilon(run_of, rows):
+    panel = by_key([run_of(rows(epsilon=None, drift_anchors=2.0))])["drift"]
+    assert (panel.log, panel.bottom, panel.limits) == (False, 0.0, ())
+    assert "Green" not in panel.caption
+    assert panel.caption == "Anchors: drift on many anchors."
+
+
+def test_a_loss_that_falls_far_has_a_logarithmic_axis(run_of):
+    for last, log in ((0.5, False), (1e-3, True), (-1.0, False)):
+        content = [{"step": s, "loss": 2.0 + (last - 2.0) * s / 499} for s in range(500)]
+        assert by_key([run_of(content)])["loss"].log == log, last
+
+
+def test_a_logarithmic_axis_ends_at_a_number_with_a_label(run_of):
     nothing = by_key([run_of([{"step": 0, "lambda": 0.0, "epsilon": 0.1}])])["lambda"]
     assert 0 < nothing.bottom < nothing.top
+    panel = by_key([run_of([{"step": s, "lambda": 0.37 + s, "epsilon": 0.1} for s in range(50)])])["lambda"]
+    power = math.floor(math.log10(panel.bottom))
+    assert panel.bottom / 10**power == pytest.approx(round(panel.bottom / 10**power))
+    assert panel.bottom == pytest.approx(0.2)
 
 
 def test_one_row(run_of, rows):

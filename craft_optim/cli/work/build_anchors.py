@@ -12,11 +12,11 @@ import torch
 
 from craft_optim.anchors import AnchorCache, Reading
 from craft_optim.anchors.manifest import MANIFEST
-from craft_optim.cli.options import UsageError, require_one_model
-from craft_optim.cli.output import log_shown, print_code, print_table
+from craft_optim.cli.options import UsageError, require_folder, require_one_model
+from craft_optim.cli.output import emit_json, log_shown, print_code, print_table
 from craft_optim.cli.work.processes import device_of, joined_processes
 from craft_optim.cli.work.sources import Source, factory_source, policy_source, text_source
-from craft_optim.inspection import bytes_in_words
+from craft_optim.inspection import as_json, bytes_in_words
 
 __all__ = ["OF_DATASET", "check_build", "run", "source_of"]
 
@@ -54,6 +54,7 @@ _OF_TEXT = {
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     check_build(args)
+    require_folder("--json", args.json)
     settings = {
         "layers": args.layers,
         "top_k": args.top_k,
@@ -71,8 +72,10 @@ def run(args: argparse.Namespace) -> None:
             settings["reading"] = replace(source.reading or Reading(), **changed)
         with log_shown() if first else nullcontext():
             cache = source.build(args.out, **_given(settings))
-        if first:
+        if first and args.json != "-":
             _print_built(cache, source, None if finished else time.monotonic() - started)
+        if first and args.json:
+            emit_json(args.json, as_json(cache))
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

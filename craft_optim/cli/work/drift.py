@@ -18,7 +18,7 @@ from craft_optim.anchors.categories import by_category, in_line
 from craft_optim.anchors.fingerprint import compare_fingerprints, fingerprint
 from craft_optim.anchors.manifest import MANIFEST
 from craft_optim.anchors.sampling import spread
-from craft_optim.cli.options import UsageError, require_folders
+from craft_optim.cli.options import UsageError, require_folder
 from craft_optim.cli.output import emit_json, print_grid
 from craft_optim.cli.work.build_anchors import OF_DATASET, check_build, source_of
 from craft_optim.cli.work.processes import device_of
@@ -88,7 +88,8 @@ def _check(args: argparse.Namespace) -> list[str]:
         raise UsageError(
             "which models? Pass --policy.path for lerobot's, --model.path for language models, or --factory for others"
         )
-    require_folders(args)
+    require_folder("--json", args.json)
+    require_folder("--plot", args.plot)
     if args.plot:
         require_matplotlib()
     models = args.factories or [part for path in args.policies or args.texts for part in _split(path)]

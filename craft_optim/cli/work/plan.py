@@ -7,14 +7,13 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from craft_optim.anchors import Reading
-from craft_optim.cli.options import UsageError
+from craft_optim.cli.options import UsageError, require_folder
 from craft_optim.cli.output import emit_json, print_code
 from craft_optim.cli.work.sources import user_function
 from craft_optim.planning.make import adamw, plan
@@ -66,8 +65,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(
             "--batch-size goes with --policy.path and --config: the function's batches have their own size"
         )
-    if args.json and args.json != "-" and not Path(args.json).absolute().parent.is_dir():
-        raise UsageError(f"--json={args.json} cannot be written: there is no folder {Path(args.json).parent}")
+    require_folder("--json", args.json)
 
 
 def _sizes(args: argparse.Namespace) -> tuple[int, int]:

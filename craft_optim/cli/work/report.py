@@ -1,12 +1,15 @@
 """The work of craft-optim report: the page, pictures, and a table of verdicts."""
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from craft_optim.cli.options import UsageError
-from craft_optim.cli.output import print_grid
+from craft_optim.cli.options import UsageError, require_folder
+from craft_optim.cli.output import emit_json, print_grid
 from craft_optim.inspection import bytes_in_words
-from craft_optim.report.runs import named
+from craft_optim.report.runs import Run, named
 
 __all__ = ["run"]
 
@@ -17,31 +20,57 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("name at least one RUN: a file, or a folder with metrics.jsonl in it")
     from craft_optim.evaluation.plots import require_matplotlib
     from craft_optim.report import judge, read_runs, render, summarise
-    from craft_optim.report.summary import in_text
 
     out = Path(args.out)
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out={out} cannot be written: there is no folder {out.parent}")
+    require_folder("--out", args.out)
+    require_folder("--json", args.json)
     if args.png:
         require_matplotlib()
     runs = read_runs(args.runs)
     page = render(runs, args.title or ", ".join(dict.fromkeys(map(_shown, args.runs))))
     out.write_text(page, encoding="utf-8")
-
-    rows, sentences = [], []
-    for run in runs:
-        summary = summarise(run)
-        verdict = judge(summary)
-        numbers = in_text(summary.drift), in_text(summary.ratio, ".2f"), in_text(summary.passes, ".0%")
-        rows.append([run.name, f"{summary.steps}", *numbers, verdict.kind])
-        sentences.append(" ".join([f"  {run.name}: {verdict.words}", *run.notes]))
-    print_grid("Runs", ["run", "last step", "drift", "/ epsilon", "with a pass", "verdict"], rows)
-    print("", *sentences, sep="\n")
-    print(f"\nPage: {out} ({bytes_in_words(len(page.encode()))})")
+    pictures: list[Path] = []
     if args.png:
         from craft_optim.report.pictures import draw
 
-        print(f"Pictures: {len(draw(runs, Path(args.png)))} in {args.png}")
+        pictures = draw(runs, Path(args.png))
+
+    summaries = [summarise(run) for run in runs]
+    verdicts = [judge(summary) for summary in summaries]
+    if args.json:
+        each = [
+            {
+                "method": run.method,
+                "seed": run.seed,
+                "file": str(run.file),
+                "verdict": verdict.kind,
+                "words": verdict.words,
+                **asdict(summary),
+                "ratio": summary.ratio,
+                "notes": list(run.notes),
+            }
+            for run, summary, verdict in zip(runs, summaries, verdicts, strict=True)
+        ]
+        emit_json(args.json, {"page": str(out), "pictures": [str(file) for file in pictures], "runs": each})
+    if args.json != "-":
+        _print(runs, summaries, verdicts)
+        print(f"\nPage: {out} ({bytes_in_words(len(page.encode()))})")
+        if pictures:
+            print(f"Pictures: {len(pictures)} in {args.png}")
+
+
+def _print(runs: Sequence[Run], summaries: Sequence[Any], verdicts: Sequence[Any]) -> None:
+    from craft_optim.report.numbers import number, percent
+    from craft_optim.report.summary import LABELS
+
+    rows, sentences = [], []
+    for run, summary, verdict in zip(runs, summaries, verdicts, strict=True):
+        drifts = number(summary.drift), number(summary.ratio), percent(summary.violated), number(summary.heldout)
+        rows.append([run.name, f"{summary.steps:,}", *drifts, percent(summary.passes), LABELS[verdict.kind]])
+        sentences.append(" ".join([f"  {run.name}: {verdict.words}", *run.notes]))
+    columns = ["run", "last step", "drift", "/ epsilon", "steps above", "held-out", "with a pass", "verdict"]
+    print_grid("Runs", columns, rows)
+    print("", *sentences, sep="\n")
 
 
 def _shown(spec: str) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ __all__ = [
     "load_text_model",
     "policy_reading",
     "policy_source",
-    "teachers_tokenizer",
     "text_source",
     "tokenizer_of",
     "user_function",
@@ -218,32 +216,6 @@ def policy_reading(policy: nn.Module, cache: AnchorCache) -> Reading:
     from craft_optim.lerobot.adapters import adapter_of
 
     return adapter_of(policy, cache).reading
-
-
-def teachers_tokenizer(model: str | None) -> Callable[[list[int]], str] | None:
-    """Ids -> text, by the tokenizer of a cache's teacher, if both are on this machine; None if not.
-
-    Args:
-        model: Folder or hub id, of a lerobot policy or a model of transformers.
-    """
-    if not model:
-        return None
-
-    def read(name: str) -> dict[str, Any]:
-        """A file of the checkpoint; empty if it is not here."""
-        from huggingface_hub import try_to_load_from_cache
-
-        file = Path(model) / name if Path(model).is_dir() else try_to_load_from_cache(model, name)
-        held = json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, str | Path) else {}
-        return held if isinstance(held, dict) else {}
-
-    try:
-        own = read("config.json").get("text_tokenizer_name")
-        steps = read("policy_preprocessor.json").get("steps", ())
-        named = [step["config"]["tokenizer_name"] for step in steps if step.get("config", {}).get("tokenizer_name")]
-        return tokenizer_of(own or (named or [model])[0], local_files_only=True)
-    except (UsageError, ImportError, OSError, ValueError, LookupError, AttributeError, TypeError):
-        return None  # numbers are shown in the place of words
 
 
 def tokenizer_of(name: str, **settings: Any) -> Callable[[list[int]], str]:
