@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from craft_optim import anchors
+from craft_optim.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -192,6 +193,22 @@ def numbers(text):
     return [float(x) for x in re.findall(r"-?\d+\.\d+", text)]
 
 
+def printing_commands(text):
+    """Commands of this package, and the lines that the page quotes of what each prints."""
+    for shell, printed in re.findall(r"^```bash\n([^`]*)^```\n+```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        words = shlex.split(shell.replace("\\\n", " "))
+        assert words[0] == "craft-optim"
+        yield words[1:], printed.splitlines()
+
+
+def same_numbers(output, quoted):
+    """Each quoted line is there, from its first word on; its numbers but for rounding."""
+    lines = {line.split()[0]: line for line in output.splitlines() if line.strip()}
+    for line in quoted:
+        found = lines[line.split()[0]]
+        assert numbers(found)[:3] == pytest.approx(numbers(line)[:3], rel=0.1, abs=0.03), (found, line)
+
+
 @pytest.mark.parametrize(("page", "section", "parts"), list(stories()))
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_python_runs(page, section, parts, tmp_path, monkeypatch, capsys):
@@ -213,6 +230,11 @@ def test_python_runs(page, section, parts, tmp_path, monkeypatch, capsys):
             assert re.sub(r"-?\d+\.\d+", "#", printed) == re.sub(r"-?\d+\.\d+", "#", block.printed)
             # Rounding differs from machine to machine.
             assert numbers(printed) == pytest.approx(numbers(block.printed), rel=0.1, abs=0.03)
+    if page.name == "vision.md":
+        Path("tuned.py").write_text(next(block.code for block in parts if "def craft():" in block.code))
+        for words, printed in printing_commands(page.read_text(encoding="utf-8")):
+            assert main(words) == 0
+            same_numbers(capsys.readouterr().out, printed)
     if page.name == "chat.md":
         before, after = (load_file(Path(folder) / "model.safetensors") for folder in (CHAT_MODEL, "out"))
         moved = sum(int((after[name] != x).sum()) for name, x in before.items())
@@ -226,8 +248,9 @@ def test_blocks_that_do_not_run_are_known():
 
 def test_the_page_says_what_the_classifier_prints():
     """The comparison above is of something."""
-    (block,) = [b for b in python_blocks((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")) if b.printed]
-    assert len(numbers(block.printed)) == 6
+    text = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
+    assert [len(numbers(b.printed)) for b in python_blocks(text) if b.printed] == [2, 0, 6]
+    assert [words[0] for words, _ in printing_commands(text)] == ["report", "drift"]
 
 
 def test_a_reason_and_a_print_are_found():

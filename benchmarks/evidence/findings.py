@@ -1,6 +1,8 @@
-"""The tables of docs/findings.md, from the results of `retention_pareto.py`, `beyond_the_front.py` and `knob.py`.
+"""The tables of docs/findings.md and of TABLES.md here, from the results of three benchmarks.
 
-python benchmarks/evidence/findings.py   # writes the page's tables from benchmarks/evidence/results
+python benchmarks/evidence/findings.py   # writes the pages' tables from benchmarks/evidence/results
+
+They are `retention_pareto.py`, `beyond_the_front.py` and `knob.py`.
 """
 
 import json
@@ -17,9 +19,18 @@ from pareto.summary import standard_error
 from performance_table import with_table
 from steering.tables import TABLES as OF_KNOB
 
-__all__ = ["PAGE", "TABLES", "marks", "read_results", "updated"]
+__all__ = ["PAGES", "TABLES", "marks", "read_results", "updated"]
 
-PAGE = _paths.ROOT / "docs" / "findings.md"
+# Page -> its tables: what a user needs, and what is behind it.
+PAGES = {
+    _paths.ROOT / "docs" / "findings.md": (
+        "pareto-fronts", "pareto-robustness", "variants-robustness", "knob-noise", "knob-price", "knob-heldout",
+    ),
+    _paths.ROOT / "benchmarks" / "evidence" / "TABLES.md": (
+        "pareto-targets", "variants-against-craft", "variants-against-fixed",
+        "knob-learned", "knob-parameter", "knob-scale",
+    ),
+}  # fmt: skip
 
 Results = Mapping[str, Any]
 
@@ -120,12 +131,13 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: written by `python benchmarks/evidence/findings.py` -->\n", f"<!-- end of {name} -->"
 
 
-def updated(text: str, results: Results) -> str:
-    """The page with all tables of these results."""
-    for name, table in TABLES.items():
-        text = with_table(text, f"{table(results)}\n", *marks(name))
+def updated(text: str, names: Sequence[str], results: Results) -> str:
+    """The page with these tables of these results."""
+    for name in names:
+        text = with_table(text, f"{TABLES[name](results)}\n", *marks(name))
     return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), read_results()), encoding="utf-8")
+    for page, names in PAGES.items():
+        page.write_text(updated(page.read_text(encoding="utf-8"), names, read_results()), encoding="utf-8")

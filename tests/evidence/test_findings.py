@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md are what the commands' results say."""
+"""The tables of docs/findings.md and benchmarks/evidence/TABLES.md are what the commands' results say."""
 
 import pytest
 from pareto.beyond import VARIANTS
@@ -7,7 +7,7 @@ from pareto.summary import fronts, outcomes
 from steering.cases import Case
 from steering.plan import BATCH, BUILDS, cases
 
-from findings import PAGE, TABLES, marks, read_results, updated
+from findings import PAGES, TABLES, marks, read_results, updated
 
 
 @pytest.fixture(scope="module")
@@ -15,9 +15,14 @@ def results():
     return read_results()
 
 
-def test_the_page_has_the_numbers_of_the_runs(results):
-    text = PAGE.read_text(encoding="utf-8")
-    assert updated(text, results) == text, "run python benchmarks/evidence/findings.py"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_have_the_numbers_of_the_runs(results, page):
+    text = page.read_text(encoding="utf-8")
+    assert updated(text, PAGES[page], results) == text, "run python benchmarks/evidence/findings.py"
+
+
+def test_every_table_has_its_page():
+    assert sorted(name for names in PAGES.values() for name in names) == sorted(TABLES)
 
 
 @pytest.mark.parametrize("name", ["retention_pareto", "beyond_the_front"])
@@ -64,5 +69,6 @@ def test_all_runs_of_the_knob_are_there(results):
 
 @pytest.mark.evidence
 def test_marks_are_on_the_page_once():
-    text = PAGE.read_text(encoding="utf-8")
-    assert all(text.count(mark) == 1 for name in TABLES for mark in marks(name))
+    for page, names in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert all(text.count(mark) == 1 for name in names for mark in marks(name))
