@@ -27,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence core text lowest newest lint ruff types docs dist mutants bench plan pareto knob budget vla skills llm experiments assets clean
+.PHONY: help setup demo test evidence core text lowest newest lint ruff types docs dist mutants bench plan pareto knob budget vla skills llm newcomer experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -148,6 +148,9 @@ $(FOR_LLM): $(FOR_TESTS)
 
 llm: $(FOR_LLM)  ## 14 ways to fine-tune a real language model, two seeds (hours on two cores; goes on where it stopped; QUICK=1: a look at two)
 	$(BIN)/python benchmarks/evidence/retention_llm.py $(if $(QUICK),--quick)
+
+newcomer:  ## the three ways into the docs followed to the letter, in fresh environments (WAYS=vision: one; MODEL=FOLDER where there is no hub)
+	python3 tools/newcomer.py $(WAYS) $(if $(MODEL),--model=$(MODEL))
 
 experiments: $(FOR_EXAMPLE)  ## six experiments by the users' commands: tasks, questions, drift (a quarter of an hour on 2 cores)
 	$(BIN)/python benchmarks/evidence/six_experiments.py
