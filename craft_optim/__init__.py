@@ -49,11 +49,11 @@ _PLACES = {
     "calibrate": "calibration",
     "plan": "planning",
 }
-"""Name -> the module that defines it; all other names are modules themselves"""
+"""Name -> module that defines it; all other names are modules themselves"""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for: with torch, all of them at once would cost each command 2 s."""
+    """Imports a public name at its first use: with torch, all names at once would cost each command 2 s."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"{__name__}.{_PLACES.get(name, name)}")

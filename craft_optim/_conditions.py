@@ -1,9 +1,9 @@
-"""Conditions of a pass over anchors: attributes that make noise set otherwise and, if asked for, nothing compiled.
+"""Conditions of a pass over anchors: attributes that make noise are changed and, on request, nothing runs compiled.
 
-They hold in the forward, and once more in the backward, where activation checkpointing repeats the forward: with
-dropout back on it would be another function, and compiled where it was not it would keep other tensors. Who runs both
-has a block around them, `held`. Of a loss that is handed out, autograd's engine owns what sets them back: it goes when
-the engine ends, with an error or without, and nothing else can keep it.
+They hold in the forward, and again in the backward, where activation checkpointing repeats the forward: with dropout it
+would be another function, and compiled only the second time it would keep other tensors. A caller that runs both puts a
+block around them, `held`. For a loss that is handed out, autograd's engine owns the object that restores the
+attributes: it goes when the engine ends, with an error or without, and nothing else can keep it.
 """
 
 import sys
@@ -28,11 +28,11 @@ class Setting(NamedTuple):
 
 
 class _Conditions:
-    """Of one pass.
+    """Conditions of one pass.
 
     Attributes:
-        eager: What is compiled runs as written in the backward.
-        held: A block of `held` sees to the backward.
+        eager: True if compiled code runs as written in the backward.
+        held: True if a block of `held` is around the backward.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
@@ -42,7 +42,7 @@ class _Conditions:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within the block the settings are made; afterwards attributes are what they were."""
+        """Applies the settings within the block; afterwards attributes are what they were."""
         before = [
             Setting(one.owner, one.name, now)
             for one in self._settings
@@ -58,7 +58,7 @@ class _Conditions:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Around a backward."""
+        """Applies the conditions around a backward."""
         with self.off(), ExitStack() as stack:
             if self.eager:
                 stack.enter_context(_EAGER_BACKWARD())
@@ -66,12 +66,12 @@ class _Conditions:
 
 
 def _set(setting: Setting) -> None:
-    # Past what configs make of it: a dataclass may be frozen, or check its types
+    # Not by the config's own `__setattr__`: a dataclass may be frozen, or check its types
     object.__setattr__(setting.owner, setting.name, setting.value)
 
 
 class _EagerBackward:
-    """Compiled code runs as written while any backward that asked for it goes on: two losses may share one."""
+    """Runs compiled code as written while any backward that requested it goes on: two losses may share one."""
 
     def __init__(self) -> None:
         self._asked = 0
@@ -94,7 +94,7 @@ _EAGER_BACKWARD = _EagerBackward()
 
 
 class _UntilTheEngineEnds:
-    """Sets the conditions; sets them back when the engine calls it, or lets go of it after an error."""
+    """Sets the conditions; restores the attributes when the engine calls it, or frees it after an error."""
 
     def __init__(self, conditions: _Conditions) -> None:
         self._stack = ExitStack()
@@ -123,7 +123,7 @@ class _SteadyBackward(torch.autograd.Function):
 
 
 class _Blocks(threading.local):
-    """The blocks that are being run in this thread, the innermost last: forwards, and what `held` holds."""
+    """The blocks that run in this thread, the innermost last: forwards, and blocks of `held`."""
 
     def __init__(self) -> None:
         self.forwards: list[_Conditions] = []
@@ -135,10 +135,10 @@ _BLOCKS = _Blocks()
 
 @contextmanager
 def with_settings(settings: Sequence[Setting]) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the block these settings are made; afterwards every attribute is what it was.
+    """Applies settings within the block; afterwards every attribute is what it was.
 
-    Yields a function that makes a loss remember this for its backward; without activation checkpointing it changes
-    nothing.
+    Yields a function that makes a loss apply them in its backward, too; it changes nothing without activation
+    checkpointing.
     """
     conditions = _Conditions(settings)
 
@@ -160,7 +160,7 @@ def with_settings(settings: Sequence[Setting]) -> Iterator[Callable[[Tensor], Te
 
 @contextmanager
 def held() -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """For who runs the backward of a loss that is made in the block: yields a function of the block around it."""
+    """Yields a function that makes the block around the backward of a loss that is computed in this one."""
     found: list[_Conditions] = []
     _BLOCKS.holders.append(found)
     try:
@@ -181,7 +181,7 @@ def _around_backward(found: Sequence[_Conditions]) -> Iterator[None]:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Within the block what is compiled runs as written; so does the backward of a loss that remembers it.
+    """Runs compiled code as written within the block, and in the backward of a loss that remembers it.
 
     Compiled code knows nothing of hooks and forwards that were set after its compilation, and cannot be left early.
     Training's compiled code is untouched, and nothing is compiled anew.

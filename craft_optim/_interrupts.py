@@ -1,4 +1,4 @@
-"""Ctrl-C waits for the end of a step: cut in two it would leave modes, gradients or weights of somewhere within it."""
+"""Ctrl-C waits for the end of a step: a step cut in two would leave modes, gradients or weights half changed."""
 
 import signal
 import threading
@@ -11,9 +11,9 @@ __all__ = ["interrupts_wait"]
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Within the block the first SIGINT waits for its end, if Python handles it; a second one does not.
+    """Delays the first SIGINT to the end of the block, if Python handles it, but not a second one.
 
-    So a step that hangs can be stopped, too. Cost: ten microseconds.
+    So a step that hangs can be stopped. Cost: ten microseconds.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

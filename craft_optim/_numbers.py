@@ -1,4 +1,4 @@
-"""Numbers as users have them: Python's, NumPy's, tensors of one element. True is none."""
+"""Numbers as users pass them: Python's, NumPy's, tensors of one element. True is not a number."""
 
 import math
 import numbers
@@ -13,15 +13,15 @@ def number(
     """The value as a float.
 
     Args:
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
         value: Any real number.
-        least: Its smallest value.
-        above: It must be larger than that.
-        finite: It must be finite; else it must not be NaN.
-        or_else: What it may be instead, for messages.
+        least: Smallest allowed value.
+        above: True if the value must be larger than `least`.
+        finite: True if the value must be finite; else it must not be NaN.
+        or_else: Alternatives to a number, for messages.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not a number.
         ValueError: It is out of range.
     """
     found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
@@ -40,7 +40,7 @@ def whole(name: str, value: Any, least: int | None = 1) -> int:
     """The value as an int.
 
     Raises:
-        ValueError: It is no whole number, or smaller than `least`.
+        ValueError: It is not a whole number, or smaller than `least`.
     """
     found = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     integral = isinstance(found, numbers.Integral) and not isinstance(found, bool)

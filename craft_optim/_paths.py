@@ -1,4 +1,4 @@
-"""`~` at the beginning of a path is a home, wherever this package takes one: shells leave it as it is after `=`."""
+"""Paths whose beginning `~` becomes a home folder: shells leave it as it is after `=`."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ __all__ = ["expanded", "local"]
 
 
 def expanded(path: str | os.PathLike[str]) -> str:
-    """A path, or a hub id, with the home that `~` or `~name` at its beginning stands for; all else as it is.
+    """The path or hub id, with a home folder instead of `~` or `~name` at its beginning.
 
     Raises:
         ValueError: This user has no home.
@@ -20,5 +20,5 @@ def expanded(path: str | os.PathLike[str]) -> str:
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """`expanded`, as a Path."""
+    """Result of `expanded` as a Path."""
     return Path(expanded(path))

@@ -1,4 +1,4 @@
-"""Tensors that are made of others, such as quantised states: their own operations are few, those of their parts all."""
+"""Tensors made of other tensors, such as quantised states: they support few operations, their parts all."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["copies_of", "parts_of"]
 
 
 def parts_of(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that hold its values; of a plain one itself."""
+    """The plain tensors that hold a tensor's values; itself if it is plain."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts_of(getattr(tensor, name))]
@@ -25,6 +25,6 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def copies_of(values: Iterable[Any]) -> dict[int, Any]:
-    """Copies of those that are made of others, by id, as `copy.deepcopy` keeps them in its memo."""
+    """Copies of the tensors made of other tensors, by id, as in the memo of `copy.deepcopy`."""
     made = [x for x in values if isinstance(x, Tensor) and is_traceable_wrapper_subclass(x)]
     return {id(x): _copy(x) for x in made}

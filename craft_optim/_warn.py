@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's that led to them, not into torch's wrappers around `step`."""
+"""Warnings that point at the user's line that caused them, not into torch's wrappers around `step`."""
 
 import sys
 import warnings
@@ -13,7 +13,7 @@ class CraftWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """A CraftWarning, attributed to the nearest caller outside of this package and torch."""
+    """Issues a CraftWarning for the nearest caller outside of this package and torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USER:
         level, frame = level + 1, frame.f_back

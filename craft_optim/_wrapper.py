@@ -1,4 +1,4 @@
-"""Wrapper: a torch optimizer around another one, whose groups, state and defaults stay its own. Knows no retention."""
+"""Wrapper: a torch optimizer around a base, which keeps its own groups, state and defaults. Knows no retention."""
 
 import copy
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from craft_optim._tensors import copies_of
 __all__ = ["Arguments", "Wrapper"]
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""What a `step` takes beside the closure: by place, and by name"""
+"""Arguments of a `step` besides the closure: by place, and by name"""
 
 # By name: none of these libraries need be installed.
 _WRAPPERS_OF_FRAMEWORKS = {
@@ -36,7 +36,7 @@ class Wrapper(torch.optim.Optimizer):
         base_optimizer: The wrapped optimizer.
 
     Raises:
-        TypeError: If `base_optimizer` is not an optimizer, or one that is wrapped already.
+        TypeError: If `base_optimizer` is not an optimizer, or is wrapped already.
         ValueError: If two groups share a parameter.
     """
 
@@ -98,8 +98,8 @@ class Wrapper(torch.optim.Optimizer):
         self.base_optimizer.defaults = defaults
 
     def __getattr__(self, name: str) -> Any:
-        # What schedule-free bases and transformers' AdafactorSchedule need, and no more: a GradScaler would trust the
-        # base's answers.
+        # Only attributes that schedule-free bases and transformers' AdafactorSchedule need: a GradScaler would trust
+        # the base's answers.
         if name in ("train", "eval", "_get_lr") and "base_optimizer" in self.__dict__:
             method = getattr(self.base_optimizer, name)
             return method if name == "_get_lr" else partial(self._switched, method)
@@ -113,7 +113,7 @@ class Wrapper(torch.optim.Optimizer):
         raise AttributeError(said)
 
     def _switched(self, train_or_eval: Callable[[], Any]) -> Any:
-        """Before a first step schedule-free bases leave an empty entry per parameter behind, by looking for one.
+        """Switches the mode; removes the empty state entries that schedule-free bases make before a first step.
 
         torch's distributed checkpoint takes any entry for a complete state, and would load nothing into it.
         """
@@ -123,7 +123,7 @@ class Wrapper(torch.optim.Optimizer):
         return result
 
     def _prime_base(self) -> Any:
-        """A step on zeros, by which the base makes its state; schedule-free bases refuse one while they are in eval."""
+        """Does a step on zeros, by which the base makes its state; schedule-free bases refuse it in eval mode."""
         base: Any = self.base_optimizer
         in_eval = any(group.get("train_mode") is False for group in self.param_groups)
         if in_eval:
@@ -206,7 +206,7 @@ def _global_hooks() -> list[dict[int, Any]]:
 
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
-    """Hooks for all optimizers fire for the wrapper; the base's step within must not fire them a second time."""
+    """Suspends hooks for all optimizers: they fire for the wrapper, not a second time for the base's step."""
     tables = _global_hooks()
     kept = [OrderedDict(table) for table in tables]
     for table in tables:

@@ -1,4 +1,4 @@
-"""Checkpoints of PEFT that hold adapters only: which model they belong to, and that model with them."""
+"""Checkpoints of PEFT that hold adapters only: their base model, and that model with the adapters."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def base_of_adapters(path: str) -> tuple[str, str | None]:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: The adapters do not say.
+        ValueError: The adapters do not name their model.
     """
     about = _peft(path).PeftConfig.from_pretrained(path)
     base = about.base_model_name_or_path
@@ -27,12 +27,12 @@ def base_of_adapters(path: str) -> tuple[str, str | None]:
 
 
 def with_adapters(model: nn.Module, path: str) -> Any:
-    """The model that adapters belong to with these in it, as a PeftModel. PEFT freezes the model's own weights.
+    """Puts adapters into the model that they belong to. A PeftModel; PEFT freezes the model's own weights.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: The adapters are not weights within the model, or do not fit it: of missing ones PEFT only warns,
-            and it skips others.
+        ValueError: The adapters are not weights within the model, or do not fit it: PEFT only warns of missing weights,
+            and skips unknown ones.
     """
     peft = _peft(path)
     about = peft.PeftConfig.from_pretrained(path)

@@ -1,4 +1,4 @@
-"""The meaning of epsilon for a model and its anchors: drift of rounding and of plain steps, and where to begin."""
+"""The meaning of epsilon for a model and its anchors: drift by rounding and by plain steps, and a first epsilon."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,11 +23,11 @@ from craft_optim.rewind import Rewind, rewound
 __all__ = ["Calibration", "PlainSteps", "Suggestion", "calibrate", "suggest"]
 
 _LAST_LOSSES = 10
-_WARMING_UP = 0.5  # of the rate that a schedule begins from: less, and the steps say little about the run
+_WARMING_UP = 0.5  # of a schedule's first learning rate: steps at less say little about the run
 # Tight, first and loose. Nats are how far distributions are apart, whatever the model: in sweeps on digits, characters
 # and pi0_fast, over learning rates a factor of ten apart, the best epsilon lay between the outer two or below
 _NATS = (0.003, 0.02, 0.1)
-# Of what plain steps do, in other units: what was best in sweeps of hidden states and outputs lay this far apart
+# Shares of the plain steps' drift, for other units: the best in sweeps of hidden states and outputs lay this far apart
 _SHARES = (0.003, 0.01, 0.1)
 _ABOVE_ROUNDING = 10.0
 
@@ -36,7 +36,7 @@ _ABOVE_ROUNDING = 10.0
 class PlainSteps:
     """Drift after `steps` steps without retention, from the unchanged model; `heldout` on held-out anchors, if any.
 
-    `loss` is the mean of what the last ten `train_step`, or as many as there were, returned; None for nothing.
+    `loss` is the mean of the last ten values, or fewer, that `train_step` returned; None if it returned none.
     """
 
     steps: int
@@ -61,14 +61,15 @@ class Calibration:
 
     Attributes:
         unit: Unit of all drifts here, in words.
-        anchors: Largest number of anchors that they are measured on.
-        noise: Drift of the unchanged model, which is rounding: the larger one of train and eval mode.
-        bfloat16_weights: The same with weights rounded to bfloat16; None where they have no more digits.
-        bfloat16_autocast: The same under autocast to bfloat16; None where autocast was on anyhow.
-        plain: Plain training.
-        learning_rate: Its largest; None without training.
+        anchors: Largest number of anchors that the drifts are measured on.
+        noise: Drift of the unchanged model by rounding: the larger of those in train and eval mode.
+        bfloat16_weights: The same with weights rounded to bfloat16; None if the weights are no more precise.
+        bfloat16_autocast: The same under autocast to bfloat16; None if autocast was on anyway.
+        plain: Drift after plain steps.
+        learning_rate: Largest learning rate of the plain steps; None without training.
         overlap: Anchors that the plain steps trained on; None where nothing could be compared.
-        suggestion: None without training, or if it moved the model no further than rounding does.
+        suggestion: Epsilons to begin with; None without training, or if it moved the model no further than rounding
+            does.
     """
 
     unit: str
@@ -83,11 +84,11 @@ class Calibration:
 
     @property
     def floor(self) -> float:
-        """Below this, drift cannot be told from rounding: ten times the largest of the first three numbers."""
+        """Largest drift that may be rounding: ten times the largest of `noise` and the two of bfloat16."""
         return _floor(self.noise, self.bfloat16_weights, self.bfloat16_autocast)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The result in the types of JSON."""
         return {**asdict(self), "floor": self.floor}
 
     def __str__(self) -> str:
@@ -124,7 +125,7 @@ def suggest(floor: float, plain: float, *, nats: bool) -> Suggestion | None:
     """A range of epsilon to begin with; None if plain training moves the model no further than rounding.
 
     Args:
-        floor: Drift that cannot be told from rounding.
+        floor: Largest drift that may be rounding.
         plain: Drift of plain training, after about a hundred steps.
         nats: True if both are in nats.
 
@@ -160,10 +161,10 @@ def calibrate(
     restore: Iterable[Any] = (),
     bfloat16: bool = True,
 ) -> Calibration:
-    """Tells what epsilon means for this model and these anchors, and suggests one.
+    """Measures what epsilon means for this model and these anchors, and suggests one.
 
-    Run it before fine-tuning, on the model that the anchors were built of. Afterwards all is what it was, to the bit,
-    also after an exception; but the closure's check of pass 0 is done.
+    Run it before fine-tuning, on the model that the anchors were built from. Afterwards, also after an exception,
+    everything is restored bit for bit, except that the closure's check of pass 0 is done.
 
     Example:
         batches = iter(loader)
@@ -176,22 +177,22 @@ def calibrate(
         print(craft_optim.calibrate(model, retention, train_step=train_step, heldout=heldout_cache))
 
     Args:
-        model: The one in training, before its first step; not sharded over processes.
-        retention: The closure that will hold it, or a cache that one kind of closure fits.
-        train_step: Does one step of your loop without retention, at the learning rate that matters: without scheduler,
-            which may still be warming up, and on batches of an iterator of its own, which nothing rewinds. May return
-            the loss. None: only rounding is measured, and nothing suggested.
-        steps: After how many of them to measure, ascending. The last is what plain training does.
-        heldout: Anchors that will not be trained on, as `retention.drift` takes them.
-        anchors: Measure on at most so many, evenly apart; also of `heldout`.
-        task_batches: Batches of the new task, with the inputs that the cache was built from, to look for anchors among
-            them. None: what `train_step` calls the model with, where it has the same names.
-        restore: Other things that `train_step` moves and that have `state_dict`: scheduler, scaler. Optimizers
-            of torch are found by themselves.
-        bfloat16: Whether to measure with bfloat16, too.
+        model: The model in training, before its first step; not sharded over processes.
+        retention: The closure to train with, or a cache that one kind of closure fits.
+        train_step: Function that does one step of your loop without retention, at the learning rate that matters:
+            without a scheduler, which may still be warming up, and on batches of its own iterator, which nothing
+            rewinds. May return the loss. None: only rounding is measured, and nothing is suggested.
+        steps: Numbers of steps after which to measure, ascending. The drift after the last is that of plain training.
+        heldout: Held-out anchors, as `retention.drift` takes them.
+        anchors: Largest number of anchors to measure on, evenly spaced; also of `heldout`.
+        task_batches: Batches of the new task, with the inputs that the cache was built from, to search for anchors.
+            None: the model's inputs in `train_step`, if they have the same names.
+        restore: Other objects with `state_dict` that `train_step` changes: scheduler, scaler. Optimizers of torch are
+            found automatically.
+        bfloat16: True to measure with bfloat16, too.
 
     Raises:
-        AnchorMismatchError: The model is not the one that the anchors were built of.
+        AnchorMismatchError: The model is not the one that the anchors were built from.
         ValueError: A cache fits several closures, `steps` are not ascending, the plain steps diverge, or none was done.
         TypeError: `retention` cannot be measured, or `train_step` steps a CraftOptimizer.
 
@@ -242,7 +243,7 @@ def calibrate(
 def _search(closure: Retention, count: int) -> OverlapSearch:
     try:
         return OverlapSearch(closure.examples(count))
-    except (TypeError, ValueError):  # what belongs to which anchor is not known, as of flat picture tensors
+    except (TypeError, ValueError):  # rows do not belong to anchors, as in flat picture tensors
         return OverlapSearch(())
 
 
@@ -290,7 +291,7 @@ def _noise(model: nn.Module, closure: Retention, drift: Callable[[], float]) -> 
 def _in_bfloat16(
     model: nn.Module, closure: Retention, drift: Callable[[], float], rewind: Rewind
 ) -> tuple[float | None, float | None]:
-    """The drift with rounded weights, and under autocast; None where that changes nothing."""
+    """Drift with rounded weights, and under autocast; None where that changes nothing."""
     wide = [p for p in model.parameters() if p.dtype in (torch.float16, torch.float32, torch.float64)]
     weights = autocast = None
     if wide:
@@ -316,7 +317,7 @@ def _plain(
     *,
     schedule_is_known: bool,
 ) -> tuple[list[PlainSteps], float | None]:
-    """Trains, and measures on the way; also the largest learning rate."""
+    """Trains and measures on the way; also returns the largest learning rate."""
     found, losses, rates = [], [], []
     for number in range(1, steps[-1] + 1):
         loss = train_step()
@@ -359,7 +360,7 @@ def _rates(rewind: Rewind) -> list[float]:
 
 @contextmanager
 def _refusing_retention() -> Iterator[None]:
-    """Within the block a CraftOptimizer with a closure does not step."""
+    """Makes a CraftOptimizer with a closure refuse to step within the block."""
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if isinstance(optimizer, CraftOptimizer) and optimizer.retention_closure is not None:
@@ -377,7 +378,7 @@ def _refusing_retention() -> Iterator[None]:
 
 @contextmanager
 def _seen_by(model: nn.Module, search: OverlapSearch) -> Iterator[None]:
-    """Within the block what the model is called with is looked through for anchors, where it has their inputs."""
+    """Searches the model's inputs within the block for anchors, if they have the anchors' names."""
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not (args and kwargs):  # training, not the passes that measure

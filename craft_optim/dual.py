@@ -2,8 +2,8 @@
 
 A controller is called on each retention step with that step's retention loss and epsilon. It returns the multiplier to
 use in this step's merge and the state to keep for the next one. The state is a small dict of finite Python floats, so
-that any checkpoint format can hold it. Where its answer is held down it may be asked once more, with a smaller `cap` or
-fewer `steps`; the state that is kept is the last answer's.
+that any checkpoint format can hold it. Where its multiplier is held down, it may be called once more, with a smaller
+`cap` or fewer `steps`; the state of the last call is kept.
 """
 
 import math
@@ -34,7 +34,7 @@ class Controller(Protocol):
     """The interface that `CraftOptimizer(dual=...)` accepts."""
 
     def initial_state(self) -> dict[str, float]:
-        """Finite floats, the same keys for the whole run."""
+        """The state before the first update: finite floats, with the same keys for the whole run."""
         ...
 
     def __call__(
@@ -47,15 +47,16 @@ class Controller(Protocol):
         unit: float = 1.0,
         steps: int = 1,
     ) -> Update:
-        """One update.
+        """Computes one update.
 
         Args:
-            state: Of the update before.
+            state: State of the previous update.
             loss: L_ret on this pass's anchors, finite.
             epsilon: The allowed drift, finite and >= 0.
             cap: The largest multiplier that will be used, >= 0.
-            unit: |g_t| / |g_r|: the multiplier at which both gradients are equally long. 0 or infinite without one.
-            steps: Optimizer steps that this pass stands for: those until the next one.
+            unit: |g_t| / |g_r|: the multiplier at which both gradients are equally long. 0 or infinite if a gradient is
+                missing.
+            steps: Optimizer steps that this pass stands for, up to the next pass.
         """
         ...
 
@@ -86,35 +87,35 @@ def log_violation(loss: float, epsilon: float) -> float:
 class MultiplicativePI:
     """PI control of the relative violation, on the logarithm of retention's share of a step (the default, `dual="pi"`).
 
-    With u the average of |g_t| / |g_r| over passes, in its logarithm, and K the steps that a pass stands for:
+    With u the geometric mean of |g_t| / |g_r| over passes and K the steps that a pass stands for:
 
         lambda = min(K s exp(kp clip(log(L_ret / epsilon), -4, 2)) u, cap)
         s      = clip(s exp(ki K' clip(L_ret / epsilon - 1, -1, 30)), 1e-3, 1e6)
 
-    K' is the K of the pass before: the steps that led here. s grows by e^3 at most on a pass, and not beyond three
-    times cap |g_r| / (K |g_t|), the share that the cap allows. Where h > 1/2, with h the average of lambda / cap over
-    about thirty passes, s comes down at least as fast as this:
+    K' is the K of the previous pass. s grows by at most e^3 per pass, and not beyond three times the share that the cap
+    allows, cap |g_r| / (K |g_t|). Let h be the average of lambda / cap over about thirty passes. Where h > 1/2, s falls
+    at least as fast as this:
 
         s      = s exp(-ki K' (2 h - 1))
 
-    One pass may use the cap, and a heavy batch does; all passes on end may use half of it. At a constrained optimum
-    both gradients are equally long, and if drift is above epsilon with more than that, it is the noise of steps that
-    are too long: a larger lambda does not lower it, but takes from what is learned. That lambda is held down is said
-    (`Update.capped`) from h = 0.45 on.
+    One pass may use the whole cap, as a heavy batch does; passes in a row may use half of it. At a constrained optimum
+    both gradients are equally long. If drift is above epsilon with more retention than that, the cause is the noise of
+    steps that are too long: a larger lambda does not lower it, but costs learning. `Update.capped` reports this from h
+    = 0.45 on.
 
     s is a share: at s = 1, L_ret = epsilon and K = 1 both gradients are equally long in the merge. So the units of the
-    task loss, of L_ret and of the parameters are all in u, which is measured. The integral adds up L_ret / epsilon - 1
-    and not its logarithm: it comes to rest where the *mean* of L_ret is epsilon, however noisy the batches are. u
-    follows each pass alone until L_ret has come to epsilon / 2, as |g_r| grows from 0 until then; afterwards over up
-    to ten passes.
+    task loss, of L_ret and of the parameters are all in u, which is measured. The integral sums L_ret / epsilon - 1,
+    not its logarithm: it settles where the *mean* of L_ret is epsilon, however noisy the batches are. Until L_ret
+    reaches epsilon / 2, u is that of each pass alone, because |g_r| grows from 0; afterwards it is a mean over up to
+    ten passes.
 
     Args:
         initial: s at the start, in [1e-3, 1e6].
         ki: Integral gain per optimizer step, >= 0.
         kp: Proportional gain, >= 0.
-        least_share: lambda |g_r| is at least this times K |g_t|, as far as the cap allows, also while drift is below
-            epsilon, which is then a bound and no longer where drift comes to rest; >= 0. For tasks that need no drift
-            to speak of: 0.1 cost next to nothing where it was measured (docs/findings.md), 0.3 did.
+        least_share: Smallest lambda |g_r| / (K |g_t|), as far as the cap allows, also while drift is below epsilon; >=
+            0. Epsilon is then only a bound: drift may settle below it. For tasks that need almost no drift: 0.1 cost
+            next to nothing where measured (docs/findings.md), 0.3 did cost.
     """
 
     initial: float = 1.0
@@ -172,7 +173,7 @@ _SHARES = (1e-3, 1e6)
 _NEAR = 0.5  # of epsilon
 _MOST_GROWTH, _SLACK = 3.0, 3.0
 _SLOWEST, _PASSES = 0.9, 10.0
-_USED, _LASTING = 0.97, 0.5  # weight of what was; of the cap
+_USED, _LASTING = 0.97, 0.5  # weight of the old average; share of the cap
 _NEARLY = 0.9  # h goes up and down where it is held
 
 
@@ -320,9 +321,9 @@ def make_controller(
     """A controller by its name, or the given object as it is.
 
     Args:
-        dual: "pi", "ascent", "nupi", "augmented_lagrangian", or an object with the interface of `Controller`, which
-            has the other three already.
-        initial: lambda at the start; of "pi", retention's share. None, here and below: the default of the class.
+        dual: Name, "pi", "ascent", "nupi" or "augmented_lagrangian"; or an object with the interface of `Controller`,
+            which has the other three already.
+        initial: lambda at the start; for "pi", retention's share. None, here and below: the default of the class.
         gain: Gain of the integral or ascent term.
         maximum: Upper bound of lambda; "pi" has none but the cap.
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 __all__ = ["Episodes", "chosen_episodes", "parse_episodes"]
 
 Episodes = int | slice | list[int]
-"""The first so many, a part in Python's sense, or these"""
+"""Number of first episodes, a slice, or the episodes' numbers"""
 
 
 def parse_episodes(text: str) -> Episodes:
     """The episodes that a text selects, whatever the dataset.
 
     Args:
-        text: "12", the first 12; "[0,3,5]", these, as lerobot-train writes them; "40:", "-10:", "5:20", "::2", a part
-            in Python's sense.
+        text: "12", the first 12; "[0,3,5]", a list as lerobot-train writes it; "40:", "-10:", "5:20", "::2", a slice as
+            in Python.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The text is none of these.
 
     Example:
         >>> parse_episodes("12"), parse_episodes("[0, 3]"), parse_episodes("-10:")
@@ -41,7 +41,7 @@ def parse_episodes(text: str) -> Episodes:
 
 
 def chosen_episodes(episodes: str | Sequence[int] | None, total: int, where: str) -> list[int]:
-    """The numbers of the selected episodes of a dataset with `total`, in ascending order; `where` is its name.
+    """The numbers of the selected episodes of a dataset with `total`, ascending; `where` is its name.
 
     Args:
         episodes: Numbers, or text as `parse_episodes` takes it. None: all.

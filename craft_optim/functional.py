@@ -49,9 +49,9 @@ def project_and_merge_(
 ) -> Gram:
     """Writes the merged gradient a g_t + w g_r into `retention_grads` and returns what it measured.
 
-    See docs/method.md for the formula. Entries of the list are replaced where nothing could be written into: a missing
-    retention gradient becomes the task gradient (times a). With lam = 0, project and threshold 0 this is A-GEM
-    (Chaudhry et al. 2019, arXiv:1812.00420).
+    See docs/method.md for the formula. Entries that cannot be written into are replaced: a missing retention gradient
+    becomes the task gradient (times a). With lam = 0, project and threshold 0 this is A-GEM (Chaudhry et al. 2019,
+    arXiv:1812.00420).
 
     Args:
         task_grads: Task gradients; not changed.
@@ -61,7 +61,7 @@ def project_and_merge_(
         rules: Fields of `craft_optim.Rules` that say how to merge, such as `merge`.
 
     Raises:
-        ValueError: If lam is negative, a rule cannot be, the lists differ in length or a pair in its number of
+        ValueError: If lam is negative, a rule is invalid, the lists differ in length or a pair in its number of
             elements, or a gradient is not finite; the gradients are then unchanged.
     """
     if not lam >= 0.0:
@@ -77,17 +77,17 @@ def project_and_merge_several_(
     project: Sequence[bool] | None = None,
     **rules: Any,
 ) -> NDArray[np.float64]:
-    """Writes the merged gradient a g_t + sum_j w_j g_j into the last of `retention_grads`; uses up the others.
+    """Writes the merged gradient a g_t + sum_j w_j g_j into the last of `retention_grads`; overwrites the others.
 
     See docs/constraints.md for the formula and the cost. With lams of 0 this is GEM (Lopez-Paz & Ranzato 2017,
     arXiv:1706.08840).
 
     Args:
         task_grads: Task gradients; not changed.
-        retention_grads: The gradients of each constraint, as for `project_and_merge_`.
+        retention_grads: Retention gradients of each constraint, as for `project_and_merge_`.
         lams: The multipliers, >= 0.
-        project: For each constraint, True to remove what is against it; None for all.
-        rules: As for `project_and_merge_`.
+        project: For each constraint, True to remove the component that conflicts with it; None for all.
+        rules: Fields of `craft_optim.Rules`, as for `project_and_merge_`.
 
     Returns:
         The inner products of all gradients, `[m + 1, m + 1]`; the task's are the first.
@@ -139,12 +139,12 @@ def update_multiplier(
     unit: float = 1.0,
     steps: int = 1,
 ) -> Update:
-    """One step of a controller of `craft_optim.dual`: (multiplier, next state, capped). Pure.
+    """Runs one update of a controller of `craft_optim.dual`: (multiplier, next state, capped). Pure.
 
     Args:
         state: `controller.initial_state()` at first, then the last `Update.state`.
         cap: Upper bound of the multiplier on this step, for example rho K |g_t| / |g_r|.
-        unit: |g_t| / |g_r|, which "pi" counts lambda in; 0 or infinite without one.
+        unit: |g_t| / |g_r|, the unit of lambda in "pi"; 0 or infinite if a gradient is missing.
         steps: K, the steps that this pass stands for.
     """
     return controller(state, loss=loss, epsilon=epsilon, cap=cap, unit=unit, steps=steps)

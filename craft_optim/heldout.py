@@ -1,6 +1,6 @@
-"""Drift on held-out anchors while training: it tells whether the anchors stand for what is to be kept.
+"""Drift on held-out anchors while training: it shows whether the anchors represent what must be kept.
 
-It reports, and steers nothing. `CraftOptimizer(heldout=anchors)` steers by it: epsilon is then the drift on those.
+It only reports. `CraftOptimizer(heldout=anchors)` acts on it: epsilon is then the drift on those anchors.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,60 +16,60 @@ from craft_optim.retention import Retention, measurable
 __all__ = ["RUNS_AWAY", "HeldOutDrift", "runs_away"]
 
 # On the small pi0_fast held-out drift was 5 times epsilon and the anchors' drift where the old task stayed as good as
-# it was (thousands of anchors), and 16 and 28 times epsilon with 256 and 64 anchors, where more of them helped.
+# it was (thousands of anchors), and 10 and 19 times epsilon with 256 and 64 anchors, where more of them helped.
 RUNS_AWAY = 10.0
 
 
 def runs_away(anchors: float, heldout: float, epsilon: float, factor: float = RUNS_AWAY) -> str | None:
     """A warning if drift is held on the anchors and not elsewhere; None if all is well.
 
-    That is so if held-out drift is above `factor` times the anchors' drift, and above `factor` times epsilon.
+    Warns if held-out drift is above `factor` times the anchors' drift, and above `factor` times epsilon.
 
     Args:
         anchors: Drift on the anchors.
-        heldout: Drift on others of their kind, which are not trained on.
+        heldout: Drift on held-out anchors of the same kind.
         epsilon: The allowed drift.
-        factor: How much more is too much.
+        factor: Largest acceptable ratio.
     """
     if heldout <= factor * max(anchors, epsilon):
         return None
     return (
         f"Drift is {heldout:.3g} on held-out anchors, {anchors:.3g} on those that are trained on (epsilon "
         f"{epsilon:.3g}): the model agrees with its snapshot on these anchors, and not on others like them. Use more "
-        'anchors, and more varied ones; a smaller epsilon does less. See docs/choosing.md, "How many anchors".'
+        "anchors, and more varied ones; a smaller epsilon does less."
     )
 
 
 class HeldOutDrift:
     """A sink for `on_metrics` that measures drift on held-out anchors, and warns once if it runs away.
 
-    Every `every`-th time it is called it adds `drift_anchors` and `drift_heldout` to what it passes on.
+    Every `every`-th call adds `drift_anchors` and `drift_heldout` to the metrics that it passes on.
 
     Example:
         optimizer = CraftOptimizer(
             base, retention, on_metrics=HeldOutDrift(retention, heldout_cache, sink=JSONLWriter("metrics.jsonl"))
         )
 
-    It runs after the base's step, and changes nothing: no gradients, modes, random numbers or places among the anchors,
-    and not epsilon. `CraftOptimizer(heldout=anchors)` holds that against held-out anchors that it measures itself: the
-    metric "heldout". Report on others here, as what it steers by no longer stands for what is unseen.
+    It runs after the base's step and changes nothing: no gradients, modes, random numbers, position or epsilon.
+    `CraftOptimizer(heldout=anchors)` adapts epsilon to held-out anchors that it measures itself: the metric "heldout".
+    Report on other anchors here: those that steer no longer represent unseen ones.
 
-    Of several processes CraftOptimizer calls one sink only, on which a model that is wrapped or sharded would wait for
-    the others: there, call `measure()` yourself on every process.
+    With several processes, CraftOptimizer calls the sink on one only, where a wrapped or sharded model would wait for
+    the others: call `measure()` yourself on every process instead.
 
     Args:
         retention: The closure in training, one that measures its `drift`.
-        heldout: Others of the same kind, as its `drift` takes them: a cache that was built before training.
-        every: Measure at the first call and every so many.
-        count: On at most so many of each, evenly apart. None: on all.
-        factor: Warn if held-out drift is so many times the anchors' drift, and epsilon.
-        name: The constraint whose closure it is, if there are several; its drifts are then called "drift_heldout/name".
+        heldout: Held-out anchors of the same kind, as its `drift` takes them: a cache that was built before training.
+        every: Calls per measurement; the first call measures.
+        count: Largest number of anchors of each to measure on, evenly spaced. None: all.
+        factor: Ratio of held-out drift to the anchors' drift, and to epsilon, above which it warns.
+        name: Name of the closure's constraint, if there are several; its drifts are then called "drift_heldout/name".
         sink: Receiver of the metrics, such as `JSONLWriter`.
 
     Raises:
         TypeError: `retention` does not measure its drift.
         ValueError: `every`, `count` or `factor` is out of range, or `heldout` is of another kind.
-        RuntimeError: In a call: the closure is one of several processes'.
+        RuntimeError: In a call: several processes share the closure.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class HeldOutDrift:
             self.sink(row)
 
     def measure(self) -> dict[str, float]:
-        """Both drifts now, by name. Of several processes each must call it, and each measures the whole."""
+        """Both current drifts, by name. With several processes each must call it, and each measures the whole."""
         return {
             keyed("drift_anchors", self.name): self.retention.drift(None, self.count),
             keyed("drift_heldout", self.name): self.retention.drift(self.heldout, self.count),

@@ -1,7 +1,7 @@
-"""Metrics of a step, and the sinks that they go to.
+"""Metrics of a step, and the sinks that receive them.
 
 `CraftOptimizer(..., on_metrics=sink)` calls `sink(metrics)` after every step that ran retention. A sink is any
-callable; those here append to a file, or pass the values on to the tracker that is in use already.
+callable; those here append to a file, or pass the values on to a tracker.
 
     log = JSONLWriter("runs/first/metrics.jsonl")
     optimizer = CraftOptimizer(base, retention, on_metrics=log)
@@ -70,7 +70,7 @@ METRICS: dict[str, Metric] = {
 
 
 def keyed(what: str, name: str | None) -> str:
-    """The name of a constraint's metric, or float of the state: "what/name", "what" if the constraint has none."""
+    """Name of a constraint's metric or float of the state: "what/name", or "what" if the constraint has no name."""
     return what if name is None else f"{what}/{name}"
 
 
@@ -81,8 +81,8 @@ Sink = Callable[[Mapping[str, float]], Any]
 class JSONLWriter:
     """Appends each step's metrics as one line of JSON; values that are not finite become null.
 
-    Every row gets `time`, the seconds since 1970 at which it was written: `craft-optim report` tells from it how long
-    a step took.
+    Every row gets `time`, the seconds since 1970 at which it was written: `craft-optim report` computes from it how
+    long a step took.
 
     Args:
         path: The file; its folder must exist. Lines are flushed one by one, so a killed run keeps them; a line that was
@@ -106,12 +106,12 @@ class JSONLWriter:
         self._waiting: dict[str, Any] = {}
 
     def log(self, **values: Any) -> None:
-        """Puts values of your own into the next row; of several calls before it, the last value of each name.
+        """Adds values of your own to the next row; after several calls, the last value of each name counts.
 
         Args:
-            values: Numbers or text. A tensor of one element is read when its row is written, not before: between rows
-                nothing waits for the device. `loss` and `lr` have a chart in the report; rows with a `method` and a
-                `seed` are grouped by them.
+            values: Numbers or text. A tensor of one element is read only when its row is written: nothing waits for the
+                device between rows. `loss` and `lr` have a chart in the report; rows with a `method` and a `seed` are
+                grouped by them.
         """
         self._waiting |= {name: x.detach() if hasattr(x, "detach") else x for name, x in values.items()}
 
@@ -136,7 +136,7 @@ def _last_byte(path: Path) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A value in the types of JSON."""
+    """The value in a type of JSON."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -145,7 +145,7 @@ class TensorBoardWriter:
     """Adds each step's metrics to TensorBoard, at the step on which they were measured.
 
     Args:
-        writer: A `torch.utils.tensorboard.SummaryWriter`, or another with its `add_scalar`. It stays yours to close.
+        writer: A `torch.utils.tensorboard.SummaryWriter`, or another with its `add_scalar`. You close it.
 
     Example:
         `on_metrics=TensorBoardWriter(SummaryWriter("runs/first"))`
@@ -164,7 +164,7 @@ class LogTo:
     """Passes each step's metrics to a function that takes a dict: W&B, trackio, MLflow, Accelerate.
 
     Args:
-        step: The keyword by which `log` is told the step; None: it is not, and counts for itself.
+        step: Keyword of `log` for the step. None: `log` gets no step, and counts by itself.
 
     Example:
         - trackio: `LogTo(run.log, step="step")`
@@ -185,5 +185,5 @@ class LogTo:
 
 
 def _of_step(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics without `fresh`, which is 1 wherever a sink is called."""
+    """The metrics without `fresh`, which is 1 wherever a sink is called."""
     return {name: value for name, value in metrics.items() if name != "fresh"}

@@ -55,40 +55,41 @@ class CraftOptimizer(Wrapper):
         g = a g_t + w g_r,        by default a = 1, w = lambda - p
 
     where p = <g_t, g_r> / |g_r|^2 while drift, an average of L_ret, is above epsilon and the gradients conflict, else
-    0, and lambda follows L_ret / epsilon (`craft_optim.dual`). How often that is follows drift, too
-    (`retention_every`); and a step that leads far beyond epsilon is shortened (`trust_region`).
-    `p.grad` holds the task gradients again afterwards. Without a retention closure it is the base optimizer, bit for
-    bit.
+    0, and lambda follows L_ret / epsilon (`craft_optim.dual`). Drift also sets how often retention runs
+    (`retention_every`), and a step that leads far beyond epsilon is shortened (`trust_region`). `p.grad` holds the task
+    gradients again afterwards. Without a retention closure it is the base optimizer, bit for bit.
 
     Several constraints L_j <= epsilon_j(t): pass a mapping name -> closure or `Constraint`, or a list of `Constraint`.
     Each has a pass, a multiplier and metrics of its own, called "lambda/name" and so on; docs/constraints.md says how
-    they are merged, what that costs and what cannot be combined with it. A mapping of one is as its closure alone.
+    they are merged, what that costs and what cannot be combined with it. A mapping with one entry equals its closure
+    alone.
 
-    Pass this object wherever the loop used the base optimizer: schedulers, scalers, checkpoints. Its own state is a
-    handful of floats named `craft_*` in every parameter group, the number of the next anchor batch among them. It comes
-    by `load_state_dict`, of this object or of a base that is wrapped afterwards. A base that another CraftOptimizer of
-    this process has had begins anew.
+    Pass this object wherever the loop used the base optimizer: schedulers, scalers, checkpoints. Its own state is a few
+    floats named `craft_*` in every parameter group, among them the position. `load_state_dict` restores it, called on
+    this object or on a base that is wrapped afterwards. A base that another CraftOptimizer of this process has wrapped
+    starts anew.
 
     Cost of a step that runs retention: one forward and backward of the closure, one additional copy of the gradients
     while they live (see `gradient_memory`), about 5N elements of memory traffic, one read of the device. The first of
-    them, and those that might lead too far, also cost a copy of the parameters and forwards of anchors (`Rules`).
-    Other steps cost the base's step. With several processes, an all-reduce of a few numbers; under DDP one of all
-    retention gradients, too.
+    these steps, and steps that might lead too far, also cost a copy of the parameters and forwards on anchors
+    (`Rules`). Other steps cost the base's step. Several processes add an all-reduce of a few numbers; DDP also one of
+    all retention gradients.
 
     Args:
         base_optimizer: The optimizer that does the step.
-        retention_closure: Returns L_ret on an anchor batch, for example `craft_optim.anchors.LogitRetention`; several
-            as above; None for none.
+        retention_closure: Function that returns L_ret on a batch of anchors, for example
+            `craft_optim.anchors.LogitRetention`; several constraints as above; None for none.
         epsilon: The drift to allow, in the unit of L_ret: a number, a `craft_optim.schedules` object, or any callable
             step -> float. None: 0.05, or what each `Constraint` says.
-        dual: How lambda is found: "pi", "ascent", "nupi", "augmented_lagrangian" or a `craft_optim.dual.Controller`.
+        dual: Controller of lambda: "pi", "ascent", "nupi", "augmented_lagrangian" or a `craft_optim.dual.Controller`.
             None: "pi", or what each `Constraint` says.
-        heldout: Anchors that are not trained on, such as a cache of others: epsilon is then the drift on these, see
-            `Constraint`. None: epsilon is the drift on the anchors.
-        process_group: The processes that gradients of plain (not sharded) parameters are averaged over. None: those of
-            the DDP module that holds the parameters; needed where gradients are averaged in another way. False: none.
-        on_metrics: Called with `metrics` after every retention step, for example `craft_optim.metrics.JSONLWriter`; of
-            several processes, by one.
+        heldout: Held-out anchors, such as a second cache: epsilon is then the drift on these, see `Constraint`. None:
+            epsilon is the drift on the anchors.
+        process_group: Group of the processes over which gradients of plain (not sharded) parameters are averaged. None:
+            that of the DDP module that holds the parameters; needed where gradients are averaged in another way. False:
+            no group.
+        on_metrics: Function called with `metrics` after every retention step, for example
+            `craft_optim.metrics.JSONLWriter`; one of several processes calls it.
         rules: Fields of `craft_optim.Rules` by keyword, such as `rho`, `retention_every` and `max_grad_norm`.
 
     Attributes:
@@ -96,11 +97,12 @@ class CraftOptimizer(Wrapper):
             before the first.
         rules: The `Rules`; another object may be set.
         base_optimizer: The wrapped optimizer.
-        retention_closure: May be set again, for example after unpickling. The place of another's anchors begins at 0.
+        retention_closure: The closure or closures; may be set again, for example after unpickling. The position of a
+            new closure starts at 0.
 
     Raises:
-        TypeError: If `base_optimizer` is not an optimizer or one that a framework has wrapped already, or
-            `retention_closure` or `dual` cannot be called, or `process_group` is none, or a keyword is unknown.
+        TypeError: If `base_optimizer` is not an optimizer or has been wrapped by a framework already, or
+            `retention_closure` or `dual` cannot be called, or `process_group` is not a group, or a keyword is unknown.
         ValueError: If a value is out of its range, a name is unknown, settings cannot be combined, or two groups share
             a parameter.
 
@@ -120,7 +122,7 @@ class CraftOptimizer(Wrapper):
         True
     """
 
-    _base_moves: bool | None = None  # whether the base evaluates closures elsewhere; None: not yet known
+    _base_moves: bool | None = None  # True if the base evaluates closures elsewhere; None: not yet known
 
     # Found out at the first retention pass, for these closures, parameters and processes.
     _layout: Layout
@@ -152,7 +154,7 @@ class CraftOptimizer(Wrapper):
         self._heldout = heldout
         super().__init__(base_optimizer)
         self._constraints = self._checked(retention_closure)
-        self._left: dict[str | None, weakref.ref[Retention]] = {}  # closures whose places are in the state
+        self._left: dict[str | None, weakref.ref[Retention]] = {}  # closures whose positions are in the state
 
         self.on_metrics = on_metrics
         self.metrics: dict[str, float] = {}
@@ -172,14 +174,14 @@ class CraftOptimizer(Wrapper):
         total_steps: int,
         **overrides: Any,
     ) -> "CraftOptimizer":
-        """The behaviour and defaults of the published method, for comparison.
+        """Builds the published method, with its behaviour and defaults, for comparison.
 
         Dual ascent with eta = 0.01, lambda_0 = 1, lambda_max = 10 and no cap; epsilon from 1 to 0.1, linear over
         `total_steps`; projection always, where the cosine is below -0.1; every 5 steps.
 
         Args:
-            base_optimizer: As for the class.
-            retention_closure: As for the class.
+            base_optimizer: The optimizer that does the step.
+            retention_closure: Closure or closures, as for the class.
             total_steps: Length of training in optimizer steps.
             overrides: Any keyword of the class.
         """
@@ -201,11 +203,12 @@ class CraftOptimizer(Wrapper):
         retention_closure: Constraints | None,
         **craft: Any,
     ) -> "type[CraftOptimizer]":
-        """A class that builds the base and wraps it, for frameworks that want an optimizer class.
+        """Makes a class that builds the base and wraps it, for frameworks that need an optimizer class.
 
         Args:
-            optimizer_class: Called as `optimizer_class(params, **kwargs)` with what the framework passes.
-            retention_closure: As for the class.
+            optimizer_class: Class of the base, called as `optimizer_class(params, **kwargs)` with the framework's
+                arguments.
+            retention_closure: Closure or closures, as for the class.
             craft: Keywords of the class.
 
         Example:
@@ -252,7 +255,7 @@ class CraftOptimizer(Wrapper):
 
     @property
     def constraints(self) -> dict[str | None, Constraint]:
-        """The constraints by name, whose name is None if there is one without; a copy."""
+        """A copy of the constraints by name; the name is None for a single constraint without one."""
         return dict(self._constraints)
 
     @property
@@ -283,7 +286,7 @@ class CraftOptimizer(Wrapper):
         self._left = {}
 
     def _checked(self, closure: Constraints | None) -> dict[str | None, Constraint]:
-        """The constraints by name, if they go with the rules."""
+        """The constraints by name; raises if they do not fit the rules."""
         constraints = constraints_of(closure, self._epsilon, self._dual, self._heldout)
         self._rules.check_for(len(constraints))
         if constraints:
@@ -293,25 +296,25 @@ class CraftOptimizer(Wrapper):
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None, *others: Any, **named: Any) -> Any:  # type: ignore[override]
-        """One optimizer step; see the class.
+        """Does one optimizer step; see the class.
 
         Args:
-            closure: As for any torch optimizer; retention is merged after each of its evaluations. Within one step all
-                evaluations use the same anchors and the same coefficients a and w, so that a base with a line search
-                sees one function: it gets a L_task + w L_ret as the closure's value. A base that has moved the
-                parameters before it evaluates (LBFGS, SAM) costs a copy of them.
-            others, named: What else the base's `step` takes.
+            closure: The task's closure, as for any torch optimizer; retention is merged after each of its evaluations.
+                Within one step all evaluations use the same anchors and the same coefficients a and w, so that a base
+                with a line search sees one function: it gets a L_task + w L_ret as the closure's value. A base that has
+                moved the parameters before it evaluates (LBFGS, SAM) costs a copy of them.
+            others, named: Further arguments of the base's `step`.
 
         Returns:
-            What the base's `step` returns; L_task where that is the value of an evaluation.
+            Result of the base's `step`; L_task instead of the merged value if that result is an evaluation's.
 
         Raises:
-            ValueError: If epsilon(t) is negative or not finite, or the base wants to differentiate through its step.
-            RuntimeError: If another CraftOptimizer was made around the same base since.
+            ValueError: If epsilon(t) is negative or not finite, or the base differentiates through its step.
+            RuntimeError: If another CraftOptimizer has wrapped the same base since.
             TypeError, RuntimeError: If the closure does not return a scalar with a graph, its gradient reaches none of
                 the parameters, or there are several processes and it is not clear whether they train one model. Nothing
-                has changed then, neither parameters nor state nor the anchors' position. After an error where the drift
-                of a step that has been made is measured (`trust_region`), the whole step stays, and is counted.
+                has changed then: not the parameters, the state or the position. An error while the drift after a step
+                is measured (`trust_region`) leaves the whole step done and counted.
         """
         floats.check_owner(self.base_optimizer, self)
         if not self._constraints:
@@ -373,7 +376,7 @@ class CraftOptimizer(Wrapper):
         parameters: list[Tensor],
         retention: RetentionStep,
     ) -> Any:
-        """The base's step on a closure, which it may evaluate anywhere."""
+        """Does the base's step on a closure that the base may evaluate at other parameters."""
         evaluations = Evaluations(closure, parameters, retention)
         moves = self._may_move
         if moves:
@@ -405,9 +408,9 @@ class CraftOptimizer(Wrapper):
         return not moves
 
     def _find_layout(self, parameters: list[Tensor]) -> Layout:
-        """The layout of these very parameters: frameworks put others into the groups after an optimizer is made.
+        """The layout of the current parameters: frameworks replace them in the groups after an optimizer is made.
 
-        Made known to the closures, which may be others, too.
+        Passes it on to the closures, which may be new, too.
         """
         closures = [constraint.closure for constraint in self._constraints.values()]
         world = dist.group.WORLD if dist.is_available() else None  # None before it is initialised
@@ -468,7 +471,7 @@ class CraftOptimizer(Wrapper):
         self._complete_groups()
 
     def _complete_groups(self) -> None:
-        """What belongs to names stays until closures are set that have others."""
+        """Completes the groups' floats; keeps those of named constraints until closures with other names are set."""
         known = dict(SHARED_STATE)
         controllers = {name: constraint.controller for name, constraint in self._constraints.items()}
         for name, controller in (controllers or {None: self._dual or make_controller("pi")}).items():
@@ -509,12 +512,12 @@ class CraftOptimizer(Wrapper):
 
 
 def _reference(one: Any) -> Callable[[], Any]:
-    """Gives the object, and None when it is gone."""
+    """A function that returns the object, or None once it is gone."""
     return (lambda: one) if one is None or one is False else weakref.ref(one)
 
 
 def _with_fields_of_rules(signature: inspect.Signature) -> inspect.Signature:
-    """The signature with the fields of `Rules` in the place of `**rules`."""
+    """The signature with the fields of `Rules` instead of `**rules`."""
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     named = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(Rules).parameters.values()]
     return signature.replace(parameters=[*own, *named])

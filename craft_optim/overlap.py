@@ -1,4 +1,4 @@
-"""Which anchors are inputs of the new task, too: equal to the bit, whatever their padding."""
+"""Overlap: anchors that are also inputs of the new task, equal bit for bit, whatever their padding."""
 
 import hashlib
 from collections import Counter
@@ -16,12 +16,12 @@ __all__ = ["Overlap", "OverlapSearch"]
 
 @dataclass(frozen=True)
 class Overlap:
-    """Anchors that the new task has, too.
+    """Anchors that are also inputs of the new task.
 
     Attributes:
-        anchors: How many are.
+        anchors: Number of these anchors.
         looked_for: Number of anchors that were looked for.
-        task_rows: Among so many inputs of the task.
+        task_rows: Number of the task's inputs that were searched.
     """
 
     anchors: int
@@ -33,7 +33,7 @@ class OverlapSearch:
     """Looks for anchors among the task's inputs.
 
     Args:
-        anchors: Their inputs, as `anchors.build` takes batches; at least one.
+        anchors: Inputs of the anchors, as `anchors.build` takes batches; at least one.
 
     Example:
         >>> search = OverlapSearch([{"ids": torch.tensor([[1, 2, 0], [3, 4, 5]])}])
@@ -53,10 +53,10 @@ class OverlapSearch:
         self._rows = 0
 
     def look(self, batch: Any) -> None:
-        """Looks among the rows of a task batch. What it has besides the anchors' inputs, such as labels, is left out.
+        """Searches the rows of a task batch. Entries other than the anchors' inputs, such as labels, are ignored.
 
         Raises:
-            TypeError, ValueError: It is no batch, or lacks one of the anchors' inputs.
+            TypeError, ValueError: It is not a batch, or lacks one of the anchors' inputs.
         """
         flat = flatten(batch)
         tensors, count = flat.tensors, flat.count
@@ -70,7 +70,7 @@ class OverlapSearch:
 
     @property
     def found(self) -> Overlap | None:
-        """None as long as there was nothing to look for, or among."""
+        """The overlap so far; None without anchors or without task rows."""
         if not self._rows or not self._wanted:
             return None
         return Overlap(sum(self._wanted[x] for x in self._seen), self._wanted.total(), self._rows)
@@ -90,7 +90,7 @@ def _digests(tensors: dict[str, Tensor], names: Iterable[str], count: int) -> li
 
 
 def _unpadded(row: Tensor) -> Tensor:
-    """Without the zeros at the end of the first dimension: another batch may be longer, and caches keep no padding."""
+    """The row without zeros at the end of dimension 0: another batch may be longer, and caches keep no padding."""
     if row.ndim == 0 or not row.numel():
         return row
     used = torch.nonzero(row.reshape(len(row), -1).ne(0).any(1))

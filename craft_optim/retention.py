@@ -1,7 +1,7 @@
-"""Retention closures: the loss that `CraftOptimizer` constrains, and what it may be asked.
+"""Retention closures: the loss that `CraftOptimizer` constrains, and the questions that it can answer.
 
-A plain function without arguments that returns L_ret as a scalar tensor with a graph is enough. A class that inherits
-from `Retention` says more; only such a class is asked. Nothing is read from, or written to, other objects.
+A plain function without arguments that returns L_ret as a scalar tensor with a graph is enough. Objects of a subclass
+of `Retention` answer questions, too. Nothing is read from, or written to, any other object.
 """
 
 import math
@@ -24,17 +24,17 @@ class Retention(ABC):
     """A retention loss on anchors that are numbered: pass 0, 1, 2, ...
 
     `CraftOptimizer` keeps the number of the next pass in its own state and calls `loss(number)`. So a line search that
-    evaluates twice, a resumed run, a copied optimizer and a second one on the same closure all see the anchors that are
-    theirs; nothing has to be put back.
+    evaluates twice, a resumed run, a copied optimizer and a second one on the same closure each see the right anchors;
+    nothing has to be restored.
 
-    In a loop of your own call the object, `retention()`: it counts for itself, and `state_dict` holds its count.
+    In your own loop call the object, `retention()`: it counts its passes, and `state_dict` holds the count.
 
     Attributes:
         unit: Unit of L_ret and of epsilon, in words.
-        tolerance: Largest |L_ret| of an unchanged model that is rounding; infinite if that is not known.
+        tolerance: Largest |L_ret| that rounding gives an unchanged model; infinite if unknown.
         repeats: True if the same number gives the same anchors again, so that L_ret can be compared before and after a
             step.
-        shared: True if several processes have a share of the anchors each, see `shard`.
+        shared: True if each of several processes has a share of the anchors, see `shard`.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ class Retention(ABC):
     shared: bool = False
 
     _position = 0
-    _fixed: frozenset[str] = frozenset()  # attributes that only the constructor sets: it has made others of them
+    _fixed: frozenset[str] = frozenset()  # attributes that only the constructor sets: others derive from them
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed and name in self.__dict__:
@@ -70,11 +70,11 @@ class Retention(ABC):
         """L_ret on the anchors of a pass: a scalar tensor, with a graph unless gradients are off.
 
         Args:
-            number: Passes before this one, >= 0. The same number must give the same anchors and the same random draws.
+            number: Number of the pass, >= 0. The same number must give the same anchors and the same random draws.
         """
 
     def __call__(self) -> Tensor:
-        """`loss` of the next number, with a graph wherever it is called; counts if it succeeds."""
+        """`loss` of the next pass, with a graph wherever it is called; counts the pass if it succeeds."""
         with torch.enable_grad():
             loss = self.loss(self._position)
         self._position += 1
@@ -82,7 +82,7 @@ class Retention(ABC):
 
     @property
     def position(self) -> int:
-        """Number of the pass that the next call without a number runs; what `CraftOptimizer` runs does not count."""
+        """Number of the pass that the next call without a number runs; passes of `CraftOptimizer` do not count."""
         return self._position
 
     @position.setter
@@ -90,14 +90,14 @@ class Retention(ABC):
         self._position = whole("position", value, least=0)
 
     def state_dict(self) -> dict[str, int]:
-        """The count of calls without a number, for checkpoints of a loop of your own."""
+        """The count of calls without a number, for checkpoints of your own loop."""
         return {"position": self._position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Takes up the count of `state_dict`.
+        """Restores the count of `state_dict`.
 
         Raises:
-            KeyError, ValueError: `state` has no position, or one that cannot be.
+            KeyError, ValueError: `state` has no position, or an impossible one.
         """
         self.position = state["position"]
 
@@ -106,17 +106,17 @@ class Retention(ABC):
         return ()
 
     def check(self) -> None:  # noqa: B027 - most have nothing to check
-        """Raises if the model is not the one to keep; called before pass 0 of a base that may move it first.
+        """Raises if the model is not the one to keep; called before pass 0 if the base may move it first.
 
-        Default: no check. What checks in pass 0 shall not do so again after this.
+        Default: no check. A closure that checks in pass 0 must not check again after this.
         """
 
     def drift(self, anchors: Any = None, count: int | None = None) -> float:
         """The mean of L_ret without gradients, in `unit`. Advances nothing.
 
         Args:
-            anchors: Others than its own, such as held-out ones. None: its own.
-            count: On at most so many, evenly apart and the same at every call. None: on all.
+            anchors: Anchors to measure on instead of its own, such as held-out ones. None: its own.
+            count: Largest number of anchors to measure on, evenly spaced, the same ones at every call. None: all.
 
         Raises:
             TypeError: This class does not measure it.
@@ -124,10 +124,10 @@ class Retention(ABC):
         raise TypeError(f"{type(self).__name__} has no `drift`: it tells its loss on the next anchors only.")
 
     def check_anchors(self, anchors: Any) -> None:  # noqa: B027 - nothing to check by default
-        """Raises ValueError if `drift` cannot take these anchors, as far as can be told without a forward."""
+        """Raises ValueError if `drift` cannot take these anchors, as far as known without a forward."""
 
     def examples(self, count: int) -> list[Any]:
-        """Inputs of at most `count` of its anchors, evenly apart, each a batch of one; none if it does not tell."""
+        """Inputs of at most `count` of its anchors, evenly spaced, each a batch of one; empty if it cannot give any."""
         return []
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor]) -> None:
@@ -137,14 +137,14 @@ class Retention(ABC):
 
         Args:
             rank: Place of this process among those that see different data, in [0, world_size).
-            world_size: Their number.
-            mean: Averages a small tensor over all of them; every process must make the same calls.
+            world_size: Number of these processes.
+            mean: Function that averages a small tensor over these processes; each must make the same calls.
         """
         self.shared = world_size > 1
 
 
 class _Function(Retention):
-    """A plain function; it counts for itself, if at all."""
+    """A plain function as a `Retention`; it counts its own passes, if at all."""
 
     repeats = False
 
@@ -156,14 +156,14 @@ class _Function(Retention):
 
 
 def as_retention(closure: object, name: str = "retention_closure") -> Retention:
-    """The closure itself if it is a `Retention`, else one that calls it.
+    """The closure itself if it is a `Retention`, else a `Retention` that calls it.
 
     Args:
         closure: A `Retention`, or a function without arguments.
-        name: Of the argument, for messages.
+        name: Name of the argument, for messages.
 
     Raises:
-        TypeError: It cannot be called, is a class, or its `unit` or `tolerance` is none.
+        TypeError: It cannot be called, is a class, or its `unit` or `tolerance` is invalid.
     """
     if isinstance(closure, Retention):
         if not isinstance(closure.unit, str):
@@ -186,7 +186,7 @@ def measurable(closure: object, name: str = "retention") -> Retention:
     """The closure itself, if it is a `Retention` that can measure its `drift`.
 
     Raises:
-        TypeError: It is a plain function, or a class that leaves `drift` out.
+        TypeError: It is a plain function, or its class does not define `drift`.
     """
     if not isinstance(closure, Retention) or type(closure).drift is Retention.drift:
         raise TypeError(

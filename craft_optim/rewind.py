@@ -1,4 +1,4 @@
-"""Training that never was: after a block, model, optimizers and random numbers are what they were before it."""
+"""Rewind: after a block of training, model, optimizers and random numbers are what they were before it."""
 
 import copy
 import random
@@ -33,7 +33,7 @@ class Rewind:
         self._stack, self._values = stack, values
 
     def values_back(self) -> None:
-        """Gives every tensor its value back now, within the block; other things stay as they are."""
+        """Restores every tensor's value now, within the block; other things stay as they are."""
         self._values.put_back()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -42,7 +42,7 @@ class Rewind:
             self.stepped.append(optimizer)
 
     def keep(self, optimizer: Optimizer) -> None:
-        """Keeps its state and groups, and those of its parameters that are not the model's, as they are now."""
+        """Records the optimizer's state and groups, and its parameters that are not the model's, as they are now."""
         if id(optimizer) in self._kept:
             return
         self._kept.add(id(optimizer))
@@ -58,18 +58,18 @@ class Rewind:
 
 @contextmanager
 def rewound(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[Rewind]:
-    """Within the block anything may train the model; afterwards, also after an error, all is what it was, to the bit.
+    """Restores everything bit for bit after a block that may train the model in any way, also after an error.
 
-    All: parameters, buffers, gradients, train and eval modes of the model; state and parameter groups of every torch
-    optimizer that steps in the block, which is found by itself, and its parameters; `others`; the random numbers of
+    Everything: parameters, buffers, gradients, train and eval modes of the model; state and parameter groups of every
+    torch optimizer that steps in the block, found automatically, and its parameters; `others`; the random numbers of
     Python, NumPy, the CPU and the accelerators. Tensors keep their place in memory. Gradients are None when the block
     begins.
 
-    Batches that data loaders have handed out, files and plain attributes of modules are not brought back.
+    Batches that data loaders have handed out, files and plain attributes of modules are not restored.
 
     Args:
-        model: Not sharded over processes.
-        others: What else moves: objects with `state_dict` and `load_state_dict` such as learning-rate schedulers and
+        model: The model, not sharded over processes.
+        others: Other objects that change, with `state_dict` and `load_state_dict` such as learning-rate schedulers and
             gradient scalers; optimizers may be among them.
 
     Memory: on the CPU, all values of the model, its gradients and its optimizers' state.
@@ -101,7 +101,7 @@ def rewound(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[Rewind]:
 
 
 class _Values:
-    """Tensors, and what they held when they were named, on the CPU."""
+    """Tensors, and copies on the CPU of the values that they had when they were added."""
 
     def __init__(self) -> None:
         self._named: dict[int, Tensor] = {}
@@ -143,7 +143,7 @@ def _keep_model(model: nn.Module, values: _Values, stack: ExitStack) -> None:
 
 
 def _form(tree: Any, values: _Values) -> Callable[[], Any]:
-    """A function that makes the tree what it is now, in the same containers; its tensors are kept in `values`."""
+    """A function that restores the tree to what it is now, in the same containers; its tensors are kept in `values`."""
     if isinstance(tree, Tensor):
         values.keep(tree)
         return lambda: tree

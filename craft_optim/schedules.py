@@ -1,7 +1,7 @@
 """epsilon(t): how much drift is allowed at step t.
 
-With q = min(t / steps, 1), from `start` to `end`. Every schedule is a plain callable `step -> epsilon`, and so may be
-any function of your own.
+Ramps go from `start` to `end` with q = min(t / steps, 1). A schedule is any callable `step -> epsilon`; your own
+function is one, too.
 """
 
 import math
@@ -84,7 +84,7 @@ class Exponential(_Ramp):
 
 
 def as_schedule(epsilon: float | Schedule) -> Schedule:
-    """Returns `epsilon` as a callable; a number becomes `Constant`.
+    """Returns `epsilon` as a callable; makes a number a `Constant`.
 
     Raises:
         ValueError: If a number is negative or not finite.
@@ -107,7 +107,7 @@ def epsilon_at(epsilon: float | Schedule, step: int) -> float:
         step: Optimizer steps taken so far, from 0.
 
     Raises:
-        TypeError: If the value is no number.
+        TypeError: If the value is not a number.
         ValueError: If the value is negative or not finite.
     """
     return number(f"epsilon({step})", as_schedule(epsilon)(step), least=0.0)

@@ -1,4 +1,4 @@
-"""For the Hugging Face Trainer: a factory for its optimizer, and a callback that logs what the optimizer measures.
+"""Hugging Face Trainer: a factory for its optimizer, and a callback that logs the optimizer's metrics.
 
     retention = craft_optim.anchors.OnlineRetention(model, anchors, batch_size=8, collate=collator)
     trainer = Trainer(
@@ -48,30 +48,30 @@ def craft_optimizer(
     model: nn.Module | None = None,
     **craft: Any,
 ) -> tuple[type[CraftOptimizer], dict[str, Any]]:
-    """The optimizer that `args` ask for, with retention, as the Trainer's `optimizer_cls_and_kwargs` takes it.
+    """The optimizer that `args` request, with retention, as the Trainer's `optimizer_cls_and_kwargs` takes it.
 
     The base is the Trainer's own choice (`optim`, `learning_rate`, `adam_beta1`, `optim_args`, ...); so are its groups
-    of parameters with and without weight decay. The Trainer builds it when it has moved, or sharded, the model. Its
-    arguments are read then: what `trainer.args` were changed to, by a search of hyperparameters say, counts.
+    of parameters with and without weight decay. The Trainer builds it after it has moved or sharded the model. The
+    arguments are read then: changes of `trainer.args`, as by a hyperparameter search, count.
 
-    Where the Trainer makes its models itself, by `model_init`, each needs a retention of its own: pass a function
-    that makes one of a model.
+    If the Trainer makes its models itself, by `model_init`, each needs its own closure: pass a function that makes one
+    for a model.
 
         craft_optimizer(args, lambda model: LogitRetention(model, cache), epsilon=0.05)
 
     Args:
-        args: The Trainer's.
-        retention: As for `CraftOptimizer`, or a function of the Trainer's model that returns that.
-        model: The model, for those `optim` that need it, such as GaLore.
+        args: The Trainer's arguments.
+        retention: Closure or closures as for `CraftOptimizer`, or a function that makes them for the Trainer's model.
+        model: The model, for values of `optim` that need it, such as GaLore.
         **craft: Keywords of `CraftOptimizer`, such as `heldout`.
 
     Returns:
-        A class and its keywords, new ones at every call. What is changed in the keywords goes before `args`.
+        A class and its keywords, new ones at every call. Changes in the keywords override `args`.
 
     Raises:
-        ValueError: `optim` names one that steps within the backward, or that is not a `torch.optim.Optimizer`: neither
-            leaves gradients that could be merged. When it is built also: `retention` is a function, and no Trainer has
-            the model.
+        ValueError: `optim` names an optimizer that steps within the backward, or is not a `torch.optim.Optimizer`:
+            neither leaves gradients to merge. When the optimizer is built: `retention` is a function, and no Trainer
+            has the model.
     """
     base, found = _base_of(args, model)
     keywords = {name: value for name, value in found.items() if name != "params"}
@@ -116,9 +116,9 @@ def _base_of(args: TrainingArguments, model: nn.Module | None) -> tuple[type[tor
 
 
 def _trainer_of(made: type[CraftOptimizer], params: list[Any]) -> Any:
-    """The Trainer that is building this class just now: it hands over neither its model nor itself.
+    """The Trainer that is building this class now; it passes neither its model nor itself.
 
-    Several may have been given the class: it is the one whose model has the parameters.
+    If several have the class, it is the one whose model has the parameters.
     """
     found = [x for x in gc.get_objects() if issubclass(type(x), Trainer) and x.optimizer is None]
     found = [x for x in found if x.optimizer_cls_and_kwargs and x.optimizer_cls_and_kwargs[0] is made]
@@ -141,7 +141,7 @@ def _require_own(optimizer: CraftOptimizer) -> None:
 
 
 def _needs_one(function: Any) -> bool:
-    """True of what can be called with one argument and not without, as a closure is."""
+    """True if a function can be called with one argument and not without, unlike a closure."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -175,20 +175,20 @@ def _of_model(retention: Any, model: nn.Module | None) -> Any:
 class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some versions
     """Adds the optimizer's metrics to the Trainer's logs, and the drift on other anchors to its evaluations.
 
-    Beside `loss` there are then `craft/retention_loss`, `craft/drift`, `craft/epsilon`, `craft/lambda` and
+    Beside `loss`, logs then have `craft/retention_loss`, `craft/drift`, `craft/epsilon`, `craft/lambda` and
     `craft/capped` (with `heldout` anchors `craft/heldout` and `craft/epsilon_heldout`, too, and `craft/skipped` once a
     retention pass was not finite): in the console, in `trainer.state.log_history`, and in everything in `report_to`.
     They belong to the last step that ran retention; `loss` is a mean since the last log. Evaluations get
-    `eval_craft/drift_heldout`, also as a `metric_for_best_model`. The last log, with `train_runtime`, has them once
-    more, and the verdict of `craft-optim report` goes to the log "craft_optim": a warning where drift was not held.
+    `eval_craft/drift_heldout`, which may be the `metric_for_best_model`. The last log, with `train_runtime`, has them
+    once more, and the verdict of `craft-optim report` goes to the log "craft_optim": a warning if drift was not held.
 
-    It also tells the optimizer how long training is, `Rules.total_steps`, where that was not given.
+    It also sets `Rules.total_steps`, the length of training, if that was not given.
 
     Args:
-        drift: Measured at every evaluation, on every process, for example `lambda: retention.drift(held_out)`. With
-            one argument it gets the optimizer's retention, `lambda retention: retention.drift(held_out)`, and measures
-            nothing before there is an optimizer. None: nothing is measured.
-        metrics: Names of those to log; `craft_optim.metrics.METRICS` has them all, and may be passed itself.
+        drift: Function that measures drift at every evaluation, on every process, for example `lambda:
+            retention.drift(held_out)`. A function of one argument gets the optimizer's closure, `lambda retention:
+            retention.drift(held_out)`, and is not called before there is an optimizer. None: nothing is measured.
+        metrics: Names of the metrics to log; `craft_optim.metrics.METRICS` has them all, and may be passed itself.
 
     Raises:
         ValueError: There is no such metric.
@@ -235,7 +235,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
             elif optimizer is not None:
                 added = {"eval_craft/drift_heldout": float(self.drift(_craft_within(optimizer).retention_closure))}
         logs.update(added)
-        if state.log_history:  # of which the Trainer has made a copy
+        if state.log_history:  # the Trainer has made a copy of these
             state.log_history[-1].update(added)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -252,9 +252,9 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
             _log.log(level, "%s: %s", run.name, verdict.words)
 
     def _go_first(self) -> None:
-        """Callbacks get the same logs one after the other, those of `report_to` before those of `callbacks=`.
+        """Moves this callback before those of `report_to`, which would get the same logs earlier.
 
-        A callback does not know whose it is, so that all live handlers are searched.
+        A callback does not know its handler, so all live handlers are searched.
         """
         for handler in [x for x in gc.get_objects() if issubclass(type(x), CallbackHandler)]:
             if any(callback is self for callback in handler.callbacks):

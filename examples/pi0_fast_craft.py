@@ -42,7 +42,8 @@ METHODS = ("pretrained", "adamw", "craft")
 # logits (nats): the default of CraftOptimizer; this learning rate can reach it.
 # hidden (share of variance): about the smallest drift that a policy of one task could reach; at 0.03 it let go of that.
 EPSILON = {"logits": 0.05, "hidden": 0.005}
-PROBE_EVERY = 25  # steps between two measurements of the drift, for the picture
+PROBE_EVERY = 25  # steps between two measurements of drift, for the report
+PROBED = 64  # anchors of each, and held-out frames
 STRIDE = 2  # every second frame of what is to be kept is an anchor: neighbours are alike
 
 console = Console()
@@ -181,7 +182,7 @@ def train_step(policy: Any, batch: dict[str, Tensor], optimizer: torch.optim.Opt
 
 
 def fine_tune(
-    policy: Any, method: str, new: Task, retention: Any, probe: list[Any], args: argparse.Namespace, seed: int
+    policy: Any, method: str, new: Task, retention: Any, heldout: Any, args: argparse.Namespace, seed: int
 ) -> float:
     """Trains `policy` on the new task, writes metrics and checkpoints, and returns the milliseconds per step."""
     folder = args.out / "runs" / f"{method}-seed{seed}"
@@ -213,7 +214,7 @@ def fine_tune(
         row = {"method": method, "seed": seed, "step": step, "loss": loss.item(), "seconds": took}
         row |= getattr(optimizer, "metrics", {})
         if step % PROBE_EVERY == 0 or step == args.steps - 1:
-            row["drift_anchors"] = retention.drift(probe)
+            row |= {"drift_anchors": retention.drift(count=PROBED), "drift_heldout": retention.drift(heldout, PROBED)}
             bar.set_postfix(loss=f"{row['loss']:.3f}", drift=f"{row['drift_anchors']:.4f}")
         with metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -302,7 +303,6 @@ def _run(
 
     outcomes: list[Outcome] = []
     seeds = list(range(args.seed, args.seed + args.seeds))
-    probe = [anchor_cache.read(range(0, len(anchor_cache), max(1, len(anchor_cache) // 64)))]
     lines = []
     if "pretrained" in args.methods:
         outcomes.append(evaluate("pretrained", seeds[0], None))
@@ -310,7 +310,7 @@ def _run(
         for method in [m for m in args.methods if m != "pretrained"]:
             policy.load_state_dict(snapshot)
             retention = retention_of(policy, anchor_cache, args, seed)
-            ms = fine_tune(policy, method, new, retention, probe, args, seed)
+            ms = fine_tune(policy, method, new, retention, heldout_cache, args, seed)
             outcomes.append(evaluate(method, seed, ms))
             lines.append((args.out / "runs" / f"{method}-seed{seed}" / "metrics.jsonl").read_text(encoding="utf-8"))
     (args.out / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")

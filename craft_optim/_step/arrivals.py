@@ -1,4 +1,4 @@
-"""Arrivals: gradients of parameters as they come in a backward."""
+"""Arrivals: order of the parameters' gradients in a backward."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +14,10 @@ __all__ = ["Arrivals"]
 
 
 class Arrivals:
-    """In which order, and how often, gradients of the same parameters come in a backward, pass after pass.
+    """Order and counts of the gradients of the same parameters in a backward, pass after pass.
 
     Attributes:
-        places: Of each parameter in the last pass, 1 for the first to come; 0 if it did not. Empty before the first.
+        places: Place of each parameter in the last pass, 1 for the first; 0 if none came. Empty before the first pass.
     """
 
     def __init__(self) -> None:
@@ -28,20 +28,20 @@ class Arrivals:
     def watched(
         self, parameters: Sequence[Tensor], buckets: Sequence[list[int]], send: Callable[[list[int]], None]
     ) -> Iterator[None]:
-        """Around a backward: sends bucket after bucket, each as soon as all of its gradients are there.
+        """Sends buckets one after another within a backward, each as soon as all of its gradients are complete.
 
-        A parameter that reentrant checkpoints share gets its gradient in parts: all are there when it has come as often
-        as it ever has. What comes later all the same is in `.grad`, and for whoever sends to see to.
+        A parameter that reentrant checkpoints share gets its gradient in parts: it is complete after as many parts as
+        ever came. Later parts are in `.grad`, and the sender must handle them.
 
         Args:
-            parameters: Plain tensors.
-            buckets: Places of parameters, in the order in which they must be sent.
-            send: Called within the backward.
+            parameters: The parameters, plain tensors.
+            buckets: Places of parameters, in sending order.
+            send: Function called within the backward.
         """
         times = self._times or [0] * len(parameters)
         came, places, number = [0] * len(parameters), [0] * len(parameters), count(1)
         waiting, there = deque(buckets), set[int]()
-        streams, lock = {_stream(p) for p in parameters}, Lock()  # each device has a thread of its own in a backward
+        streams, lock = {_stream(p) for p in parameters}, Lock()  # each device has its own thread in a backward
 
         def arrived(i: int, p: Tensor) -> None:
             with lock:
@@ -64,5 +64,5 @@ class Arrivals:
 
 
 def _stream(tensor: Tensor) -> object:
-    """Where work on the tensor's device is queued now; None for a CPU, which has no queue."""
+    """Current stream of the tensor's device; None for a CPU, which has none."""
     return None if tensor.is_cpu else torch.accelerator.current_stream(tensor.device)

@@ -1,11 +1,11 @@
-"""Averaging: the mean over processes of the retention gradients that nobody else averages.
+"""Averaging: the mean over processes of retention gradients that no framework averages.
 
-Which gradients there are on any process says which collectives all of them must make. To ask that first would be a wait
-for the device on each pass. So everyone goes by what was agreed on last, and tells along with the inner products, which
-are read anyway, whether that was right here. Where it was not, what has been left over is averaged after that read.
+The set of gradients present on any process determines the collectives of all. Agreeing on it first would wait for the
+device on each pass. So all processes use the last agreed set, and report with the inner products, which are read
+anyway, whether it was right. If not, the rest is averaged after that read.
 
-So it is known before a backward, too, what all will send, and in which order. What is there is sent while it goes on:
-when, is each process' own affair. What comes after it was sent is a rest like any other.
+So the order of sending is known before a backward. Complete gradients are sent during it, at any time on each process.
+A part that comes after its gradient was sent is a rest like any other.
 """
 
 from collections import deque
@@ -24,10 +24,10 @@ from .gradients import Gradients
 
 __all__ = ["Averaging", "Means"]
 
-# Bytes that are copied into one buffer and averaged by one collective, and how many of these are on their way at once.
+# Bytes copied into one buffer and averaged by one collective, and number of collectives in flight.
 _BUCKET, _AT_ONCE = 1 << 25, 8
 
-# A group -> another one of the same processes, which all that average over the first share
+# Group -> another group of the same processes, shared by all that average over the first
 _APART: WeakKeyDictionary[ProcessGroup, ProcessGroup] = WeakKeyDictionary()
 
 _Mean = Callable[[], list[Tensor]]
@@ -37,14 +37,15 @@ _ABSENT, _DENSE = 0, 99
 
 
 class Means(NamedTuple):
-    """What `Averaging` returns.
+    """Result of `Averaging`.
 
     Attributes:
-        gradients: The means, None where no process has ever had a gradient. They are right if nobody has more to add.
-        wanted: For each, whether any process wants it.
-        rest: The gradients of this process that are not in the means.
-        more: True if this process has more to add: a rest, or other wishes than it told.
-        begun: True if gradients of this process are in the means that were sent in the backward.
+        gradients: The means, None where no process has ever had a gradient. They are right if no process has more to
+            add.
+        wanted: For each gradient, True if any process wants it.
+        rest: Gradients of this process that are not in the means.
+        more: True if this process has more to add: a rest, or other wishes than it reported.
+        begun: True if gradients of this process were sent in the backward.
     """
 
     gradients: Gradients
@@ -55,17 +56,17 @@ class Means(NamedTuple):
 
 
 class Averaging:
-    """The averaging of the same parameters' gradients, pass after pass.
+    """Averages the same parameters' gradients, pass after pass.
 
-    A gradient that is None here but not elsewhere counts as zero; and so does one that is None everywhere, if it was
-    not on an earlier pass. One collective per 32 MiB of gradients, which are copied into one buffer, and one per sparse
-    gradient; none waits for another. The first time one more, which is read, for all to agree on what there is.
+    A gradient that is None here but not elsewhere, or None everywhere but not on an earlier pass, counts as zero. One
+    collective per 32 MiB of gradients, copied into one buffer, and one per sparse gradient; none waits for another. The
+    first pass has one more, which is read, to agree on the gradients present.
 
     Args:
-        group: The processes.
-        parameters: Places of the parameters among all of the optimizer's.
-        bucket: Bytes of gradients to one collective; a gradient of more has one of its own. One of more than
-            eight times as much waits for the end of the backward: in it, what is sent is copied.
+        group: Group of the processes.
+        parameters: Places of the parameters among all parameters of the optimizer.
+        bucket: Bytes of gradients per collective; a larger gradient has its own. One of more than eight times as much
+            waits for the end of the backward, in which sending needs a copy.
     """
 
     def __init__(self, group: ProcessGroup, parameters: Sequence[int] = (), bucket: int = _BUCKET) -> None:
@@ -73,22 +74,22 @@ class Averaging:
         self._group, self._over, self._bucket = group, group, bucket
         self._kinds: list[int] | None = None
         self._wanted: list[bool] = []  # on any process
-        self._told: list[bool] = []  # of which this one told
+        self._told: list[bool] = []  # as this process reported
         self._arrivals = Arrivals()
-        self._places: list[int] = []  # in the backward, as all go by them
+        self._places: list[int] = []  # agreed places in the backward
         self._begun: list[tuple[list[int], _Mean]] = []  # the first buckets
 
     @contextmanager
     def during_backward(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Around the backward of what `means` gets next: sends what is there, and takes it out of `.grad`. Collective.
+        """Sends complete gradients during the backward before `means`, and takes them out of `.grad`. Collective.
 
         Args:
-            parameters: As for `means`.
+            parameters: The parameters, as for `means`.
         """
         self._begun = []
         buckets = [] if self._kinds is None else self._buckets(self._kinds, parameters)
         if self._kinds is not None and (len(buckets) < 2 or dist.get_backend(self._group) == "mpi"):
-            yield  # there is nothing to gain, or no group for it
+            yield  # no gain, or no group for it
             return
         if buckets:
             self._over = _apart(self._group, parameters[0].device)
@@ -97,24 +98,24 @@ class Averaging:
             tensors = [_dense(parameters[i].grad, parameters[i]) for i in bucket]
             self._begun.append((bucket, _averaged(tensors, self._over, in_place=False)))
             for i in bucket:
-                parameters[i].grad = None  # what is added from now on is a rest
+                parameters[i].grad = None  # later parts are a rest
 
         small = [bucket for bucket in buckets if not self._large(parameters[bucket[0]])]
         try:
             with self._arrivals.watched(parameters, small, send):
                 yield
-        except BaseException:  # others may have sent more, or less: if all go on, then not on this group
+        except BaseException:  # others may have sent more or less: this group must not be used again
             _APART.pop(self._group, None)
             raise
 
     @torch.no_grad()
     def means(self, gradients: Gradients, parameters: Sequence[Tensor], wanted: Sequence[bool]) -> Means:
-        """The means of gradients, by what was agreed on last. Collective.
+        """The means of gradients, by the last agreement. Collective.
 
         Args:
-            gradients: Dense or sparse, of any floating or complex dtype; dense ones are overwritten.
-            parameters: Plain tensors of the same shapes.
-            wanted: For each gradient, whether this process has a use for it.
+            gradients: Dense or sparse gradients of any floating or complex dtype; dense ones are overwritten.
+            parameters: The parameters, plain tensors of the same shapes.
+            wanted: For each gradient, True if this process needs it.
         """
         wanted = list(wanted)
         here = _kinds(gradients)
@@ -136,12 +137,12 @@ class Averaging:
     def added(
         self, rest: Sequence[Tensor | None], parameters: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[Gradients, list[bool]]:
-        """The means of what was left over, and what any process wants, which is agreed on from now on. Collective.
+        """The means of the rests, and the gradients that any process wants: the new agreement. Collective.
 
         Args:
-            rest: See `Means`; may be empty.
-            parameters: As for `means`.
-            wanted: As for `means`.
+            rest: Rest as in `Means`; may be empty.
+            parameters: The parameters, as for `means`.
+            wanted: Flags as for `means`.
         """
         rest = list(rest) or [None] * len(parameters)
         kinds = self._agreed(_kinds(rest), wanted, parameters)
@@ -149,7 +150,7 @@ class Averaging:
         return self._reduced(rest, parameters, kinds), list(self._wanted)
 
     def _agreed(self, kinds: Sequence[int], wanted: Sequence[bool], parameters: Sequence[Tensor]) -> list[int]:
-        """The kinds that there are on any process; all hear of what is wanted, and when it comes. Reads the device."""
+        """Kinds present on any process; also exchanges the wishes and the order of arrival. Reads the device."""
         self._told = self._wanted = list(wanted)
         if not kinds:
             return []
@@ -162,7 +163,7 @@ class Averaging:
         return list(anywhere)
 
     def _buckets(self, kinds: Sequence[int], parameters: Sequence[Tensor]) -> list[list[int]]:
-        """Places of the dense ones that go together, as they come in a backward; what is not copied, last."""
+        """Places of dense gradients sent together, in order of arrival; uncopied ones last."""
         known = [place or len(kinds) + 1 for place in self._places]
         order = [(self._large(p), known[i], -i, p) for i, p in enumerate(parameters) if kinds[i] == _DENSE]
         buckets: list[list[int]] = []
@@ -185,7 +186,7 @@ class Averaging:
         kinds: Sequence[int],
         begun: Sequence[tuple[list[int], _Mean]] = (),
     ) -> Gradients:
-        """The means of gradients of these kinds, or None; those of the first buckets may have been begun."""
+        """The means of gradients of these kinds, or None; the first buckets may have been begun."""
         result: Gradients = [None] * len(gradients)
         under_way = deque(begun)
 
@@ -195,7 +196,7 @@ class Averaging:
                 result[i] = g
 
         for bucket in self._buckets(kinds, parameters)[len(begun) :]:
-            while len(under_way) >= _AT_ONCE:  # their buffers are memory, too
+            while len(under_way) >= _AT_ONCE:  # their buffers take memory
                 finish()
             under_way.append((bucket, _averaged([_dense(gradients[i], parameters[i]) for i in bucket], self._over)))
         for i, kind in enumerate(kinds):
@@ -211,7 +212,7 @@ def _kinds(gradients: Sequence[Tensor | None]) -> list[int]:
 
 
 def _fits(here: int, agreed: int) -> bool:
-    """True if a gradient can go by what was agreed on."""
+    """True if a gradient fits the agreed kind."""
     return here in (agreed, _ABSENT) or agreed == _DENSE
 
 
@@ -220,11 +221,11 @@ def _dense(g: Tensor | None, p: Tensor) -> Tensor:
 
 
 def _apart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
-    """Another group of the same processes, for what is sent in a backward. Collective the first time.
+    """Another group of the same processes, for sending in a backward. Collective the first time.
 
-    A model may have collectives of its own there, as SyncBatchNorm has, and each process sends when it can: on one
-    group one would be taken for the other. That a model has none cannot be seen: hooks, and what a checkpoint repeats,
-    are not in the graph.
+    A model may have its own collectives there, as SyncBatchNorm does, and each process sends when it can: on one group
+    they would be mixed up. A model without any cannot be recognised: the graph does not show hooks, or operations that
+    a checkpoint repeats.
     """
     if group not in _APART:
         _APART[group] = dist.new_group(
@@ -239,9 +240,9 @@ def _apart(group: ProcessGroup, device: torch.device) -> ProcessGroup:
 
 
 def _averaged(tensors: list[Tensor], group: ProcessGroup, in_place: bool = True) -> _Mean:
-    """Begins to average dense tensors of one dtype; what is returned ends it. No accelerator's host waits in either.
+    """Starts to average dense tensors of one dtype; calling the result ends it. The host waits for no accelerator.
 
-    Not in place within a backward: autograd gives a leaf views without a copy, of what may have yet to go on.
+    Not in place within a backward: autograd gives a leaf views, without a copy, of tensors that may still be needed.
     """
     size, alone = group.size(), len(tensors) == 1 and tensors[0].is_contiguous()
     if alone:
@@ -249,7 +250,7 @@ def _averaged(tensors: list[Tensor], group: ProcessGroup, in_place: bool = True)
     else:
         flat = torch.cat([_real(g).reshape(-1) for g in tensors]).div_(size)
     work = dist.all_reduce(flat, group=group, async_op=True)
-    # Without their memory, which is free where nothing is written there
+    # Releases their memory unless it is written in place
     like = tensors if in_place else [torch.empty_like(g, device="meta") for g in tensors]
 
     def means() -> list[Tensor]:

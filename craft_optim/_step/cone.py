@@ -1,14 +1,14 @@
-"""The direction nearest to a gradient that works against none of several others: a small quadratic programme. Pure.
+"""Cone: the direction nearest to a gradient without conflict with several others, a small quadratic program. Pure.
 
-For gradients g_j with K_ij = <g_i, g_j>, among all q >= 0 the one with the least
+For gradients g_j with K_ij = <g_i, g_j>, the solution q >= 0 minimises
 
     q' K q / 2 + c' q
 
 With c_j = <g, g_j>, v = g + sum_j q_j g_j is the vector nearest to g that has <v, g_j> >= 0 for all j (GEM, Lopez-Paz &
-Ranzato 2017, arXiv:1706.08840, for whom these are the gradients of earlier tasks).
+Ranzato 2017, arXiv:1706.08840, with gradients of earlier tasks).
 
-Some entries of the solution are zero, and the others solve K q = -c among themselves. With few gradients every choice
-of those can be tried: the one with q >= 0 and the least value is the solution.
+Some entries of the solution are zero, and the others solve K q = -c among themselves. With few gradients every subset
+can be tried: the one with q >= 0 and the least value is the solution.
 """
 
 import math
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 
 __all__ = ["distance_to_cone", "nearest_in_cone"]
 
-# Least eigenvalue of cosines: gradients that are closer than 1e-4 rad to linear dependence count as dependent, and the
-# solution does without one of them. Products that were summed in float32 do not tell them apart.
+# Least eigenvalue of cosines: gradients closer than 1e-4 rad to linear dependence count as dependent, and the solution
+# does without one of them. Products summed in float32 cannot separate them.
 _INDEPENDENT = 1e-8
-# Of the value, relative to its scale: what a choice of more gradients must gain over one of fewer.
+# Least gain in value, relative to its scale, of a choice of more gradients over one of fewer.
 _GAIN = 1e-14
 
 
 def nearest_in_cone(products: NDArray[np.float64], c: NDArray[np.float64]) -> NDArray[np.float64]:
-    """q of every block.
+    """The solution q of every block.
 
     Time grows as 2^m; scales do not matter.
 
     Args:
         products: K of shape `[n_blocks, m, m]`, finite. Zero gradients get q = 0.
-        c: Of shape `[n_blocks, m]`, finite.
+        c: c of shape `[n_blocks, m]`, finite.
 
     Returns:
         q of shape `[n_blocks, m]`, >= 0.
@@ -65,19 +65,19 @@ def nearest_in_cone(products: NDArray[np.float64], c: NDArray[np.float64]) -> ND
 
 
 def _divisor(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sizes, with 1 in place of 0: what is zero stays zero."""
+    """Sizes with 1 instead of 0: zeros stay zero after division."""
     divisor: NDArray[np.float64] = np.where(sizes > 0.0, sizes, 1.0)
     return divisor
 
 
 def distance_to_cone(products: NDArray[np.float64], j: int) -> float:
-    """Norm of g_j plus what makes it smallest of all sum_i q_i g_i, q >= 0, i != j.
+    """Least norm of g_j + sum_i q_i g_i over q >= 0, i != j.
 
-    |g_j| where no other gradient is against it.
+    |g_j| if no other gradient conflicts with it.
 
     Args:
         products: K of shape `[m, m]`.
-        j: Which gradient.
+        j: Index of the gradient.
     """
     others = [i for i in range(len(products)) if i != j]
     if not (products[j, others] < 0.0).any():

@@ -1,4 +1,4 @@
-"""Constraint: a retention loss, the drift it may show, the controller of its multiplier; and its pass in one step."""
+"""Constraint: a retention loss, its epsilon and the controller of its multiplier; and its pass in one step."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -49,26 +49,26 @@ _HOOKS = attrgetter("_post_accumulate_grad_hooks")
 
 @dataclass(frozen=True)
 class Constraint:
-    """L_ret <= epsilon(t), one of several.
+    """One constraint of several, L_ret <= epsilon(t).
 
     Args:
-        retention: Returns L_ret on its next anchors: a `craft_optim.Retention`, or a function without arguments.
+        retention: Closure that returns L_ret on its next anchors: a `craft_optim.Retention`, or a function without
+            arguments.
         epsilon: The drift to allow, in the unit of L_ret: a number, a `craft_optim.schedules` object, or any callable
             step -> float.
-        dual: How lambda is found: "pi", "ascent", "nupi", "augmented_lagrangian" or a `craft_optim.dual.Controller`.
-        heldout: Anchors that are not trained on, as `retention.drift` takes them: epsilon is then the drift on these.
-            They are measured, 128 of them without a backward, on a pass every 25 steps, and epsilon of the anchors
-            becomes epsilon times the quotient of drift on the anchors and on these, averaged over measurements; at
-            least a thirtieth of it.
+        dual: Controller of lambda: "pi", "ascent", "nupi", "augmented_lagrangian" or a `craft_optim.dual.Controller`.
+        heldout: Held-out anchors, as `retention.drift` takes them: epsilon is then the drift on these. 128 of them are
+            measured, without a backward, in a pass every 25 steps. The anchors' epsilon becomes epsilon times the ratio
+            of drift on the anchors to drift on these, averaged over measurements; at least epsilon / 30.
 
     Attributes:
-        closure: `retention`, as an object that can be asked.
-        schedule: `epsilon`, as a function of the step.
-        controller: `dual`, as an object.
+        closure: `retention` as a `Retention`.
+        schedule: `epsilon` as a function of the step.
+        controller: `dual` as an object.
 
     Raises:
-        TypeError: `retention` cannot be called, or not measure its `drift` for `heldout`; or `epsilon` or `dual` is
-            none.
+        TypeError: `retention` cannot be called, or cannot measure `drift` for `heldout`; or `epsilon` or `dual` has a
+            wrong type.
         ValueError: A value is out of its range, a name is unknown, or `heldout` is of another kind.
 
     Example:
@@ -115,18 +115,18 @@ def constraints_of(
     dual: str | Controller | None = None,
     heldout: Any = None,
 ) -> dict[str | None, Constraint]:
-    """The constraints by name, whose name is None if it is the only one and has none; empty for None.
+    """The constraints by name, None for a single one without a name; empty for None.
 
     Args:
-        given: As `CraftOptimizer` takes it. Places of a list are the names "0", "1", ...
-        epsilon: For closures that are no `Constraint`; None for 0.05.
-        dual: For closures that are no `Constraint`; None for "pi".
-        heldout: For one closure that is no `Constraint`.
+        given: Constraints as `CraftOptimizer` takes them. Places of a list are the names "0", "1", ...
+        epsilon: Epsilon of closures that are not a `Constraint`; None for 0.05.
+        dual: Controller for closures that are not a `Constraint`; None for "pi".
+        heldout: Held-out anchors of one closure that is not a `Constraint`.
 
     Raises:
         TypeError: One cannot be called, or a name is not a string.
-        ValueError: There is none, too many, a name that keys cannot be made of, or a Constraint and an `epsilon`,
-            `dual` or `heldout` beside it.
+        ValueError: There is no constraint, too many, a name that cannot be part of a key, or a Constraint with a
+            separate `epsilon`, `dual` or `heldout`.
     """
     what = "`retention_closure`"
     if given is None:
@@ -194,7 +194,7 @@ class Passed(NamedTuple):
         loss: L_ret, a tensor without a graph.
         gradients: The gradients of `scale` times the loss, as autograd left them.
         scale: The private loss scale; 1 without float16.
-        averaged: As the layout gave them.
+        averaged: The gradients as the layout averaged them.
     """
 
     loss: Tensor
@@ -204,26 +204,27 @@ class Passed(NamedTuple):
 
 
 class RetentionPass:
-    """One constraint in one step: the pass of its closure, apart from all else, and its multiplier.
+    """Pass of one constraint's closure in one step, isolated from everything else, and its multiplier.
 
     A line search runs the pass once for each evaluation: the same number, so the same anchors.
 
     Args:
-        name: The constraint's; None if it has none.
-        constraint: Itself.
+        name: Name of the constraint; None if it has none.
+        constraint: The constraint.
         step: Optimizer steps before this one.
-        parameters: All of the optimizer's. Their `.grad` is in the stash: it is None after a pass, or what it gave.
-        ascended: For each parameter, True if the base steps along its gradient and not against it.
+        parameters: All parameters of the optimizer. The stash holds their `.grad`, which after a pass is None or the
+            pass' gradient.
+        ascended: For each parameter, True if the base steps along its gradient, not against it.
         state: The constraint's own `craft_*` floats before the step.
-        layout: The processes.
+        layout: Layout of the processes.
 
     Attributes:
-        name, constraint: As given.
-        epsilon: At this step; of the anchors, where held-out ones have a part in it.
+        name, constraint: The arguments.
+        epsilon: Epsilon at this step; the anchors' if held-out ones adapt it.
         state: The floats after the step.
-        drift: What is known of it; a view of `state`.
+        drift: Knowledge of the drift; a view of `state`.
         float16: True if float16 took part in the last pass.
-        update: The controller's answer; None before it was asked.
+        update: The controller's answer; None before its call.
 
     Raises:
         ValueError: epsilon(t) is negative or not finite, or a controller's multiplier is.
@@ -251,14 +252,14 @@ class RetentionPass:
         """Runs the closure and its backward on the anchors of this step.
 
         Args:
-            wanted: For each parameter, whether it has a task gradient. Without one on any process the base does not
-                touch it, and its retention gradient is left out.
+            wanted: For each parameter, True if it has a task gradient. The base leaves a parameter without one on any
+                process untouched; its retention gradient is left out.
         """
-        put(self._parameters, [None] * len(self._parameters))  # they are in the stash
+        put(self._parameters, [None] * len(self._parameters))  # the stash has them
         with self._layout.own_reduction(), torch.enable_grad(), held() as conditions:
             loss, graph, scale = self._scaled_loss()
             named = list(self._closure.parameters())
-            if not (named and self._layout.several):  # those that shard put tensors of their own into the graph
+            if not (named and self._layout.several):  # sharding frameworks put their own tensors into the graph
                 named += leaves(graph)
             others = not_among(named, self._parameters)
             del graph  # it is freed as the backward goes
@@ -281,18 +282,18 @@ class RetentionPass:
         return self._passed(loss.detach() if scale == 1.0 else loss.detach() / scale, averaged, scale)
 
     def complete(self, passed: Passed) -> Passed:
-        """The pass with what some process had more than all went by. Collective."""
+        """The pass completed by gradients that some process had beyond the agreed ones. Collective."""
         return self._passed(passed.loss, self._layout.added(passed.averaged, self._parameters, self.name), passed.scale)
 
     def _passed(self, loss: Tensor, averaged: Averaged, scale: float) -> Passed:
-        """The pass, with the gradients of what the base will touch."""
+        """The pass, with gradients of the parameters that the base will touch."""
         gradients, wanted = averaged.gradients, averaged.wanted
         if not all(wanted):
             gradients = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
         return Passed(loss, gradients, scale, averaged)
 
     def _check_unmoved(self, hooked: Sequence[tuple[Tensor, int]]) -> None:
-        """Raises if a hook has stepped in the backward, on the retention gradient alone; from versions before it."""
+        """Raises if a hook has stepped in the backward, on the retention gradient alone, as versions show."""
         if moved := [tuple(p.shape) for p, version in hooked if p._version != version]:
             raise RuntimeError(
                 f"{prefix(self.name)}A hook of `register_post_accumulate_grad_hook` has changed {len(moved)} of the "
@@ -307,14 +308,14 @@ class RetentionPass:
             self._closure.check()
 
     def count(self) -> None:
-        """Writes into the state that the anchors of this step have been used."""
+        """Records in the state that the anchors of this step have been used."""
         self.state["craft_anchor_position"] = self._number + 1.0
 
     def _scaled_loss(self) -> tuple[Tensor, Graph, float]:
         """L_ret times the private scale, L_ret's graph, and the scale."""
         loss = self._closure.loss(self._number)
         _check_loss(loss, self.name)
-        # Of every pass: mixed precision may begin after a while, and end
+        # In every pass: mixed precision may begin and end during a run
         graph = graph_of(loss)
         self.float16 = scaling.reaches_float16(graph)
         scale = self.state["craft_scale"] if self.float16 else 1.0
@@ -322,7 +323,7 @@ class RetentionPass:
         return (wide if scale == 1.0 else wide * scale), graph, scale
 
     def check_reached(self, reached: bool) -> None:
-        """Raises unless the pass has reached any parameter, on any process."""
+        """Raises unless the pass has reached a parameter, on any process."""
         if not reached:
             raise RuntimeError(
                 f"{prefix(self.name)}The retention loss reaches none of the optimizer's parameters: every "
@@ -332,15 +333,15 @@ class RetentionPass:
             )
 
     def overflowed(self, scale: float) -> bool:
-        """Takes note of an overflow in float16; says whether a smaller scale, which the state has then, may help."""
+        """Records an overflow in float16, with a smaller scale in the state; True if that may help."""
         if scale == 1.0:
-            self.state |= scaling.initial_scale()  # no scale helps: the next pass shall not pay for this one
+            self.state |= scaling.initial_scale()  # no scale helps: the next pass must not pay for this one
             return False
         self.state |= scaling.shrunk(self.state)
         return True
 
     def passed(self) -> None:
-        """Takes note of a pass whose gradients are finite."""
+        """Records a pass with finite gradients."""
         if self.float16:
             self.state |= scaling.grown(self.state)
 
@@ -350,17 +351,17 @@ class RetentionPass:
 
     @property
     def bounds_steps(self) -> bool:
-        """True if some drift is allowed, and the closure can be asked again about the same anchors."""
+        """True if some drift is allowed, and the closure can be evaluated again on the same anchors."""
         return self.drift.asked_for > 0.0 and self._closure.repeats
 
     def saw(self, loss: float) -> None:
-        """Takes L_ret of this pass into the drift; measures held-out anchors where that is due. Collective."""
+        """Adds L_ret of this pass to the drift; measures held-out anchors when due. Collective."""
         self.drift.saw(loss)
         if self.constraint.heldout is None or not self.drift.wants_heldout(self._step):
             return
         with self._layout.without_backward():
             found = self._closure.drift(self.constraint.heldout, _HELDOUT_COUNT)
-        if self._layout.several:  # each has measured the whole, but other machines round otherwise
+        if self._layout.several:  # each has measured all, but machines round differently
             place = next(p.device for p in self._parameters)
             found = float(self._layout.mean(torch.tensor(found, dtype=torch.float64, device=place)))
         self.drift.saw_heldout(found, self._step)
@@ -373,9 +374,9 @@ class RetentionPass:
         return {"epsilon_heldout": self.drift.asked_for, "heldout": self.drift.heldout}
 
     def look(self, passes: int) -> Tensor:
-        """L_ret now on the anchors of as many passes to come, without gradients.
+        """L_ret now on the anchors of that many coming passes, without gradients.
 
-        Not on those of this pass: its gradient is theirs, and holds them better than others.
+        Not on this pass' anchors: its gradient holds them better than others.
         """
         with self._layout.without_backward(), torch.no_grad(), held():
             losses = [self._closure.loss(self._number + 1 + i).detach().float() for i in range(passes)]
@@ -394,13 +395,13 @@ class RetentionPass:
         return update
 
     def use(self, update: Update) -> None:
-        """Takes an answer for the merges of this step."""
+        """Uses an answer for the merges of this step."""
         self.update = update
         self.state |= {f"craft_dual_{k}": float(v) for k, v in update.state.items()}
         self.state["craft_lambda"] = update.multiplier
 
     def may_project(self, projection: Projection) -> bool:
-        """Says whether the task gradient may lose its part that works against the constraint."""
+        """True if the projection may remove the task gradient's conflicting part."""
         return projection == "always" or (projection == "violated" and self.drift.average > self.epsilon)
 
 

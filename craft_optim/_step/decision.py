@@ -13,18 +13,18 @@ For the task gradient g_t and the retention gradients g_1 ... g_m of m >= 1 cons
     task_priority    1            min(lambda_j, 1) + q_j
 
 With one constraint q = -s_1 / K_11 where the gradients conflict. With threshold 0, g_t + sum_j q_j g_j is the direction
-nearest to g_t that works against no violated constraint. With a threshold below 0, weaker conflicts do not count, but
+nearest to g_t without conflict with a violated constraint. With a threshold below 0, weaker conflicts do not count, but
 removing a stronger one does not make them worse.
 
 **The cap.** Where all constraints hold, the optimum has g_t + sum_j lambda_j g_j = 0 with lambda_j >= 0 (KKT), hence
-|sum_j lambda_j g_j| = |g_t|. For any of them, lambda_j |g_j + sum_i (lambda_i / lambda_j) g_i| = |g_t| then, so that
+|sum_j lambda_j g_j| = |g_t|. For each j then lambda_j |g_j + sum_i (lambda_i / lambda_j) g_i| = |g_t|, so that
 
     lambda_j <= |g_t| / d_j,        d_j = min_{q >= 0} |g_j + sum_{i != j} q_i g_i|
 
-These bounds, times rho >= 1, rule out no optimum (nor does half of them, which is what `MultiplicativePI` uses for
-long, from rho = 2 on); lambda_j <= rho |g_t| / |g_j|, which is the same as long as no two
-constraints conflict, would rule out some. Each multiplier is held to its own bound, which one that runs away cannot
-take from the others. The bounds together do not keep the sum small, so that all are then scaled alike to
+These bounds, times rho >= 1, rule out no optimum; nor do halves of them, the long-run limit of `MultiplicativePI`, if
+rho >= 2. lambda_j <= rho |g_t| / |g_j|, the same bound if no two constraints conflict, would rule out some. Each
+multiplier has its own bound, so one that grows takes nothing from the others. As the bounds do not keep the sum small,
+all are then scaled alike to
 |sum_j lambda_j g_j| <= rho |g_t|.
 """
 
@@ -43,11 +43,11 @@ from .rules import Merge, Rules
 
 __all__ = ["MOST", "Decision", "Gram", "Products", "Weights", "decide"]
 
-# Constraints. Each is a forward and a backward; the programme above would still be fast enough.
+# Most constraints. Each costs a forward and a backward; the program above would be fast enough for more.
 MOST = 8
-# |g_j|^2 / |g_t|^2 below which there is nothing to remove: a direction of a few bits, by a q that float32 cannot hold.
+# |g_j|^2 / |g_t|^2 below which nothing is removed: the direction has few bits, and float32 cannot hold q.
 _TINY = 2.0**-200
-# Largest multiplier: kernels have coefficients in float32.
+# Largest multiplier: kernels hold coefficients in float32.
 _LARGEST = 2.0**100
 
 
@@ -67,7 +67,7 @@ class Gram:
 
     @property
     def cos(self) -> float:
-        """Cosine between the two gradients; 0 where either of them is zero."""
+        """Cosine between the two gradients; 0 if either is zero."""
         scale = math.sqrt(self.tt) * math.sqrt(self.rr)
         return self.tr / scale if scale > 0.0 else 0.0
 
@@ -88,7 +88,7 @@ class Products:
 
     @cached_property
     def grams(self) -> list[Gram]:
-        """The task gradient with each retention gradient."""
+        """The `Gram` of the task gradient with each retention gradient."""
         (tt, *tr), *rows = self.matrix.tolist()
         return [Gram(tt, row[j], x) for j, (row, x) in enumerate(zip(rows, tr, strict=True), 1)]
 
@@ -102,7 +102,7 @@ class Products:
         return all(map(math.isfinite, self.matrix.ravel().tolist()))
 
     def unscaled(self, scales: Sequence[float]) -> "Products":
-        """The products of g_j, where these are of `scales[j]` * g_j."""
+        """The products of g_j, from these of `scales[j]` * g_j."""
         if all(scale == 1.0 for scale in scales):
             return self
         by = np.array([1.0, *scales])
@@ -111,7 +111,7 @@ class Products:
     def caps(self, rho: float) -> list[float]:
         """The bound rho |g_t| / d_j of each multiplier; inf where d_j = 0."""
         task, between = math.sqrt(self.matrix[0, 0]), self.between
-        alone = len(between) == 1 or not (between < 0.0).any()  # no two are against each other
+        alone = len(between) == 1 or not (between < 0.0).any()  # no two conflict
         distances = [math.sqrt(between[j, j]) if alone else distance_to_cone(between, j) for j in range(len(between))]
         return [rho * task / d if d > 0.0 else math.inf for d in distances]
 
@@ -119,7 +119,7 @@ class Products:
         """The largest factor <= 1 for all multipliers with |sum_j lambda_j g_j| <= rho |g_t|.
 
         Args:
-            lams: The multipliers, each below its cap; with one constraint that is all there is to see to.
+            lams: The multipliers, each below its cap; with one constraint nothing more is needed.
             rho: Bound on the share of retention.
         """
         if len(lams) == 1 or math.isinf(rho):
@@ -140,8 +140,8 @@ class Decision(NamedTuple):
     """The merge of one step.
 
     Attributes:
-        merges: For each constraint the coefficients of one merge after another: a g_t + w_1 g_1, that + w_2 g_2, ...
-        norm: Norm of the gradient that they give.
+        merges: Coefficients of successive merges, one per constraint: a g_t + w_1 g_1, that + w_2 g_2, ...
+        norm: Norm of the merged gradient.
         clipped: True if the cap on the norm scaled the coefficients.
         conflict: For each constraint, True if its cosine with the task gradient is below the threshold.
         projected: For each constraint, True if the projection acts on it.
@@ -157,12 +157,12 @@ class Decision(NamedTuple):
 def decide(products: Products, *, lams: Sequence[float], project: Sequence[bool], rules: Rules) -> Decision:
     """The coefficients of the merge, scaled so that its norm is at most `rules.max_grad_norm`.
 
-    The norm needs no look at a gradient: it follows from the inner products.
+    The norm follows from the inner products, without reading a gradient.
 
     Args:
-        products: Finite.
+        products: Inner products, finite.
         lams: The multipliers, >= 0.
-        project: For each constraint, True if what is against it may be removed.
+        project: For each constraint, True if the conflicting component may be removed.
         rules: The rules of the merge.
     """
     grams = products.grams
@@ -181,7 +181,7 @@ def decide(products: Products, *, lams: Sequence[float], project: Sequence[bool]
 def _projection(
     products: Products, grams: Sequence[Gram], conflict: Sequence[bool], project: Sequence[bool]
 ) -> tuple[list[float], list[bool]]:
-    """q of each constraint, and whether the projection acts on it."""
+    """q of each constraint, and True if the projection acts on it."""
     chosen = [
         j
         for j, (gram, may) in enumerate(zip(grams, project, strict=True))
@@ -190,7 +190,7 @@ def _projection(
     q, projected = [0.0] * len(grams), [False] * len(grams)
     if not any(conflict[j] for j in chosen):
         return q, projected
-    if len(chosen) == 1:  # in closed form; with a threshold above 0 also against what helps
+    if len(chosen) == 1:  # in closed form; a threshold above 0 also removes what helps
         (j,) = chosen
         q[j], projected[j] = -(grams[j].tr / grams[j].rr), True
         return q, projected

@@ -1,6 +1,6 @@
-"""The drift of one constraint: its average over passes, what a step adds to it, and its quotient to held-out anchors'.
+"""Drift of one constraint: its average over passes, its growth per step, and its ratio to held-out anchors' drift.
 
-Pure but for the floats of the state, in which it writes.
+Pure, except that it writes floats of the state.
 """
 
 import math
@@ -9,8 +9,8 @@ from .trust import root, share_of_step
 
 __all__ = ["DRIFT", "HELDOUT_MOST", "Drift", "at_its_least"]
 
-# The average of L_ret and the passes in it; the most that a step of late has added to L_ret's root, below 0 if unknown;
-# of held-out anchors the drift, the logarithm of its quotient to the anchors', the measurements in that and the step of
+# The average of L_ret and the passes in it; the largest recent growth of L_ret's root in a step, below 0 if unknown;
+# for held-out anchors the drift, the logarithm of its ratio to the anchors', the measurements in that and the step of
 # the next.
 DRIFT = {
     "craft_drift": 0.0,
@@ -22,33 +22,33 @@ DRIFT = {
     "craft_heldout_next": 0.0,
 }
 """The floats before the first pass"""
-_OLD = 0.8  # weight of what was, in the average of L_ret
+_OLD = 0.8  # weight of the old average of L_ret
 _GROWTH_KEPT = 0.97  # on each pass
 _ROOM = 0.3  # about sqrt(1.6) - 1
-_LOOK_AGAIN = 16  # passes after which the growth of a step is measured anew
-_LOOK_AGAIN_FIRST, _FARTHER = 4, 4.0  # the same in the start, and how far a step may lead there, in ways so far
+_LOOK_AGAIN = 16  # passes after which the growth of a step is measured again
+_LOOK_AGAIN_FIRST, _FARTHER = 4, 4.0  # the same at the start, and a step's reach there in ways so far
 _HELDOUT_EVERY = 25  # steps
 _HELDOUT_WEIGHT = 0.3
-_HELDOUT_LEAST, HELDOUT_MOST = 1.0 / 3.0, 30.0  # of the quotient
-_TOO_LITTLE = 0.02  # of epsilon: drift below it says nothing of the quotient
+_HELDOUT_LEAST, HELDOUT_MOST = 1.0 / 3.0, 30.0  # of the ratio
+_TOO_LITTLE = 0.02  # of epsilon: drift below it says nothing about the ratio
 
 
 def at_its_least(epsilon: float, heldout: float) -> bool:
     """True if the anchors' epsilon is as small as held-out drift makes it.
 
     Args:
-        epsilon: Of the anchors.
-        heldout: That of the held-out anchors.
+        epsilon: Epsilon of the anchors.
+        heldout: Epsilon of the held-out anchors.
     """
     return epsilon <= heldout / HELDOUT_MOST * (1.0 + 1e-6)  # from an exponential
 
 
 class Drift:
-    """What is known of it at one step.
+    """Knowledge of the drift at one step.
 
     Args:
-        state: The constraint's floats, of which it reads and writes those of `DRIFT`.
-        asked_for: epsilon(t), of the held-out anchors where there are any.
+        state: The constraint's floats; those of `DRIFT` are read and written.
+        asked_for: The requested epsilon(t), for the held-out anchors if there are any.
     """
 
     def __init__(self, state: dict[str, float], asked_for: float) -> None:
@@ -62,7 +62,7 @@ class Drift:
 
     @property
     def average(self) -> float:
-        """The average of L_ret: over about nine passes."""
+        """The average of L_ret over about nine passes."""
         return self._state["craft_drift"]
 
     @property
@@ -77,12 +77,12 @@ class Drift:
 
     @property
     def most_steps(self) -> float:
-        """The number of steps of which the fastest of late would add 0.3 sqrt(epsilon) to the drift's root."""
+        """Number of steps in which the fastest recent growth would add 0.3 sqrt(epsilon) to the drift's root."""
         growth = self._state["craft_growth"]
         return _ROOM * root(self.epsilon) / growth if growth > 0.0 else math.inf
 
     def saw(self, loss: float) -> None:
-        """Takes L_ret of a pass into the average."""
+        """Adds L_ret of a pass to the average."""
         passes, growth = self._state["craft_drift_passes"], self._state["craft_growth"]
         self._loss = loss
         self._state |= {
@@ -96,7 +96,7 @@ class Drift:
         return step >= self._state["craft_heldout_next"] and self.average > _TOO_LITTLE * self.epsilon
 
     def saw_heldout(self, loss: float, step: int) -> None:
-        """Takes the drift on held-out anchors, and with it epsilon of the others."""
+        """Records the drift on held-out anchors, and updates epsilon of the anchors."""
         self._state["craft_heldout_next"] = float(step + _HELDOUT_EVERY)
         if not (loss > 0.0 and math.isfinite(loss)):
             return
@@ -110,10 +110,10 @@ class Drift:
         }
 
     def may_leave(self, trust: float, starting: bool) -> bool:
-        """True if the step that comes may lead drift beyond `trust` epsilon, as far as is known.
+        """True if the next step may lead drift beyond `trust` epsilon, as far as known.
 
-        In the start beyond epsilon, of which the pass says more than the average. Steps become longer there, as the
-        learning rate is warmed up: one may lead as far as four times all that came before.
+        At the start the bound is epsilon, and the pass says more about it than the average. Steps grow there with the
+        learning rate's warm-up: one may lead four times as far as all before it.
         """
         growth, passes = self._state["craft_growth"], int(self._state["craft_drift_passes"])
         if growth < 0.0 or passes % (_LOOK_AGAIN_FIRST if starting else _LOOK_AGAIN) == 0:
@@ -123,13 +123,13 @@ class Drift:
         return root(self.average) + growth >= root(trust * self.epsilon)
 
     def share_of_step(self, before: float, after: float, starting: bool, trust: float) -> float:
-        """The share of the step to keep; takes note of how far it led.
+        """The share of the step to keep; records how far it led.
 
         Args:
-            before: L_ret before the step, of anchors that no gradient of this step is of.
-            after: The same after it.
-            starting: True in the start, where the bound is epsilon itself and a look over several passes says more
-                than the average, which has yet to come up.
+            before: L_ret before the step, on anchors without a gradient in this step.
+            after: The same after the step.
+            starting: True at the start, where the bound is epsilon itself and L_ret over several passes says more than
+                the average, which lags behind.
             trust: The bound, as a multiple of epsilon.
         """
         growth = max(self._state["craft_growth"], 0.0)

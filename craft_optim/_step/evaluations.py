@@ -1,4 +1,4 @@
-"""Bases: what their groups say of the gradients, and those that evaluate a closure where they have moved the model."""
+"""Evaluations: settings of bases' groups, and bases that evaluate a closure after moving the model."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def check_base(base: torch.optim.Optimizer) -> None:
-    """Raises ValueError if a group wants more of its gradients than their values."""
+    """Raises ValueError if a group needs more than the values of its gradients."""
     for number, group in enumerate(base.param_groups):
         if group.get("differentiable"):
             raise ValueError(
@@ -32,8 +32,8 @@ def check_base(base: torch.optim.Optimizer) -> None:
 
 
 def ascended(base: torch.optim.Optimizer) -> list[bool]:
-    """For each parameter, True if the base steps along its gradient and not against it."""
-    everywhere = getattr(base, "maximize", False)  # others than torch's keep it there
+    """For each parameter, True if the base steps along its gradient, not against it."""
+    everywhere = getattr(base, "maximize", False)  # optimizers other than torch's keep it there
     found: list[bool] = []
     for group in base.param_groups:
         found += [bool(group.get("maximize", everywhere))] * len(group["params"])
@@ -41,7 +41,7 @@ def ascended(base: torch.optim.Optimizer) -> list[bool]:
 
 
 def may_move(base: torch.optim.Optimizer) -> bool:
-    """True unless it is known that the base evaluates its closure before all else."""
+    """True unless the base is known to evaluate its closure first."""
     kind = type(base)
     return isinstance(base, torch.optim.LBFGS) or not kind.__module__.startswith("torch.optim.")
 
@@ -50,17 +50,17 @@ def stands_still(base: torch.optim.Optimizer) -> bool:
     """True if every learning rate is zero."""
     for group in base.param_groups:
         rate = group.get("lr")
-        # One on an accelerator is not read: that would be a wait on every step
+        # One on an accelerator is not read, which would wait on every step
         if (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0:
             return False
     return True
 
 
 def without_gradients(parameters: Iterable[Tensor]) -> bool:
-    """True if there is nothing to step on. Usually the first parameter tells: most steps shall cost nothing."""
+    """True if there is nothing to step on. Usually the first parameter shows it: most steps must cost nothing."""
     some = False
     for p in parameters:
-        # FSDP1 may leave a process nothing but parameters without elements: it goes by the others' step.
+        # FSDP1 may leave a process nothing but parameters without elements: it follows the others' step.
         if p.numel() > 0:
             if p.grad is not None:
                 return False
@@ -71,13 +71,13 @@ def without_gradients(parameters: Iterable[Tensor]) -> bool:
 class Evaluations:
     """A closure with retention merged after each of its calls, for a base to evaluate.
 
-    Its values are those of the merged objective, a L_task + sum_j w_j L_j, of which the base has the gradient: a line
-    search compares them.
+    Its values are those of the merged objective, a L_task + sum_j w_j L_j, whose gradient the base has: a line search
+    compares them.
 
     Args:
-        closure: The user's. What it returns is left as it is unless it is one number.
-        parameters: All of the optimizer's.
-        retention: The step.
+        closure: The user's closure. Its result is unchanged unless it is one number.
+        parameters: All parameters of the optimizer.
+        retention: The retention step.
 
     Attributes:
         moved: True if the base has moved a parameter before an evaluation.
@@ -105,7 +105,7 @@ class Evaluations:
         return value
 
     def loss(self, result: Any) -> Any:
-        """What the base returned, or the task's loss if that was the value of an evaluation."""
+        """The base's result, or the task's loss if the result is the value of an evaluation."""
         for value, loss in self._seen:
             if value is result:
                 return loss
@@ -121,7 +121,7 @@ class Evaluations:
 
 @contextmanager
 def values_back_after_errors(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """After an exception within the block the parameters hold what they did before it. One copy of them."""
+    """Restores the parameters' values after an exception in the block. Costs one copy of them."""
     kept = [p.detach().clone() for p in parameters]
     try:
         yield

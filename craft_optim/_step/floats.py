@@ -1,7 +1,7 @@
-"""The optimizer's own state: floats named `craft_*` in every parameter group of the base, which any checkpoint keeps.
+"""Floats: the optimizer's own state, named `craft_*` in every parameter group of the base; any checkpoint keeps it.
 
-A base whose groups another CraftOptimizer of this process has written to begins anew when it is wrapped again: its
-floats are those of a run that has ended. State comes by `load_state_dict`, which makes other groups.
+A base with floats of another CraftOptimizer of this process starts anew when it is wrapped again: they belong to a run
+that has ended. `load_state_dict` restores state, and makes other groups.
 """
 
 import weakref
@@ -22,9 +22,9 @@ _OWNERS: "weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[Any]]" = 
 
 
 def begin_anew(base: torch.optim.Optimizer, owner: object) -> None:
-    """Removes the floats of an earlier CraftOptimizer of this process, which from now on may not step."""
+    """Removes the floats of an earlier CraftOptimizer of this process, which may not step from now on."""
     _OWNERS[base] = weakref.ref(owner)
-    # Groups that were handed on to another base are known, too
+    # Groups passed on to another base are known, too
     known = {id(group) for written in _WRITTEN.values() for group in written}
     if any(id(group) in known for group in base.param_groups):
         for group in base.param_groups:
@@ -32,9 +32,9 @@ def begin_anew(base: torch.optim.Optimizer, owner: object) -> None:
 
 
 def check_owner(base: torch.optim.Optimizer, owner: object) -> None:
-    """Raises RuntimeError if the base has been wrapped anew: two would share one step, multiplier and place."""
+    """Raises RuntimeError if the base has been wrapped again: two would share step, multiplier and position."""
     last = _OWNERS[base]() if base in _OWNERS else None
-    if last is None:  # a copy, unpickled, or the other is gone
+    if last is None:  # a copy, unpickled, or the other is deleted
         _OWNERS[base] = weakref.ref(owner)
     elif last is not owner:
         raise RuntimeError(
@@ -44,29 +44,29 @@ def check_owner(base: torch.optim.Optimizer, owner: object) -> None:
 
 
 def are_complete(base: torch.optim.Optimizer) -> bool:
-    """False if the base has other groups than those that were completed."""
+    """True unless the base has other groups than the completed ones."""
     groups, written = base.param_groups, _WRITTEN.get(base, [])
     same = len(groups) == len(written) and all(map(is_, groups, written))
     return same and all("craft_step" in group for group in groups)
 
 
 def complete(base: torch.optim.Optimizer, initial: Mapping[str, float], *, keep_named: bool) -> None:
-    """Gives every group all floats: what the first group that has one has, else its initial value.
+    """Gives every group all floats: each from the first group that has it, else its initial value.
 
-    A base restored from one of our checkpoints before it is wrapped thus goes on where the checkpoint was.
+    A base restored from our checkpoint before it is wrapped thus continues from there.
 
     Args:
         base: The base.
-        initial: All of the floats, before the first step.
-        keep_named: True to keep what belongs to constraints with names that are not known now.
+        initial: All floats before the first step.
+        keep_named: True to keep floats of constraints whose names are unknown now.
     """
     groups = base.param_groups
-    # Of an empty group torch.distributed.checkpoint brings nothing back, though it may be the first
+    # torch.distributed.checkpoint restores nothing of an empty group, though it may be the first
     present = {key: float(group[key]) for group in reversed(groups) for key in initial if key in group}
     for group in groups:
         ours = [key for key in group if key.startswith("craft_") and not ("/" in key and keep_named)]
         _remove(group, set(ours) - set(initial))
-        if not group["params"]:  # nor of the base's own settings, which the base asks for all the same
+        if not group["params"]:  # nor the base's own settings, which the base still reads
             for name, value in base.defaults.items():
                 group.setdefault(name, value)
     write(base, {**initial, **present})

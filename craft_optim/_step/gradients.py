@@ -32,7 +32,7 @@ __all__ = [
 
 Gradients = list[Tensor | None]
 
-_PLACE = object.__hash__  # of no two that live, as `id`; that is audited, by Python code where `filelock` is imported
+_PLACE = object.__hash__  # unique among live objects, as `id`, which `filelock` audits in Python
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> Gradients:
@@ -41,14 +41,14 @@ def gradients_of(parameters: Iterable[Tensor]) -> Gradients:
 
 
 def present(gradients: Iterable[Tensor | None]) -> list[bool]:
-    """For each gradient, whether there is one."""
+    """For each gradient, True if there is one."""
     return [g is not None for g in gradients]
 
 
 def any_of(gradients: Iterable[Tensor | None], parameters: Iterable[Tensor]) -> bool:
-    """True if there is any gradient, or no parameter with elements: FSDP1 leaves a process such, without gradients."""
+    """True if there is any gradient, or no parameter with elements: FSDP1 may leave a process only empty ones."""
     elements = False
-    for g, p in zip(gradients, parameters, strict=True):  # most often the first one tells
+    for g, p in zip(gradients, parameters, strict=True):  # usually decided by the first one
         if p.numel() > 0:
             if g is not None:
                 return True
@@ -70,7 +70,7 @@ def put(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> Non
 
 @contextmanager
 def set_aside(parameters: list[Tensor]) -> Iterator[None]:
-    """Within the block every `.grad` is None; afterwards, also after an exception, it is what it was.
+    """Makes every `.grad` None within the block; restores it afterwards, also after an exception.
 
     Only pointers move: no memory, no traffic.
     """
@@ -84,11 +84,11 @@ def set_aside(parameters: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within the block no hook of these parameters fires; afterwards, also after an exception, they have them again.
+    """Removes the hooks of these parameters within the block; restores them afterwards, also after an exception.
 
     Hooks that frameworks put at the nodes of the graph stay.
     """
-    # In place: autograd has these dictionaries, and whoever may remove a hook
+    # In place: autograd, and handles that remove hooks, hold these dictionaries
     tables = [
         table
         for p in parameters
@@ -123,11 +123,11 @@ def all_zero(gradients: Sequence[Tensor | None]) -> bool:
 
 
 class Graph(NamedTuple):
-    """What a loss's graph holds; what a reentrant checkpoint will compute is not there yet.
+    """Nodes of a loss's graph, without those that a reentrant checkpoint will compute.
 
     Attributes:
         written: The tensors at its ends, whose `.grad` a backward writes.
-        inner: The nodes before these.
+        inner: The nodes before its ends.
     """
 
     written: list[Tensor]
@@ -135,11 +135,11 @@ class Graph(NamedTuple):
 
 
 def graph_of(loss: Tensor) -> Graph:
-    """Every node of the loss's graph once. It is walked on each pass: nothing is asked of a node twice."""
+    """Collects every node of the loss's graph once, with one look at each: it is walked on each pass."""
     graph = Graph([], [] if loss.grad_fn is None else [loss.grad_fn])
     written, inner = graph
     seen = {None, *inner}
-    for node in inner:  # grows on the way
+    for node in inner:  # grows in the loop
         for following, _ in node.next_functions:
             if following in seen:
                 continue
@@ -152,16 +152,16 @@ def graph_of(loss: Tensor) -> Graph:
 
 
 def leaves(graph: Graph) -> list[Tensor]:
-    """The tensors whose `.grad` a backward through the graph writes, as far as it shows; some may be there twice.
+    """The tensors whose `.grad` a backward writes, as far as the graph shows; some may appear twice.
 
-    Of what a reentrant checkpoint will run, those that its function holds.
+    For a reentrant checkpoint, the tensors that its function holds.
     """
     held = [x for node in graph.inner if hasattr(node, "run_function") for x in _held_by(node.run_function)]
     return [*graph.written, *(x for x in held if x.is_leaf)]
 
 
 def _held_by(function: Any) -> list[Tensor]:
-    """The tensors that a function has: in modules, in what it is bound to, in its arguments, or by its names."""
+    """The tensors that a function holds: in modules, its bound object, its arguments, or its names."""
     found: list[Tensor] = []
     seen: set[int] = set()
     waiting = [function]
@@ -184,10 +184,10 @@ def _held_by(function: Any) -> list[Tensor]:
             waiting += [one.func, one.args, one.keywords]
         elif isinstance(one, FunctionType):
             waiting += [one.__defaults__ or (), one.__kwdefaults__ or {}]
-            with suppress(ValueError):  # a name that is not bound yet
+            with suppress(ValueError):  # a name not bound yet
                 known = getclosurevars(one)
                 waiting += [known.nonlocals, known.globals]
-        elif not isinstance(one, ModuleType | type):  # an object of the user's own
+        elif not isinstance(one, ModuleType | type):  # a user's object
             waiting += [x for x in getattr(one, "__dict__", {}).values() if isinstance(x, Tensor | torch.nn.Module)]
     return found
 
@@ -196,10 +196,10 @@ class _Away(NamedTuple):
     """A gradient that waits in another form.
 
     Attributes:
-        copy: The part on this process, rounded or in host memory.
-        dtype: As it was.
-        device: As it was.
-        wrap: Makes the gradient of a tensor like `copy`, a DTensor perhaps.
+        copy: Local part of the gradient, rounded or in host memory.
+        dtype: Original dtype.
+        device: Original device.
+        wrap: Function that makes the gradient, perhaps a DTensor, from a tensor like `copy`.
     """
 
     copy: Tensor
@@ -209,13 +209,13 @@ class _Away(NamedTuple):
 
 
 class Stash:
-    """Gradients that are needed again later. Whoever makes it lets go of them, so that their memory is free meanwhile.
+    """Gradients that are needed again later. The caller drops its references, to free their memory meanwhile.
 
     A gradient that is a view into a larger buffer (a bucket of DDP, say) cannot be freed and stays where it is.
 
     Args:
-        gradients: Tensors of any kind; entries may be None.
-        memory: See `Rules`.
+        gradients: Gradients of any kind; entries may be None.
+        memory: Storage, `gradient_memory` of `Rules`.
     """
 
     def __init__(self, gradients: Gradients, memory: GradientMemory) -> None:
@@ -223,16 +223,16 @@ class Stash:
         self._kept: list[Any] = list(gradients) if self._stay else [_put_away(g, memory) for g in gradients]
 
     def for_surgery(self) -> Gradients:
-        """On their devices; rounded ones as they wait. Copies of those that wait elsewhere."""
+        """The gradients on their devices, rounded ones as stored; copies of those stored elsewhere."""
         if self._stay:
             return list(self._kept)
         return [g.wrap(g.copy.to(g.device, non_blocking=True)) if isinstance(g, _Away) else g for g in self._kept]
 
     def give_back(self, parameters: Sequence[Tensor]) -> None:
-        """Points each `.grad` at what it was, up to rounding.
+        """Restores each `.grad`, up to rounding.
 
-        One after another, and each where another gradient was freed: no third list of gradients lives at any time. One
-        that there is no memory for is None, and the error is raised when all others are there.
+        One after another, each where another gradient was freed: no third list of gradients ever exists. A gradient
+        without enough memory is None; the error is raised after all others are restored.
         """
         if self._stay:
             put(parameters, self._kept)
@@ -250,7 +250,7 @@ class Stash:
             raise failed
 
     def in_their_dtype(self, merged: Sequence[Tensor | None]) -> Gradients:
-        """The merged gradients, where they are rounded task gradients in the dtype of before."""
+        """The merged gradients; rounded task gradients among them get their original dtype."""
         if self._stay:
             return list(merged)
         return [
@@ -286,7 +286,7 @@ def _itself(local: Tensor) -> Tensor:
 
 
 def _as_dtensor(mesh: Any, placements: Any, shape: torch.Size, stride: tuple[int, ...], local: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor  # slow to import, and whoever comes here has done so
+    from torch.distributed.tensor import DTensor  # slow to import, but imported already here
 
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 

@@ -1,4 +1,4 @@
-"""Layout: the processes that decide together, and how the parameters are spread over them. One process is one, too."""
+"""Layout: the processes that decide together, and how parameters are spread over them; also for one process."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +17,13 @@ class Averaged(NamedTuple):
     """Retention gradients, averaged over processes.
 
     Attributes:
-        gradients: Those of all parameters.
-        wanted: For each parameter, whether any process that averages it has a task gradient. Frameworks that reduce
+        gradients: Gradients of all parameters.
+        wanted: For each parameter, True if any process that averages it has a task gradient. Frameworks that reduce
             gradients themselves have one on all of their processes, or on none.
-        here: The same of this process alone.
-        rest: What is not in `gradients` yet; see `averaging`.
-        told: Two flags of which the others must hear: whether this process has a rest, or another wish than all go by;
-            whether it has any gradient. Empty where no other has a part in it.
+        here: The same for this process alone.
+        rest: Parts that are not in `gradients` yet; see `averaging`.
+        told: Two flags to send to the others: True if this process has a rest or a wish beyond the agreed ones, and
+            True if it has any gradient. Empty if no other takes part.
     """
 
     gradients: Gradients
@@ -38,12 +38,12 @@ class Layout:
 
     Attributes:
         rank: Place of this process among those that see different data.
-        world_size: Their number. Smaller than `size` under tensor parallelism.
+        world_size: Number of these processes. Smaller than `size` under tensor parallelism.
         size: Number of processes that decide together.
-        first: True if this process speaks for all of them.
-        several: True if there is more than this process, or a sharded tensor, to see to.
+        first: True if this process reports for all of them.
+        several: True if there are several processes, or sharded tensors.
         shares: For each parameter, the weight of this process' sum over its elements; None for 1.
-        reduce: Adds the sums of `surgery` up over the processes; None where there is nothing to add.
+        reduce: Function that adds up the sums of `surgery` over the processes; None if there is nothing to add.
     """
 
     rank: int = 0
@@ -73,15 +73,15 @@ class Layout:
         return [p.numel() for p in parameters]
 
     def own_reduction(self) -> AbstractContextManager[object]:
-        """Within the block no framework reduces gradients that `averaged` sees to."""
+        """Stops frameworks within the block from reducing gradients that `averaged` reduces."""
         return nullcontext()
 
     def without_backward(self) -> AbstractContextManager[object]:
-        """Around forwards that no backward follows, on parameters that then change."""
+        """Context of forwards without a backward, on parameters that then change."""
         return nullcontext()
 
     def during_backward(self, parameters: Sequence[Tensor], name: str | None = None) -> AbstractContextManager[object]:
-        """Around the backward of what `averaged` gets next. Collective: it may begin there, and take gradients away."""
+        """Context of the backward before `averaged`, which may start in it and take gradients. Collective."""
         return nullcontext()
 
     def averaged(
@@ -90,23 +90,23 @@ class Layout:
         """Averages, in place, the gradients that no hook has reduced.
 
         Args:
-            gradients: Of a retention pass.
-            parameters: All of the optimizer's.
-            wanted: For each parameter, whether this process has a task gradient.
-            name: The constraint's.
+            gradients: Gradients of a retention pass.
+            parameters: All parameters of the optimizer.
+            wanted: For each parameter, True if this process has a task gradient.
+            name: Name of the constraint.
         """
         return Averaged(gradients, wanted)
 
     def added(self, averaged: Averaged, parameters: Sequence[Tensor], name: str | None = None) -> Averaged:
-        """Averages what some process had more than all go by. Collective, where any has told so: see `Averaged`."""
+        """Averages gradients beyond the agreed ones. Collective, if any process has reported some: see `Averaged`."""
         return averaged
 
     def local(self, gradients: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """The parts of the gradients on this process, as plain tensors, sharded as the parameters are."""
+        """The gradients' parts on this process, as plain tensors, sharded as the parameters are."""
         return gradients
 
     def wrapped(self, local: Gradients, parameters: Sequence[Tensor], *whole: Gradients) -> Gradients:
-        """The inverse of `local`: gradients of the parameters' own kind, those of `whole` where they are the same."""
+        """The inverse of `local`: gradients of the parameters' own kind, from `whole` where they are the same."""
         return local
 
 
@@ -117,6 +117,6 @@ def layout_of(parameters: Sequence[Tensor], process_group: "dist.ProcessGroup | 
     """The layout of an optimizer's parameters, as they are when training begins. See `processes.find_layout`."""
     if not (dist.is_available() and dist.is_initialized()):
         return ONE_PROCESS
-    from .processes import find_layout  # torch's distributed packages take longer to import than all of this one
+    from .processes import find_layout  # torch's distributed packages import slower than all of this one
 
     return find_layout(parameters, process_group)

@@ -1,19 +1,18 @@
-"""The pace of retention: how many steps a pass stands for, found from the drift that passes measure. Pure.
+"""Pace of retention: number of steps that a pass stands for, from the drift that passes measure. Pure.
 
-`retention_every="auto"` begins with a pass on each step. When the start is over, after each pass with drift d, the
-average of L_ret, and epsilon e of the constraint that is violated most:
+`retention_every="auto"` begins with a pass on each step. After the start, each pass sets K from the drift d, the
+average of L_ret, and the epsilon e of the constraint that is violated most:
 
     K <- max(K / 2, 1)           where d > 1.1 e
     K <- min(K + 3 / (4 K), 10)  where d < e
     K <- K / 2                   as often as it takes until no lambda is held down at K
     K <- 1                       where the step of the pass was shortened
 
-A pass adds up to rho K times the task's gradient, and momentum carries that on through steps which nobody looks at.
-K also stays below 0.3 sqrt(e) / v, with v the most that a step of late has added to sqrt(L_ret) as far as steps were
-looked at (`trust`): as many such steps would use up the room between e and 1.6 e. The next pass comes after round(K)
-steps. The start is the first 40 passes, and another 20 from where d has come to e / 2 if that is later: what is
-forgotten within the first steps does not all come back. All of it is in floats of the state, and d is the same on all
-processes.
+A pass adds up to rho K times the task gradient, and momentum carries that on through steps without a pass. K also stays
+below 0.3 sqrt(e) / v, where v is the largest recent growth of sqrt(L_ret) in a measured step (`trust`): that many such
+steps would use up the room between e and 1.6 e. The next pass comes after round(K) steps. The start is the first 40
+passes, or ends 20 passes after d reaches e / 2 if that is later: knowledge forgotten in the first steps does not all
+come back. The state's floats hold all of it, and d is the same on all processes.
 """
 
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ _NEAR, _ABOVE = 0.5, 1.1
 
 
 def due(state: Mapping[str, float], rules: Rules) -> bool:
-    """True if the step that comes has a pass."""
+    """True if the next step has a pass."""
     step = int(state["craft_step"])
     if rules.retention_every == "auto":
         return step >= state["craft_next"]
@@ -40,15 +39,15 @@ def due(state: Mapping[str, float], rules: Rules) -> bool:
 
 
 def hurried(state: Mapping[str, float]) -> dict[str, float]:
-    """The floats where the step of a pass was shortened: the next step has a pass, and K is 1 again.
+    """The floats after the step of a pass was shortened: the next step has a pass, and K is 1 again.
 
-    The steps until the next pass would be as long, and nobody would look.
+    The steps until the next pass would be as long, but unmeasured.
     """
     return {"craft_every": 1.0, "craft_next": state["craft_step"] + 1.0}
 
 
 def halved(state: Mapping[str, float], steps: int) -> tuple[dict[str, float], int]:
-    """The floats where a pass that stands for so many steps is to stand for half of them, rounded down."""
+    """The floats that make a pass for `steps` steps stand for half of them, rounded down."""
     fewer = steps // 2
     return {**state, "craft_every": float(fewer), "craft_next": state["craft_next"] - (steps - fewer)}, fewer
 
@@ -66,8 +65,8 @@ def paced(
     Args:
         state: `PACE`, with `craft_step`, the step of the pass.
         violation: Drift / epsilon, the largest of all constraints.
-        rules: With K, if it is fixed.
-        most: The steps that constraints let pass without one; see `Drift.most_steps`.
+        rules: The rules, with K if it is fixed.
+        most: Largest number of steps that constraints allow without a pass; see `Drift.most_steps`.
     """
     every, start, near = (state[f"craft_{name}"] for name in ("every", "start", "near"))
     if not near and violation >= _NEAR:

@@ -1,11 +1,11 @@
-"""Processes: the layout of several, which average their gradients, add up their sums and decide alike.
+"""Processes: layout of several processes, which average their gradients, add up their sums and decide alike.
 
 For processes i with the local parts t_i, r_i of the task and retention gradients and the drift L_i of their anchors:
 
     <g_t, g_r> = sum_i share_i <t_i, r_i>,        L = mean_i L_i
 
-share_i is 1 over the number of processes that hold the same elements, so that every element counts once, however it is
-sharded or replicated. One all-reduce forms all sums; its result, and so every decision, is the same on every process.
+share_i is 1 over the number of processes that hold the same elements, so that every element counts once, sharded or
+replicated. One all-reduce forms all sums; its result, and so every decision, is the same on every process.
 
 | parameters are | retention gradients | share |
 |---|---|---|
@@ -44,16 +44,16 @@ class Processes(Layout):
     """Several processes, or one with DTensors.
 
     Attributes:
-        everyone: Groups; a sum over one after another is the sum over all processes that decide together.
-        averaged_over: ProcessGroup over which gradients that nobody else reduces are averaged; None if there are none.
-        rank: See `Layout`.
-        world_size: See `Layout`.
+        everyone: Groups; summing over them in turn sums over all processes that decide together.
+        averaged_over: ProcessGroup for averaging gradients that no framework reduces; None if there are none.
+        rank: Place of this process, see `Layout`.
+        world_size: Number of processes, see `Layout`.
         ddp: DDP modules, whose own reduction is off during a retention pass.
         sharding: FSDP1 and FSDP2 modules.
         fsdp1: id of a parameter that FSDP1 sharded -> number of processes it is sharded over.
-        shares: See `Layout`.
-        has_dtensors: Whether any parameter is one.
-        averagings: Name of a constraint -> how its gradients are averaged. It remembers what all have agreed on.
+        shares: Weights of the parameters, see `Layout`.
+        has_dtensors: True if any parameter is a DTensor.
+        averagings: Name of a constraint -> `Averaging` of its gradients, with the agreement of all processes.
     """
 
     everyone: tuple[ProcessGroup, ...] = ()
@@ -91,16 +91,16 @@ class Processes(Layout):
 
     def elements(self, parameters: Sequence[Tensor]) -> list[int]:
         sizes = [p.numel() for p in parameters]
-        if not self.fsdp1:  # its parameters, unlike DTensors, know only their shard
+        if not self.fsdp1:  # FSDP1's parameters, unlike DTensors, know only their shard
             return sizes
         here = torch.tensor(sizes, dtype=torch.float64) * torch.tensor(self.shares, dtype=torch.float64)
         return [round(x) for x in self.total(here.to(parameters[0].device)).tolist()]
 
     @cached_property
     def _waits_for_nobody(self) -> bool:
-        """True if it is known that a backward has no collectives of its own.
+        """True if a backward is known to have no collectives of its own.
 
-        Two groups of NCCL that are busy at once, on each process in another order, may wait for each other for ever.
+        Two NCCL groups busy at once, in another order on each process, may deadlock.
         """
         models = [m for ddp in self.ddp for m in ddp.modules()]
         alone = models and not self.sharding and not self.has_dtensors
@@ -118,8 +118,8 @@ class Processes(Layout):
     def without_backward(self) -> Iterator[None]:
         with self.own_reduction():
             yield
-        # The backward would let go of what a forward has gathered. The next forward would find it there, and not what
-        # has become of the parameters since
+        # The backward would free the gathered parameters. Without it the next forward would find old values of the
+        # parameters
         for module in self.sharding:
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -155,7 +155,7 @@ class Processes(Layout):
             g, more, wanted[i] = found[i], self._whole(part, parameters[i]), want
             if g is None or more is None:
                 found[i] = g if more is None else more
-            else:  # a dense tensor may have a sparse one added, not the other way round
+            else:  # a sparse tensor can be added to a dense one, not vice versa
                 found[i] = more + g if g.is_sparse else g + more
         return Averaged(found, wanted)
 
@@ -165,7 +165,7 @@ class Processes(Layout):
         return self.averagings[name]
 
     def _at(self, places: Sequence[int], tensors: Sequence[Any]) -> list[Any]:
-        """The parts on this process of some."""
+        """The parts on this process of the tensors at some places."""
         return [_local(tensors[i]) for i in places] if self.has_dtensors else [tensors[i] for i in places]
 
     def _whole(self, local: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -176,7 +176,7 @@ class Processes(Layout):
         spanned = set(dist.get_process_group_ranks(group))
 
         def is_reduced(p: Tensor) -> bool:
-            # By FSDP2, if the parameter's mesh spans the group; a mesh of tensor parallelism does not.
+            # FSDP2 averages if the parameter's mesh spans the group; a mesh of tensor parallelism does not.
             return spanned <= _ranks(p.device_mesh) if isinstance(p, DTensor) else id(p) in self.fsdp1
 
         return [i for i, p in enumerate(parameters) if not is_reduced(p)]
@@ -194,7 +194,7 @@ class Processes(Layout):
     def wrapped(self, local: Gradients, parameters: Sequence[Tensor], *whole: Gradients) -> Gradients:
         if not self.has_dtensors:
             return local
-        # To make a DTensor costs as much as ten of its local operations.
+        # Making a DTensor costs as much as ten of its local operations.
         known = {id(_local(g)): g for gradients in whole for g in gradients if g is not None}
         return [
             None if g is None else known[id(g)] if id(g) in known else _like(g, p)
@@ -202,7 +202,7 @@ class Processes(Layout):
         ]
 
     def reduce(self, sums: Tensor) -> Tensor:  # type: ignore[override]  # an attribute there, since one has none
-        """For `GradientSets.inner_products`: the products of all processes added up, the scalars averaged."""
+        """Adds up the products over all processes and averages the scalars, for `GradientSets.inner_products`."""
         sums[3] /= self.size
         return self.total(sums)
 
@@ -225,13 +225,13 @@ def _like(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Literal[False] | None) -> Layout:
-    """How the parameters are spread over processes; `ONE_PROCESS` for one that decides alone, on plain tensors.
+    """Finds the layout of the parameters; `ONE_PROCESS` for a process that decides alone, on plain tensors.
 
     torch.distributed must be initialised.
 
     Args:
-        parameters: The optimizer's, as they are when training begins.
-        process_group: Over which the task gradients of plain parameters are averaged; False if over none; None to find
+        parameters: The optimizer's parameters when training begins.
+        process_group: Group over which task gradients of plain parameters are averaged; False for none; None to find
             the DDP, FSDP1 or FSDP2 modules that hold the parameters.
 
     Raises:
@@ -248,7 +248,7 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
 
     sharded: dict[int, int] = {}
     for handle in (cast(Any, module)._handle for module in fsdp1):
-        if handle is not None:  # a module may leave all its parameters to those within it
+        if handle is not None:  # a module may leave all its parameters to its submodules
             shard = handle.world_size if handle.uses_sharded_strategy else 1
             flat = handle.flat_param
             sharded |= {id(p): shard for p in [flat, *(getattr(flat, "_params", None) or ())]}
@@ -288,7 +288,7 @@ def find_layout(parameters: Sequence[Tensor], process_group: ProcessGroup | Lite
 
 
 def _share(p: Tensor, size: int, fsdp1: dict[int, int]) -> float:
-    """Weight of this process' sum over the parameter's elements, of so many processes."""
+    """Weight of this process' sum over the parameter's elements, among `size` processes."""
     if isinstance(p, DTensor):
         mesh = p.device_mesh
         replicas = math.prod(mesh.size(d) for d, place in enumerate(p.placements) if place.is_replicate())
@@ -327,8 +327,8 @@ def _root_mesh(mesh: DeviceMesh) -> DeviceMesh:
 def _parallel_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
     """DDP, FSDP1 and FSDP2 modules that hold any of the parameters.
 
-    A parameter does not know its wrapper, and frameworks wrap after the closure and the optimizer are made: so all live
-    objects are searched, once, before the first retention pass.
+    A parameter does not know its wrapper, and frameworks wrap after the closure and the optimizer are made: so one
+    search of all live objects precedes the first retention pass.
     """
     kinds = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
     wanted = {id(p) for p in parameters}
@@ -336,7 +336,7 @@ def _parallel_modules(parameters: Sequence[Tensor]) -> list[nn.Module]:
 
 
 def _mesh_infos(module: Any) -> list[Any]:
-    """FSDP2 keeps the mesh that it shards and replicates over, without tensor parallelism, in its private state."""
+    """The meshes of FSDP2's sharding and replication, without tensor parallelism, from its private state."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group.mesh_info for group in groups if group is not None]
@@ -352,5 +352,5 @@ def _data_rank(info: Any) -> int:
 
 
 def _fsdp1_groups(module: Any) -> list[ProcessGroup]:
-    """The group that shards, then the one that replicates, if there is one."""
+    """The sharding group, then the replicating one if there is one."""
     return [module.process_group, *([module._inter_node_pg] if getattr(module, "_inter_node_pg", None) else [])]

@@ -17,31 +17,30 @@ _CHOICES = {"projection": Projection, "merge": Merge, "gradient_memory": Gradien
 
 @dataclass(frozen=True)
 class Rules:
-    """When retention runs and how its gradients are merged with the task's.
+    """Rules for when retention runs and how its gradients are merged with the task's.
 
     `CraftOptimizer` takes these as keywords and keeps them as `optimizer.rules`; lerobot's flags have the same names.
 
     Attributes:
         rho: Cap on the retention gradient's share: lambda |g_r| <= rho K |g_t| on a pass that stands for K steps; with
-            dual="pi" half of that on the average of many, so that less than 2 may leave drift above epsilon. `math.inf`
-            turns it off. What the projection removes is not counted: it is at most |g_t|.
-        projection: "violated" (only while drift is above epsilon), "always", or "never".
-        conflict_threshold: The projection acts where the *cosine* of the gradients is below this; in [-1, 1], with
-            several constraints in [-1, 0].
-        merge: "weighted", "equal" or "task_priority".
-        retention_every: "auto": as often as the drift needs it, between every step and every tenth. Or K: on every
-            K-th step, beginning with the first, blind to what happens between. The other steps are the base's alone.
+            dual="pi" half of that averaged over many passes, so that rho < 2 may leave drift above epsilon. `math.inf`
+            turns it off. The projection, at most |g_t|, is not counted.
+        projection: Times of the projection: "violated" (only while drift is above epsilon), "always", or "never".
+        conflict_threshold: *Cosine* of the gradients below which the projection acts; in [-1, 1], with several
+            constraints in [-1, 0].
+        merge: Rule of the merge: "weighted", "equal" or "task_priority".
+        retention_every: Steps per pass. "auto": as drift needs it, from every step to every tenth. Or K: every K-th
+            step, beginning with the first, whatever happens between. Other steps are the base's alone.
         total_steps: Length of the run in optimizer steps, so that "auto" has a pass on its last one; None if unknown.
-        trust_region: The multiple of epsilon that no step shall lead beyond, in the start 1; None to look at none. A
-            step that would is shortened: theta goes back along it until the drift, with L_ret's root taken as linear
-            along the step, is just there. Where a step might come near, it costs a copy of the trained parameters and
-            two forwards of anchors, before and after the base's step, without a backward; in the start, four. Plain
-            functions are not asked again in a step, so that there is none for them; nor for a base that moves the
-            parameters itself to evaluate a closure.
+        trust_region: Multiple of epsilon that no step may lead beyond, 1 at the start of a run; None to check no step.
+            A longer step is shortened: theta goes back along it until the drift just meets the bound, with L_ret's root
+            taken as linear along the step. A step that might come near costs a copy of the trained parameters and two
+            forwards on anchors, before and after the base's step, without a backward; at the start, four. Closures that
+            are plain functions, and bases that move the parameters to evaluate a closure, have no trust region.
         max_grad_norm: Cap on the norm of the merged gradient on retention steps; None for no cap. The steps between are
-            not clipped: clip task gradients as ever, before `step`.
-        gradient_memory: Place of the task gradients while the retention pass runs, and until the base has stepped; see
-            the table.
+            not clipped: clip task gradients as usual, before `step`.
+        gradient_memory: Storage of the task gradients from the retention pass until the base has stepped; see the
+            table.
 
     For N elements of float32, beyond the base optimizer's own peak:
 
@@ -52,8 +51,8 @@ class Rules:
     | "host" | in host memory | 0 | 0; N in between, for the merge | none | 3 transfers |
 
     Raises:
-        TypeError: A value is no number.
-        ValueError: A value is out of its range or no such name.
+        TypeError: A value is not a number.
+        ValueError: A value is out of its range, or a name is unknown.
     """
 
     rho: float = 3.0
@@ -104,7 +103,7 @@ class Rules:
         return 1.0 if self.merge == "task_priority" else math.inf
 
     def check_for(self, constraints: int) -> None:
-        """Raises ValueError if these rules are not for that many constraints."""
+        """Raises ValueError if these rules do not allow that many constraints."""
         if constraints > 1 and (found := self.conflict_threshold) > 0.0:
             raise ValueError(
                 "`conflict_threshold` must be <= 0 with several constraints: to remove what helps one of them may "

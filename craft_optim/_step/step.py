@@ -39,14 +39,14 @@ def split_state(group: Mapping[str, Any]) -> tuple[dict[str, float], dict[str | 
     return shared, own
 
 
-# Every floating dtype that has gradients holds this, float8 too: a norm below it needs no look at the parameters
+# Every floating dtype with gradients can hold this, float8 too: a norm below it needs no check of the parameters
 _HELD_BY_ALL = 240.0
-# Passes whose anchors tell, in the start, how far a step leads: those of one may be any
+# Passes whose anchors measure, at the start, how far a step leads: one alone may be unusual
 _LOOKS = 2
 
 
 def _recorded(name: str) -> AbstractContextManager[object]:
-    """A range in the profile, if there is one: to open one for nobody takes a tenth of all that a step adds."""
+    """A range in the profile, if profiling: an unused range would take a tenth of a step's additional time."""
     return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
 
@@ -54,9 +54,9 @@ class _Measured(NamedTuple):
     """The retention passes of one evaluation.
 
     Attributes:
-        sets: The task gradients and the retention gradients times their scales, their parts on this process.
-        task: The task gradients as the stash gave them.
-        passed: The result of each pass.
+        sets: Task gradients and scaled retention gradients, their parts on this process.
+        task: Task gradients from the stash.
+        passed: Result of each pass.
         products: Inner products over all processes, without the scales.
         losses: L_ret of each constraint.
     """
@@ -69,11 +69,11 @@ class _Measured(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a merged gradient is the gradient of: `task` L_task + `retention`.
+    """Objective whose gradient is the merged gradient: `task` L_task + `retention`.
 
     Attributes:
         task: Coefficient a of the task loss.
-        retention: sum_j w_j L_j; less than nothing where the base ascends.
+        retention: sum_j w_j L_j; negative if the base ascends.
     """
 
     task: float
@@ -81,23 +81,23 @@ class Objective(NamedTuple):
 
 
 class RetentionStep:
-    """One step, or all evaluations of a line search, on the same anchors and with the same coefficients.
+    """One retention step, or all evaluations of a line search, on the same anchors and with the same coefficients.
 
     Args:
-        constraints: One without a name, or several with names.
+        constraints: One constraint without a name, or several by name.
         rules: The rules of the merge.
-        parameters: All of the optimizer's.
-        ascended: For each parameter, True if the base steps along its gradient and not against it.
-        state: A group with the `craft_*` floats before the step.
-        layout: The processes.
-        shorten: False where the base may have a use for all of its step; see `shorten`.
-        find_reached: True to look which tensors the retention losses reach: one more read of their gradients.
+        parameters: All parameters of the optimizer.
+        ascended: For each parameter, True if the base steps along its gradient, not against it.
+        state: Group with the `craft_*` floats before the step.
+        layout: Layout of the processes.
+        shorten: False if the base may need its whole step; see `shorten`.
+        find_reached: True to find the tensors that the retention losses reach: one more read of their gradients.
 
     Attributes:
-        passes: One of each constraint.
-        metrics: The measured values; empty if nothing was measured.
+        passes: Pass of each constraint.
+        metrics: Measured values; empty if nothing was measured.
         reached: Name -> for each parameter, True if its retention gradient, on any process, is not zero; empty if not
-            asked for.
+            requested.
 
     Raises:
         ValueError: An epsilon(t) is negative or not finite.
@@ -127,7 +127,7 @@ class RetentionStep:
         ]
         self._trust, self._starting = rules.trust_region if shorten else None, starting(self._shared)
         self._kept: KeptValues | None = None
-        self._before: Tensor | None = None  # L_ret of the anchors that tell how far the step leads
+        self._before: Tensor | None = None  # L_ret of the anchors that measure how far the step leads
         self._stash: Stash | None = None
         self._decision: Decision | None = None  # of the first evaluation, if it was finite
 
@@ -146,14 +146,14 @@ class RetentionStep:
         return state
 
     def check(self) -> None:
-        """Has the closures check the model, where they will for the first pass; see `Retention.check`."""
+        """Makes the closures check the model if a first pass would; see `Retention.check`."""
         with self._layout.own_reduction():
             for run in self.passes:
                 run.check()
 
     @contextmanager
     def task_gradients_back(self) -> Iterator[None]:
-        """Leaves the task gradients in `.grad`, also after an exception."""
+        """Restores the task gradients in `.grad` after the block, also after an exception."""
         try:
             yield
         finally:
@@ -164,9 +164,9 @@ class RetentionStep:
     def merge(self) -> Objective:
         """Runs the retention passes and points `.grad` at the merged gradients.
 
-        At the task's, if anything was not finite. In further evaluations the coefficients are those of the first: a
-        line search compares values of one function, and the merged gradient is that of what is returned. If the first
-        was not finite, they are all the task's alone.
+        If anything was not finite, it points at the task's. Further evaluations use the coefficients of the first: a
+        line search compares values of one function, the returned one, whose gradient is the merged gradient. If the
+        first was not finite, all use the task's alone.
         """
         if self.ran and self._decision is None:
             self._stash = Stash(gradients_of(self._parameters), "copy")
@@ -174,7 +174,7 @@ class RetentionStep:
         gradients = gradients_of(self._parameters)
         wanted = present(gradients)
         self._stash = Stash(gradients, self._rules.gradient_memory)
-        del gradients  # their memory is free where they wait elsewhere
+        del gradients  # frees their memory if they are stored elsewhere
         sets, task, passed, products, losses = self._measured(self._stash, wanted)
         finite = products.finite and all(map(math.isfinite, losses))
         decision = self._decision
@@ -192,7 +192,7 @@ class RetentionStep:
             touched = self._layout.any(wanted, device)
             for run, retention in zip(self.passes, sets.retention, strict=True):
                 reached = self._layout.any(not_zero(retention), device)
-                # What is not touched does not drift
+                # Untouched parameters do not drift
                 self.reached[run.name] = [r or not t for r, t in zip(reached, touched, strict=True)]
         with _recorded("CraftOptimizer.merge"):
             merged = sets.merge_(
@@ -200,13 +200,13 @@ class RetentionStep:
             )
             merged = self._layout.wrapped(merged, self._parameters, task, *(of.gradients for of in passed))
             put(self._parameters, self._stash.in_their_dtype(merged))
-        if not self.metrics:  # of a line search, the first evaluation: where the step began
+        if not self.metrics:  # first evaluation of a line search, at the step's start
             self.metrics = self._report(losses, products.grams, decision)
             self._keep()
         return self._objective(losses)
 
     def _keep(self) -> None:
-        """Copies what the base will move, if its step may lead too far. Collective."""
+        """Copies the parameters that the base will move, if its step may lead too far. Collective."""
         if self._trust is None or not any(run.drift.may_leave(self._trust, self._starting) for run in self._watched):
             return
         touched = [p for p in self._parameters if p.grad is not None]
@@ -219,11 +219,11 @@ class RetentionStep:
         return [run for run in self.passes if run.bounds_steps]
 
     def keep_whole_step(self) -> None:
-        """Has `shorten` do nothing: the base had a use for where it has been."""
+        """Makes `shorten` do nothing: the base needs its whole step."""
         self._kept = None
 
     def shorten(self) -> None:
-        """Goes back along the base's step as far as the trust region asks for. Collective."""
+        """Goes back along the base's step as far as the trust region requires. Collective."""
         if self._kept is None or self._before is None or self._trust is None:
             return
         looks = self._layout.mean(torch.stack([self._before, self._look()])).tolist()
@@ -239,12 +239,12 @@ class RetentionStep:
         self._kept = self._before = None
 
     def _look(self) -> Tensor:
-        """L_ret of each watched constraint on anchors of passes to come, on this process."""
+        """L_ret of each watched constraint on anchors of coming passes, on this process."""
         found = [run.look(_LOOKS if self._starting else 1) for run in self._watched]
         return torch.stack([x.to(found[0].device) for x in found])
 
     def _decided(self, products: Products, losses: Sequence[float]) -> Decision | None:
-        """The decision of the step, of which the controllers are told; None if gradients cannot hold what it gives."""
+        """The decision of the step, with the controllers updated; None if gradients cannot hold its result."""
         for run, loss in zip(self.passes, losses, strict=True):
             run.saw(loss)
         violation = max(run.drift.violation for run in self.passes)
@@ -270,7 +270,7 @@ class RetentionStep:
     @property
     def _largest(self) -> float:
         """The largest number that all gradients can hold."""
-        # Of all that train, which are the same on every process; integers, of a quantised model, do not
+        # Over all trained parameters, the same on every process; a quantised model's integers do not train
         return min(torch.finfo(dtype).max for dtype in {p.dtype for p in self._parameters if p.requires_grad})
 
     def _objective(self, losses: Sequence[float]) -> Objective:
@@ -282,7 +282,7 @@ class RetentionStep:
     def _measured(self, stash: Stash, wanted: list[bool]) -> _Measured:
         """Runs the retention passes and the inner products.
 
-        Repeats a pass whose gradients have overflowed, as long as a smaller scale may help.
+        Repeats a pass whose gradients overflow, as long as a smaller scale may help.
         """
         passed: dict[RetentionPass, Passed] = {}
         while True:
@@ -302,7 +302,7 @@ class RetentionStep:
             for run, reached in zip(self.passes, heard[1::2], strict=False):
                 run.check_reached(reached > 0.0)
             if any(heard[::2]):
-                # Some process had other gradients than all went by; with these the products are others, too
+                # Some process had gradients beyond the agreed ones; they change the products
                 del task, sets, found
                 for run, more in zip(self.passes, heard[::2], strict=True):
                     if more > 0.0:
@@ -328,7 +328,7 @@ class RetentionStep:
         return _Measured(sets, task, found, products, losses)
 
     def _on_device(self, flags: Sequence[float]) -> list[Tensor]:
-        """As scalars where the first parameter is; written there, not copied, which the host would wait for."""
+        """Flags as scalars on the first parameter's device; filled there, as the host would wait for a copy."""
         if not flags:
             return []
         return [torch.full((), flag, dtype=torch.float64, device=self._parameters[0].device) for flag in flags]
@@ -346,9 +346,9 @@ class RetentionStep:
         return sets
 
     def _updates(self, products: Products, losses: Sequence[float], steps: int) -> list[Update]:
-        """The controllers' answers, for a pass that stands for so many steps.
+        """The controllers' answers, for a pass that stands for `steps` steps.
 
-        A controller is told of all that limits its multiplier: what it does not know of it would wind up against.
+        A controller gets all limits of its multiplier: against an unknown one it would wind up.
         """
         rho = self._rules.rho * steps
         caps = [
@@ -423,7 +423,7 @@ class RetentionStep:
 
 
 def put_together(rows: Mapping[str | None, Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of all constraints, under their names and without a name for the whole; see `metrics.Metric`.
+    """The metrics of all constraints, under their names, and without a name for all; see `metrics.Metric`.
 
     Args:
         rows: Name of a constraint, None if it has none, -> its own metrics.

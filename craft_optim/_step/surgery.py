@@ -1,6 +1,6 @@
 """Gradient surgery on lists of gradients: inner products, then the merge a g_t + sum_j w_j g_j.
 
-Where gradients have a graph, the caller has turned it off.
+The caller turns gradients' own graphs off.
 
 Cost for N elements and m retention gradients: a pass of 2N reads for each of the m (m + 1) / 2 pairs of gradients, m
 merges of 2N reads and N writes each, which write into the retention gradients, and one read of the device. That is 5N
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientPairs", "GradientSets"]
 
-# Sums of squares outside this range may have over- or underflowed in float32 and are formed again in float64.
+# Sums of squares outside of this range may have over- or underflowed in float32 and are repeated in float64.
 _TRUSTED = (1e-30, 1e37)
 # Devices that Triton's kernels run on.
 _FUSED = frozenset({"cuda"})
@@ -45,12 +45,12 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class GradientPairs:
-    """Two lists of gradients of the same parameters, sorted by what can work on them.
+    """Two lists of gradients of the same parameters, sorted by the kernels that can process them.
 
     Args:
-        task: Gradients that are never written to; entries may be None (zero), sparse, complex, of any floating dtype
-            and on any device.
-        retention: Gradients that a merge writes into, of the same length and shapes.
+        task: Task gradients, never written to; entries may be None (zero), sparse, complex, of any floating dtype and
+            on any device.
+        retention: Retention gradients, which a merge writes into, of the same length and shapes.
         shares: Weight of each pair's products, for several processes that hold parts or copies; None for 1.
 
     Attributes:
@@ -66,7 +66,7 @@ class GradientPairs:
                 f"`task` and `retention` must have the same length. Found {len(task)} and {len(retention)}."
             )
         self.task, self.retention = task, retention
-        # Products are added up in segments, one for each share.
+        # Products are summed in segments, one for each share.
         segment_of = {share: segment for segment, share in enumerate(dict.fromkeys(shares or (1.0,)))}
         self.n_segments, self._shares = len(segment_of), [*segment_of]
         segments = None if len(segment_of) == 1 or shares is None else [segment_of[share] for share in shares]
@@ -80,7 +80,7 @@ class GradientPairs:
         self._sort(segments or [0] * len(task))
 
     def _are_alike(self, device: torch.device, segments: Sequence[int] | None) -> bool:
-        """True if one way takes all pairs, as it mostly does: not a line of Python per pair then."""
+        """True if one way takes all pairs, as usual: then no Python code runs per pair."""
         library = compiled.library() if device.type == "cpu" else None
         if library is not None:
             dtypes: Collection[torch.dtype] = compiled.DTYPES
@@ -101,7 +101,7 @@ class GradientPairs:
         return True
 
     def _sort(self, segments: Sequence[int]) -> None:
-        """Gives each pair to what can work on it."""
+        """Assigns each pair to kernels that can process it."""
         task, retention = self.task, self.retention
         library = compiled.library() if any(g is not None and g.is_cpu for g in chain(task, retention)) else None
         pairs = [
@@ -124,17 +124,17 @@ class GradientPairs:
 
     @property
     def ways(self) -> set[str]:
-        """Names of the modules in `kernels` that work on any of the pairs."""
+        """Names of the modules in `kernels` that process any of the pairs."""
         given = {"compiled": self._compiled, "fused": self._fused, "portable": self._portable}
         return {way for way, pairs in given.items() if pairs}
 
     @property
     def in_float32(self) -> bool:
-        """True if squares of any pair may be added up in float32."""
+        """True if squares of any pair may be summed in float32."""
         return bool(self._fused) or self._portable is not None
 
     def sums(self, dtype: torch.dtype) -> tuple[NDArray[np.float64], dict[torch.device, Tensor]]:
-        """Products per segment, `[3, n_segments]`: those that are on the host, and for every device those there."""
+        """Products per segment, `[3, n_segments]`: those on the host, and those on each device."""
         host: NDArray[np.float64] = np.zeros((3, self.n_segments))
         on_devices: dict[torch.device, Tensor] = {}
         if self._portable is not None:
@@ -147,7 +147,7 @@ class GradientPairs:
         return host, on_devices
 
     def folded(self, sums: Any) -> Any:
-        """Sums per segment, `[3, n * n_segments]`, arrays or tensors alike, weighted and added up: `[3, n]`."""
+        """Weighted totals `[3, n]` of sums per segment, `[3, n * n_segments]`, as arrays or tensors."""
         if self.n_segments == 1:
             return sums if self._shares == [1.0] else sums * self._shares[0]
         shares: Any = np.array(self._shares)[:, None]
@@ -156,11 +156,11 @@ class GradientPairs:
         return (sums.reshape(3, -1, self.n_segments) @ shares).reshape(3, -1)
 
     def merge_(self, weights: Weights) -> Gradients:
-        """a g_t + w g_r, written into the retention gradients.
+        """Writes a g_t + w g_r into the retention gradients.
 
         Returns:
-            The merged gradients. An entry is the task gradient itself where nothing is to be added and a = 1, a new
-            tensor where there is a task gradient only and a != 1, and None where both gradients are.
+            The merged gradients. An entry is the task gradient itself if nothing is added and a = 1, a new tensor if
+            there is only a task gradient and a != 1, and None if both gradients are.
         """
         coefficients = [weights] * self.n_segments
         if self._compiled is not None:
@@ -181,15 +181,15 @@ class GradientSets:
     """Task gradients, and the retention gradients of one or several constraints.
 
     Args:
-        task: As for `GradientPairs`; never written to.
-        retention: The gradients of each constraint.
-        shares: As for `GradientPairs`.
+        task: Task gradients, as for `GradientPairs`; never written to.
+        retention: Retention gradients of each constraint.
+        shares: Weights, as for `GradientPairs`.
 
     Attributes:
         share_memory: True if any two gradients lie in the same place.
 
     Raises:
-        ValueError: As `GradientPairs`.
+        ValueError: As for `GradientPairs`.
     """
 
     def __init__(self, task: Gradients, retention: Sequence[Gradients], shares: Sequence[float] | None = None) -> None:
@@ -200,16 +200,16 @@ class GradientSets:
         self.share_memory = any(pairs.share_memory for pairs in self._pairs.values())
 
     def inner_products(self, *scalars: Tensor, reduce: Reduce | None = None) -> tuple[Products, list[float]]:
-        """<g_i, g_j> of all lists.
+        """Inner products <g_i, g_j> of all lists.
 
-        Formed in float64, or over blocks in float32 that are added up in float64, whatever the gradients' dtype; a
-        total that float32 cannot hold is formed again in float64.
+        Computed in float64, or over blocks in float32 that are summed in float64, whatever the gradients' dtype; a
+        total that float32 cannot hold is repeated in float64.
 
         Args:
             scalars: Further tensors of one element to fetch in the same read of the device.
-            reduce: Gets rows <i, i>, <j, j>, <i, j> of all pairs i < j and scalars, float64 `[4, max(n_pairs,
-                n_scalars)]` on the device of the first gradient, before they are read, and returns as many; for sums
-                over several processes.
+            reduce: Function for sums over several processes. Before the read it gets rows <i, i>, <j, j>, <i, j> of all
+                pairs i < j and scalars, float64 `[4, max(n_pairs, n_scalars)]` on the device of the first gradient, and
+                returns as many.
 
         Returns:
             The products and the values of `scalars` as floats.
@@ -218,7 +218,7 @@ class GradientSets:
         low, high = _TRUSTED
         in_float32 = any(pairs.in_float32 for pairs in self._pairs.values())
         squares = sums[:2]
-        # Exactly zero is a gradient without anything but zeros: see `UNDERFLOW`
+        # Exactly zero means a gradient of zeros only: see `UNDERFLOW`
         if in_float32 and not ((squares == 0.0) | (low < squares) & (squares < high)).all():
             sums, _ = self._measured((), torch.float64, reduce)
         matrix = np.empty((len(self.retention) + 1,) * 2)
@@ -229,13 +229,13 @@ class GradientSets:
         return Products(matrix), values
 
     def merge_(self, merges: Sequence[Weights]) -> Gradients:
-        """a g_t + w_1 g_1, written into g_1, then that + w_2 g_2, written into g_2, and so on.
+        """Writes a g_t + w_1 g_1 into g_1, then that + w_2 g_2 into g_2, and so on.
 
         Args:
-            merges: The coefficients of each.
+            merges: Coefficients of each merge.
 
         Returns:
-            As `GradientPairs.merge_`.
+            The merged gradients, as `GradientPairs.merge_`.
         """
         merged = self._pairs[0, 1].merge_(merges[0])
         for gradients, weights in zip(self.retention[1:], merges[1:], strict=True):
@@ -253,7 +253,7 @@ class GradientSets:
             given = [x.detach().double() for x in scalars]
             gradients = (g for one in pairs for g in (*one.task, *one.retention) if g is not None)
             home = next((g.device for g in gradients), torch.device("cpu"))
-            # The one wait of the host is the read below
+            # The host's only wait is the read below
             nothing = torch.zeros(host.shape, dtype=torch.float64, device=home)
             total = to_device(torch.from_numpy(host), home) if home.type == "cpu" or host.any() else nothing
             for sums in on_devices.values():
@@ -267,7 +267,7 @@ class GradientSets:
             read = reduce(rows).cpu().numpy()
             return read[:3, :n], read[3, : len(given)].tolist()
 
-        # What is on one device is read together: while it is read the host waits, and the device's queue runs empty.
+        # One read per device: during a read the host waits, and the device's queue runs empty.
         read_at: dict[torch.device, list[Tensor]] = {device: [sums.view(-1)] for device, sums in on_devices.items()}
         for x in scalars:
             if not x.is_cpu:
@@ -282,7 +282,7 @@ class GradientSets:
 def _side_by_side(
     pairs: Sequence[GradientPairs], dtype: torch.dtype
 ) -> tuple[NDArray[np.float64], dict[torch.device, Tensor]]:
-    """`GradientPairs.sums` of all of them, `[3, n_pairs * n_segments]`."""
+    """`GradientPairs.sums` of several pairs of lists side by side, `[3, n_pairs * n_segments]`."""
     if len(pairs) == 1:
         return pairs[0].sums(dtype)
     hosts, of_devices = zip(*(one.sums(dtype) for one in pairs), strict=True)
@@ -293,7 +293,7 @@ def _side_by_side(
 
 
 def _way(pair: Pair, has_library: bool) -> str:
-    """The module in `kernels` that works on a pair."""
+    """The module in `kernels` that processes a pair."""
     device = pair.device
     if device.type == "cpu" and has_library:
         way, dtypes = "compiled", compiled.DTYPES

@@ -1,9 +1,9 @@
-"""The trust region of a step: no farther than where drift would be a multiple of epsilon.
+"""Trust region of a step: no farther than where drift would be a multiple of epsilon.
 
-Retention has no gradient at the snapshot, and an optimizer like Adam steps as far as its rate allows whatever the
-gradient is: no weight of the retention gradient holds the first steps of a run. What bounds the step does. With L(a)
-the L_ret of the next pass's anchors at theta + a (theta' - theta), theta' where the base has led, and d the average of
-L_ret, or L(0) if that is larger:
+Retention has no gradient at the snapshot, and an optimizer like Adam steps as far as its rate allows, whatever the
+gradient: no weight of the retention gradient holds the first steps of a run. A bound on the step does. Let L(a) be
+L_ret of the next pass's anchors at theta + a (theta' - theta), theta' the base's result, and d the average of L_ret, or
+L(0) if that is larger:
 
     v = sqrt(L(1)) - sqrt(L(0))                      drift's root is a distance of outputs, about linear along a step
     a = 1 - (sqrt(d) + v - sqrt(trust epsilon)) / v  within [1/64, 1], where v > 0 and that is below 1
@@ -20,18 +20,18 @@ from torch import Tensor
 __all__ = ["LEAST", "KeptValues", "share_of_step"]
 
 LEAST = 1.0 / 64.0
-"""What is kept of any step, so that a base without momentum does not stand still."""
+"""Smallest share of a step to keep, so that a base without momentum does not stand still."""
 
 
 def share_of_step(before: float, after: float, drift: float, bound: float, measured: float = 0.0) -> float:
-    """a, the share of the step to keep.
+    """Computes a, the share of the step to keep.
 
     Args:
-        before: L_ret before the step, L(0), of anchors that no gradient of this step is of.
-        after: The same after it, L(1).
+        before: L_ret before the step, L(0), on anchors without a gradient in this step.
+        after: The same after the step, L(1).
         drift: The average of L_ret.
-        bound: L_ret that is not to be exceeded.
-        measured: L_ret after the step, where that is known better than by d and the growth.
+        bound: Largest allowed L_ret.
+        measured: L_ret after the step, if known better than from d and the growth.
     """
     if not (math.isfinite(after) and math.isfinite(measured)):
         return LEAST
@@ -48,16 +48,16 @@ def root(loss: float) -> float:
 
 
 class KeptValues:
-    """The values of parameters before a step: one copy of them.
+    """One copy of the parameters' values before a step.
 
     Args:
-        tensors: The parts on this process of those that the base will move, plain tensors.
+        tensors: Local parts of the parameters that the base will move, plain tensors.
         host: True to copy them to host memory.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, host: bool = False) -> None:
         self._tensors = list(tensors)
-        # On a GPU one kernel for all, or copies for which the host does not wait
+        # On a GPU one kernel for all, or copies without a wait of the host
         self._values = [
             torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) if host else torch.empty_like(x) for x in tensors
         ]
@@ -66,6 +66,6 @@ class KeptValues:
 
     @torch.no_grad()
     def go_back(self, share: float) -> None:
-        """Leaves that share of the step since then, in place: if memory ran out half-way, a part would be moved."""
+        """Keeps that share of the step, in place: running out of memory half-way would leave a part moved."""
         for now, before in zip(self._tensors, self._values, strict=True):
             now.lerp_(before.to(now.device, non_blocking=True), 1.0 - share)

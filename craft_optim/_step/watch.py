@@ -1,4 +1,4 @@
-"""Watch over a run: warnings about a multiplier that stays at its cap, a sink that fails, and too little reach."""
+"""Watch over a run: warnings about a multiplier at its cap, a failing sink, too short steps and too little reach."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,28 +15,28 @@ from .rules import Rules
 
 __all__ = ["REACH_AT", "CapWatch", "HeldOutWatch", "SinkWatch", "StepWatch", "warn_of_little_reach"]
 
-# The retention step that shows how much of the model retention reaches. Earlier gradients may be zero for good reasons:
-# at the teacher's own weights, or of a LoRA matrix whose partner is still zero.
+# The retention step that shows how much of the model retention reaches. Earlier gradients may rightly be zero: at the
+# teacher's own weights, or for a LoRA matrix whose partner is still zero.
 REACH_AT = 10
 _LITTLE_REACH = 0.1
-# Steps in a row with lambda at its cap and the constraint violated before a warning says so.
+# Steps in a row with lambda at its cap and the constraint violated before a warning.
 _PATIENCE_AT_CAP = 100
 _LITTLE_STEP = 0.25
 _BEYOND = 1.25  # of epsilon
 _PATIENCE_HELDOUT = 5  # measurements
-_LEAST_PATIENCE = 20  # with a large `retention_every`, where a hundred may be more than the run has
+_LEAST_PATIENCE = 20  # with a large `retention_every`, as a run may have less than a hundred
 
 
 class CapWatch:
     """Counts steps of each constraint with lambda at its cap and drift above epsilon; warns once."""
 
     def __init__(self) -> None:
-        self.counts = False  # whether any constraint was at its cap on the last step
+        self.counts = False  # True if any constraint was at its cap on the last step
         self._at_cap: dict[str | None, int] = {}
         self._warned: set[str | None] = set()
 
     def look(self, name: str | None, metrics: Mapping[str, float], rules: Rules) -> None:
-        """Takes the metrics of a retention step."""
+        """Reads the metrics of a retention step."""
         capped, drift, epsilon = (metrics[keyed(what, name)] for what in ("capped", "drift", "epsilon"))
         self._at_cap[name] = self._at_cap.get(name, 0) + 1 if capped == 1.0 and drift > epsilon else 0
         self.counts = any(self._at_cap.values())
@@ -54,16 +54,16 @@ class CapWatch:
 
 
 class HeldOutWatch:
-    """Warns once where held-out drift stays above epsilon and the anchors' epsilon is as small as it gets."""
+    """Warns once if held-out drift stays above epsilon with the anchors' epsilon at its minimum."""
 
     def __init__(self) -> None:
         self._found: dict[str | None, float] = {}
         self._beyond: dict[str | None, int] = {}
 
     def look(self, name: str | None, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a retention step."""
+        """Reads the metrics of a retention step."""
         asked, found = (metrics.get(keyed(what, name), math.nan) for what in ("epsilon_heldout", "heldout"))
-        if math.isnan(found) or found == self._found.get(name):  # measured now and then
+        if math.isnan(found) or found == self._found.get(name):  # not measured at every step
             return
         self._found[name], epsilon = found, metrics[keyed("epsilon", name)]
         beyond = found > _BEYOND * asked and at_its_least(epsilon, asked)
@@ -75,18 +75,18 @@ class HeldOutWatch:
                 f"{prefix(name)}Drift on held-out anchors is {found:.3g}, above epsilon ({asked:.3g}), and more than "
                 f"{HELDOUT_MOST:g} times the drift on the anchors: to hold these more tightly (epsilon is "
                 f"{epsilon:.3g} there, and goes no lower) does not hold others like them. Use more anchors, and more "
-                'varied ones, or raise epsilon. See docs/choosing.md, "How many anchors".'
+                "varied ones, or raise epsilon."
             )
 
 
 class StepWatch:
-    """Warns once where the trust region has left little of a hundred steps in a row."""
+    """Warns once if the trust region has left little of a hundred steps in a row."""
 
     def __init__(self) -> None:
         self._short, self._warned = 0, False
 
     def look(self, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a retention step."""
+        """Reads the metrics of a retention step."""
         self._short = self._short + 1 if metrics["step_kept"] < _LITTLE_STEP else 0
         if self._short == _PATIENCE_AT_CAP and not self._warned:
             self._warned = True
@@ -104,7 +104,7 @@ class SinkWatch:
         self._failed = False
 
     def tell(self, sink: Sink, metrics: Mapping[str, float]) -> None:
-        """The step has been made: an error must not look as if it had not."""
+        """Calls the sink after the step; an error must not look as if the step had failed."""
         try:
             sink(dict(metrics))
         except Exception as error:
@@ -121,14 +121,14 @@ def warn_of_little_reach(
 ) -> None:
     """Warns if retention has a gradient in a small part of the trainable elements. Collective.
 
-    Whole tensors count: of an embedding only the rows of the anchors' tokens have a gradient.
+    Whole tensors count: in an embedding only the rows of the anchors' tokens have a gradient.
 
     Args:
-        name: The constraint's.
-        reached: For each parameter, whether its retention gradient is not zero on any process.
-        parameters: The optimizer's.
-        names: Their names, as far as the optimizer has them.
-        layout: The processes.
+        name: Name of the constraint.
+        reached: For each parameter, True if its retention gradient is not zero on any process.
+        parameters: The optimizer's parameters.
+        names: Names of the parameters, if the optimizer has them.
+        layout: Layout of the processes.
     """
     sizes = [n * p.requires_grad for n, p in zip(layout.elements(parameters), parameters, strict=True)]
     share = sum(n for n, here in zip(sizes, reached, strict=True) if here) / sum(sizes)

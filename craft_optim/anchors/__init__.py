@@ -1,4 +1,4 @@
-"""Anchors: inputs from the domain to keep, and what the model said about them before it was fine-tuned."""
+"""Anchors: inputs from the domain to keep, and the model's outputs on them before it was fine-tuned."""
 
 from .bernoulli_retention import BernoulliRetention
 from .build import build

@@ -1,4 +1,4 @@
-"""Reading ahead: the next batches of anchors come from the disk, and go to the device, while the task step runs."""
+"""Reading ahead: the next batches of anchors are read from disk and copied to the device while the task step runs."""
 
 import os
 import weakref
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Values of a function of a number, computed before they are asked for.
+    """Values of a function of a number, computed before they are requested.
 
-    Each of `workers` threads has one of the next numbers in work or done. After a jump, and with two who ask for
-    different numbers, what was read ahead is thrown away; the value is always that of the number. An exception is
-    raised when its number is asked for, and a number that failed is tried anew.
+    Each of `workers` threads computes, or has computed, one of the next numbers. After a jump, or with two callers at
+    different numbers, values read ahead are discarded; the value is always that of the number. An exception is raised
+    when its number is requested, and a number that failed is tried again.
 
     Args:
-        function: number -> value; called from other threads.
+        function: Function number -> value; called from other threads.
         workers: Number of threads, >= 1.
     """
 
@@ -33,7 +33,7 @@ class Ahead(Generic[T]):
         self._process = os.getpid()
 
     def get(self, number: int) -> T:
-        """The value of a number; those after it are begun."""
+        """The value of a number; starts the next ones."""
         if self._process != os.getpid():  # threads do not survive a fork
             self._threads, self._pending, self._process = None, {}, os.getpid()
         if self._threads is None:
@@ -48,11 +48,11 @@ class Ahead(Generic[T]):
         return self._pending.pop(number).result()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_threads": None, "_pending": {}}  # threads do not travel, nor are they copied
+        return {**self.__dict__, "_threads": None, "_pending": {}}  # threads are neither pickled nor copied
 
 
 def to_device_ahead(tensors: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Any]:
-    """Copies on a stream of their own where the device has streams, and the event to `wait_for`; else None for it."""
+    """Copies on their own stream where the device has streams, and the event to `wait_for`, else None."""
     if device.type != "cuda":
         return {key: x.to(device, non_blocking=True) for key, x in tensors.items()}, None
     with torch.cuda.device(device):

@@ -27,7 +27,7 @@ class BernoulliRetention(OneOutput):
 
         L_ret = mean over valid positions and labels of  p log(p / q) + (1 - p) log((1 - p) / (1 - q))
 
-    p = sigmoid(cached logits), q = sigmoid(the model's logits now): for heads that are trained by binary cross-entropy.
+    p = sigmoid(cached logits), q = sigmoid(the model's current logits): for heads trained by binary cross-entropy.
     Outputs may be `[B]` or `[B, 1]` (one logit), `[B, L]`, or dense, `[B, L, H, W]`: every number is a label.
 
     Example:
@@ -35,7 +35,7 @@ class BernoulliRetention(OneOutput):
         retention = BernoulliRetention(model, anchors, batch_size=16)
 
     Args:
-        model, cache, batch_size, output, mask, **settings: See `OneOutput`. The cache must hold labels.
+        model, cache, batch_size, output, mask, **settings: Arguments of `OneOutput`. The cache must hold labels.
 
     Raises:
         ValueError: The cache has no labels, or fewer anchors than a batch.

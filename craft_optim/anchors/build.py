@@ -1,4 +1,4 @@
-"""Write a cache: run the teacher over the anchors once, and keep what it says."""
+"""`build`: runs the teacher over the anchors once, and writes its outputs into a cache."""
 
 import json
 import logging
@@ -62,66 +62,65 @@ def build(
     replicated: bool = True,
     **fields: Any,
 ) -> AnchorCache:
-    """Runs the model over the anchors, before it is fine-tuned, and writes what it says into a folder.
+    """Runs the model over the anchors, before it is fine-tuned, and writes its outputs into a folder.
 
     A batch is a tensor (`model(batch)`), a tuple (`model(*batch)`) or a mapping (`model(**batch)`), its first dimension
-    the anchors. Of a mapping only tensors are stored and passed to the model. Batches may differ in length (dimension
-    1) if the shorter ones may be padded with zeros on the right, that is, if an `attention_mask` among the inputs, or
-    the reading's `mask`, covers that. The entry "category" of a mapping, a list of a text for each anchor, is kept:
-    drift is then told of each category, too.
+    the anchors. Only a mapping's tensors are stored and passed to the model. Batches may differ in length (dimension 1)
+    if the shorter ones may be padded with zeros on the right, that is, if an `attention_mask` among the inputs, or the
+    reading's `mask`, covers that. A mapping's entry "category", a list with a text for each anchor, is kept: drift is
+    then also reported per category.
 
     The model runs as in every later retention pass: as it is, except that dropout and normalisation modules are in eval
-    mode. Its flags, and the random number generators of the CPU and of the model's device, are afterwards as before.
+    mode. Its flags, and the random number generators of the CPU and of the model's device, are restored afterwards.
 
     A finished cache of the same model and settings is returned as it is, without running anything; a half-built one is
-    taken up where it stopped, provided that `batches` yields the same anchors in the same order, and ends up the same
-    bytes: however often it was stopped, and on however many processes it was built.
+    continued, if `batches` yields the same anchors in the same order. The bytes are the same however often a build was
+    stopped, and on any number of processes.
 
-    Of several processes (torchrun), all of them call this. Each writes every N-th shard, and runs the teacher on the
-    batches of its own shards only; a multiple of the batch size as `shard_size` saves it batches on the border of two.
+    With N processes (torchrun), all call this. Each writes every N-th shard, and runs the teacher on the batches of its
+    own shards only; if `shard_size` is a multiple of the batch size, no batch belongs to two shards.
 
     Args:
         model: The teacher; it stays where it is, inputs are moved to its device.
-        batches: Any iterable of batches, read once and lazily.
-        path: The cache's folder; created if need be.
-        reading: How the model is run on them, what its output is, and what counts, where the calls above do not do. The
-            cache carries it to the closures.
-        top_k: Of classes, keep the k likeliest and the mass of the rest; or "all". "auto": all where there are at most
-            4,096, else the 64 likeliest. The KL over k classes and the rest is a lower bound of that over all; how low,
-            the log (level INFO) and `AnchorCache.kept` say.
+        batches: Iterable of batches, read once and lazily.
+        path: The cache's folder; created if needed.
+        reading: The `Reading`: how the model is run, what its output is, and which positions count, if not as above.
+            The cache passes it on to the closures.
+        top_k: Number k of the likeliest classes to keep, with the mass of the rest; or "all". "auto": all up to 4,096
+            classes, else the 64 likeliest. The KL over k classes and the rest is a lower bound of the KL over all; the
+            log (level INFO) and `AnchorCache.kept` estimate the difference.
         layers: Hidden states to keep: numbers (k is the residual that enters decoder layer k; -1 the one before the
             final norm) and names of modules (their outputs).
-        dtype: Dtype of outputs (of classes, log-probabilities) and hidden states on disk: float16, bfloat16 or
-            float32.
+        dtype: Dtype on disk of outputs (log-probabilities of classes) and hidden states: float16, bfloat16 or float32.
         images: "uint8": floating inputs of four or more dimensions are stored as bytes where that gives back every bit
             (see `images.FORMULAS` for the pipelines that qualify), and as they are otherwise. "keep": always as they
             are.
         shard_size: Anchors per file; one shard's anchors are held in memory.
-        model_id: A name for the teacher, for people.
-        resume: Take up a half-built folder; False starts it over.
-        overwrite: Start over whatever the folder holds.
-        progress: Show a bar (or, without tqdm, log lines). None: only on a terminal with tqdm.
-        process_group: The processes that call this together, each of which runs and writes its share. None: all of
-            torch.distributed's, if it is initialised; False: this one alone.
-        replicated: All of them are given the same batches. False: each has anchors of its own, which come one
-            process after the other.
+        model_id: Name of the teacher, for people.
+        resume: True to continue a half-built folder; False starts over.
+        overwrite: True to start over whatever the folder holds.
+        progress: True to show a bar (or, without tqdm, log lines). None: only on a terminal with tqdm.
+        process_group: Group of the processes that call this together; each runs and writes its share. None: all
+            processes of torch.distributed, if it is initialised. False: this one alone.
+        replicated: True if all of them are given the same batches. False: each has its own anchors, which are stored
+            one process after the other.
         fields: Fields of `Reading` by keyword, instead of those of `reading`: `class_dim`, `output`, `mask` and so on.
 
     Returns:
         The cache, opened.
 
     Raises:
-        AnchorCacheError: The folder holds another cache or another half-built one, or `batches` is not what it was
-            built from; it cannot be written, or will not fit on the disk, of which nothing is written then; another
-            build is writing to it, or another process has failed. Complete shards stay.
-        TypeError: There is no such argument, or `batches` are single examples, or the model cannot be called on them.
-        ValueError: An argument is out of range; nothing says what the output is, or it is something else; there are no
-            batches, an anchor without valid positions, batches that do not fit together, or outputs that are not
-            finite, also after rounding to `dtype`. Nothing of the batch is written.
+        AnchorCacheError: The folder holds another cache or another half-built one, or `batches` differs from its
+            anchors; it cannot be written, or will not fit on the disk (nothing is written then); another build is
+            writing to it, or another process has failed. Complete shards stay.
+        TypeError: An argument is unknown, `batches` are single examples, or the model cannot be called on them.
+        ValueError: An argument is out of range; the kind of the output is unknown or wrong; there are no batches,
+            batches do not fit together, an anchor has no valid position, or an output is not finite, also after
+            rounding to `dtype`. Nothing of the batch is written.
 
     Cost: one forward per batch, up to the deepest of `layers` where the output is not kept. Disk: with float16, 2 V
     bytes per position for all of V classes, labels or channels, 6 k + 2 for the top k, and 2 D per anchor (or
-    position), layer and span. What it comes to stands in the log (level INFO) before the first shard is written.
+    position), layer and span. The log (level INFO) has the total before the first shard is written.
     """
     _require_batches(batches)
     if images not in ("uint8", "keep"):
@@ -190,7 +189,7 @@ def build(
 
 
 def _require_batches(batches: Any) -> None:
-    """Raises TypeError for what would be gone through example by example, or is one batch alone."""
+    """Raises TypeError for a source of single examples, or for one batch alone."""
     kinds = {kind.__name__ for kind in type(batches).__mro__}
     examples = "Dataset" in kinds and "IterableDataset" not in kinds
     remedy = None
@@ -240,7 +239,7 @@ def _agreed(team: Team, folder: Path, settings: dict[str, Any], stream: "_Stream
 
 
 def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
-    """Every batch that this process has to see to."""
+    """Runs every batch that this process is responsible for."""
     folder, team, forwards, last = writer.folder, writer.folder.team, 0, None
     for batch, count in stream:
         if extractor.generate is None:
@@ -270,7 +269,7 @@ def _run(extractor: Extractor, stream: "_Stream", writer: Writer) -> None:
 
 
 def _finished(folder: Path, settings: dict[str, Any], stream: "_Stream", reading: Reading) -> AnchorCache:
-    """The cache in the folder, if it is the one that would be built."""
+    """The cache in the folder; raises unless it is the one that would be built."""
     cache = AnchorCache.open(folder)
     require_same(folder, cache.settings, settings)
     cache.reading = reading_of(cache, reading)
@@ -299,10 +298,10 @@ class _Stream:
         self._lengths, self._names, self._no_rows = lengths, tuple[str, ...](), dict[str, Tensor]()
         self._batches: Iterator[Flat] = map(self._flat, batches)
         self._peeked: list[Flat] = []
-        self.total: int | None = None  # anchors in all, as far as it can be known
+        self.total: int | None = None  # total of anchors, if it can be known
 
     def _flat(self, batch: Any) -> Flat:
-        """The batch taken apart; where none of its anchors has a picture, say, it has no rows instead of no input."""
+        """The batch taken apart; an input that none of its anchors has, such as a picture, has no rows instead."""
         lacking = {name: x for name, x in self._no_rows.items() if name not in batch}
         if lacking and isinstance(batch, Mapping):
             entries = {**batch, **lacking}
@@ -314,7 +313,7 @@ class _Stream:
         return flat
 
     def first(self) -> Flat | None:
-        """The first batch, which the iteration will give again; None without batches."""
+        """The first batch, which the iteration yields again; None without batches."""
         if not self._peeked:
             self._peeked = list(islice(self._batches, 1))
         return self._peeked[0] if self._peeked else None

@@ -1,4 +1,4 @@
-"""The folder that a cache is built in: what is complete survives a kill at any moment, and is taken up again.
+"""The folder of a cache that is being built: complete shards survive a kill at any moment, and are used again.
 
 It holds `build.json` with the settings, and for every complete shard the file and a record beside it,
 `shard-00000.json`. `cache.json` comes last and makes it a cache. Every file is written aside and renamed.
@@ -50,13 +50,13 @@ class BuildFolder:
         path: The folder.
         settings: The arguments of the build, in the types of JSON.
         team: The processes that build in it.
-        replicated: True if all of them see the same anchors, of which each writes every `world_size`-th shard; False if
-            each has anchors of its own, which come one process after the other.
+        replicated: True if all of them see the same anchors, and each writes every `world_size`-th shard; False if each
+            has its own anchors, stored one process after the other.
 
     Attributes:
-        complete: This process' shards that were on the disk already: number -> checksums of their anchors.
-        outputs: What the model gives, as the manifest has it; None as long as it is not known.
-        structure: Structure of the inputs; None as long as it is not known.
+        complete: This process' shards that were on disk already: number -> checksums of their anchors.
+        outputs: Outputs of the model, as the manifest has them; None until known.
+        structure: Structure of the inputs; None until known.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], team: Team, replicated: bool = True) -> None:
@@ -67,7 +67,7 @@ class BuildFolder:
         self.structure: Structure | None = None
 
     def is_mine(self, shard: int) -> bool:
-        """True for the shards that this process writes, of those whose anchors it sees."""
+        """True if this process writes the shard, one of those whose anchors it sees."""
         return not self.replicated or shard % self.team.world_size == self.team.rank
 
     def _file(self, shard: int, ending: str, rank: int | None = None) -> Path:
@@ -75,7 +75,7 @@ class BuildFolder:
         return self.path / f"shard-{own}{shard:05d}.{ending}"
 
     def same_outputs(self, outputs: dict[str, Any]) -> None:
-        """Raises ValueError if the model gave something else so far."""
+        """Raises ValueError if the model's outputs were others so far."""
         if self.outputs is not None and outputs != self.outputs:
             begun = " when the build was begun" if self.complete else ""
             raise ValueError(
@@ -87,12 +87,12 @@ class BuildFolder:
     # The beginning
 
     def prepare(self, *, start_over: bool) -> str:
-        """Makes the folder ready for all to `load`, once. Returns a token of this build.
+        """Prepares the folder, once, for all processes to `load`. Returns a token of this build.
 
-        Raises AnchorCacheError if the folder is half built otherwise.
+        Raises AnchorCacheError if the folder is half built with other settings.
         """
         progress = self.path / PROGRESS
-        # The cache does not depend on the number of processes; which shard is which does
+        # The cache does not depend on the number of processes; the shards' numbers do
         settings = {**self.settings, "processes": None if self.replicated else self.team.world_size}
         half_built = not start_over and progress.exists()
         if half_built:
@@ -112,7 +112,7 @@ class BuildFolder:
         return token
 
     def load(self, token: str) -> None:
-        """Takes up this process' complete shards. Raises AnchorCacheError if it is not the folder with that token."""
+        """Loads this process' complete shards. Raises AnchorCacheError if the folder has another token."""
         if _read_json(self.path / PROGRESS).get("token") != token:
             raise AnchorCacheError(
                 f"{self.path} is not one folder on all processes: rank {self.team.rank} does not see what rank 0 wrote "
@@ -147,11 +147,11 @@ class BuildFolder:
         """Writes a shard, and then the record that makes it complete.
 
         Args:
-            shard: Its number.
-            tensors: By key.
-            encodings: Of inputs stored as bytes.
-            checksums: One of each anchor.
-            categories: One of each anchor, "" where it has none.
+            shard: Number of the shard.
+            tensors: Tensors by key.
+            encodings: Encodings of inputs stored as bytes.
+            checksums: Checksum of each anchor.
+            categories: Category of each anchor, "" if it has none.
         """
         path = self._file(shard, "safetensors")
         write_aside(path, lambda aside: safetensors.torch.save_file(tensors, aside))
@@ -177,7 +177,7 @@ class BuildFolder:
     # The end
 
     def finish(self, shards: int) -> None:
-        """Says that all `shards` are written, and waits until the cache is finished.
+        """Announces that all `shards` are written, and waits until the cache is finished.
 
         The first process waits for all others and writes the manifest; the others wait for that. Raises
         AnchorCacheError if one has failed or was interrupted.
@@ -233,12 +233,12 @@ class BuildFolder:
                 )
 
     def fail(self, error: BaseException) -> None:
-        """Tells the other processes that this one cannot go on. Cleans a folder that holds nothing to take up."""
+        """Tells the other processes that this one cannot go on. Cleans a folder without complete shards."""
         if self.team.world_size == 1 and not any(self.path.glob("shard-*.json")):
             clean(self.path)
         if self.team.world_size > 1 and self.team.writes:
             reason = f"{type(error).__name__}: {error}"
-            with suppress(AnchorCacheError):  # they will find the lock open
+            with suppress(AnchorCacheError):  # others will find the lock open
                 write_aside(self.path / f"rank-{self.team.rank}.failed", lambda aside: aside.write_text(reason))
 
     def _wait_for(self, done: Callable[[], bool], rank: int) -> None:
@@ -247,7 +247,7 @@ class BuildFolder:
             if self.team.world_size > 1:
                 self.check_others()
                 if not is_locked(self.path, rank) and not done():
-                    self.check_others()  # it may have said why since the last look
+                    self.check_others()  # it may have reported the reason since
                     raise AnchorCacheError(
                         f"Rank {rank} was interrupted while it was building the anchors in {self.path}. {_GOES_ON}"
                     )
@@ -275,13 +275,14 @@ class BuildFolder:
 def building(
     path: Path, settings: Mapping[str, Any], team: Team, replicated: bool = True, *, start_over: bool = False
 ) -> Iterator[BuildFolder]:
-    """Locks the folder and makes it ready; after an exception in the block, tells the other processes.
+    """Locks and prepares the folder; after an exception in the block, tells the other processes.
 
-    The first process makes it ready, then all take up their parts. If one cannot, none begins. Arguments are those of
-    `BuildFolder`; `start_over` throws away what is complete.
+    The first process prepares it, then all load their parts. If one cannot, none begins. Arguments are those of
+    `BuildFolder`; `start_over` discards complete shards.
 
     Raises:
-        AnchorCacheError: Another build is writing to the folder, it is half built otherwise, or cannot be written to.
+        AnchorCacheError: Another build is writing to the folder, it is half built with other settings, or cannot be
+            written to.
     """
     folder = BuildFolder(path, settings, team, replicated)
     token, problem = None, None
@@ -307,7 +308,7 @@ def building(
 
 
 def clean(path: Path) -> None:
-    """Removes what a build leaves behind if it is killed right after it has finished."""
+    """Removes the files that a build killed right after its end leaves behind."""
     for file in path.iterdir():
         lock = _LOCK.fullmatch(file.name)
         leftover = _LEFTOVER.fullmatch(file.name) and file.suffix != ".safetensors"

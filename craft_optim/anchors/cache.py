@@ -1,4 +1,4 @@
-"""Anchors on disk, opened, checked and read: `cache.json` and safetensors shards.
+"""Cache: anchors on disk, opened, checked and read: `cache.json` and safetensors shards.
 
     anchors/
       cache.json                    schema_version, counts, shards with sizes and checksums, features, teacher
@@ -18,10 +18,10 @@ Features are, where the cache has them:
     span.<span>                     [n, T]        positions of a span; absent: all
     frozen.<module>.<call>.<leaf>   [n, ...]      outputs of modules that do not train
 
-Of several outputs these names end in that of the output, such as `logprobs.species`.
+With several outputs, these names end with the output's, such as `logprobs.species`.
 
-Where there is a mask, outputs and tokens are those of its positions only, anchor after anchor: [positions, ...]; so are
-unpooled hidden states of a span, and inputs that are ragged (`Reading.lengths`). Nothing is ever unpickled.
+With a mask, outputs and tokens are stored at its positions only, anchor after anchor: [positions, ...]; so are unpooled
+hidden states of a span, and ragged inputs (`Reading.lengths`). Nothing is ever unpickled.
 """
 
 import json
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AnchorBatch", "AnchorCache", "AnchorCacheError"]
 
-_OF_ONE = {"classes": "logits", "labels": "labels", "values": "values"}  # kinds of retention of an only output
+_OF_ONE = {"classes": "logits", "labels": "labels", "values": "values"}  # kinds of retention of a single output
 _MAX_OPEN = 256  # shards open at a time: each holds a file descriptor, of which a process often has 1024
 
 
@@ -58,9 +58,9 @@ class AnchorBatch(NamedTuple):
     """Some anchors.
 
     Attributes:
-        inputs: In the structure of the batches that the cache was built from.
-        features: The teacher's outputs, by name; and "lengths.<input>", rows of each anchor, of inputs that hold the
-            rows of all of them one after another.
+        inputs: Inputs, in the structure of the batches that the cache was built from.
+        features: The teacher's outputs, by name; and "lengths.<input>", rows of each anchor, for ragged inputs, which
+            hold the rows of all anchors one after another.
     """
 
     inputs: Inputs
@@ -68,30 +68,30 @@ class AnchorBatch(NamedTuple):
 
     @property
     def lengths(self) -> dict[str, Tensor]:
-        """Name of an input that holds the rows of all anchors -> those of each."""
+        """Name of a ragged input -> number of rows of each anchor."""
         return {name.removeprefix("lengths."): x for name, x in self.features.items() if is_index(name)}
 
 
 class AnchorCache:
-    """Anchors and what the teacher said about them. Made by `build` or `AnchorCache.open`.
+    """Anchors and the teacher's outputs on them. Made by `build` or `AnchorCache.open`.
 
     Attributes:
         path: The folder.
-        features: The teacher's outputs that it holds, and how they came about.
-        reading: How the teacher was read; of its functions those that `build` or `open` was given.
+        features: Description of the teacher's outputs that it holds, and of how they were made.
+        reading: The `Reading` that the teacher was run with; functions only if `build` or `open` was given them.
         structure: Structure of its inputs.
-        fingerprint: The teacher's, see `fingerprint`; None if it is not known, as of imported caches.
-        model_id: The teacher's name, as given to `build`; or None.
-        teacher_dtypes: Dtypes of its floating-point parameters; empty if they are not known.
-        origin: Source of an imported cache; or None.
+        fingerprint: The teacher's, see `fingerprint`; None if unknown, as for imported caches.
+        model_id: The teacher's name, as given to `build`, or None.
+        teacher_dtypes: Dtypes of its floating-point parameters; empty if unknown.
+        origin: Source of an imported cache, or None.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
         joined_features: Names of the features that hold the positions of their mask only, anchor after anchor.
-        shards: Its files, in the order of the anchors.
-        categories: One of each anchor, "" where it has none: what stood under "category" in the batches.
+        shards: The cache's files, in the order of the anchors.
+        categories: Category of each anchor, from "category" in the batches; "" if it has none.
 
     Reading costs the bytes of the anchors read and no more, whatever their order; no shard is ever loaded as a whole,
     and memory does not grow with the size of the cache. Threads may read at the same time; an opened cache can be
-    pickled and read from other processes, which leaves the functions of its reading behind.
+    pickled, without the functions of its reading, and read from other processes.
     """
 
     def __init__(self, path: str | os.PathLike[str], reading: Reading | None = None) -> None:
@@ -114,13 +114,13 @@ class AnchorCache:
     def open(cls, path: str | os.PathLike[str], reading: Reading | None = None) -> "AnchorCache":
         """Opens a finished cache and checks it.
 
-        Checked are the manifest, against its checksum, the schema, the counts, every shard's size and header and that
-        all shards hold the same tensors. Contents are not: `verify` does that, at the price of reading everything.
+        Checks the manifest (checksum, schema, counts), every shard's size and header, and that all shards hold the same
+        tensors. Contents are checked by `verify`, which reads everything.
 
         Args:
             path: The folder.
-            reading: The one that it was built with. Only functions are needed, `forward` above all: the rest is in the
-                manifest.
+            reading: The `Reading` that it was built with. Only its functions are needed, above all `forward`: the
+                manifest has the rest.
 
         Raises:
             AnchorCacheError: The folder holds no finished cache, or one whose parts do not fit together.
@@ -130,9 +130,7 @@ class AnchorCache:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of retention that it serves: "logits", "labels", "values", "hidden", "tokens"; of several outputs,
-        their names.
-        """
+        """Kinds of retention: "logits", "labels", "values", "hidden", "tokens"; with several outputs, their names."""
         f = self.features
         others = {"hidden": bool(f.layers), "tokens": f.tokens is not None}
         return (*self._outputs, *(kind for kind, held in others.items() if held))
@@ -144,16 +142,13 @@ class AnchorCache:
 
     @property
     def kind(self) -> str | None:
-        """The one of `kinds` that is meant where none is named: the only one; of what a model has written its logits,
-        in which the tokens are. None if it has to be named.
-        """
+        """Default of `kinds`: the only one, or "logits" beside "tokens" alone; None if it must be named."""
         return self.kinds[0] if len(self.kinds) == 1 or self.kinds == ("logits", "tokens") else None
 
     def retention(
         self, model: nn.Module, kind: str | None = None, batch_size: int = 16, **settings: Any
     ) -> "CachedRetention":
-        """The retention closure that fits: `LogitRetention`, `BernoulliRetention`, `OutputRetention`, `HiddenRetention`
-        or `TokenRetention`.
+        """Makes the kind's closure: `Logit-`, `Bernoulli-`, `Output-`, `Hidden-` or `TokenRetention`.
 
         Args:
             model: The model in training.
@@ -162,7 +157,7 @@ class AnchorCache:
             **settings: Further arguments of its class.
 
         Raises:
-            ValueError: There is no such kind, or there are several; and as its class.
+            ValueError: There is no such kind, or several and none is named; or as for its class.
         """
         from .bernoulli_retention import BernoulliRetention
         from .hidden_retention import HiddenRetention
@@ -233,7 +228,7 @@ class AnchorCache:
         return first.keys
 
     def _check_features(self, manifest: Manifest) -> None:
-        """Raises unless what is compared with a model's logits has their last dimension, and what are indices are."""
+        """Raises unless features to compare with logits have their last dimension, and indices are integers."""
         f, entries = self.features, self.shards[0].entries
         for head, output in f.outputs.items():
             for name in FEATURES[output.kind]:
@@ -248,13 +243,13 @@ class AnchorCache:
 
     @property
     def _indices(self) -> dict[str, int]:
-        """Features that number classes, and how many of these there are."""
+        """Features that hold class indices -> number of classes."""
         held = self.features.outputs
         found = {feature("topk_indices", head): output.size for head, output in held.items()}
         return found | {"tokens": held[""].size if "" in held else 1 << 31}
 
     def _check_indices(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises unless indices name classes: an accelerator that is given others loses the process' whole context."""
+        """Raises unless indices are in range: others would make an accelerator lose the process' whole context."""
         for name, classes in self._indices.items():
             x = tensors.get(f"features.{name}")
             if x is None or not x.numel():
@@ -281,19 +276,19 @@ class AnchorCache:
 
     @property
     def positions(self) -> int | None:
-        """How many positions of outputs count, over all anchors; None where the anchors themselves count."""
+        """Number of output positions that count, over all anchors; None where the anchors themselves count."""
         key = next((f"features.{x}" for x in sorted(self.joined_features) if cover(x) == "mask"), None)
         if key is None:
             return None
         return sum(int(index.starts[-1]) for shard in self.shards if (index := shard.index(key)) is not None)
 
     def describe(self) -> str:
-        """One line: how many anchors and positions, and what is held of the teacher. Reads 4 bytes of each anchor."""
+        """One line: numbers of anchors and positions, and the teacher's outputs. Reads 4 bytes of each anchor."""
         of = "" if self.positions is None else f" with {self.positions} positions"
         return f"{len(self)} anchors{of}, {self.features.describe()}"
 
     def tensors(self) -> list[tuple[str, str, str]]:
-        """For people: name, shape of one anchor, dtype on disk (and after reading) of every tensor."""
+        """Name, shape for one anchor and dtype on disk (and after reading) of every tensor, for people."""
         first = self.shards[0]
         found = []
         for key in self._keys:
@@ -307,10 +302,10 @@ class AnchorCache:
         return found
 
     def kept(self, count: int = 256) -> dict[str, Kept]:
-        """What is kept of each output of which the likeliest classes are held, by its name; none of others.
+        """Statistics of the kept classes, by name, for each output of which only the likeliest classes are held.
 
         Args:
-            count: Measured on at most so many anchors, evenly apart; their outputs are read.
+            count: Largest number of anchors to measure on, evenly spaced; their outputs are read.
         """
         found = {}
         for name, output in self.features.outputs.items():
@@ -344,7 +339,7 @@ class AnchorCache:
         """Compares every shard with its checksum. Reads all of them: seconds per gigabyte.
 
         Raises:
-            AnchorCacheError: A shard is not the one that was written; names it.
+            AnchorCacheError: A shard is not the one that was written; the message names it.
         """
         for shard in self.shards:
             shard.verify()
@@ -357,7 +352,7 @@ class AnchorCache:
 
         Args:
             indices: Numbers in [0, len(cache)); at least one, repetitions allowed.
-            features: False leaves the teacher's outputs where they are.
+            features: False to read no teacher's outputs.
 
         Raises:
             IndexError: A number is out of range, or there is none.
@@ -372,12 +367,12 @@ class AnchorCache:
         *,
         pin_memory: bool = False,
     ) -> tuple[dict[str, Tensor], dict[str, Encoding]]:
-        """The tensors of a batch by key, images as bytes where that is possible, and how to decode those.
+        """The tensors of a batch by key, images as bytes where possible, and how to decode these.
 
         Args:
-            indices: As for `read`.
+            indices: Numbers of the anchors, as for `read`.
             features: Names of the features to read. None: all.
-            pin_memory: Read into page-locked memory: copies from there to an accelerator need not be waited for.
+            pin_memory: True to read into page-locked memory: the host need not wait for copies to an accelerator.
         """
         wanted = np.asarray(indices.tolist() if isinstance(indices, Tensor) else list(indices), dtype=np.int64).reshape(
             -1
@@ -434,7 +429,7 @@ class AnchorCache:
             self._lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_open": {}, "reading": reading_of(self)}  # functions may be such as cannot be pickled
+        own = {"_open": {}, "reading": reading_of(self)}  # some functions cannot be pickled
         return {name: value for name, value in self.__dict__.items() if name != "_lock"} | own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorCache":
@@ -450,7 +445,7 @@ def _rows(key: str, places: list[Place]) -> Iterator[tuple[int, int]]:
 
 
 def _joined(key: str, places: list[Place], pin_memory: bool) -> Tensor:
-    """The positions that count of several anchors, one after another."""
+    """The counted positions of several anchors, one after another."""
     entry, ends = places[0][0].entries[key], [0]
     for first, last in _rows(key, places):
         ends.append(ends[-1] + last - first)
@@ -481,7 +476,7 @@ def _stacked(key: str, places: list[Place], pin_memory: bool) -> tuple[Tensor, E
     shape = (len(places), *([max(widths)] if widths else []), *tail)
     alike = all(shard.encodings.get(key) == encoding for shard, *_ in places)
     if not alike or (encoding is not None and len(set(widths)) > 1):
-        # Decoded anchor by anchor: padding is zero, not what the byte 0 stands for
+        # Decoded anchor by anchor: padding is zero, not the value of byte 0
         out = torch.zeros(shape, dtype=first.dtype(key), pin_memory=pin_memory)
         for i, place in enumerate(places):
             one, encoding = _stacked(key, [place], False)

@@ -1,4 +1,4 @@
-"""Retention whose teacher is a cache: its batches, read ahead while the task step runs, and one forward on each."""
+"""Retention with a cache as teacher: batches, read ahead while the task step runs, and one forward on each."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ from .structure import flatten
 
 __all__ = ["CachedRetention", "CachedSettings", "DriftOfEach"]
 
-# Of a cache: tensors by key, how to decode images among them, and what to wait for
+# Tensors of a cache by key, how to decode images among them, and the event to wait for
 _Prepared = tuple[AnchorCache, dict[str, Tensor], dict[str, Encoding], Any]
 _OfEach = dict[str, tuple[Tensor, Tensor]]  # term -> values and numbers of positions, one per anchor
 
@@ -40,12 +40,12 @@ class CachedSettings(Settings, total=False):
 
 
 class DriftOfEach(NamedTuple):
-    """Drift on some anchors, and that of each of them.
+    """Drift on some anchors together, and on each of them.
 
     Attributes:
-        value: Result of `drift` on them.
-        each: The drift of each alone, float64 `[anchors]`.
-        parts: The same of what it is put together of: layers and spans, or members.
+        value: Drift on all of them, as `drift` gives it.
+        each: Drift on each anchor alone, float64 `[anchors]`.
+        parts: The same for each part of a combined drift: layers and spans, or members.
     """
 
     value: float
@@ -56,25 +56,25 @@ class DriftOfEach(NamedTuple):
 class CachedRetention(AnchorRetention):
     """Retention whose teacher is an `AnchorCache`; see `LogitRetention`, `HiddenRetention` and `TokenRetention`.
 
-    Threads read the next batches and bring them to the model's device. Two optimizers that draw from one closure get
-    the right anchors each; where their numbers differ, what was read ahead is for nothing.
+    Threads read the next batches and bring them to the model's device. Two optimizers on one closure each get the right
+    anchors; where their positions differ, reading ahead is wasted.
 
     Args:
         model: The model in training, on its device, in either mode.
-        cache: Built from the same model.
+        cache: Cache that was built from the same model.
         batch_size: Anchors per pass (and process).
-        reading: The one that the cache was built with. None: as the cache has it.
+        reading: The `Reading` that the cache was built with. None: as the cache has it.
         workers: Threads that read ahead; 0 reads when called.
-        **settings: See `AnchorRetention`.
+        **settings: Arguments of `AnchorRetention`.
 
     Raises:
-        AnchorMismatchError: The cache was built with another reading, or with a `forward` that is not there.
+        AnchorMismatchError: The cache was built with another reading, or with a `forward` that is missing.
         ValueError: The cache does not hold what is compared, or fewer anchors than a batch.
     """
 
     layers: tuple[Layer, ...] = ()
-    _features: Iterable[str]  # names of those that are compared
-    _wants_output: bool = True  # whether the model's is needed, not only hidden states
+    _features: Iterable[str]  # names of the features that are compared
+    _wants_output: bool = True  # True if the model's output is needed, not only hidden states
 
     def __init__(
         self,
@@ -97,23 +97,23 @@ class CachedRetention(AnchorRetention):
         self._destination = torch.device("cpu")
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
-        """See `AnchorRetention.shard`."""
+        """Restarts reading ahead; see `AnchorRetention.shard`."""
         super().shard(rank, world_size, mean)
         self._ahead = Ahead(self._prepare, self.workers)  # what was read ahead is another process' now
 
     def examples(self, count: int) -> list[Any]:
-        """Inputs of at most `count` anchors, evenly apart, each a batch of one."""
+        """Inputs of at most `count` anchors, evenly spaced, each a batch of one."""
         return [self.cache.read([place], features=False).inputs for place in spread(len(self.cache), count)]
 
     def drift_of_each(
         self, indices: Sequence[int], batch_size: int | None = None, on_batch: Callable[[int], object] | None = None
     ) -> DriftOfEach:
-        """Drift on these anchors of the cache, and that of each, without gradients.
+        """Drift on these anchors of the cache together, and on each, without gradients.
 
         Args:
-            indices: At least one.
+            indices: Numbers of the anchors; at least one.
             batch_size: Anchors per forward. None: the closure's.
-            on_batch: Called after each forward with its number of anchors.
+            on_batch: Function called after each forward with its number of anchors.
 
         Raises:
             AnchorMismatchError: The model's outputs have other shapes than the teacher's.
@@ -144,14 +144,14 @@ class CachedRetention(AnchorRetention):
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def _of_each(self, indices: Sequence[int], seed: int) -> _OfEach:
-        """Terms of each anchor alone, by one forward: values, float64, and counts, int64; (0, 0) where it has none."""
+        """Terms of each anchor alone, by one forward: values, float64, and counts, int64; (0, 0) if none."""
         first = self._run is None
         with torch.no_grad():
             batch = self._read(self.cache, indices, seed)
             with self._pass(seed):
                 outcome = self._outcome(batch)
                 if first:
-                    self._compare(outcome, batch)  # of the whole: another model is refused in its own words
+                    self._compare(outcome, batch)  # on the whole batch: its errors name another model
                 parts = single_anchors(outcome, batch, self.cache.joined_features, self.cache.features.batch_dim)
                 terms = [self._compare(*part) for part in parts]
         return {
@@ -223,7 +223,7 @@ class CachedRetention(AnchorRetention):
 
     @abstractmethod
     def _compare(self, outcome: Outcome, batch: AnchorBatch) -> dict[str, tuple[Tensor, int]]:
-        """As `_terms`, of a forward's results."""
+        """The terms of `_terms`, computed from a forward's results."""
 
     @abstractmethod
     def _check_kind(self, cache: AnchorCache) -> None:

@@ -2,8 +2,8 @@
 
 A tap is either a number or a module's name. Number k is the residual stream that enters decoder layer k, k = 0..L; L,
 also written -1, is the residual before the final norm. It is read where the layer's first norm receives it, because
-some models call a layer's parts and never the layer. A name is that module's output. A forward that stops when it has
-them all runs neither later layers nor the vocabulary head.
+some models call a layer's parts and never the layer. A name is that module's output. A forward that stops at the last
+tap runs neither later layers nor the vocabulary head.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,12 +44,12 @@ _TEXT = ("language_model", "text_model")
 
 
 class Decoder(NamedTuple):
-    """The parts of a decoder that taps need.
+    """Parts of a decoder that taps need.
 
     Attributes:
-        name: Its name within the model, "" for the model itself.
-        layers: Its layers, in order.
-        norm: The norm after the last of them.
+        name: Name of the decoder within the model, "" for the model itself.
+        layers: The decoder's layers, in order.
+        norm: The norm after the last layer.
     """
 
     name: str
@@ -61,7 +61,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     """The decoder whose layers are numbered.
 
     That is the one module with a list of layers and a final norm beside it (`layers` and `norm` as in Llama, `h` and
-    `ln_f` as in GPT-2, ...). Of several, as in vision-language models, the one that is called language or text model.
+    `ln_f` as in GPT-2, ...). If several match, as in vision-language models, it is the one named language or text
+    model.
 
     Raises:
         ValueError: There is none, or more than one candidate.
@@ -119,18 +120,18 @@ def resolve_layers(model: nn.Module, layers: Iterable[Layer]) -> tuple[Layer, ..
 
 
 class _EnoughError(BaseException):
-    """Ends a forward that has given all that was wanted. Not an Exception: models may catch those."""
+    """Ends a forward whose taps are all filled. Not an Exception: models may catch those."""
 
 
 def _first_tensor(value: Any) -> Any:
-    """The hidden states in what a module was given or returned: itself, or the first of several."""
+    """The hidden states in a module's input or output: the value itself, or the first of several."""
     while not isinstance(value, Tensor) and isinstance(value, tuple | list | Mapping) and len(value):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
     return value
 
 
 def _tapped(model: nn.Module, layers: tuple[Layer, ...]) -> dict[Layer, nn.Module]:
-    """Layer -> the module that returns its hidden states; of a number, the one that is given them."""
+    """Layer -> the module that returns its hidden states; for a number, the module that receives them."""
     named = modules_by_name(model) if any(isinstance(layer, str) for layer in layers) else {}
     found: dict[Layer, nn.Module] = {}
     for layer in layers:
@@ -148,16 +149,16 @@ def _tapped(model: nn.Module, layers: tuple[Layer, ...]) -> dict[Layer, nn.Modul
 
 @contextmanager
 def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> Iterator[dict[Layer, Tensor]]:
-    """Within the block, forwards of the model fill the yielded dict with the hidden states of `layers`.
+    """Makes forwards within the block fill the yielded dict with the hidden states of `layers`.
 
     Hooks keep references and compute nothing; the first firing counts, because activation checkpointing repeats
     forwards. They are removed at the end, whatever happens. With `stop`, the forward is left as soon as the last tap is
     filled; the block then ends there.
 
     Args:
-        model: Unmodified, and not modified. Of compiled code only what runs under `passes.eager` fires hooks.
-        layers: As from `resolve_layers`.
-        stop: Leave the forward early.
+        model: The unmodified model; it is not modified. Compiled code fires hooks only under `passes.eager`.
+        layers: Layers from `resolve_layers`.
+        stop: True to leave the forward early.
 
     Raises:
         ValueError: In the forward: a tap is computed without gradients while the caller has them enabled.
@@ -202,12 +203,12 @@ def taps(model: nn.Module, layers: Iterable[Layer], *, stop: bool = False) -> It
 
 
 def tied(tensor: Tensor, output: Tensor) -> Tensor:
-    """The tensor; its backward also goes through `output`, where FSDP's own begins."""
+    """Returns the tensor with a backward that also goes through `output`, where FSDP's own begins."""
     return cast(Tensor, _Tied.apply(tensor, output)) if output.requires_grad else tensor  # type: ignore[no-untyped-call]
 
 
 class _Tied(torch.autograd.Function):
-    """The first tensor; its backward also sends zeros through the second, and so through the whole model."""
+    """Returns the first tensor; the backward also sends zeros through the second, and so through the whole model."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, output: Tensor) -> Tensor:
@@ -222,9 +223,9 @@ class _Tied(torch.autograd.Function):
 def _begin_at(model: nn.Module, hidden: Mapping[Layer, Tensor]) -> None:
     """Has FSDP2 begin its backward at the hidden states, too, as if the model returned them.
 
-    When the backward comes to what a module has returned, FSDP2 gathers the module's weights and sees to it that
-    gradients are reduced. The loss of a hidden state passes by what the modules around it return. To tie it to that
-    (`tied`) would run the backward of all later layers and of the head, on zeros.
+    FSDP2 gathers a module's weights, and arranges that gradients are reduced, when the backward reaches the module's
+    output. The loss of a hidden state bypasses the outputs of the modules around it. Tying it to them (`tied`) would
+    run the backward of all later layers and of the head on zeros.
     """
     for layer, module in _tapped(model, tuple(hidden)).items():
         for around in fsdp2_around(model, module):
@@ -240,12 +241,12 @@ def run(
     layers: tuple[Layer, ...] = (),
     output: bool = True,
 ) -> tuple[Any, dict[Layer, Tensor]]:
-    """One forward: what it returned, and the hidden states of `layers`.
+    """Runs one forward; returns its output and the hidden states of `layers`.
 
     Without `output` the forward ends at the deepest tap and None is returned: neither later layers nor the vocabulary
-    head run. Under FSDP it runs to its end, because its hooks after the forward prepare the backward; under FSDP1 so
-    does the backward, which begins at the output or not at all. FSDP2's begins at the hidden states. With `layers` a
-    compiled model runs as it is written.
+    head run. Under FSDP it runs to its end, because hooks after the forward prepare the backward; FSDP1's backward,
+    too, must begin at the output. FSDP2's begins at the hidden states. With `layers` a compiled model runs as it is
+    written.
 
     Raises:
         ValueError: A tap was not reached, or is computed without gradients.
@@ -271,10 +272,11 @@ def run(
 
 
 def default_spans(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """Spans of a batch in the manner of Hugging Face.
+    """Spans of a batch by Hugging Face's conventions.
 
-    "all": `attention_mask` of a mapping batch; absent where there is none: every position. For models whose config
-    names an image token, also "image": positions of that token in `input_ids`, and "text": the other attended ones.
+    "all": `attention_mask` of a mapping batch; without one the span is absent, which means every position. For models
+    whose config names an image token, also "image": positions of that token in `input_ids`, and "text": the other
+    attended ones.
     """
     if not isinstance(inputs, dict):
         return {}
@@ -306,7 +308,7 @@ def pool(hidden: Tensor, mask: Tensor | None, mode: str) -> Tensor:
     Args:
         hidden: `[B, T, D]`.
         mask: `[B, T]`, true on the span; at least one per row. None: every position.
-        mode: One of `POOLINGS`.
+        mode: Pooling mode, one of `POOLINGS`.
 
     Returns:
         `[B, D]`, float32 for means; `hidden` itself for "none".
@@ -337,8 +339,8 @@ def pool(hidden: Tensor, mask: Tensor | None, mode: str) -> Tensor:
 def positions(hidden: Tensor, batch_dim: int = 0) -> Tensor:
     """Hidden states as `[B, T, D]`, or `[B, D]` where there are no positions.
 
-    Feature maps `[B, C, H, W]` have H * W positions. With `batch_dim` 1 they are `[T, B, D]`, as `nn.Transformer` has
-    them.
+    Feature maps `[B, C, H, W]` have H * W positions. With `batch_dim` 1 the input is `[T, B, D]`, as in
+    `nn.Transformer`.
     """
     if batch_dim == 1 and hidden.ndim == 3:
         return hidden.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Categories of anchors, such as tasks or kinds of prompts: in the record of a shard, and out of it."""
+"""Categories of anchors, such as tasks or kinds of prompts: written into a shard's record, and read from it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,10 +23,10 @@ def recorded(categories: Sequence[str]) -> dict[str, Any]:
 
 
 def categories_in(record: Mapping[str, Any], count: int) -> list[str]:
-    """The categories of a shard's anchors, "" where they have none.
+    """The categories of a shard's anchors, "" for none.
 
     Raises:
-        ValueError: There is not one for each.
+        ValueError: The record has not one category for each anchor.
     """
     if _KEY not in record:
         return [""] * count
@@ -42,7 +42,7 @@ def categories_in(record: Mapping[str, Any], count: int) -> list[str]:
 
 
 def in_line(category: str) -> str:
-    """A category in the cell of a table: one line, its middle left out where it is long.
+    """A category for the cell of a table: one line; a long text loses its middle.
 
     Example:
         >>> in_line(""), in_line("open\\nthe drawer")
@@ -55,7 +55,7 @@ def in_line(category: str) -> str:
 
 
 def by_category(categories: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-    """Each category, in the order of the alphabet, and its anchors' places in the list."""
+    """Each category, in alphabetical order, with its anchors' places in the list."""
     places: dict[str, list[int]] = {}
     for place, category in enumerate(categories):
         places.setdefault(category, []).append(place)

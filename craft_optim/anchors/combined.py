@@ -20,9 +20,8 @@ class CombinedRetention(Retention):
 
         L_ret = sum_j w_j L_j
 
-    Members that read the same cache with the same batch size, seed and reading share each batch and its forward, up to
-    the deepest layer that any of them needs; others run theirs one after the other, and all their graphs live until the
-    backward.
+    Members with the same cache, batch size, seed and reading share each batch and its forward, up to the deepest layer
+    that any of them needs. Others run their own, one after the other, and all graphs live until the backward.
 
     Example:
         cache = build(model, batches, "anchors/", layers=[8, -1])  # logits, too
@@ -31,12 +30,12 @@ class CombinedRetention(Retention):
         )
 
     Args:
-        members: Name -> closure; made for this alone.
-        weights: Name -> w_j >= 0; 1 for those not named. Units differ: nats for logits and tokens, shares of variance
+        members: Name -> closure; each used here only.
+        weights: Name -> w_j >= 0; 1 for members not named. Units differ: nats for logits and tokens, shares of variance
             for hidden states.
 
     Raises:
-        TypeError: A member is no closure.
+        TypeError: A member is not a closure.
         ValueError: There is no member, a name is unknown, a weight is out of range, or all are zero.
     """
 
@@ -55,7 +54,7 @@ class CombinedRetention(Retention):
         groups: dict[Any, dict[str, Retention]] = {}
         for name, member in self.members.items():
             groups.setdefault(_shared_by(member), {})[name] = member
-        self._parts: list[tuple[str | None, Retention]] = []  # without a name: the weights are in it
+        self._parts: list[tuple[str | None, Retention]] = []  # no name: the weights are inside
         for group in groups.values():
             cached = {name: m for name, m in group.items() if isinstance(m, CachedRetention)}
             if len(cached) > 1:
@@ -65,7 +64,7 @@ class CombinedRetention(Retention):
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
-        """The weighted sum of the members'."""
+        """The weighted sum of the members' tolerances."""
         return sum(weight * self.members[name].tolerance for name, weight in self.weights.items() if weight)
 
     def parameters(self) -> list[Tensor]:
@@ -73,7 +72,7 @@ class CombinedRetention(Retention):
         return list({id(p): p for _, part in self._parts for p in part.parameters()}.values())
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor]) -> None:
-        """See `AnchorRetention.shard`."""
+        """Shares the anchors in each member; see `AnchorRetention.shard`."""
         super().shard(rank, world_size, mean)
         for _, part in self._parts:
             part.shard(rank, world_size, mean)
@@ -88,7 +87,7 @@ class CombinedRetention(Retention):
         return losses[0] if len(losses) == 1 else torch.stack([x.to(losses[0].device) for x in losses]).sum()
 
     def check(self) -> None:
-        """Each member's check."""
+        """Runs each member's check."""
         for member in self.members.values():
             member.check()
 
@@ -101,17 +100,17 @@ class CombinedRetention(Retention):
 
         Args:
             anchors: Held-out anchors, for all members. None: each member's own.
-            count: On at most so many, see `AnchorRetention.drift`.
+            count: Largest number of anchors, see `AnchorRetention.drift`.
         """
         return float(sum(self.weights[name] * drift for name, drift in self.drifts(anchors, count).items()))
 
     def check_anchors(self, anchors: Any) -> None:
-        """See `Retention.check_anchors`; they are for all members."""
+        """Checks the anchors for all members; see `Retention.check_anchors`."""
         for member in self.members.values():
             member.check_anchors(anchors)
 
     def examples(self, count: int) -> list[Any]:
-        """Examples of the first member."""
+        """The first member's examples."""
         return next(iter(self.members.values())).examples(count)
 
 
@@ -153,7 +152,7 @@ class SharedPass(CachedRetention):
         self._sampler, self._mean, self.shared = first._sampler, first._mean, first.shared
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
-        """See `AnchorRetention.shard`."""
+        """Shares the anchors in each member; see `AnchorRetention.shard`."""
         super().shard(rank, world_size, mean)
         for member in self._members.values():
             member.shard(rank, world_size, mean)

@@ -32,9 +32,9 @@ class Taught(NamedTuple):
 
     Attributes:
         inputs: Inputs that the model was run on: the batch, or the batch continued by generating.
-        features: By name, on the CPU.
-        joined: Names of those that hold the positions of their mask only, one after another.
-        outputs: What the model gives, of what is kept.
+        features: Features by name, on the CPU.
+        joined: Names of features that hold the positions of their mask only, one after another.
+        outputs: Outputs of the model that are kept.
     """
 
     inputs: Inputs
@@ -44,10 +44,10 @@ class Taught(NamedTuple):
 
 
 class Extractor:
-    """Runs the teacher as `reading` says and keeps what `spec` asks for.
+    """Runs the teacher as `reading` says and keeps the outputs that `spec` names.
 
-    Not in inference mode: it saves 2 % of a forward, and what a model makes in it and keeps, such as tables of
-    positions, cannot be used in training.
+    Not in inference mode: it would save 2 % of a forward, but tensors that a model makes in it and keeps, such as
+    tables of positions, cannot be used in training.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Extractor:
         self.model, self.device, self.spec, self.dtype, self.reading = model, device, spec, dtype, reading
         self.generate = reading.generate
         self._outputs: Outputs | None = None
-        self._seen: dict[str, ChannelVariance] = {}  # of each output of values
+        self._seen: dict[str, ChannelVariance] = {}  # for each output of kind "values"
         if spec.logits is not None:
             certain = self.generate is not None or spec.logits == "top_k"
             kinds = "classes" if certain and reading.output == "auto" else reading.output or "auto"
@@ -66,13 +66,13 @@ class Extractor:
         self._run = AnchorForward(model, reading.forward, spec.layers, self._outputs, spec.frozen)
 
     def __call__(self, inputs: Inputs, size: int, first: int, lengths: Mapping[str, Tensor]) -> Taught:
-        """The features of `size` anchors, of which the first has the number `first`. Within `steady(model)`.
+        """The features of `size` anchors, numbered from `first`. Call it within `steady(model)`.
 
         Args:
             inputs: The batch.
             size: Number of anchors.
             first: Number of the first.
-            lengths: Rows of each anchor in inputs that are ragged.
+            lengths: Rows of each anchor in ragged inputs.
         """
         inputs, labels = to_device(inputs, self.device), None
         features: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ class Extractor:
                     inputs, labels = self.generate(self.model, inputs)
                 valid = None if self._outputs is None else self._valid(inputs, labels)
                 outcome = self._run(inputs, size, valid, lengths=lengths)
-                for rows in outcome.outputs.values():  # before anything that may be wrong on one process only
+                for rows in outcome.outputs.values():  # before any error that only one process may have
                     stack.enter_context(gathered(rows.values))
                 if torch.is_autocast_enabled(self.device.type):
                     # Older torch keeps weights cast without gradients for later forwards (pytorch/pytorch#158232)
@@ -127,7 +127,7 @@ class Extractor:
         first: int,
         joined: set[str],
     ) -> dict[str, Tensor]:
-        """What is kept of the outputs: at the valid positions where these fit; else at all."""
+        """The features of the outputs, at the valid positions if the mask fits, else at all."""
         features: dict[str, Tensor] = {}
         fits = {name for name, output in found.items() if valid is not None and tuple(valid.shape) == output.shape}
         if valid is not None and not fits and (self.reading.mask is not None or labels is not None):
@@ -156,7 +156,7 @@ class Extractor:
         if kind == "classes":
             k = self.spec.top_k_of(known)
             parts = [self._logits(F.log_softmax(logits.float(), dim=-1), k) for _, logits in pieces_of(values)]
-            with torch.autocast(values.device.type, enabled=False):  # it takes not every storage dtype
+            with torch.autocast(values.device.type, enabled=False):  # it does not take every storage dtype
                 return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         assert isinstance(values, Tensor)
         if self.spec.logits == "top_k":
@@ -169,7 +169,7 @@ class Extractor:
         return {"values": self._round(values, what)}
 
     def _check_rounding(self, values: Tensor, what: str) -> None:
-        """Raises where the storage dtype is too coarse for how much the values of a channel have varied so far."""
+        """Raises if the storage dtype is too coarse for the variation of a channel's values so far."""
         flat = values.flatten(0, -2).cpu()
         self._seen.setdefault(what, ChannelVariance()).add(flat)
         apart = (flat.double() - flat.to(self.dtype).double()).square().mean(0)

@@ -1,4 +1,4 @@
-"""Files of a cache, open to be read, and the folder that they are found in."""
+"""Files of a cache, open for reading, and their folder."""
 
 import io
 import os
@@ -10,14 +10,14 @@ __all__ = ["Folder", "OpenFile"]
 
 
 class OpenFile(io.FileIO):
-    """A file to read from, closed with its last reference. Others warn of that; here it is meant."""
+    """A file to read from, closed with its last reference, without the usual warning."""
 
     def __del__(self) -> None:
         self.close()
 
 
 class Folder:
-    """A folder that is found where it was, and also under another name as long as this process has it.
+    """A folder that is also found under a new name as long as this process holds it.
 
     Args:
         path: The folder.

@@ -1,4 +1,4 @@
-"""Short names for a model's weights and for anchors, to tell whether a cache belongs to them."""
+"""Fingerprints: short names for a model's weights and for anchors, which show whether a cache belongs to them."""
 
 import hashlib
 import zlib
@@ -14,7 +14,7 @@ from .structure import Flat
 
 __all__ = ["anchor_checksums", "compare_fingerprints", "fingerprint"]
 
-# Of PEFT's adapters that add a product: LoRA, AdaLoRA, LoHa, LoKr and VeRA
+# Tensors of PEFT's adapters that add a product: LoRA, AdaLoRA, LoHa, LoKr and VeRA
 _FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_", "hada_", "lokr_", "vera_lambda_")
 _SAMPLES = 64  # values per tensor: one optimizer step changes practically all of them
 
@@ -35,18 +35,18 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Names, shapes, dtypes and 64 evenly spaced values of every tensor of the state dict, hashed.
+    """Hash of the names, shapes, dtypes and 64 evenly spaced values of every tensor of the state dict.
 
     Returns "v1-<names and shapes>-<dtypes>-<values>", each 16 hexadecimal digits: the same in every process and on
     every device, also through DistributedDataParallel and torch.compile. Cheap: reads 64 values per tensor, whatever
     its size (a sharded DTensor is gathered for that, one after the other). Not a checksum of the weights: it detects
     training, casting and other checkpoints, not a single changed value.
 
-    PEFT's adapters count by what they do: with new ones, whose product is zero, or switched off, a model has the
-    fingerprint that it has without; so has another with other random values in them. In use they count as values.
+    PEFT's adapters count by their effect: a model with new adapters, whose product is zero whatever their random
+    values, or with adapters switched off, has the fingerprint of the model without. Adapters in use count as values.
 
     Raises:
-        ValueError: A tensor has no data (device "meta").
+        ValueError: A tensor has no values (device "meta").
     """
     structure, dtypes, values = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     tensors = {plain_name(name): x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
@@ -65,7 +65,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Name of each tensor of PEFT's adapters -> whether it has a part in what the model computes."""
+    """Name of each tensor of PEFT's adapters -> True if it affects the model's outputs."""
     found: dict[str, bool] = {}
     modules: Iterable[tuple[str, Any]] = model.named_modules()
     for prefix, layer in modules:
@@ -87,7 +87,7 @@ def _adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, bool
 
 
 def _adds_zero(adapter: Mapping[str, Tensor]) -> bool:
-    """True if one of the factors of what it adds is zero, and so is the bias; DoRA's norms are beside that."""
+    """True if a factor of the product that it adds is zero, and so is the bias; DoRA's norms do not matter."""
     factors = {name: x for name, x in adapter.items() if any(part.startswith(_FACTORS) for part in name.split("."))}
     zero = {name: not bool(_whole(x).any()) for name, x in sorted(factors.items())}
     biases = [is_zero for name, is_zero in zero.items() if name.endswith(".bias")]
@@ -95,7 +95,7 @@ def _adds_zero(adapter: Mapping[str, Tensor]) -> bool:
 
 
 def _name_without_adapters(name: str) -> str:
-    """The name that a tensor has in the model that PEFT was given."""
+    """The tensor's name in the model before PEFT's wrapping."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
@@ -114,7 +114,7 @@ def compare_fingerprints(cached: str, current: str) -> str | None:
 
 
 def anchor_checksums(batch: Flat) -> list[str]:
-    """8 hexadecimal digits for each anchor, of its category, and of its bytes, dtypes and shapes."""
+    """Checksums of the anchors' categories, bytes, dtypes and shapes: 8 hexadecimal digits each."""
     sums = [zlib.crc32(category.encode("utf-8", "replace")) for category in batch.categories] or [0] * batch.count
     for name, x in sorted(batch.tensors.items()):
         values = x.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Folders that processes may die in: files that are whole or not there, and locks that a death releases."""
+"""Folders that survive killed processes: files that are whole or absent, and locks that a death releases."""
 
 import errno
 import json
@@ -18,10 +18,10 @@ __all__ = ["is_locked", "locked", "write_aside", "write_json"]
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes aside, makes sure that it is on disk, and renames.
+    """Writes a file under another name, syncs it to disk, and renames it.
 
     Raises:
-        AnchorCacheError: It cannot be written.
+        AnchorCacheError: The file cannot be written.
     """
     aside = path.with_name(path.name + ".tmp")
     try:
@@ -51,16 +51,16 @@ def _unwritable(path: Path, error: Exception) -> AnchorCacheError:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """See `write_aside`."""
+    """Writes a value as JSON; see `write_aside`."""
     write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 @contextmanager
 def locked(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Within the block no other process of this rank writes to the folder, which is created if need be.
+    """Locks the folder within the block against other processes of this rank; creates it if needed.
 
     Raises:
-        AnchorCacheError: One does, or the folder cannot be written to.
+        AnchorCacheError: Another process has the lock, or the folder cannot be written to.
     """
     path = folder / f"build-{rank}.lock"
     lock = FileLock(path)
@@ -83,7 +83,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 def is_locked(folder: Path, rank: int) -> bool:
-    """True while a process of this rank is at work: tells a slow one from a killed one."""
+    """True while a process of this rank is at work: slow, but not killed."""
     path = folder / f"build-{rank}.lock"
     if not path.exists():  # the process has come to its end
         return False

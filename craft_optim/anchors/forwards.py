@@ -1,4 +1,4 @@
-"""One forward on anchors, at the least cost: no head where nothing is compared, nothing that is known already."""
+"""Forward on anchors at the least cost: no head where nothing is compared, no module whose output is known."""
 
 import logging
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ _log = logging.getLogger("craft_optim")
 
 
 class FrozenMismatchError(ValueError):
-    """A module that is said not to train gives something else than what was recorded of it."""
+    """A module that is declared frozen gives another output than the recorded one."""
 
 
 class Outcome(NamedTuple):
     """Results of a forward on anchors.
 
     Attributes:
-        outputs: The outputs by name, at the valid positions or at all; empty if only hidden states are wanted.
+        outputs: Outputs by name, at the valid positions or at all; empty if only hidden states are wanted.
         hidden: Layer -> hidden states.
         frozen: Outputs of the frozen modules, if they ran.
     """
@@ -42,15 +42,15 @@ class Outcome(NamedTuple):
 class AnchorForward:
     """Runs a model on batches of anchors.
 
-    The first call finds out, with a few forwards of one anchor, whether the vocabulary head can be left to those who
-    compare its logits (`valid_head.head_left_out`), or else be run at the valid positions only (`head_at`); and what
-    frozen modules return. All of it holds for the calls after it.
+    The first call finds out, with a few forwards of one anchor, whether the comparison of the logits can run the
+    vocabulary head itself (`valid_head.head_left_out`), or else the head can run at the valid positions only
+    (`head_at`); and what frozen modules return. Later calls rely on that.
 
     Args:
-        model: In a state that the caller sees to (`passes.steady`).
-        forward: Instead of the model's call, or None.
-        layers: Hidden states that are wanted.
-        outputs: The outputs that are wanted; None for none.
+        model: The model, in a state that the caller sets (`passes.steady`).
+        forward: Function to run instead of the model's call, or None.
+        layers: Layers whose hidden states are wanted.
+        outputs: Outputs that are wanted; None for none.
         frozen: Names of modules that do not train.
     """
 
@@ -65,7 +65,7 @@ class AnchorForward:
         self._model, self._forward, self._layers, self._outputs = model, forward, layers, outputs
         self._frozen = frozen
         self._forms: dict[str, list[Form]] | None = None
-        self._asked = False  # about the head
+        self._asked = False  # True once the head's use is known
         self._linear: LinearHead | None = None
         self._head: nn.Module | None = None
 
@@ -80,18 +80,18 @@ class AnchorForward:
         stored: Mapping[str, Tensor] | None = None,
         lengths: Mapping[str, Tensor] | None = None,
     ) -> Outcome:
-        """One forward on `size` anchors.
+        """Runs one forward on `size` anchors.
 
         Args:
-            inputs: On the model's device.
+            inputs: A batch on the model's device.
             size: Number of anchors.
-            valid: Positions of the logits that count, on the CPU; None: all.
-            stored: Outputs of the frozen modules in a cache; None, or none, has them run.
-            lengths: Rows of each anchor in inputs that are ragged.
+            valid: Mask of the logits' positions that count, on the CPU; None: all.
+            stored: Outputs of the frozen modules from a cache; the modules run if None or empty.
+            lengths: Rows of each anchor in ragged inputs.
 
         Raises:
-            FrozenMismatchError: The first time, frozen modules return something else than what is stored.
-            OutputError: The outputs are not what they are said to be, or were before.
+            FrozenMismatchError: In the first call: frozen modules return other outputs than the stored ones.
+            OutputError: The outputs are not of the declared kind, or differ from earlier ones.
         """
         if self._outputs is not None:
             self._ask_about_head(inputs, valid, self._outputs, lengths or {})
@@ -139,18 +139,17 @@ class AnchorForward:
         device = device_of(self._model)
         one = anchors_of(inputs, 0, 1, lengths)
         if not outputs.known:
-            # What is wrong with it is said of the whole batch, in its own forward
+            # Errors are raised for the whole batch, in its own forward
             with isolated_rng(device, None), torch.no_grad(), suppress(OutputError):
                 outputs(run(self._model, one, forward=self._forward)[0], one, 1, None if valid is None else valid[:1])
         self._asked = True
         if is_compiled(self._model) or not outputs.one_softmax(2) or (valid is not None and valid.ndim != 2):
             return
         agrees = False
-        with isolated_rng(device, None):  # what the pass draws is not to depend on this
+        with isolated_rng(device, None):  # the pass' random numbers must not depend on this
             linear = linear_head(self._model, one, forward=self._forward)
             if valid is not None:
-                # On one anchor, whatever its mask, and whatever its numbers have said of the head: forwards may need
-                # all processes
+                # On one anchor, whatever its mask and the head's use: forwards may need all processes
                 probe = torch.ones((1, *valid.shape[1:]), dtype=torch.bool)
                 probe.flatten()[-1] = False
                 agrees = head_agrees(self._model, one, probe, forward=self._forward)

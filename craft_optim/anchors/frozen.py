@@ -1,4 +1,4 @@
-"""Outputs of modules that do not train, a vision tower say: constants of the anchors, recorded once and replayed.
+"""Outputs of modules that do not train, such as a vision tower: constants of the anchors, recorded once and replayed.
 
 At build time, and in the first pass of a process, the modules run:
 
@@ -42,11 +42,11 @@ _CONSTANTS = (type(None), bool, int, float, str)
 
 
 class Form(NamedTuple):
-    """The form of the output of one call.
+    """Form of the output of one call.
 
     Attributes:
-        tree: Tuples, dicts and output classes, in torch's terms.
-        parts: One per leaf: a tensor's dtype, or the leaf itself.
+        tree: Tree of tuples, dicts and output classes, as torch has it.
+        parts: For each leaf, a tensor's dtype or the leaf itself.
     """
 
     tree: pytree.TreeSpec
@@ -54,10 +54,10 @@ class Form(NamedTuple):
 
 
 def trains(module: nn.Module) -> bool:
-    """True if the module's output may move in training, so that it must be run.
+    """True if the module's output may change in training, so that it must run.
 
-    It does if a parameter requires gradients, or if a normalisation keeps running statistics: the task's forwards move
-    these although nothing requires gradients. Buffers that a module of another kind changes by itself are not seen.
+    It may if a parameter requires gradients, or if a normalisation keeps running statistics: the task's forwards change
+    these without gradients. Buffers that other modules change are not detected.
     """
     return any(p.requires_grad for p in module.parameters()) or any(
         isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in module.modules()
@@ -86,7 +86,7 @@ def resolve_frozen(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modul
 
 @contextmanager
 def other_forwards(modules: Mapping[str, nn.Module], make: Callable[[str, Any], Callable[..., Any]]) -> Iterator[None]:
-    """Within the block each module's forward is `make(name, its own)`; hooks on the module fire as ever."""
+    """Replaces each module's forward by `make(name, its own)` within the block; hooks on the module still fire."""
     before = {name: vars(module).get("forward") for name, module in modules.items()}  # some wrappers set one, too
     try:
         for name, module in modules.items():
@@ -110,13 +110,13 @@ def _refuse_gradients(name: str, args: Any) -> None:
 
 @contextmanager
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Within the block, forwards of the model fill the yielded dict: plain name -> one output per call.
+    """Makes forwards within the block fill the yielded dict: plain name -> one output per call.
 
-    Outputs are copies: some models change in place what their parts return.
+    Outputs are copies: some models change outputs of their parts in place.
 
     Args:
-        model: Unmodified; each module's own forward is back at the end, whatever happens.
-        names: Modules that are called, and not within one another.
+        model: The unmodified model; each module's own forward is restored at the end, also after an error.
+        names: Names of modules that are called, none within another.
 
     Raises:
         ValueError: See `resolve_frozen`; or, in the forward, an input of a module requires gradients.
@@ -152,7 +152,7 @@ def leaves(calls: Calls, size: int) -> dict[str, Tensor]:
     """The tensors of the recorded outputs, each `[size, ...]`: `frozen.<module>.<call>.<leaf>` -> tensor.
 
     Args:
-        calls: Outputs of one forward under `recorded`.
+        calls: Result of `recorded` for one forward.
         size: Number of anchors in it.
 
     Raises:
@@ -182,7 +182,7 @@ def leaves(calls: Calls, size: int) -> dict[str, Tensor]:
 
 
 def forms_of(calls: Calls) -> dict[str, list[Form]]:
-    """The forms that `replayed` needs besides the tensors: plain name -> one for each call."""
+    """Forms that `replayed` needs besides the tensors: plain name -> one for each call."""
     forms: dict[str, list[Form]] = {}
     for name, outputs in calls.items():
         forms[name] = []
@@ -198,16 +198,16 @@ def _key(name: str, number: int, place: int) -> str:
 
 @contextmanager
 def replayed(model: nn.Module, stored: Mapping[str, Tensor], forms: Mapping[str, list[Form]]) -> Iterator[None]:
-    """Within the block, modules return what is stored instead of running; those that train now run all the same.
+    """Makes modules return stored outputs within the block instead of running; modules that train now still run.
 
-    They return copies, on the device of the module's input and in the dtype that it had. A call within a
-    non-reentrant activation checkpoint runs all the same: its second run, in the backward, must be like the first.
+    They return copies, on the device of the module's input and in the recorded dtype. A call within a non-reentrant
+    activation checkpoint still runs: its second run, in the backward, must equal the first.
 
     Args:
-        model: Unmodified; each module's own forward is back at the end, whatever happens.
-        stored: The `leaves` of the anchors in the forward, in any floating dtype, on any device. Other keys are
+        model: The unmodified model; each module's own forward is restored at the end, also after an error.
+        stored: Result of `leaves` for the anchors in the forward, in any floating dtype, on any device. Other keys are
             ignored.
-        forms: From a forward with the same calls. A module that it ended before is not replayed.
+        forms: Forms from a forward with the same calls. A module that this forward did not reach is not replayed.
 
     Raises:
         ValueError: The stored tensors are not those of the forms; or, in the forward, a module is called more often
@@ -222,7 +222,7 @@ def replayed(model: nn.Module, stored: Mapping[str, Tensor], forms: Mapping[str,
             for place, part in enumerate(form.parts)
             if isinstance(part, torch.dtype)
         }
-        # A module's name may begin another's: what follows it are two numbers
+        # A module's name may begin another's: two numbers follow it
         found = {key for key in stored if key.rsplit(".", 2)[0] == f"frozen.{name}"}
         if found != expected:
             raise ValueError(

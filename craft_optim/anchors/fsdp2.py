@@ -1,4 +1,4 @@
-"""The modules of a model that FSDP2 (`fully_shard`) has made its own."""
+"""Modules of a model that FSDP2 (`fully_shard`) has taken over."""
 
 import sys
 from typing import Any
@@ -9,9 +9,9 @@ __all__ = ["fsdp2_around"]
 
 
 def fsdp2_around(model: nn.Module, module: nn.Module) -> list[Any]:
-    """The modules of FSDP2 in the model that have the module in them, or are it, outer ones first.
+    """FSDP2's modules in the model that contain the module, or are it, outer ones first.
 
-    Where there are none torch's FSDP2 need not be imported.
+    Without any, torch's FSDP2 is not imported.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     kind: Any = getattr(fsdp, "FSDPModule", ())

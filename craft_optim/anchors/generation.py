@@ -1,4 +1,4 @@
-"""Generation by the teacher, and its result as inputs of a forward that predicts each token."""
+"""Generation by the teacher: its tokens become inputs of a forward that predicts each of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,43 +17,42 @@ __all__ = ["Generate", "greedy", "right_padded", "sampled", "sampling"]
 
 Generate = Callable[[nn.Module, Any], tuple[Inputs, Tensor]]
 
-# Inputs with one entry per token; `mm_token_type_ids` tell pictures from texts
+# Inputs with one entry per token; `mm_token_type_ids` separate pictures from texts
 _WITH_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 def greedy(max_new_tokens: int) -> Generate:
     """Greedy decoding (temperature 0, one beam) with `model.generate` of transformers.
 
-    Prompts may be padded on either side. The result is padded on the right: prompt, then what was generated, up to and
-    with the first end-of-sequence token.
+    Prompts may be padded on either side. The result is padded on the right: the prompt, then the generated tokens up to
+    and including the first end-of-sequence token.
 
     Args:
-        max_new_tokens: Upper bound of what is generated; >= 1.
+        max_new_tokens: Largest number of generated tokens; >= 1.
 
     Returns:
         `generate(model, batch) -> (inputs, labels)`: the batch with the new `input_ids` and `attention_mask` (and
         `token_type_ids`, 1 where generated, and `mm_token_type_ids`, 0 there), and labels of the logits `[B, T]`: at
-        each position the token that comes next, if the model generated it; -100 on the prompt, on padding and after the
-        end.
+        each position the next token, if the model generated it; -100 on the prompt, on padding and after the end.
 
     Raises:
-        ValueError: In use: the model cannot generate, or the batch is none that it can be generated from.
+        ValueError: In use: the model cannot generate, or not from such a batch.
     """
     max_new_tokens = whole("tokens", max_new_tokens)
     return _writing(f"greedy, at most {max_new_tokens}", max_new_tokens, do_sample=False)
 
 
 def sampled(max_new_tokens: int, temperature: float = 1.0) -> Generate:
-    """Sampling from the whole distribution with `model.generate` of transformers; everything else as of `greedy`.
+    """Sampling from the whole distribution with `model.generate` of transformers; otherwise like `greedy`.
 
-    The same anchors are written the same on one machine: `build` has the random numbers of each batch begin anew.
+    On one machine the same anchors give the same tokens: `build` restarts the random numbers at each batch.
 
     Args:
-        max_new_tokens: As of `greedy`.
-        temperature: Logits are divided by it; > 0.
+        max_new_tokens: Largest number of generated tokens; >= 1.
+        temperature: Divisor of the logits; > 0.
 
     Raises:
-        ValueError: As of `greedy`.
+        ValueError: As for `greedy`.
     """
     max_new_tokens = whole("tokens", max_new_tokens)
     how = sampling(temperature)
@@ -64,7 +63,7 @@ def sampling(temperature: float) -> dict[str, Any]:
     """Settings of `generate` that sample from the whole distribution.
 
     Raises:
-        TypeError, ValueError: The temperature is no number > 0.
+        TypeError, ValueError: The temperature is not a number > 0.
     """
     temperature = number("temperature", temperature, least=0.0, above=True)
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -109,7 +108,7 @@ def _writing(name: str, max_new_tokens: int, **how: Any) -> Generate:
 
 
 def left_padded(x: Tensor, mask: Tensor) -> Tensor:
-    """Rows `[B, T]` with what `mask` leaves out moved to the front."""
+    """Rows `[B, T]` with the positions outside of `mask` moved to the front."""
     order = mask.bool().long().sort(dim=1, stable=True).indices
     return x.gather(1, order)
 
@@ -117,18 +116,18 @@ def left_padded(x: Tensor, mask: Tensor) -> Tensor:
 def right_padded(
     batch: dict[str, Tensor], mask: Tensor, new: Tensor, stops: list[int]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Prompts with what was generated after them, and the labels of their logits; see `greedy`.
+    """Prompts followed by the generated tokens, and the labels of their logits; see `greedy`.
 
     Args:
         batch: Inputs, `input_ids` `[B, T]` among them.
         mask: `[B, T]`, true on the prompt.
-        new: Generated tokens `[B, N]`; after the first of `stops` anything.
+        new: Generated tokens `[B, N]`; arbitrary after the first of `stops`.
         stops: End-of-sequence tokens.
     """
     ends = torch.zeros_like(new, dtype=torch.bool)
     for stop in stops:
         ends |= new == stop
-    kept = (ends.long().cumsum(1) - ends.long()) == 0  # up to and with the first end
+    kept = (ends.long().cumsum(1) - ends.long()) == 0  # up to and including the first end
     valid = torch.cat([mask.bool(), kept], dim=1)
     order = (~valid).long().sort(dim=1, stable=True).indices
     valid = valid.gather(1, order)

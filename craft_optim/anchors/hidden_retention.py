@@ -1,4 +1,4 @@
-"""Retention of a model's hidden states: their distance from the cached ones."""
+"""Retention of hidden states: their distance from the cached ones."""
 
 from collections.abc import Iterable, Mapping
 from typing import Unpack
@@ -27,17 +27,17 @@ class HiddenRetention(CachedRetention):
 
         L_ret = sum_j w_j L_j / sum_j w_j,   L_j = |h_j - h0_j|^2 / Var[h0_j]   (loss="mse")
 
-    Var is the variance of the teacher's features over the cached anchors, so 1 means: moved as far as the teacher's own
-    features are spread. `losses` has the formulas. The forward ends at the deepest layer. It holds what it measures:
-    the layers after it are free to move.
+    Var is the variance of the teacher's features over the cached anchors, so 1 means that features have moved as far as
+    the teacher's own are spread. `losses` has the formulas. The forward ends at the deepest layer: only measured layers
+    are held, later ones are free to move.
 
     Args:
-        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold layers. With "l1" the tolerance
-            by precision is its square root.
+        model, cache, batch_size, **settings: Arguments of `CachedRetention`. The cache must hold layers. With "l1" the
+            tolerance is the square root of that by precision.
         loss: "mse" and "l1" in units of the teacher's variance and standard deviation, or "cosine".
-        layers: Some of the cached layers. None: all of them.
-        weights: Layer, or (layer, span), -> weight >= 0; 1 for those not named.
-        spans: As `Reading` takes them, to compare at some of the cached positions of the spans only.
+        layers: Cached layers to compare. None: all of them.
+        weights: Layer, or (layer, span), -> weight >= 0; 1 if not named.
+        spans: Function or spans as in `Reading`, to compare at some of the cached positions only.
 
     Raises:
         ValueError: The cache has no such layers, their features do not vary over the anchors, a weight is out of range,
@@ -137,11 +137,11 @@ class HiddenRetention(CachedRetention):
         """Distance at one layer and span, and the number of vectors compared.
 
         Args:
-            key: Its name.
-            states: `[B, T, D]` or `[B, D]`, of the model.
+            key: Name of the feature.
+            states: The model's hidden states, `[B, T, D]` or `[B, D]`.
             mask: The span's positions, on the CPU; None: all.
-            cached: The same as in the cache, whose unpooled features are those of these positions.
-            mode: The pooling.
+            cached: The span's positions in the cache, at which its unpooled features are stored.
+            mode: Pooling mode.
             teacher: The cached features.
         """
         if mask is not None and mask.shape != states.shape[:2]:

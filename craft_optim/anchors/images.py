@@ -1,7 +1,7 @@
-"""Floating images that came from bytes, stored as bytes again; only where that loses nothing.
+"""Images: floating ones that came from bytes, stored as bytes again if that loses nothing.
 
 Most pipelines turn bytes k = 0..255 into floats by one of a few formulas. `encode` tries them and keeps the first whose
-decoding gives back every bit of the input; where none does, the tensor has to stay as it is.
+decoding gives back every bit of the input; otherwise the tensor stays as it is.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ FORMULAS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "k": (lambda k: k, lambda x: x),
 }
 
-_IN_CACHE = 1 << 16  # values to compute on at a time
+_IN_CACHE = 1 << 16  # values to compute at a time
 
 _BITS = {
     torch.float16: torch.int16,
@@ -40,8 +40,8 @@ _BITS = {
 def decode(codes: Tensor, formula: str, dtype: torch.dtype) -> Tensor:
     """Bytes -> floats: `formula` in float32 as a CPU computes it, rounded to `dtype`; the same bits on all devices.
 
-    On the CPU some images at a time, so that what is computed on is still in the cache; elsewhere from a table of 256
-    values: accelerators divide by multiplying with a rounded reciprocal.
+    On the CPU it takes some images at a time, so that they stay in the processor's cache; elsewhere it reads a table of
+    256 values, because accelerators divide by multiplying with a rounded reciprocal.
     """
     function = FORMULAS[formula][0]
     if codes.device.type != "cpu":
@@ -61,7 +61,7 @@ def _table(formula: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _codes(images: Tensor, formula: str) -> Tensor | None:
-    """The bytes that decode to exactly these floats, or None."""
+    """Bytes that decode to exactly these floats, or None."""
     # nan_to_num: casting NaN to uint8 is undefined; the comparison then rejects it
     codes = FORMULAS[formula][1](images.float()).nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
     bits = _BITS[images.dtype]
@@ -84,7 +84,7 @@ def encode(images: Tensor, formulas: Iterable[str] = tuple(FORMULAS)) -> tuple[T
 
 
 def encode_alike(parts: Iterable[Tensor]) -> tuple[list[Tensor], str] | None:
-    """As `encode`, with the first formula that fits every part. A single image may fit several: a black one does."""
+    """Encodes parts with the first formula that fits all: a single image, such as a black one, may fit several."""
     parts = list(parts)
     for formula in FORMULAS:
         codes = [encoded[0] for part in parts if (encoded := encode(part, (formula,))) is not None]

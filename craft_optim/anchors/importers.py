@@ -1,4 +1,4 @@
-"""Caches of the earlier CRaFT implementations, read without running any code that their files may hold.
+"""Importers: caches of earlier CRaFT implementations, read without running any code in their files.
 
     kind       written by                                                     becomes
     tokens     eggplantsalt-CRaFT, scripts/build_anchor_cache.py, at first    labels
@@ -9,7 +9,7 @@
 craft-adapter, the third code base, runs its teacher during training and writes no files.
 
 All of them count layers as Hugging Face's `hidden_states` does: entry k enters decoder layer k, but the last one has
-been through the final norm. That one has no number here; it is the output of the norm, under the norm's name.
+been through the final norm. Here that entry has no number; it is the output of the norm, under the norm's name.
 """
 
 import json
@@ -76,37 +76,38 @@ def convert(
     layers: Sequence[Layer] | None = None,
     overwrite: bool = False,
 ) -> AnchorCache:
-    """Writes a cache of an earlier CRaFT implementation anew, in this library's format.
+    """Converts a cache of an earlier CRaFT implementation to this library's format.
 
-    The kind is told from the contents of the files. They are only ever read as tensors, numbers, strings, lists and
-    dicts. Values keep every bit. What is not a tensor, such as the prompts' text, is left out and logged.
+    The files' contents show the kind. They are only read as tensors, numbers, strings, lists and dicts. Values keep
+    every bit. Entries other than tensors, such as the prompts' text, are left out and logged.
 
-    Inputs come back as the mapping {"pixel_values", "input_ids", "attention_mask"}, with "pixel_values.<name>" for each
-    where there were several: the retention closure's `forward=` makes of them what the model takes. It, and `spans=`,
-    also have to repeat what is peculiar to an old builder, or else the unmodified model has a drift:
+    Inputs become the mapping {"pixel_values", "input_ids", "attention_mask"}, with "pixel_values.<name>" for each of
+    several: the retention closure's `forward=` turns them into the model's arguments. `forward=` and `spans=` must also
+    repeat an old builder's peculiarities, or else the unmodified model has a drift:
 
     - tokens: the teacher saw one more BOS token between prompt and continuation, which the files do not have.
     - states: the teacher saw one more BOS token behind the prompt. The span "text" is a single position, number
-      `attention_mask.sum(1)` of the text: padding, unless the prompt fills the tokenizer's maximum. Weigh it 0 then.
+      `attention_mask.sum(1)` of the text: padding, unless the prompt fills the tokenizer's maximum. Give it weight 0
+      then.
     - features: the span "image" is the first positions of the sequence, 196 where the model's config names no number.
 
     Args:
         old_path: Folder with the old cache's `.pt` files and, except for "records", its `metadata.json`.
-        new_path: Folder of the new cache; created if need be.
-        layers: The layers' numbers, or names of modules, in the order in which they are stored. None: as the files say,
-            negative numbers included, which count from -1, the residual before the final norm. Needed where the output
-            of the final norm is stored, also if the old builder was given its number counted from the front.
-        overwrite: Start over whatever the new folder holds.
+        new_path: Folder of the new cache; created if needed.
+        layers: Numbers of the layers, or names of modules, in stored order. None: as the files say; negative numbers
+            count from -1, the residual before the final norm. Required if the output of the final norm is stored, also
+            if the old builder was given its number counted from the front.
+        overwrite: True to start over whatever the new folder holds.
 
     Returns:
         The new cache, opened; its teacher's fingerprint is unknown.
 
     Raises:
-        AnchorCacheError: A file is missing, damaged, of no known kind, or cannot be read without running code in it;
-            files contradict each other or `metadata.json`; features are not finite; the layers have to be named.
-            Nothing is written then. Or the new folder holds another cache.
-        ValueError: `layers` are not as many as are stored; or the files' tensors differ in dtype, or in
-            shape but for the prompts' length.
+        AnchorCacheError: A file is missing, damaged, of unknown kind, or cannot be read without running code in it;
+            files contradict each other or `metadata.json`; features are not finite; the layers must be named; nothing
+            is written then. Or the new folder holds another cache.
+        ValueError: `layers` has another length than the stored layers; or the files' tensors differ in dtype, or in
+            shape other than the prompts' length.
 
     Cost: reads the files' headers twice and the anchors once; memory for one new shard. Files that torch wrote before
     version 1.6 cannot be mapped: they are read twice, and held in memory as a whole one by one.
@@ -153,15 +154,15 @@ def write_cache(
     origin: str | None = None,
     overwrite: bool = False,
 ) -> AnchorCache:
-    """Writes anchors whose teacher has spoken elsewhere; see `build` for one that is here.
+    """Writes anchors with given features; see `build` for a teacher that can be run.
 
     Args:
-        path: The cache's folder; created if need be.
-        batches: (batch as for `build`, features by name), first dimension the anchors: "labels" `[n, T]` is the token
-            that each position of the logits shall give, or -100; `tap_key(layer, span)` `[n, D]` are pooled states.
+        path: The cache's folder; created if needed.
+        batches: Pairs (batch as for `build`, features by name), first dimension the anchors: "labels" `[n, T]` is the
+            token that the logits at each position predict, or -100; `tap_key(layer, span)` `[n, D]` are pooled states.
         spec: Layers, pooling and dtype on disk of the hidden states.
-        model_id: A name for the teacher; `origin` names the source of the anchors.
-        overwrite: Replace what the folder holds.
+        model_id: Name of the teacher; `origin` names the source of the anchors.
+        overwrite: True to replace the folder's contents.
 
     Raises:
         AnchorCacheError: The folder holds a cache, or cannot be written to.
@@ -240,12 +241,12 @@ def _load(path: Path) -> Any:
             "If you trust it, load it with the code that made it, and save its tensors, numbers, strings, lists and "
             "dicts alone with torch.save.",
         ) from error
-    except Exception as error:  # of whatever type torch happens to run into in a damaged file
+    except Exception as error:  # torch raises any type on a damaged file
         raise _bad(path, f"it is damaged, perhaps cut short ({type(error).__name__}: {error!s:.100})") from error
 
 
 def _read(path: Path, metadata: Mapping[str, Any], layers: Sequence[Layer] | None) -> tuple[_Contents, _Batches]:
-    """The contents of a file, and its anchors; all checks are done before the first of them is asked for."""
+    """The contents of a file, and its anchors; all checks are done before the first anchor is read."""
     data = _load(path)
     if isinstance(data, dict) and isinstance(data.get("records"), list):
         return _read_records(path, data, layers)
@@ -259,7 +260,7 @@ def _read(path: Path, metadata: Mapping[str, Any], layers: Sequence[Layer] | Non
 def _read_columns(
     path: Path, data: dict[Any, Any], target: str, metadata: Mapping[str, Any], layers: Sequence[Layer] | None
 ) -> tuple[_Contents, _Batches]:
-    """One tensor per name, its first dimension the anchors."""
+    """Reads one tensor per name, its first dimension the anchors."""
     inputs = {name: _tensor(path, data, name, 2) for name in _INPUTS}
     feature = _tensor(path, data, target, {"tokens": 2, "states": 4, "features": 2}[_KINDS[target]])
     counts = {name: len(x) for name, x in (inputs | {target: feature}).items()}
@@ -300,7 +301,7 @@ def _read_columns(
 
 
 def _read_records(path: Path, data: dict[Any, Any], layers: Sequence[Layer] | None) -> tuple[_Contents, _Batches]:
-    """One dict per anchor."""
+    """Reads one dict per anchor."""
     anchors = [_anchor(path, i, record) for i, record in enumerate(data["records"])]
     if not anchors or any(set(x) != set(anchors[0]) for x in anchors):
         raise _bad(path, "its 'records' must hold the same tensors, and there must be at least one of them")
@@ -351,7 +352,7 @@ def _stacked(anchors: list[dict[str, Tensor]], layer: Layer, span: str) -> _Batc
 
 
 def _tensor(path: Path, owner: Mapping[Any, Any], name: str, ndim: int, place: str = "file") -> Tensor:
-    """`owner[name]`, a tensor of `ndim` dimensions; of images: of more."""
+    """`owner[name]`, a tensor of `ndim` dimensions, or of more for images."""
     value = owner.get(name)
     images = name.split(".")[0] == "pixel_values"
     if not isinstance(value, Tensor) or (value.ndim <= ndim if images else value.ndim != ndim):
@@ -384,8 +385,8 @@ def _one_layer(path: Path, meta: Any, layers: Sequence[Layer] | None) -> tuple[t
 def _state_layers(path: Path, meta: Any, metadata: Mapping[str, Any], count: int) -> list[int | None]:
     """The numbers of the layers in 'teacher_hidden'; None for the output of the final norm.
 
-    The file counts decoder layers, whose outputs it has, and so does not tell where the norm comes; `metadata.json` has
-    the numbers as they were asked for, from the back as a rule.
+    The file counts decoder layers by their outputs, and so does not show the norm; `metadata.json` has the numbers as
+    they were requested, usually from the back.
     """
     stored = meta.get("layers_to_save") if isinstance(meta, dict) else None
     asked = metadata.get("layers_to_save")
@@ -404,7 +405,7 @@ def _state_layers(path: Path, meta: Any, metadata: Mapping[str, Any], count: int
 
 
 def _own_layers(path: Path, numbers: Sequence[Any], given: Sequence[Layer] | None) -> tuple[Layer, ...]:
-    """The layers in this library's terms."""
+    """The layers by this library's numbering."""
     if given is not None:
         if len(given) != len(numbers):
             raise ValueError(f"`layers` must be as many as {path} has, {len(numbers)}. Found {list(given)}.")
@@ -420,7 +421,7 @@ def _own_layers(path: Path, numbers: Sequence[Any], given: Sequence[Layer] | Non
 
 
 def _next_tokens(labels: Tensor, attended: Tensor) -> Tensor:
-    """Labels at the positions whose logits are to give them, `[n, T]`.
+    """Labels at the positions whose logits predict them, `[n, T]`.
 
     In Hugging Face's convention a label stands at its own token. The logits for it are those of the last attended
     position before: the previous one, but behind a padded prompt the prompt's end and not its padding.

@@ -1,4 +1,4 @@
-"""What one output of a model is: found out by its shape, its numbers and the model's config, or asked for."""
+"""Kind of a model's output: declared, or detected from its shape, its numbers and the model's config."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ __all__ = ["KINDS", "Kind", "Output", "OutputError", "Question", "named"]
 Kind = Literal["classes", "labels", "values"]
 KINDS = get_args(Kind)
 
-# Ends of the names of transformers' classes whose logits have the classes last
+# Suffixes of transformers' classes whose logits have the classes last
 _CLASSES_LAST = (
     "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForCTC", "LMHeadModel",
 )  # fmt: skip
@@ -26,7 +26,7 @@ _BY_PROBLEM = {"single_label_classification": "classes", "multi_label_classifica
 
 
 class OutputError(ValueError):
-    """The output is not what was said of it, or nobody has said what it is."""
+    """The output is not of the declared kind, or its kind is unknown."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Output:
     Attributes:
         kind: "classes": logits of one categorical distribution; "labels": a logit for each independent label;
             "values": numbers.
-        dim: Dimension of its classes, labels or channels, >= 1; one beyond the last where each position has one number.
-        size: Its size in that dimension.
+        dim: Dimension of the classes, labels or channels, >= 1; one beyond the last if each position has one number.
+        size: Size in that dimension.
     """
 
     kind: Kind
@@ -45,11 +45,11 @@ class Output:
     size: int
 
     def arranged(self, x: Tensor) -> Tensor:
-        """`x` with that dimension as the last."""
+        """`x` with the dimension `dim` moved to the end."""
         return x.unsqueeze(-1) if self.dim == x.ndim else x.movedim(self.dim, -1)
 
     def describe(self) -> str:
-        """In words: "10 classes"."""
+        """The output in words: "10 classes"."""
         one, more = {"classes": ("class", "classes"), "labels": ("label", "labels"), "values": ("channel", "channels")}[
             self.kind
         ]
@@ -62,7 +62,7 @@ def named(name: str) -> str:
 
 
 class Question:
-    """What an output is, as far as its shape, its numbers and the model's config tell."""
+    """Detects an output's kind from its shape, its numbers and the model's config."""
 
     def __init__(self, model: nn.Module, x: Tensor, name: str, inputs: Inputs, valid: Tensor | None) -> None:
         self.x, self.name = x, name
@@ -72,7 +72,7 @@ class Question:
         self.model = base_model(model)
 
     def answer(self, kind: str, dim: int | None) -> Output:
-        """Raises OutputError if there is none."""
+        """The output of that kind; raises OutputError if it cannot be."""
         x, told = self.x, dim is not None
         if kind == "auto":
             kind, dim = ("classes", dim) if told else self._found()
@@ -107,7 +107,7 @@ class Question:
         return dim % ndim
 
     def _class_dim(self) -> int:
-        """Of classes that were asked for by that name."""
+        """Dimension of the classes, if the kind "classes" was requested."""
         by_values = self._normalised()
         if by_values is not None:
             return by_values
@@ -129,7 +129,7 @@ class Question:
         return found
 
     def _by_config(self) -> tuple[str, int | None] | None:
-        """Kind and dimension by what transformers knows of its models."""
+        """Kind and dimension as transformers defines its models."""
         config, kind = getattr(self.model, "config", None), type(self.model).__name__
         if config is None or not hasattr(config, "to_dict"):
             return None
@@ -151,7 +151,7 @@ class Question:
         return None
 
     def _normalised(self) -> int | None:
-        """The dimension along which the numbers are log-probabilities; None if there is none, or more than one."""
+        """Dimension along which the numbers are log-probabilities; None if there is none, or more than one."""
         x, rounding = self.few, 1e-3 if self.x.dtype in (torch.float32, torch.float64) else 2e-2
         if x.numel() == 0 or float(x.max()) > rounding:
             return None
@@ -159,7 +159,7 @@ class Question:
         return dims[0] if len(dims) == 1 else None
 
     def _is_over_vocabulary(self) -> bool:
-        """True if integers [B, T] go in, and as many numbers come out of each as there are different ones."""
+        """True if inputs are integers [B, T], and each gives as many numbers as the vocabulary has entries."""
         if self.x.ndim != 3:
             return False
         tokens = any(not x.is_floating_point() and x.shape == self.x.shape[:2] for x in self.inputs)
@@ -168,7 +168,7 @@ class Question:
         return tokens and self.x.shape[-1] in sizes - widths
 
     def _of_anchors(self) -> bool:
-        """True if numbers of the mask's shape [B, T] are T of each anchor, and not one of each position."""
+        """True if numbers of the mask's shape [B, T] are T per anchor, not one per position."""
         if self.x.ndim != 2 or self.x.shape[1] < 2:
             return False
         size, kind = self.x.shape[1], type(self.model).__name__
@@ -220,7 +220,7 @@ class Question:
 
 
 def _same_places(given: Sequence[int], found: Sequence[int]) -> bool:
-    """True if [B, C, places...] come out of [B, C', places...], also of fewer places, as convolutions make them."""
+    """True if [B, C', places...] become [B, C, places...], also with fewer places, as in convolutions."""
     if not len(given) == len(found) > 2:
         return False
     if len(found) == 3:  # [B, T, D] has the same T and perhaps the same D

@@ -1,4 +1,4 @@
-"""Retention of a model's classes: the KL divergence from the cached distribution."""
+"""Retention of classes: the KL divergence from the cached distribution."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,8 +16,8 @@ def kl_term(student: LogitRows, teacher: Mapping[str, LogitRows]) -> tuple[Tenso
 
     Args:
         student: Logits `[positions, V]` of the model.
-        teacher: "logprobs" `[positions, V]`, which may be a head's that has not run; or, as in a cache,
-            "topk_logprobs", "topk_indices" and "rest_logprob".
+        teacher: Mapping with "logprobs" `[positions, V]`, which may be of a head that has not run; or, as in a cache,
+            with "topk_logprobs", "topk_indices" and "rest_logprob".
     """
     there = student.device
     with ExitStack() as stack:
@@ -34,8 +34,8 @@ class LogitRetention(OneOutput):
 
         L_ret = mean over valid positions i of  sum_v p_iv (log p_iv - log q_iv)
 
-    p is the cached distribution, q = softmax(logits) the model's now. With a top-k cache, k classes and one for the
-    rest: a lower bound. The mask, too, is the cached one. For labels of their own, such as a binary head's, see
+    p is the cached distribution, q = softmax(logits) the model's current one. A top-k cache gives a lower bound, over k
+    classes and one for the rest. The mask is the cached one, too. For independent labels, such as a binary head's, see
     `BernoulliRetention`; for values, `OutputRetention`.
 
     Example:
@@ -44,7 +44,7 @@ class LogitRetention(OneOutput):
         retention().backward()
 
     Args:
-        model, cache, batch_size, output, mask, **settings: See `OneOutput`. The cache must hold classes.
+        model, cache, batch_size, output, mask, **settings: Arguments of `OneOutput`. The cache must hold classes.
 
     Raises:
         ValueError: The cache has no classes, or fewer anchors than a batch.

@@ -1,9 +1,9 @@
-"""How far outputs have moved: pure functions of (student, teacher).
+"""Losses: distances of outputs from a teacher's, as pure functions of (student, teacher).
 
 All of them take any floating dtype, compute in float32 (float64 stays float64) and return a scalar. The teacher is a
 constant: it gets no gradient. A mask selects *positions*, all dimensions but the last; the result is the mean over the
-valid ones. A mask without a valid position is refused; on an accelerator that check, like the selection itself, makes
-the host wait: callers who know the valid positions on the host select them first and pass no mask.
+valid ones. A mask without a valid position raises; on an accelerator that check, like the selection, makes the host
+wait: callers with the mask on the host select first and pass none.
 """
 
 import math
@@ -93,11 +93,11 @@ def topk_kl_divergence(
 
     Args:
         student_logits: `[..., V]`, any floating dtype.
-        teacher_topk_logprobs: `[..., k]`, log-probabilities of k different classes; no gradient.
+        teacher_topk_logprobs: `[..., k]`, log-probabilities of k different classes; gets no gradient.
         teacher_topk_indices: `[..., k]`, integer class ids in [0, V), different within a position.
         mask: `[...]`, true where a position counts. None: every position.
-        teacher_rest_logprob: `[...]`, log r. None: from `teacher_topk_logprobs`, which is imprecise where these are
-            rounded and r is small (bfloat16 puts a floor of about 1e-2 nats under the result).
+        teacher_rest_logprob: `[...]`, log r. None: from `teacher_topk_logprobs`, imprecise if these are rounded and r
+            is small (bfloat16 puts a floor of about 1e-2 nats under the result).
 
     Returns:
         A scalar >= 0 up to rounding, float32 or wider. Memory: about three float32 copies of the valid logits.
@@ -138,7 +138,7 @@ def bernoulli_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | 
 
         KL = mean_il [ p_il (log p_il - log q_il) + (1 - p_il) (log(1 - p_il) - log(1 - q_il)) ]
 
-    with p = sigmoid(teacher_logits), q = sigmoid(student_logits). Both logarithms are taken of the logits: large ones
+    with p = sigmoid(teacher_logits), q = sigmoid(student_logits). Logarithms are computed from the logits: large ones
     neither overflow nor lose their gradient.
 
     Args:
@@ -180,8 +180,7 @@ def feature_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, va
 
         MSE = mean_i |student_i - teacher_i|^2 / sum_d Var[teacher_d] = mean_id (student_id - teacher_id)^2 / variance
 
-    1 means that the features have moved as far as the teacher's own features are spread; the value does not depend on
-    the layer's scale.
+    1 means that features have moved as far as the teacher's own are spread; the layer's scale does not matter.
 
     Args:
         student: `[..., D]`, any floating dtype.
@@ -229,7 +228,7 @@ def similarity_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     `[positions, positions]`.
 
     Args:
-        student: `[..., D]`, any floating dtype; two vectors or more.
+        student: `[..., D]`, any floating dtype; at least two vectors.
         teacher: `[..., D]`; gets no gradient.
         mask: `[...]`, true where a position counts. None: every position.
 

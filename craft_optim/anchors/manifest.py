@@ -1,4 +1,4 @@
-"""`cache.json`: what a cache holds and in which files, written with a checksum and read with a check of every value."""
+"""`cache.json`: contents and files of a cache, written with a checksum and read with a check of every value."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 MANIFEST = "cache.json"
-PROGRESS = "build.json"  # there while the cache is being built
+PROGRESS = "build.json"  # exists while the cache is being built
 
 _FORMAT = "craft_optim.anchors"
 _SCHEMA_VERSION = 4
@@ -39,27 +39,27 @@ _MAX_SIZE = 1 << 31  # indices of classes are int32
 
 
 def tap_key(layer: int | str, span: str) -> str:
-    """The feature name of one hidden-state tap. Module names get a prefix: a module may be called "3"."""
+    """Feature name of one hidden-state tap. Module names get a prefix: a module may be called "3"."""
     return f"hidden.{layer if isinstance(layer, int) else 'module:' + layer}.{span}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of torch.float16 is "float16"."""
+    """Name of a dtype: "float16" for torch.float16."""
     return str(dtype).removeprefix("torch.")
 
 
 def is_mask(name: str) -> bool:
-    """True of features that say which positions count."""
+    """True if the feature is a mask of the positions that count."""
     return name == "mask" or name.startswith("span.")
 
 
 def is_index(key: str) -> bool:
-    """True of what a shard holds besides: lengths of its anchors."""
+    """True if the key holds lengths of a shard's anchors."""
     return key.startswith("lengths.")
 
 
 def cover(name: str) -> str | None:
-    """The mask that says which positions of a feature count, if there is one; None for masks and the like."""
+    """Name of the mask of a feature's positions; None if it has none."""
     if name.startswith("hidden."):
         return f"span.{name.rsplit('.', 1)[1]}"
     return None if is_mask(name) or name.startswith("frozen.") else "mask"
@@ -67,14 +67,13 @@ def cover(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """The features of a cache: which of the teacher's outputs it holds, and how they came about.
+    """Features of a cache: the teacher's outputs that it holds, and how they were made.
 
     Attributes:
-        logits: Of classes, "full", "top_k" or "auto", which is "full" up to a number of classes; None if no output is
-            held.
-        top_k: k, or None for "full".
-        full_up_to: That number; 0 but for "auto".
-        outputs: The outputs that are held by name; "" is the name of an only one.
+        logits: Form of classes: "full", "top_k" or "auto", "full" up to a number of classes; None if no output is held.
+        top_k: Number k of classes, or None for "full".
+        full_up_to: Largest number of classes that "auto" keeps in full; 0 without "auto".
+        outputs: Outputs that are held, by name; "" is the name of a single one.
         dtype: Storage dtype of outputs and hidden states, e.g. "float16".
         layers: Hidden-state taps: layer numbers >= 0 and module names.
         pooling: Span -> pooling mode, the same for every tap.
@@ -82,13 +81,13 @@ class FeatureSpec:
             dimension.
         scales: Name of an output of values -> variance of each of its channels over the anchors (and positions).
         mask: Source of the logits' mask: an input's name, a function's name, or None.
-        spans: The function that told the spans apart, or None for the default.
-        forward: The function that replaced the model's call, or None.
-        autocast: The autocast dtype the teacher ran under, or None.
-        tokens: The way in which the teacher generated tokens, or None if it did not.
+        spans: Name of the function that gave the spans, or None for the default.
+        forward: Name of the function that replaced the model's call, or None.
+        autocast: Autocast dtype that the teacher ran under, or None.
+        tokens: Method by which the teacher generated tokens, or None if it did not.
         frozen: Modules whose outputs are kept.
         batch_dim: Dimension of the anchors in the hidden states: 0 or 1.
-        lengths: The function that told how many rows of ragged inputs each anchor has, or None.
+        lengths: Name of the function that counts each anchor's rows of ragged inputs, or None.
     """
 
     logits: str | None = None
@@ -110,7 +109,7 @@ class FeatureSpec:
     lengths: str | None = None
 
     def top_k_of(self, output: Output) -> int | None:
-        """How many classes of an output are held; None for all, and for labels and values."""
+        """Number of classes of an output that are held; None for all, and for labels and values."""
         return self.top_k if output.kind == "classes" and output.size > self.full_up_to else None
 
     def describe(self) -> str:
@@ -132,28 +131,28 @@ class FeatureSpec:
 
 
 def manifest_text(data: Mapping[str, Any]) -> str:
-    """`cache.json`: the data with format and version before it, and after it a checksum of everything else."""
+    """Text of `cache.json`: format and version, the data, and a checksum of all that."""
     data = {"format": _FORMAT, "schema_version": _SCHEMA_VERSION, **data}
     body = json.dumps({**data, "sha256": ""}, indent=1)
     return json.dumps({**data, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1) + "\n"
 
 
 class Manifest:
-    """`cache.json` of a folder, read, and the shards that it names.
+    """`cache.json` of a folder after reading, and the shards that it names.
 
     Attributes:
         path: The file.
         features: The cache's features.
         structure: Structure of its batches of inputs.
         teacher: Fingerprint, class, name and dtypes of the teacher; origin of an imported cache.
-        teacher_dtypes: Those of its parameters, as far as they are recorded.
+        teacher_dtypes: Dtypes of the teacher's parameters, if recorded.
         settings: The arguments of the build, in the types of JSON.
         first_anchors: Checksums of the first anchors, as they were given to `build`.
-        shards: At least one, in the order of the anchors.
-        categories: One of each anchor, "" where it has none.
+        shards: Files of the cache, at least one, in the order of the anchors.
+        categories: Category of each anchor, "" if it has none.
 
     Raises:
-        AnchorCacheError: There is no such file, a value in it is not what it must be, or a shard is not as recorded.
+        AnchorCacheError: The file is missing, a value in it is invalid, or a shard is not as recorded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -200,7 +199,7 @@ class Manifest:
         kind, names = self._get(inputs, "kind", str), self._strings(inputs, "names")
         if kind not in ("tensor", "tuple", "mapping") or not names:
             raise self.error(f"its 'kind' of inputs is unknown: {kind!r:.60} {names!r:.60}")
-        ragged = self._strings(inputs, "ragged") if "ragged" in inputs else ()  # older caches have none
+        ragged = self._strings(inputs, "ragged") if "ragged" in inputs else ()  # missing in older caches
         if not set(ragged) <= set(names):
             raise self.error(f"its 'ragged' inputs {ragged!r:.60} are not among {names!r:.60}")
         self.structure = Structure(kind, names, self._strings(inputs, "skipped"), ragged)

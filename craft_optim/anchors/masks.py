@@ -1,4 +1,4 @@
-"""Positions of the logits that count, and the logits there."""
+"""Masks: positions of the logits that count, and the logits there."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,18 +19,17 @@ IGNORED = -100  # Hugging Face's labels of positions that do not count
 def valid_positions(model: nn.Module, inputs: Inputs, mask: Mask | None) -> Tensor | None:
     """The positions that a mask selects: bool on the CPU; None where there is none.
 
-    By default `attention_mask`; of an encoder-decoder model `decoder_attention_mask`, else its labels that are not
-    -100.
+    Default: `attention_mask`; for an encoder-decoder model `decoder_attention_mask`, else its labels that are not -100.
 
     Args:
-        model: Of transformers, or any other.
+        model: Any model, of transformers or not.
         inputs: A batch.
-        mask: `mask(batch) -> bool`, or the name of an input: true where a position counts. "labels" are, as everywhere
-            in transformers, -100 where a token does not count. The logits at a position predict its own label, or in a
-            language model without an encoder that of the next position.
+        mask: Function `mask(batch) -> bool`, or the name of an input: true where a position counts. "labels" are -100
+            where a token does not count, as everywhere in transformers. Logits predict the label at their own position,
+            or in a language model without an encoder the label at the next one.
 
     Raises:
-        ValueError: There is no such input, or it is not known which label a position predicts.
+        ValueError: The input is missing, or the label that a position predicts is unknown.
     """
     if callable(mask):
         return mask(inputs).bool().cpu()
@@ -77,16 +76,17 @@ def _the_one_before(counts: Tensor) -> Tensor:
 
 
 def rows(logits: Tensor, valid: Tensor | None) -> Tensor:
-    """`[..., V]` as `[positions, V]`: those that `valid` `[...]`, on the CPU, selects; None selects all.
+    """Rows `[positions, V]` of `[..., V]` that `valid` `[...]`, on the CPU, selects; None selects all.
 
-    Positions are selected on the host: an accelerator need not be waited for, and only what counts is computed with.
+    Positions are selected on the host: the host does not wait for an accelerator, and only counted positions are
+    computed.
     """
     flat, places = logits.flatten(0, -2), places_of(valid, tuple(logits.shape[:-1]))
     return flat if places is None else select(flat, places)
 
 
 def places_of(valid: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """Numbers of the positions that `valid` selects, in row-major order; None for all.
+    """Indices of the positions that `valid` selects, in row-major order; None for all.
 
     Raises:
         ValueError: The mask has another shape than the positions.
@@ -99,15 +99,15 @@ def places_of(valid: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def select(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of `x` by number; the numbers are on the CPU."""
+    """Rows of `x` by indices on the CPU."""
     return x.index_select(0, places.to(x.device, non_blocking=True))
 
 
 def within(wanted: Tensor, valid: Tensor) -> Tensor:
-    """The wanted positions as numbers among those of `valid`, counted one after another.
+    """Indices of the wanted positions among those of `valid`.
 
     Raises:
-        ValueError: The shapes differ, or a wanted position is not among them.
+        ValueError: The shapes differ, or a wanted position is not valid.
     """
     if wanted.shape != valid.shape:
         raise ValueError(f"The mask must have shape {tuple(valid.shape)}. Found {tuple(wanted.shape)}.")

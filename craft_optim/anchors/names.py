@@ -1,4 +1,4 @@
-"""Names of modules and tensors as the model itself has them, whatever wraps it."""
+"""Names of modules and tensors as the model itself has them, without wrappers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 __all__ = ["base_model", "class_name", "class_names", "modules_by_name", "plain_name", "unwrapped"]
 
-# What DistributedDataParallel, DataParallel, torch.compile, FSDP1 and activation checkpointing insert.
+# Parts that DistributedDataParallel, DataParallel, torch.compile, FSDP1 and activation checkpointing insert.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -16,7 +16,7 @@ def plain_name(name: str) -> str:
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Plain name, and name, -> module; of a wrapper and what it wraps, the wrapper has the plain name."""
+    """Plain name, and full name, -> module; the plain name of a wrapped module gives its wrapper."""
     exact = dict(model.named_modules())
     plain: dict[str, nn.Module] = {}
     for name, module in exact.items():
@@ -42,12 +42,12 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def class_names(model: nn.Module) -> set[str]:
-    """Names of the classes of all modules, and of their bases: to ask for one by name costs no import."""
+    """Names of the classes of all modules, and of their bases: a check by name needs no import."""
     return {base.__name__ for kind in {type(module) for module in model.modules()} for base in kind.__mro__}
 
 
 def class_name(model: nn.Module) -> str:
-    """The class of the model within its wrappers, PEFT's among them; FSDP2 puts a class of its own in its place."""
+    """Name of the model's class within its wrappers, PEFT's included, and without FSDP2's own class."""
     inner: Any = unwrapped(model)
     kind = type(inner.get_base_model() if hasattr(type(inner), "get_base_model") else inner)
     bases = [base for base in kind.__bases__ if base.__name__ != "FSDPModule"]

@@ -1,4 +1,4 @@
-"""What retentions of an output have in common, whatever its kind: which output, at which positions, of which shape."""
+"""Retention of one output, whatever its kind: which output, at which positions, of which shape."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ __all__ = ["OneOutput"]
 
 
 class OneOutput(CachedRetention):
-    """Distance of one output of a model from the cached one; a child knows its kind, and how to compare it.
+    """Distance of one output of a model from the cached one; a subclass sets its kind, and how to compare it.
 
     Args:
-        model, cache, batch_size, **settings: See `CachedRetention`.
-        output: Name of the output, where the cache has several of this kind. None: the only one.
-        mask: As `Reading` takes it, to compare at some of the cached positions only.
+        model, cache, batch_size, **settings: Arguments of `CachedRetention`.
+        output: Name of the output, if the cache has several of this kind. None: the only one.
+        mask: Mask as in `Reading`, to compare at some of the cached positions only.
 
     Raises:
         ValueError: The cache has no such output, or fewer anchors than a batch.
     """
 
-    kind: str  # of the outputs that it compares
+    kind: str  # kind of the outputs that it compares
 
     def __init__(
         self,
@@ -106,4 +106,4 @@ class OneOutput(CachedRetention):
 
     @abstractmethod
     def _distance(self, student: LogitRows, teacher: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """Mean distance over positions `[positions, V]`, and the number that it is the mean of; (0, 0) of none."""
+        """Mean distance over positions `[positions, V]`, and their number; (0, 0) without any."""

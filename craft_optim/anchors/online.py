@@ -1,4 +1,4 @@
-"""Retention without a cache: the teacher runs beside the model, on the same anchors."""
+"""Retention without a cache: the teacher runs in every pass, on the same anchors as the model."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,45 +41,44 @@ Examples = AnchorCache | Dataset[Any] | Sequence[Any]
 
 
 class OnlineRetention(AnchorRetention):
-    """Drift of the model's output from that of a teacher which is computed on the fly, on the same anchors.
+    """Drift of the model's output from that of a teacher that runs in every pass, on the same anchors.
 
-    By what the output is (`Reading.output`): of classes KL(teacher || model) in nats per valid position, as
-    `LogitRetention`; of labels as `BernoulliRetention`; of values as `OutputRetention` with "mse", their variances
-    measured once, on at most 256 anchors. With adapters (PEFT) the teacher is the model with its adapters
-    switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are the same, to the bit.
+    The distance depends on the output (`Reading.output`): KL(teacher || model) in nats per valid position for classes,
+    as in `LogitRetention`; as in `BernoulliRetention` for labels; as in `OutputRetention` with "mse" for values, whose
+    variances are measured once, on at most 256 anchors. With adapters (PEFT) the teacher is the model with its adapters
+    switched off: no cache, no copy, nothing on disk. At the first step of LoRA both are equal bit for bit.
 
     Example:
         model = peft.get_peft_model(base, peft.LoraConfig(...))
         retention = OnlineRetention(model, dataset, batch_size=8, collate=collator)
         retention().backward()
 
-    Cost: a forward of the teacher without gradients, on top of the model's forward and backward; memory for the
-    teacher's logits of one batch, where they are not computed in pieces. `LogitRetention` pays for the teacher once,
-    and with disk. A deep copy shares the anchors, and a teacher that is a module.
+    Cost: a forward of the teacher without gradients, besides the model's forward and backward; memory for the teacher's
+    logits of one batch, if they are not computed in pieces. `LogitRetention` pays for the teacher once, and with disk.
+    A deep copy shares the anchors, and a teacher module.
 
     Args:
         model: The model in training, on its device, in either mode.
-        anchors: Single examples, as a `DataLoader` takes them: a map-style dataset or a sequence; or an `AnchorCache`,
-            of which the inputs are used. `labels` are not passed to models of transformers: their loss is not needed.
+        anchors: Single examples, as a `DataLoader` takes them (a map-style dataset or a sequence), or an `AnchorCache`,
+            for its inputs. `labels` are not passed to models of transformers: their loss is not needed.
         batch_size: Anchors per pass (and process).
-        teacher: None: the model with its adapters switched off. A module: a frozen copy, on any device. A function
-            that returns a context manager: the model within that; `Snapshot(model)`, made before fine-tuning, is one
-            that keeps the old weights on the CPU.
-        collate: Makes a batch of a list of examples, as for a `DataLoader`. The model is called with it as it is, on
-            its device: tensors need not be `[B, ...]`. Texts and None are left out of a mapping. None: torch's
-            `default_collate`.
-        reading: Its `forward`, also called with the teacher, if that is a module; its `output` and `class_dim`; its
-            `mask`, by default `attention_mask` (of an encoder-decoder model `decoder_attention_mask`, else its labels
-            that are not -100) where its shape fits, else all; its `autocast`. None: a cache's own.
-        **settings: See `AnchorRetention`; `seed` is also of what `anchors` and `collate` draw. And fields of `Reading`
-            by keyword, instead of those of `reading`: `class_dim`, `output`, `mask` and so on.
+        teacher: The teacher. None: the model with its adapters switched off. A module: a frozen copy, on any device. A
+            function that returns a context manager: the model within it, such as `Snapshot(model)`, made before
+            fine-tuning, which keeps the old weights on the CPU.
+        collate: Function that makes a batch from a list of examples, as for a `DataLoader`. The model is called with
+            the batch on its device: tensors need not be `[B, ...]`. Texts and None in a mapping are left out. None:
+            torch's `default_collate`.
+        reading: The `Reading`. Used are its `forward`, also called with a teacher module; `output` and `class_dim`;
+            `mask`, by default `attention_mask` (for an encoder-decoder model `decoder_attention_mask`, else its labels
+            that are not -100) if its shape fits, else all; and `autocast`. None: a cache's own.
+        **settings: Arguments of `AnchorRetention`; `seed` also sets the random numbers of `anchors` and `collate`. And
+            fields of `Reading` by keyword, instead of those of `reading`: `class_dim`, `output`, `mask` and so on.
 
     Raises:
-        TypeError: `anchors` are not a sequence of examples, `teacher` is none of the three, or there is no such
-            argument.
+        TypeError: `anchors` are not a sequence of examples, `teacher` is none of the three, or an argument is unknown.
         ValueError: There is no teacher (no adapters, a learned prompt), it shares trainable parameters with the model,
-            there are fewer anchors than a batch, or `reading` names several outputs: make one closure of each. In a
-            call: nothing says what the output is, or it is something else; also see `teachers.adapters_off`.
+            there are fewer anchors than a batch, or `reading` names several outputs: make a closure for each. In a
+            call: the kind of the output is unknown or wrong; also see `teachers.adapters_off`.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class OnlineRetention(AnchorRetention):
 
     @property
     def unit(self) -> str:  # type: ignore[override]
-        """Unit of L_ret, in words; of an output that tells its kind at the first pass, of classes before."""
+        """Unit of L_ret, in words; that of classes until the first pass has detected the kind of the output."""
         return _UNITS[self._kind]
 
     def _taught(self, batch: AnchorBatch, seed: int) -> AnchorBatch:
@@ -173,14 +172,14 @@ class OnlineRetention(AnchorRetention):
         else:
             switched = adapters_off(self.model) if teacher is None else teacher()
         with torch.no_grad(), switched, self._pass(seed, other):
-            # It tells what the output is, once; a mask that is a function need not run for that again
+            # The kind of the output is detected once; a mask function need not run for that again
             valid = None if self._outputs.known else self._valid(batch.inputs)
             return self._output(batch.inputs, valid, other, taught=True)
 
     def _output(
         self, inputs: Inputs, valid: Tensor | None, other: nn.Module | None = None, *, taught: bool = False
     ) -> Rows:
-        """Output of the model, or of a teacher that is a module of its own, at all positions."""
+        """Output of the model, or of a teacher module, at all positions."""
         model, device = (self.model, self.device) if other is None else (other, device_of(other))
         inputs = to_device(inputs, device)
         head = self._head_of(model, inputs, taught) if self._outputs.known else None
@@ -192,18 +191,18 @@ class OnlineRetention(AnchorRetention):
         return rows_of(found, None)
 
     def _head_of(self, model: nn.Module, inputs: Inputs, taught: bool) -> LinearHead | None:
-        """The head of the model, or of a teacher, if its logits can be left to the comparison."""
+        """The head of the model or teacher, if the comparison can compute its logits."""
         beside = taught and model is not self.teacher  # the model itself, within a context
         if beside and self.teacher is not None:
-            return None  # nobody knows which weights it has outside of it
+            return None  # its weights outside of the context are unknown
         if model not in self._heads:
             head = None
             if self._outputs.one_softmax(2) and not is_compiled(model):
-                with isolated_rng(device_of(model), None):  # what the pass draws is not to depend on this
+                with isolated_rng(device_of(model), None):  # the pass' random numbers must not depend on this
                     head = linear_head(model, inputs, forward=self.reading.forward)
             self._heads[model] = head
         head = self._heads[model]
-        # The weights that it has when logits are compared must be the teacher's
+        # Its weights when logits are compared must be the teacher's
         trains = head is not None and any(p.requires_grad for p in head.head.parameters())
         return None if beside and trains else head
 
@@ -304,7 +303,7 @@ class _Collated:
 
 
 def _stacked(examples: list[Any]) -> Any:
-    """A batch, by torch's `default_collate`; of tensors only."""
+    """A batch by torch's `default_collate`, its tensors only."""
     hint = (
         "Pass a collator that stacks and pads them, such as collate=transformers.DataCollatorWithPadding(tokenizer), "
         "or turn them into tensors."
@@ -328,7 +327,7 @@ def _stacked(examples: list[Any]) -> Any:
 
 @contextmanager
 def _isolated_host_rng(seed: int) -> Iterator[None]:
-    """Within the block Python's and NumPy's global generators start from `seed`; afterwards they are as before."""
+    """Starts Python's and NumPy's global generators from `seed` in the block; afterwards they are as before."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the legacy one is what datasets draw from
     try:
         random.seed(seed)

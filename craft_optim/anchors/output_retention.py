@@ -23,12 +23,12 @@ UNITS = {
 
 
 def values_term(student: Tensor, teacher: Tensor, loss: str, scales: Tensor | None) -> tuple[Tensor, int]:
-    """Mean distance over `[positions, V]`, and the number that it is the mean of; (0, 0) if there is nothing.
+    """Mean distance over `[positions, V]`, and the number of terms in it; (0, 0) if there are none.
 
     Args:
         student, teacher: Values of the model and of its teacher.
-        loss: One of `UNITS`.
-        scales: Of "mse", the variance of each channel.
+        loss: Name of the distance, one of `UNITS`.
+        scales: Variance of each channel, for "mse".
     """
     pairs = len(student) * (len(student) - 1)
     count = pairs if loss == "similarity" else len(student)
@@ -53,23 +53,23 @@ class OutputRetention(OneOutput):
         L_ret = mean over pairs i != j of  (cos(y_i, y_j) - cos(y0_i, y0_j))^2                     (loss="similarity")
 
     "mse" is for values with a scale: regressions, denoisers, series, velocity fields. Var is the variance of a channel
-    over the cached anchors and positions, so 1 means: moved as far as the teacher's own values are spread; each channel
-    counts alike, whatever its unit. A channel that the teacher keeps constant is measured in the mean variance of all.
-    "cosine" is for embeddings whose direction counts, "similarity" for those of which only the distances among each
-    other do, as in retrieval: it compares the anchors of a batch (and process) pair by pair, and lets the whole space
-    turn (Tung and Mori 2019).
+    over the cached anchors and positions, so 1 means that values have moved as far as the teacher's own are spread;
+    each channel counts alike, whatever its unit. A channel that is constant in the teacher is divided by the mean
+    variance of all. "cosine" is for embeddings whose direction counts, "similarity" for embeddings whose mutual
+    distances count, as in retrieval: it compares the anchors of a batch (and process) pair by pair, and leaves the
+    whole space free to rotate (Tung and Mori 2019).
 
     Example:
         anchors = build(model, batches, "anchors/", output="values")  # before fine-tuning
         retention = OutputRetention(model, anchors, batch_size=16)
 
     Args:
-        model, cache, batch_size, output, mask, **settings: See `OneOutput`. The cache must hold values. "similarity"
-            needs two anchors per batch.
+        model, cache, batch_size, output, mask, **settings: Arguments of `OneOutput`. The cache must hold values.
+            "similarity" needs two anchors per batch.
         loss: "mse", "cosine" or "similarity".
 
     Raises:
-        ValueError: The cache has no values, or such as do not vary over the anchors, or fewer anchors than a batch.
+        ValueError: The cache has no values, or values that do not vary over the anchors, or fewer anchors than a batch.
     """
 
     kind = "values"
@@ -99,10 +99,10 @@ class OutputRetention(OneOutput):
                 )
 
     def drift_of_each(self, *args: Any, **kwargs: Any) -> DriftOfEach:
-        """See `CachedRetention.drift_of_each`.
+        """Measures each anchor; see `CachedRetention.drift_of_each`.
 
         Raises:
-            TypeError: Of loss="similarity", which no single anchor has.
+            TypeError: The loss is "similarity", which a single anchor does not have.
         """
         if self.distance == "similarity":
             raise TypeError("loss='similarity' compares anchors with each other: no single one has a drift.")

@@ -1,4 +1,4 @@
-"""What a model gives: classes of one softmax, labels of their own, or values. Found out, or asked for."""
+"""Outputs of a model: classes of one softmax, independent labels, or values; declared or detected."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -32,7 +32,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "values": ("values",),
 }
 
-_MANY = {"labels": 32, "classes": 128}  # so many logits are hardly in [0, 1] by chance
+_MANY = {"labels": 32, "classes": 128}  # that many logits are hardly all in [0, 1] by chance
 _FORWARD = "pass a `forward=` that returns such a tensor, or output=None and `layers`."
 
 
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     """One output of a batch.
 
     Attributes:
-        values: `[positions, V]`: those of the valid positions, or of all; of classes also a head's that has not run.
+        values: `[positions, V]` at the valid positions, or at all; classes may be those of a head that has not run.
         shape: Shape of all positions, the anchors first.
     """
 
@@ -49,14 +49,14 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Tensor, valid: Tensor | None) -> Rows:
-    """`[B, ..., V]` at the valid positions, if the mask has their shape; else at all."""
+    """Rows of `[B, ..., V]` at the valid positions, if the mask fits their shape, else at all."""
     shape = tuple(x.shape[:-1])
     fits = valid is not None and tuple(valid.shape) == shape
     return Rows(rows(x, valid if fits else None), shape)
 
 
 def rows_where(output: Rows, valid: Tensor | None) -> LogitRows:
-    """Of an output at all positions those that `valid`, on the CPU, selects; None selects all.
+    """Rows of an output that `valid`, on the CPU, selects among all positions; None selects all.
 
     Raises:
         ValueError: The mask has another shape than the positions.
@@ -66,20 +66,21 @@ def rows_where(output: Rows, valid: Tensor | None) -> LogitRows:
 
 
 def feature(name: str, head: str) -> str:
-    """Name of a feature of an output that has a name of its own; "" is the only one."""
+    """Name of a feature of the named output `head`; "" is the only one."""
     return f"{name}.{head}" if head else name
 
 
 class Outputs:
     """The outputs of a model that are wanted, by name; "" is the name of the only one.
 
-    The first call finds out what they are; later ones must be alike.
+    The first call detects their kinds; later outputs must be alike.
 
     Args:
-        model: As given; its config is asked, where it is a model of transformers.
-        kinds: "auto", a kind, or name -> kind: a key or attribute of what the model returns, or a place of a tuple.
-        dims: Dimension of the classes, for all or by name; None to find out.
-        known: Those that were found out before.
+        model: The model; its config is read if it is a model of transformers.
+        kinds: "auto", a kind, or name -> kind; a name is a key or attribute of the model's output, or a place of a
+            tuple.
+        dims: Dimension of the classes, for all or by name; None to detect it.
+        known: Outputs that were detected before.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Outputs:
         self._kinds = dict(kinds) if isinstance(kinds, Mapping) else {"": kinds}
         self._dims = {name: dims.get(name) if isinstance(dims, Mapping) else dims for name in self._kinds}
         self.known: dict[str, Output] = dict(known or {})
-        self._range: dict[str, tuple[int, float, float]] = {}  # count, least and largest of the first
+        self._range: dict[str, tuple[int, float, float]] = {}  # count, least and largest value of the first
 
     @property
     def names(self) -> list[str]:
@@ -102,11 +103,11 @@ class Outputs:
 
     @property
     def kinds(self) -> list[str]:
-        """What they were said to be."""
+        """The declared kinds of the outputs."""
         return list(self._kinds.values())
 
     def one_softmax(self, ndim: int) -> bool:
-        """True if the only output is classes, which come after that many dimensions."""
+        """True if the only output is classes, in the dimension after `ndim` others."""
         only = self.known.get("")
         return only is not None and only.kind == "classes" and only.dim == ndim
 
@@ -114,14 +115,14 @@ class Outputs:
         """The outputs `[B, ..., V]`, by name.
 
         Args:
-            output: What the model, or a `forward`, returned.
-            inputs: What it was run on.
-            size: Number of anchors; None if it is not known.
-            valid: The mask of positions, if there is one.
+            output: Result of the model or of a `forward`.
+            inputs: Batch that it was run on.
+            size: Number of anchors; None if unknown.
+            valid: Mask of positions, if any.
 
         Raises:
-            OutputError: One is missing, is no float tensor of that many anchors, is another than before, or cannot be
-                told.
+            OutputError: An output is missing, is not a float tensor of that many anchors, differs in kind from before,
+                or is of unclear kind.
         """
         found = {}
         for name, kind in self._kinds.items():
@@ -151,7 +152,7 @@ class Outputs:
         self._range[name] = count, low, high
         if low < 0.0 or high > 1.0 or count >= _MANY[kind]:
             del self._range[name]
-            # Constant is a head that is zero at first; small numbers are an untrained one's
+            # A head that is zero at first gives constants, an untrained one small numbers
             if 0.0 <= low < high <= 1.0 and high > 0.5:
                 warn(
                     f"All {count} numbers of the output {named(name)}{tuple(x.shape)} are in [0, 1]. "
@@ -177,13 +178,13 @@ class Outputs:
 
 
 def whole(x: Tensor) -> Tensor:
-    """The tensor itself; of one that tensor parallelism has split, all of it."""
+    """The tensor itself, or all of one that tensor parallelism has split."""
     gather = getattr(x, "full_tensor", None)
     return x if gather is None else cast(Tensor, gather())
 
 
 def if_grown(shape: tuple[int, ...], known: Output, inputs: Any) -> str:
-    """What to do if an output of this shape has more classes than before, in words."""
+    """Advice in words if an output of this shape has more classes than before."""
     if known.dim >= len(shape) or shape[known.dim] <= known.size:
         return ""
     called = "batch" if isinstance(inputs, Tensor) else "**batch" if isinstance(inputs, dict) else "*batch"
@@ -197,7 +198,7 @@ def if_grown(shape: tuple[int, ...], known: Output, inputs: Any) -> str:
 
 
 def _at(output: Any, name: str) -> Any:
-    """What the model returned by that name: a key, a place or an attribute; None if there is nothing."""
+    """The model's output with that name: a key, a place or an attribute; None if there is none."""
     if isinstance(output, Tensor):  # its attributes, such as `T`, are not the model's
         return None
     if isinstance(output, Mapping):

@@ -1,19 +1,19 @@
-"""Tensors as a shard stores them, see `shards`: anchors that differ in length one after another, without padding."""
+"""Packing of a shard's tensors, see `shards`: anchors of different lengths one after another, without padding."""
 
 import torch
 from torch import Tensor
 
 __all__ = ["MAX_LEFT_OUT", "packed"]
 
-# Positions at an anchor's end that are left out at most: a small file that is wrong must not make a large tensor.
+# Most positions left out at an anchor's end: a small file with an error must not make a large tensor.
 MAX_LEFT_OUT = 1 << 20
 
 
 def packed(key: str, parts: list[Tensor]) -> dict[str, Tensor]:
     """Batches `[b, T, ...]` of one tensor as a shard stores them: under `key` and, if they are packed, its index.
 
-    They are if they differ in T, or if leaving out repeated values at the ends of integers and booleans `[b, T]` makes
-    a tenth of it go away.
+    They are packed if they differ in T, or if integers or booleans `[b, T]` shrink by a tenth without the repeated
+    values at their ends.
     """
     first = parts[0]
     if first.ndim < 2:
@@ -42,6 +42,6 @@ def _split(parts: list[Tensor], lengths: Tensor) -> list[tuple[Tensor, list[int]
 
 
 def _without_repetition(part: Tensor) -> Tensor:
-    """The place in each anchor `[T]` at which the run of its last value begins; int32 `[b]`."""
+    """Position in each anchor `[T]` where the run of its last value begins; int32 `[b]`."""
     same = (part == part[:, -1:]).flip(1).int().cumprod(1).sum(1)
     return (part.shape[1] - same).int()

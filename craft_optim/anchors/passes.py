@@ -1,7 +1,7 @@
-"""Passes over anchors, by the teacher and by every retention loss alike: the model as it is, without noise.
+"""Passes over anchors, alike for the teacher and every retention loss: the model as it is, without noise.
 
-Drift must be the distance between two functions, not noise: dropout is off and normalisation statistics stand still.
-And the training around it must not notice: flags, random numbers and autocast are afterwards what they were.
+Drift must be the distance between two functions, not noise: dropout is off and normalisation statistics are fixed.
+Training must not notice: flags, random numbers and autocast are restored afterwards.
 """
 
 import inspect
@@ -46,7 +46,12 @@ _KINDS = (
     nn.MultiheadAttention,  # drops attention weights by a functional call
 )
 _NAMES = ("Dropout", "DropPath", "StochasticDepth", "BatchNorm", "SpectralNorm")
-_NUMBERS = ("drop", "jitter", "mask_time_prob", "mask_feature_prob")  # in names of probabilities, 0 for no noise
+_NUMBERS = (
+    "drop",
+    "jitter",
+    "mask_time_prob",
+    "mask_feature_prob",
+)  # in names of probabilities; 0 is no noise
 
 
 def is_noisy(module: nn.Module) -> bool:
@@ -65,7 +70,7 @@ def is_noisy(module: nn.Module) -> bool:
 
 
 def _probabilities(owner: Any) -> list[str]:
-    """Names of the owner's numbers that make noise while a module that reads them is in train mode."""
+    """Names of the owner's numbers that make noise in a module in train mode."""
     own = vars(owner)
     text = " ".join(own)
     if not any(part in text for part in _NUMBERS):
@@ -78,10 +83,10 @@ def _probabilities(owner: Any) -> list[str]:
 
 
 def _steady_settings(model: nn.Module) -> Iterator[Setting]:
-    """Noisy modules in eval mode; 0 for the probabilities that others read.
+    """Settings of a steady pass: eval mode for noisy modules, probability 0 elsewhere.
 
-    Those are modules which checkpoint their activations, and so have to stay in train mode, and what a forward reads of
-    a config.
+    Probabilities are set to 0 in modules that checkpoint their activations, which must stay in train mode, and in
+    configs that a forward reads.
     """
     configs = {}
     for module in model.modules():
@@ -108,7 +113,7 @@ def _is_noisy_kind(kind: type[nn.Module]) -> bool:
 
 
 class Statistics:
-    """The running statistics of a model's normalisations, as they are now. Training's forwards move them."""
+    """Current running statistics of a model's normalisations, which forwards in training change."""
 
     def __init__(self, model: nn.Module) -> None:
         self._then = [
@@ -120,12 +125,12 @@ class Statistics:
         ]
 
     def moved(self) -> bool:
-        """True if they are others now."""
+        """True if the statistics have changed since."""
         return any(not torch.equal(getattr(module, name).to(x.device), x) for module, name, x in self._then)
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """Within the block the model has them as they were."""
+        """Gives the model the recorded statistics within the block."""
         now = [getattr(module, name) for module, name, _ in self._then]
         try:
             for (module, name, then), x in zip(self._then, now, strict=True):
@@ -138,11 +143,11 @@ class Statistics:
 
 @contextmanager
 def steady(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the block nothing is random and normalisation stands still; afterwards everything is what it was.
+    """Turns randomness off and fixes normalisation within the block; afterwards everything is what it was.
 
-    Noisy modules are in eval mode. Others keep theirs: `model.eval()` would switch gradient checkpointing off. Of
-    modules that checkpoint, and of configs, the probabilities are 0. Yields a function that makes a loss remember this
-    for its backward; without activation checkpointing it changes nothing. A compiled model is compiled once more for
+    Noisy modules are in eval mode. Others keep their mode: `model.eval()` would switch gradient checkpointing off.
+    Probabilities in modules that checkpoint, and in configs, are 0. Yields a function that makes a loss remember this
+    for its backward; it changes nothing without activation checkpointing. A compiled model is compiled once more for
     this mode and keeps both.
     """
     with with_settings([*_steady_settings(model)]) as remember:
@@ -150,9 +155,9 @@ def steady(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def saving_hooks() -> Any:
-    """The hooks that keep what autograd saves now; others within a non-reentrant activation checkpoint.
+    """The current saved-tensor hooks of autograd; a non-reentrant activation checkpoint has its own.
 
-    Always None in torch 2.6, which does not tell.
+    Always None in torch 2.6, which does not expose them.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if top is None else top(True)
@@ -160,7 +165,7 @@ def saving_hooks() -> Any:
 
 @contextmanager
 def isolated_rng(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Within the block the CPU's and `device`'s random numbers start from `seed` (None: from where they are).
+    """Starts the CPU's and `device`'s random numbers from `seed` within the block (None: from their current state).
 
     Afterwards both generators are as before.
     """
@@ -183,7 +188,7 @@ def isolated_rng(device: torch.device, seed: int | None) -> Iterator[None]:
 
 
 def autocast_dtype(device: torch.device, wanted: torch.dtype | None) -> torch.dtype | None:
-    """The dtype that a pass with `autocast=wanted` runs under now; None where autocast is off."""
+    """Autocast dtype of a pass with `autocast=wanted` now; None if autocast is off."""
     if wanted is not None:
         return wanted
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -203,7 +208,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """The batch on `device`; tensors that are there already are not copied."""
+    """The batch on `device`; tensors already there are not copied."""
 
     def move(x: Any) -> Any:
         return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x.to(device)
@@ -213,7 +218,7 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 
 
 def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
-    """`forward(model, inputs)`, or the model on the tensor, the tuple or the mapping.
+    """Calls `forward(model, inputs)`, or the model on the tensor, tuple or mapping.
 
     `labels` are not passed to models of transformers: their loss is not needed.
     """
@@ -235,13 +240,13 @@ def call(model: nn.Module, inputs: Inputs, forward: Forward | None) -> Any:
                 "need the model's inputs alone, without labels: leave others out of the batches, or pass "
                 f"forward=lambda model, batch: model(batch[{next(iter(kwargs), 0)!r}])."
             ) from error
-        except ValueError:  # it does not tell what it takes
+        except ValueError:  # its arguments are unknown
             pass
         raise
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """True if torch.compile has the model, or a module in it."""
+    """True if the model, or a module in it, is compiled by torch.compile."""
     return any(
         type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
@@ -249,12 +254,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
-    """True if transformers says so."""
+    """True if the model's transformers config says that it is an encoder-decoder model."""
     return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
 
 
 def _labels_are_targets(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
-    """True if `labels` would do no more than make a model of transformers compute its loss."""
+    """True if `labels` would only make a model of transformers compute its loss."""
     if getattr(unwrapped(model), "config", None) is None:
         return False
     derived = "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs
@@ -262,7 +267,7 @@ def _labels_are_targets(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits in what a model or a `forward` returned: the tensor itself, `.logits`, or `["logits"]`."""
+    """The logits in the output of a model or `forward`: the tensor itself, `.logits`, or `["logits"]`."""
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)

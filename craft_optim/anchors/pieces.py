@@ -1,12 +1,11 @@
 """Distances of logits `[P, V]` from a teacher's, in pieces of positions: the loss and its gradient in one go.
 
-A distance that autograd takes apart keeps several copies of the logits, and each is P V numbers: of 1,024 positions and
-257,152 classes a gigabyte. Here a piece of positions gives its part of the loss and of the gradient before the next
-one is looked at. Of logits that are there the gradient is kept, P V numbers in their dtype; of a linear head that has
-not run yet only the gradients of what it is given, P D numbers, and of its own weights if they train. `losses` has the
-same distances as formulas.
+Under autograd a distance keeps several copies of the logits, each of P V numbers: a gigabyte for 1,024 positions and
+257,152 classes. Here each piece of positions gives its part of the loss and of the gradient before the next one begins.
+For given logits the gradient is kept, P V numbers in their dtype; for a linear head that has not run, only the
+gradients of its input, P D numbers, and of its weights if they train. `losses` has the same distances as formulas.
 
-A backward consumes the gradient: there is one for each forward, and no second derivative.
+A backward consumes the gradient: one backward per forward, and no second derivative.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,9 +37,9 @@ __all__ = [
 ]
 
 _PIECE = 1 << 24
-"""Bytes of a piece of logits in float32: small beside a model, and long enough for a matrix product to be fast"""
+"""Bytes of a piece of logits in float32: small beside a model, large enough for a fast matrix product"""
 _LIFT = 1024.0
-"""Factor on gradients in float16: those of most classes are subnormal without it"""
+"""Factor on gradients in float16: most classes' are subnormal without it"""
 
 
 class Distance(Protocol):
@@ -50,10 +49,10 @@ class Distance(Protocol):
         """The distance of each position, `[n]`.
 
         Args:
-            z: Logits `[n, V]`, float32 or float64; theirs to overwrite, with the gradient of the sum of the distances
-                where that is asked for.
-            at: Which of the P positions they are.
-            gradient: Whether it is.
+            z: Logits `[n, V]`, float32 or float64; may be overwritten, with the gradient of the sum of the distances if
+                `gradient`.
+            at: Slice of the P positions.
+            gradient: True to write the gradient into `z`.
         """
         ...
 
@@ -63,13 +62,13 @@ class HeadRows:
     """Logits `[P, V]` of a linear head that has not run: `cap tanh(scale y / cap)` of y = hidden W^T + b.
 
     Attributes:
-        hidden: `[P, D]`.
-        weight: `[V, D]`.
-        bias: `[V]`, or None.
-        dtype: Of y: the model's, or autocast's.
-        scale: What the model multiplies y by.
-        cap: The bound of its softcapping; None without one.
-        gather: Makes a context within which weight and bias have their values; see `gathered`.
+        hidden: Input of the head, `[P, D]`.
+        weight: Weight, `[V, D]`.
+        bias: Bias, `[V]`, or None.
+        dtype: Dtype of y: the model's, or autocast's.
+        scale: Factor that the model multiplies y by.
+        cap: Bound of the model's softcapping; None without one.
+        gather: Function that makes a context within which weight and bias have their values; see `gathered`.
     """
 
     hidden: Tensor
@@ -92,17 +91,17 @@ class HeadRows:
         return len(self.hidden)
 
     def detached(self) -> "HeadRows":
-        """The same without a graph."""
+        """The same rows without a graph."""
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
     def converted(self) -> "HeadRows":
-        """The same with all in `dtype`: once, before many pieces."""
+        """The same rows with all tensors in `dtype`: once, before many pieces."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return replace(self, hidden=self.hidden.to(self.dtype), weight=self.weight.to(self.dtype), bias=bias)
 
     def logits(self) -> Tensor:
-        """All of them, as the model computes them."""
+        """All logits, as the model computes them."""
         of = self.converted()
         with torch.autocast(self.device.type, enabled=False):
             y = F.linear(of.hidden, of.weight, of.bias)
@@ -114,32 +113,32 @@ LogitRows = Tensor | HeadRows
 
 
 def gathered(rows: LogitRows) -> AbstractContextManager[Any]:
-    """Within the block logits can be computed, of a head whose weights are spread over processes, too.
+    """Makes logits computable within the block, also for a head whose weights are sharded over processes.
 
-    Each of them has to enter as often as the others, with positions or without.
+    Each process must enter as often as the others, with positions or without.
     """
     return nullcontext() if isinstance(rows, Tensor) else rows.gather()
 
 
 def rows_at(rows: LogitRows, places: Tensor) -> LogitRows:
-    """Some of the positions, by numbers on the CPU."""
+    """Rows at some positions, by indices on the CPU."""
     return select(rows, places) if isinstance(rows, Tensor) else replace(rows, hidden=select(rows.hidden, places))
 
 
 def split_rows(rows: LogitRows, counts: list[int] | int) -> Sequence[LogitRows]:
-    """As `torch.split`, over positions."""
+    """Splits rows over positions, as `torch.split`."""
     if isinstance(rows, Tensor):
         return torch.split(rows, counts)
     return [replace(rows, hidden=x) for x in torch.split(rows.hidden, counts)]
 
 
 def none_of(rows: LogitRows) -> Tensor:
-    """0 with the graph of no position."""
+    """The scalar 0 with the graph of no position."""
     return (rows if isinstance(rows, Tensor) else rows.hidden).float().sum()
 
 
 def pieces_of(rows: LogitRows, budget: int = _PIECE) -> Iterator[tuple[slice, Tensor]]:
-    """Positions and their logits `[n, V]`, piece by piece; those of a head, `gathered`, are computed on the way."""
+    """Positions and their logits `[n, V]`, piece by piece; a head's, `gathered`, are computed on the way."""
     count = _count(rows, budget)
     rows = rows if isinstance(rows, Tensor) else rows.converted()
     return ((at, _piece(rows, at)) for at in _ranges(len(rows), count))
@@ -153,12 +152,12 @@ def distance_in_pieces(rows: LogitRows, distance: Distance, budget: int = _PIECE
     """Mean distance over positions, a scalar, float32 or wider.
 
     Args:
-        rows: One position or more, `gathered`.
-        distance: From the teacher.
+        rows: Logits of at least one position, `gathered`.
+        distance: Distance from the teacher.
         budget: Bytes of a piece in float32; at least one position is taken at a time.
     """
     count = _count(rows, budget)
-    if not torch.is_grad_enabled():  # a function's forward is not told
+    if not torch.is_grad_enabled():  # unknown in a function's forward
         rows = rows.detach() if isinstance(rows, Tensor) else rows.detached()
     with torch.autocast(rows.device.type, enabled=False):
         if isinstance(rows, Tensor):
@@ -169,12 +168,12 @@ def distance_in_pieces(rows: LogitRows, distance: Distance, budget: int = _PIECE
 
 
 def piece_bytes(rows: LogitRows, budget: int = _PIECE) -> int:
-    """Bytes in float32 of the logits that are there at a time."""
+    """Bytes in float32 of the logits that exist at a time."""
     return 4 * rows.shape[-1] * min(_count(rows, budget), len(rows))
 
 
 def _count(rows: LogitRows, budget: int) -> int:
-    """Positions of a piece; of a head at least D / 16, as its weights are read for each piece."""
+    """Positions per piece; for a head at least D / 16, as each piece reads its weights."""
     least = 1 if isinstance(rows, Tensor) else rows.hidden.shape[-1] // 16
     return max(1, least, budget // (4 * max(rows.shape[-1], 1)))
 
@@ -191,12 +190,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _OfLogits(torch.autograd.Function):
-    """Of logits that are there; keeps one copy in their dtype, of float16 in float32."""
+    """Distance of given logits; keeps one copy in their dtype, or in float32 for float16."""
 
     @staticmethod
     def forward(ctx: Any, distance: Distance, count: int, logits: Tensor) -> Tensor:
         wide, wanted = _wide(logits.dtype), ctx.needs_input_grad[2]
-        # No loss scale has been put on it yet: of many classes most are too small for float16
+        # No loss scale is applied yet: with many classes most gradients are too small for float16
         dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         kept = torch.empty_like(logits, dtype=dtype) if wanted else None
         total = torch.zeros((), dtype=wide, device=logits.device)
@@ -219,7 +218,7 @@ class _OfLogits(torch.autograd.Function):
 
 
 class _OfHead(torch.autograd.Function):
-    """Of a head that has not run; keeps gradients of what it is given and of its weights, in float32 or wider."""
+    """Distance of a head's logits; keeps gradients of the head's input and weights, in float32 or wider."""
 
     @staticmethod
     def forward(
@@ -280,11 +279,11 @@ def _taken(ctx: Any) -> Any:
 
 
 def kl_of(teacher: Mapping[str, LogitRows]) -> Distance:
-    """KL(teacher || softmax(z)) of each position, as `losses.kl_divergence` and `losses.topk_kl_divergence`.
+    """KL(teacher || softmax(z)) at each position, as `losses.kl_divergence` and `losses.topk_kl_divergence`.
 
     Args:
-        teacher: "logprobs" `[P, V]`, which may be a head's that has not run; or "topk_logprobs" and "topk_indices"
-            `[P, k]` and, with k < V, "rest_logprob" `[P]`.
+        teacher: Mapping with "logprobs" `[P, V]`, which may be of a head that has not run; or with "topk_logprobs" and
+            "topk_indices" `[P, k]` and, if k < V, "rest_logprob" `[P]`.
     """
     if "logprobs" in teacher:
         return _Full(teacher["logprobs"])
@@ -298,7 +297,7 @@ class _Full:
 
     def __call__(self, z: Tensor, at: slice, gradient: bool) -> Tensor:
         teacher = _piece(self.logprobs, at).to(z.device, z.dtype)
-        # Alike, so that the same logits have the same logarithms to the bit, and no distance
+        # Computed alike, so that equal logits have bitwise equal logarithms, and no distance
         log_p, log_q = (F.log_softmax(x, dim=-1) for x in (teacher, z))
         found = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         if gradient:
@@ -330,16 +329,16 @@ class _TopK:
             apart = log_q.exp_().sub_(log_p.exp_())
             if everything:
                 z.scatter_(-1, indices, apart)
-            else:  # what the rest has too much of, shared out as its softmax
+            else:  # the rest's excess, distributed as its softmax
                 z.sub_(log_rest).exp_().mul_(apart[:, -1:]).scatter_(-1, indices, apart[:, :-1])
         return found
 
 
 def bernoulli_of(logits: Tensor) -> Distance:
-    """KL of each label's own distribution, the mean over a position's labels, as `losses.bernoulli_kl`.
+    """KL of each label's own distribution, averaged over a position's labels, as `losses.bernoulli_kl`.
 
     Args:
-        logits: The teacher's, `[P, L]`.
+        logits: The teacher's logits, `[P, L]`.
     """
     return _Bernoulli(logits)
 
@@ -361,7 +360,7 @@ def likelihood_of(tokens: Tensor) -> Distance:
     """-log softmax(z) of each position's token.
 
     Args:
-        tokens: `[P]`.
+        tokens: Token of each position, `[P]`.
     """
     return _Token(tokens)
 

@@ -1,4 +1,4 @@
-"""The processes that build a cache together, and what they tell each other."""
+"""Team: the processes that build a cache together, and their messages."""
 
 import logging
 import threading
@@ -13,7 +13,7 @@ from .names import class_names
 
 __all__ = ["Team", "find_team"]
 
-_PATIENCE = 20.0  # seconds before a process says what it is waiting for
+_PATIENCE = 20.0  # seconds before a process logs what it is waiting for
 _log = logging.getLogger("craft_optim")
 
 
@@ -22,9 +22,10 @@ class Team:
 
     Attributes:
         rank: Place of this process among those that see different batches.
-        world_size: Their number.
-        writes: True if this one writes. Of processes that hold parts of the same layers (tensor parallelism), one does.
-        sharded: True if a forward needs all processes, as under FSDP: each has to run as many.
+        world_size: Number of these processes.
+        writes: True if this process writes. One of the processes that hold parts of the same layers (tensor
+            parallelism) does.
+        sharded: True if a forward needs all processes, as under FSDP: each must run as many.
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class Team:
 
     @property
     def several(self) -> bool:
-        """True if there is anybody to agree with."""
+        """True if there are other processes."""
         return self._group is not None
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank in the group. Says so if the others do not come."""
+        """The values of all processes, by rank in the group. Logs a line if the others do not come."""
         if self._group is None:
             return [value]
         with _said_if_late():
@@ -48,7 +49,7 @@ class Team:
         return values
 
     def anyone(self, flag: bool) -> bool:
-        """True if the flag is set on any process. Each of them has to ask as often as the others."""
+        """True if the flag is set on any process. Each process must ask as often as the others."""
         return any(self.gather(flag))
 
 
@@ -74,8 +75,9 @@ def find_team(model: nn.Module, process_group: dist.ProcessGroup | Literal[False
     """The processes that call `build` now.
 
     Args:
-        model: The teacher, as it is spread over them.
-        process_group: None: all of torch.distributed's, if that is initialised; False: this one alone.
+        model: The teacher, as it is spread over the processes.
+        process_group: Group of the processes. None: all of torch.distributed, if it is initialised. False: this one
+            alone.
     """
     if process_group is False or not (dist.is_available() and dist.is_initialized()):
         return Team(None)

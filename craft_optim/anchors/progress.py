@@ -1,4 +1,4 @@
-"""A bar that counts anchors."""
+"""Progress: a bar that counts anchors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ __all__ = ["anchor_bar"]
 
 @contextmanager
 def anchor_bar(progress: bool | None, title: str) -> Iterator[tuple[Callable[[int, int | None], Any], bool]]:
-    """A function to call after each batch with its size and the total, and True if lines are to be logged instead.
+    """Yields a function to call after each batch with its size and the total, and True to log lines instead.
 
     Args:
-        progress: True shows it, False does not. None: only on a terminal.
-        title: Name of their source, such as the teacher.
+        progress: True to show the bar. None: only on a terminal.
+        title: Name of the anchors' source, such as the teacher.
     """
     if progress is not False:
         try:

@@ -1,4 +1,4 @@
-"""Reading: how a model is run on anchors, and what of it is compared. `build` and every retention pass share one."""
+"""Reading: how a model is run on anchors, and which outputs are compared, in `build` and every retention pass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,15 +23,15 @@ __all__ = ["AnchorMismatchError", "Reading", "name_of", "reading_of", "require_f
 
 
 class AnchorMismatchError(ValueError):
-    """The model is not read as its teacher was, or does not reproduce it: drift against it would mean nothing."""
+    """The model is not read as its teacher was, or does not reproduce it: drift would mean nothing."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The way in which a model is run on anchors, and what is compared; `dataclasses.replace` changes a part.
+    """Way to run a model on anchors, and outputs to compare; `dataclasses.replace` changes a part.
 
-    Give it, or its fields by keyword, to `build`, and to `AnchorCache.open` in later runs; the closures take it from
-    the cache. Without one the model is called on the batch, and what counts is what its `attention_mask` covers.
+    Pass it, or its fields by keyword, to `build`, and to `AnchorCache.open` in later runs; the closures take it from
+    the cache. Without one the model is called on the batch, and the positions of its `attention_mask` count.
 
     Example:
         reading = Reading(forward=run, mask="answer")
@@ -40,33 +40,32 @@ class Reading:
         retention = cache.retention(model)
 
     Attributes:
-        forward: `forward(model, batch) -> output or None`, instead of the model's call.
-        mask: Positions whose logits count: name of an input, or `mask(batch) -> bool` of the logits' shape without the
-            classes. None: `attention_mask` where its shape fits, else all.
-        spans: `spans(model, batch) -> {span: bool [B, T]}`. None: "all" (`attention_mask`, else every position) and,
-            for Hugging Face's vision-language models, "image" and "text".
+        forward: Function `forward(model, batch) -> output or None` to run instead of the model's call.
+        mask: Positions whose logits count: name of an input, or a function `mask(batch) -> bool` of the logits' shape
+            without the classes. None: `attention_mask` where its shape fits, else all.
+        spans: Function `spans(model, batch) -> {span: bool [B, T]}`. None: "all" (`attention_mask`, else every
+            position) and, for Hugging Face's vision-language models, "image" and "text".
         pooling: Span -> "masked_mean", "mean", "first", "last" or "none", for every layer. None: {"all":
             "masked_mean"}.
         batch_dim: Dimension of the anchors in the hidden states: 1 where layers work on [T, B, D], as torch's
             transformer layers do by default.
         frozen: Names of modules that will not train, such as a vision tower: their outputs are kept, and retention
-            passes leave them out. As long as they do not train; otherwise they run.
-        tokens: Let the teacher continue the batches, greedily, by at most this many tokens (transformers' `generate`),
-            and keep what it wrote: for `TokenRetention`, and as inputs of everything else that is kept. Or a function
+            passes do not run them unless they train after all.
+        tokens: Largest number of tokens by which the teacher continues the batches, greedily (transformers'
+            `generate`). They are kept for `TokenRetention`, and are inputs of all other outputs. Or a function
             `generate(model, batch) -> (inputs, labels)`, see `generation.greedy`.
-        autocast: Dtype of autocast. None: as the caller has it; for a cache, what its teacher ran under.
-        output: What the output is: "classes", logits of one softmax; "labels", a logit for each independent label, as
-            of a binary head; "values", numbers such as a regression, a denoiser or an embedding gives. Of several, name
-            -> kind; names are keys or attributes of what the model returns, or places of a tuple. None: it is not
-            wanted. "auto": found out where a config of transformers, log-probabilities or a vocabulary make it certain,
-            and asked for otherwise.
-        class_dim: Dimension of the classes (of values: of the channels), not 0; of several outputs, name -> dimension.
-            None: the last one where there are at most three; for values as torch has channels, 1 of four or more
-            dimensions and else the last.
-        lengths: `lengths(batch) -> {name: rows of each anchor}` for inputs whose first dimension is not the anchors but
-            the rows of all of them, one anchor after another, such as the patches of all pictures. `build` cuts them up
-            by it; the cache knows the numbers then, and puts the rows of a batch together again. The closures need no
-            such function.
+        autocast: Dtype of autocast. None: the caller's; for a cache, the dtype that its teacher ran under.
+        output: Kind of the output: "classes", logits of one softmax; "labels", a logit for each independent label, as
+            of a binary head; "values", numbers such as a regression, a denoiser or an embedding gives. For several
+            outputs, name -> kind; names are keys or attributes of the model's result, or places of a tuple. None: no
+            output. "auto": detected if a config of transformers, log-probabilities or a vocabulary make it certain,
+            else an error requests it.
+        class_dim: Dimension of the classes (or of the channels of values), not 0; for several outputs, name ->
+            dimension. None: the last of at most three; for values as torch has channels, 1 of four or more dimensions,
+            else the last.
+        lengths: Function `lengths(batch) -> {name: rows of each anchor}` for ragged inputs, whose first dimension is
+            the rows of all anchors, one after another, such as the patches of all pictures. `build` cuts them up by it;
+            the cache keeps the numbers and puts the rows of a batch together again. The closures do not need it.
 
     Raises:
         TypeError, ValueError: A value is of another type, out of range, or excludes another.
@@ -105,10 +104,10 @@ class Reading:
             raise TypeError(f"`frozen` must be names of modules. Found one text, {self.frozen!r}: put it in a list.")
         object.__setattr__(self, "frozen", tuple(self.frozen))
         if isinstance(self.tokens, int):
-            greedy(self.tokens)  # raises now
+            greedy(self.tokens)  # raises here if invalid
 
     def _check_output(self) -> None:
-        """Raises ValueError unless `output` and `class_dim` are what they must be, and go together."""
+        """Raises ValueError unless `output` and `class_dim` are valid and go together."""
         named = isinstance(self.output, Mapping)
         kinds = dict(self.output) if isinstance(self.output, Mapping) else {"": self.output}
         known = KINDS if named else (*KINDS, "auto", None)
@@ -136,13 +135,13 @@ class Reading:
 
     @property
     def generate(self) -> Generate | None:
-        """The function that makes the tokens."""
+        """Function that makes the tokens."""
         return greedy(self.tokens) if isinstance(self.tokens, int) else self.tokens
 
     def in_words(self) -> dict[str, Any]:
-        """All that it sets, as `FeatureSpec` holds it: functions by their names."""
+        """The fields that are set, as `FeatureSpec` holds them: functions by their names."""
         words = {name: value for name, default in _DEFAULTS.items() if (value := getattr(self, name)) != default}
-        words.pop("output", None)  # a manifest has what was found
+        words.pop("output", None)  # a manifest has the detected kind
         words.pop("class_dim", None)
         for name in ("forward", "mask", "spans", "lengths"):
             if callable(words.get(name)):
@@ -166,7 +165,7 @@ def with_fields(reading: Reading, given: Mapping[str, Any], owner: str) -> Readi
     """The reading with some of its fields replaced.
 
     Raises:
-        TypeError: It has no such field; `owner` has no such argument either.
+        TypeError: The field is unknown, and `owner` has no such argument.
     """
     if unknown := sorted(set(given) - set(_DEFAULTS)):
         raise TypeError(f"`{owner}` and `Reading` have no `{unknown[0]}`.")
@@ -175,24 +174,24 @@ def with_fields(reading: Reading, given: Mapping[str, Any], owner: str) -> Readi
 
 def name_of(function: Any) -> str:
     """A function's name in a manifest."""
-    # Without its module: that is "__main__" or not, depending on how a script is started
+    # Without its module, which is "__main__" or not, depending on how a script is started
     name: str = getattr(function, "__qualname__", type(function).__qualname__)
     return name
 
 
 def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
-    """The reading that a cache was built with: the functions of `given`, and all else as its manifest says.
+    """The reading that a cache was built with: functions from `given`, everything else from the manifest.
 
     Raises:
-        AnchorMismatchError: `given` sets something that the teacher was not read with.
+        AnchorMismatchError: `given` differs from the reading of the teacher.
     """
     features, given = cache.features, Reading() if given is None else given
     for name, here in given.in_words().items():
         there = getattr(features, name)
         if name == "pooling" and not features.layers:
             continue
-        # Imported caches do not know. A forward where there was none, as after the vocabulary has grown, has to give
-        # what the teacher gave: pass 0 tells.
+        # Imported caches do not know. A new forward, as after the vocabulary has grown, must give the teacher's
+        # outputs: pass 0 checks that.
         unknown = there is None and (cache.fingerprint is None or name == "forward")
         if here != there and not unknown:
             raise AnchorMismatchError(
@@ -214,10 +213,10 @@ def reading_of(cache: "AnchorCache", given: Reading | None = None) -> Reading:
 
 
 def _output_of(cache: "AnchorCache", given: Reading) -> dict[str, Any]:
-    """`output` and `class_dim` as the manifest has them.
+    """`output` and `class_dim` from the manifest.
 
     Raises:
-        AnchorMismatchError: `given` says something else.
+        AnchorMismatchError: `given` differs from them.
     """
     held = cache.features.outputs
     kinds: Any = {name: output.kind for name, output in held.items()}
@@ -246,12 +245,12 @@ def _ndim(cache: "AnchorCache", name: str) -> int:
     output = cache.features.outputs[name]
     keys = [feature(key, name) for key in FEATURES[output.kind]]
     key = next(key for key in keys if f"features.{key}" in cache.shards[0].entries)
-    joined = key in cache.joined_features  # of these the mask has the shape, without the classes
+    joined = key in cache.joined_features  # the mask has their shape without the classes
     return cache.shards[0].form("features.mask" if joined else f"features.{key}")[1] + joined
 
 
 def require_functions(cache: "AnchorCache", reading: Reading, *names: str) -> None:
-    """Raises AnchorMismatchError if the cache was built with a function of these names that the reading lacks."""
+    """Raises AnchorMismatchError if the reading lacks one of these functions that the cache was built with."""
     for name in names:
         there = getattr(cache.features, name)
         if there is not None and getattr(reading, name) is None:

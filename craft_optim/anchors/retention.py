@@ -1,4 +1,4 @@
-"""Retention on anchors: how far a model has drifted from its teacher, on the batch of anchors of a pass or on all."""
+"""Retention on anchors: drift of a model from its teacher, on the batch of anchors of a pass or on all."""
 
 import copy
 from abc import abstractmethod
@@ -35,7 +35,7 @@ class Anchors(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int] | Tensor) -> AnchorBatch:
-        """The anchors of these numbers, in that order."""
+        """The anchors with these numbers, in that order."""
         ...
 
 
@@ -51,22 +51,22 @@ class Settings(TypedDict, total=False):
 class AnchorRetention(Retention):
     """Retention on anchors; see `LogitRetention`, `HiddenRetention`, `TokenRetention` and `OnlineRetention`.
 
-    Which anchors pass `number` takes, and what its forward draws, depend on `number`, `seed` and `shard` alone. On
-    another number of processes a batch has another number of anchors: a run resumed there sees other ones, all of them
-    valid. A deep copy of a closure with its model runs the copied model on the same anchors.
+    The anchors of pass `number`, and its forward's random numbers, depend only on `number`, `seed` and `shard`. On
+    another number of processes a batch has another number of anchors: a run resumed there sees other ones, all valid. A
+    deep copy of a closure with its model runs the copied model on the same anchors.
 
-    A child compares. `_terms(batch)`, the forward and its comparison, it must have; unless it is a `CachedRetention`,
-    which has `_compare` and `_check_kind` instead, and the class attributes `_features` and `_wants_output`. The rest
-    has defaults: `_source` takes what `drift` is given, `_read` makes batches, `_taught` adds what the teacher says,
+    A subclass compares: it must define `_terms(batch)`, the forward and its comparison. A `CachedRetention` defines
+    `_compare` and `_check_kind` instead, and the class attributes `_features` and `_wants_output`. The rest has
+    defaults: `_source` takes the anchors of `drift`, `_read` makes batches, `_taught` adds the teacher's outputs,
     `_combine` makes one number of the terms, `_precisions`, `_teacher_in_words` and `_cause` serve the check of pass 0.
 
     Args:
         model: The model in training, on its device, in either mode.
-        anchors: Its anchors.
+        anchors: The anchors.
         batch_size: Anchors per pass (and process).
-        reading: How the model is run. None: by its own call; on a cache, as its teacher was.
-        seed: Seed of the order of the anchors and of what the forward draws.
-        strict: Check in pass 0, until it agrees once, that the model is its teacher.
+        reading: The `Reading`, how the model is run. None: by its own call; on a cache, as its teacher was.
+        seed: Seed of the order of the anchors and of the forward's random numbers.
+        strict: True to check in pass 0, until it agrees once, that the model is its teacher.
         device: Device of the inputs. None: that of the model's first parameter.
         tolerance: Largest |L_ret| that this check accepts. None: by precision; 1e-4 for float32, 1e-3 for float16, 5e-3
             for bfloat16, whichever of storage and computation is coarsest.
@@ -110,12 +110,12 @@ class AnchorRetention(Retention):
 
     @property
     def device(self) -> torch.device:
-        """Device of the inputs, asked anew at every pass: frameworks move a model after its optimizer is made."""
+        """Device of the inputs, read at every pass: frameworks move a model after its optimizer is made."""
         return device_of(self.model) if self._device is None else self._device
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
-        """Largest |L_ret| of an unchanged model that is rounding: as given, or by the precisions now."""
+        """Largest |L_ret| that rounding gives an unchanged model: as given, or by the current precisions."""
         return self._by_precision() if self._tolerance is None else self._tolerance
 
     def parameters(self) -> list[nn.Parameter]:
@@ -123,11 +123,11 @@ class AnchorRetention(Retention):
         return list(self.model.parameters())
 
     def shard(self, rank: int, world_size: int, mean: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Makes this process one of several that share the anchors; `CraftOptimizer` calls it where there are several.
+        """Makes this process one of several that share the anchors; `CraftOptimizer` calls it if there are several.
 
-        Each draws `batch_size` anchors of its own. With `mean`, losses are weighted by their numbers of valid
-        positions, n_r / mean(n), so that the mean over processes of loss and gradient is what one process with the
-        whole batch would have; `mean` is called once per pass, and once more at the check of pass 0.
+        Each draws its own `batch_size` anchors. With `mean`, losses are weighted by their numbers of valid positions,
+        n_r / mean(n), so that the mean over processes of loss and gradient is that of one process with the whole batch;
+        `mean` is called once per pass, and once more at the check of pass 0.
 
         Raises:
             ValueError: There are fewer anchors than all processes' batches take together, or `rank` is out of range.
@@ -140,13 +140,13 @@ class AnchorRetention(Retention):
     def loss(self, number: int) -> Tensor:
         """L_ret on the anchors of pass `number`: a float32 scalar, with a graph unless gradients are off.
 
-        It needs a backward of its own: until that is done, activation checkpointing would repeat other passes without
+        It needs its own backward: until that is done, activation checkpointing would repeat other forwards without
         dropout.
 
         Raises:
             AnchorMismatchError: The model's outputs have other shapes than the teacher's; in pass 0 also other values.
-            ValueError: No position of the batch is valid; with the `mean` of `shard`, the loss is NaN if that is so on
-                every process.
+            ValueError: No position of the batch is valid; with the `mean` of `shard`, the loss is NaN if no process has
+                one.
         """
         seed = self._seed(number)
         batch = self._batch(number)
@@ -160,15 +160,15 @@ class AnchorRetention(Retention):
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
     def drift(self, anchors: Any = None, count: int | None = None, *, batch_size: int | None = None) -> float:
-        """L_ret over all anchors, without gradients; over held-out ones, if they are given.
+        """L_ret over all anchors, or over given held-out ones, without gradients.
 
-        The mean is over all their valid positions (or anchors), whatever the batches. Advances nothing. Of several
-        processes each measures the whole.
+        The mean is over all their valid positions (or anchors), whatever the batches. Advances nothing. Each of several
+        processes measures the whole.
 
         Args:
-            anchors: Others of the same kind: a cache, or batches as `AnchorCache.read` gives them; of `OnlineRetention`
-                examples. None: its own.
-            count: On at most so many, evenly apart and the same at every call. None: on all.
+            anchors: Other anchors of the same kind: a cache, or batches as `AnchorCache.read` gives them; examples for
+                `OnlineRetention`. None: its own.
+            count: Largest number of anchors to measure on, evenly spaced, the same ones at every call. None: all.
             batch_size: Anchors per forward. None: the closure's.
 
         Raises:
@@ -191,16 +191,16 @@ class AnchorRetention(Retention):
         return float(self._combine({name: total / weights[name] for name, total in totals.items()}))
 
     def check(self) -> None:
-        """Raises AnchorMismatchError as pass 0 would, with `strict`; one forward. Not again once they agree."""
+        """Raises AnchorMismatchError as pass 0 would, with `strict`, until both agree once. One forward."""
         if self._unchecked:
             self.loss(0)
 
     def check_anchors(self, anchors: Any) -> None:
-        """See `Retention.check_anchors`."""
+        """Checks anchors for `drift`; see `Retention.check_anchors`."""
         self._source(anchors)
 
     def examples(self, count: int) -> list[Any]:
-        """Inputs of at most `count` anchors, evenly apart, each a batch of one."""
+        """Inputs of at most `count` anchors, evenly spaced, each a batch of one."""
         return [self._read(self._anchors, [place], 0).inputs for place in spread(len(self._anchors), count)]
 
     def _seed(self, number: int) -> int:
@@ -210,7 +210,7 @@ class AnchorRetention(Retention):
         return self._read(self._anchors, self._sampler.indices(number), self._seed(number))
 
     def _batches(self, anchors: Any, count: int | None, size: int | None) -> Iterator[tuple[AnchorBatch, int]]:
-        """Batches in order, each with its seed; the same on every process."""
+        """The batches in order, each with its seed; the same on every process."""
         source = self._anchors if anchors is None else self._source(anchors)
         size = self.batch_size if size is None else size
         for name, value in (("batch_size", size), ("count", count)):
@@ -241,7 +241,7 @@ class AnchorRetention(Retention):
 
     @contextmanager
     def _pass(self, seed: int, model: nn.Module | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Everything around a forward on anchors; yields what makes the loss remember it for its backward."""
+        """Sets up a forward on anchors; yields a function that makes the loss remember it for its backward."""
         device = self.device if model is None else device_of(model)
         with (
             steady(self.model if model is None else model) as remember,
@@ -261,7 +261,7 @@ class AnchorRetention(Retention):
         return anchors.read(indices)
 
     def _taught(self, batch: AnchorBatch, seed: int) -> AnchorBatch:
-        """The batch with the teacher's outputs; a cache has read them along."""
+        """The batch with the teacher's outputs; a cache has read them already."""
         return batch
 
     @abstractmethod
@@ -283,7 +283,7 @@ class AnchorRetention(Retention):
         return max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in self._precisions())
 
     def _check_once(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
-        """Raises unless model and teacher agree; not again once they have: a line search runs pass 0 several times."""
+        """Raises unless model and teacher agree, until they do once: a line search runs pass 0 several times."""
         if self._unchecked:
             self._check(values, batch)
             self._unchecked, self._statistics = False, None
@@ -291,7 +291,7 @@ class AnchorRetention(Retention):
     def _check(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
         tolerance, drift, statistics = self.tolerance, self._over_all(self._combine(values)), self._statistics
         moved = not abs(drift) <= tolerance and statistics is not None and statistics.moved()
-        # The task's forward, which came first, may have moved them: what has to agree is the model before it
+        # The task's forward, which came first, may have moved them: the model before it must agree
         with torch.no_grad(), statistics.back() if moved and statistics is not None else nullcontext():
             if moved:
                 with self._pass(self._seed(0)):
@@ -311,5 +311,5 @@ class AnchorRetention(Retention):
         return "its teacher"
 
     def _cause(self, batch: AnchorBatch) -> str:
-        """Why pass 0 has a drift, as far as it can be told, and what to do."""
+        """The likely cause of a drift in pass 0, and what to do."""
         return ""

@@ -1,4 +1,4 @@
-"""Room on the disk: what a cache will take, said before its first shard is written, and refused if it will not fit."""
+"""Room on the disk: the size of a cache, logged before its first shard is written; too large a cache is refused."""
 
 import logging
 import shutil
@@ -15,7 +15,7 @@ _log = logging.getLogger("craft_optim")
 
 
 def bytes_in_words(size: float) -> str:
-    """Decimal, as disks are sold: 1 kB is 1000 bytes."""
+    """Bytes in decimal units, as disks are sold: 1 kB is 1000 bytes."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             break
@@ -24,23 +24,23 @@ def bytes_in_words(size: float) -> str:
 
 
 def bytes_on_disk(inputs: Mapping[str, Tensor], features: Mapping[str, Tensor], images: str) -> int:
-    """Size of a batch of anchors, as far as it can be foreseen: floating images become bytes, if they are to."""
+    """Estimated size of a batch of anchors; floating images count as bytes if they are to be stored so."""
     as_bytes = [x for x in inputs.values() if images == "uint8" and x.is_floating_point() and x.ndim >= 4]
     saved = sum(x.nbytes - x.numel() for x in as_bytes)
     return sum(x.nbytes for x in (*inputs.values(), *features.values())) - saved
 
 
 def say_room(folder: Path, each: float, anchors: int | None, *, speaks: bool) -> None:
-    """Says what a cache will take, in one line of the log (level INFO).
+    """Logs the size of a cache, in one line (level INFO).
 
     Args:
-        folder: Where it is being written. What is there of it already is not counted again.
-        each: Bytes of an anchor.
-        anchors: Their number in all; None if nobody knows.
-        speaks: False in the processes that leave it to another to say.
+        folder: Folder of the cache. Parts of it on disk already are not counted again.
+        each: Bytes per anchor.
+        anchors: Total number of anchors; None if unknown.
+        speaks: False in processes that do not log.
 
     Raises:
-        AnchorCacheError: It does not fit on the disk. Nothing was written.
+        AnchorCacheError: The cache does not fit on the disk. Nothing was written.
     """
     free = shutil.disk_usage(folder).free
     total = None if anchors is None else each * anchors

@@ -1,4 +1,4 @@
-"""Which anchors come next: shuffled, endless, resumable, split over ranks. A pure function of the pass' number."""
+"""Sampling of anchors: shuffled, endless, resumable, split over ranks. A pure function of the pass' number."""
 
 import hashlib
 from functools import lru_cache
@@ -12,13 +12,13 @@ __all__ = ["AnchorSampler", "mixed_seed", "spread"]
 
 
 def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed from several integers: neighbouring parts give unrelated seeds, on every platform the same."""
+    """One 63-bit seed from several integers, the same on every platform; neighbouring parts give unrelated seeds."""
     text = ":".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def spread(total: int, count: int) -> list[int]:
-    """`count` numbers in [0, total), evenly apart, the same at every call; all of them if there are no more."""
+    """`count` numbers in [0, total), evenly spaced, the same at every call; all if there are no more."""
     count = min(count, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
@@ -32,9 +32,9 @@ class AnchorSampler:
     """An endless shuffled sequence of anchors without state to save.
 
     The anchors' permutations of epoch 0, 1, 2, ... form one endless stream; batch number `position` is its next
-    `batch_size * world_size` elements, of which every rank takes its own `batch_size`. So every epoch holds every
-    anchor exactly once, nothing is dropped, and the ranks together draw what one process with the whole batch would
-    draw. A batch that straddles two epochs may hold an anchor twice, once from each.
+    `batch_size * world_size` elements; every rank takes its own `batch_size`. So every epoch holds every anchor exactly
+    once, nothing is dropped, and the ranks together draw the batch that one process would draw. A batch that straddles
+    two epochs may hold an anchor twice, once from each.
 
     Args:
         n: Number of anchors.

@@ -1,4 +1,4 @@
-"""Anchors collected in a thread and written as shards, while the teacher runs on the next batch."""
+"""Shard buffer: a thread collects anchors and writes them as shards while the teacher runs on the next batch."""
 
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _AHEAD = 4  # parts and shards that may wait for the thread
 
 
 class _Part(NamedTuple):
-    """Some anchors of one batch, as pushed; images as bytes already, which take a quarter of the memory."""
+    """Some anchors of one batch, as pushed; images are bytes already, a quarter of the memory."""
 
     tensors: dict[str, Tensor]
     lengths: dict[str, Tensor]
@@ -32,11 +32,11 @@ class _Part(NamedTuple):
 class ShardBuffer:
     """The anchors of the next shard, and the thread that collects and writes them.
 
-    Calls come back at once unless four of them are waiting already. What fails in the thread is raised by a later call.
-    After that nothing is written any more. The thread alone touches `_parts` and `_failed`; `_waiting` is the caller's.
+    Calls return at once unless four are waiting already. A later call raises an error of the thread; after that nothing
+    more is written. Only the thread touches `_parts` and `_failed`, only the caller `_waiting`.
 
     Args:
-        folder: The folder to write to. If another process writes in place of this one, nothing is collected.
+        folder: The folder to write to. If another process writes instead of this one, nothing is collected.
     """
 
     def __init__(self, folder: BuildFolder) -> None:
@@ -50,14 +50,14 @@ class ShardBuffer:
         """Adds anchors to the shard.
 
         Args:
-            tensors: `inputs.<name>` and `features.<name>`, on the CPU. They must not change any more.
-            lengths: Key of a joined feature, or of a ragged input -> number of positions, or rows, of each anchor.
+            tensors: `inputs.<name>` and `features.<name>`, on the CPU. They must not change afterwards.
+            lengths: Key of a joined feature or ragged input -> number of positions or rows of each anchor.
             batch: The anchors as they were given to `build`.
         """
         self._submit(self._push, tensors, lengths, batch)
 
     def flush(self, shard: int) -> None:
-        """Ends the shard: what was pushed is written under this number."""
+        """Ends the shard: pushed anchors are written under this number."""
         self._submit(self._flush, shard)
 
     def drain(self) -> None:
@@ -81,7 +81,7 @@ class ShardBuffer:
     def _run(self, function: Callable[..., None], *args: Any) -> None:
         if self._failed:
             return
-        self._failed = True  # unless it comes to its end
+        self._failed = True  # unless it reaches its end
         function(*args)
         self._failed = False
 
@@ -115,15 +115,15 @@ class ShardBuffer:
 
 
 def _categories(batch: Flat) -> tuple[str, ...]:
-    """One of each anchor, "" where the batch has none."""
+    """Category of each anchor, "" if the batch has none."""
     return batch.categories or ("",) * batch.count
 
 
 def _encoded_alike(key: str, parts: list[_Part]) -> tuple[list[Tensor], Encoding | None]:
-    """The parts of one tensor with the encoding that they have in common; decoded if there is none."""
+    """The parts of one tensor with their common encoding; decoded without one."""
     values, encodings = [part.tensors[key] for part in parts], [part.encodings.get(key) for part in parts]
     if len(set(encodings)) == 1:
         return values, encodings[0]
     values = [x if encoding is None else decode(x, *encoding) for x, encoding in zip(values, encodings, strict=True)]
-    alike = encode_alike(values)  # an image may fit several formulas: one is tried for all
+    alike = encode_alike(values)  # an image may fit several formulas: find one for all
     return (values, None) if alike is None else (alike[0], (alike[1], values[0].dtype))

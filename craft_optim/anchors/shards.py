@@ -1,14 +1,14 @@
-"""A safetensors file of a cache: its tensors' places, and single anchors out of it.
+"""Shard: a safetensors file of a cache, its tensors' places, and reads of single anchors.
 
 A tensor `<key>` is stored in one of two ways:
 
 - plainly, its first dimension the anchors;
-- packed, if anchors differ in length: one after another, `lengths.<key>` [n] positions each. Where the positions at an
-  anchor's end repeat one value, as padding does, they are left out: `widths.<key>` [n] is the anchor's length with them
-  and `fills.<key>` [n] their value.
+- packed, if anchors differ in length: one after another, `lengths.<key>` [n] positions each. Positions at an anchor's
+  end that repeat one value, as padding does, are left out: `widths.<key>` [n] is the anchor's length with them,
+  `fills.<key>` [n] their value.
 
-Files are read with `pread`, not mapped: of an anchor exactly its own bytes come in, the pages do not count as the
-process' memory, and a file that is cut short is an error instead of a bus error.
+Files are read with `pread`, not mapped: exactly an anchor's bytes are read, the pages do not count as the process'
+memory, and a truncated file raises an error instead of a bus error.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _DTYPES = {
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _MAX_SIZE = 1 << 48  # elements of a tensor, empty dimensions left out: what torch can address
 _INDEX = ("lengths.", "widths.", "fills.")
-_TIMES = 3  # as often a file may get another time with the same content: from then on its time says nothing
+_TIMES = 3  # a file's time may change this often with the same content; then its time is ignored
 _CHUNK = 1 << 24
 _seek_and_read = threading.Lock()  # where there is no pread
 
@@ -52,11 +52,11 @@ Place = tuple["Shard", int, int]  # an anchor: its shard, its number in there, a
 
 
 class AnchorCacheError(ValueError):
-    """A cache that cannot be used as it is; says which file, what is wrong with it and what to do."""
+    """The cache cannot be used; the message has the file, the problem and the remedy."""
 
 
 class _Entry(NamedTuple):
-    """One tensor in a shard: its place in the file. A row of it is an anchor or, if it is packed, a position."""
+    """Place of one tensor in a shard's file. A row of it is an anchor or, if it is packed, a position."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -65,12 +65,12 @@ class _Entry(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """The places of the anchors of a packed tensor.
+    """Places of the anchors in a packed tensor.
 
     Attributes:
         starts: First position of each anchor, and the end of the last: int64 `[n + 1]`.
         widths: Length of each anchor with the positions that were left out, int64 `[n]`.
-        fills: Value of those positions, `[n]`; None if none were left out.
+        fills: Value of the positions left out, `[n]`; None if there are none.
     """
 
     starts: np.ndarray[Any, np.dtype[np.int64]]
@@ -79,21 +79,21 @@ class _Index(NamedTuple):
 
 
 class Shard:
-    """One safetensors file, read anchor by anchor; it is opened for that at the first read.
+    """One safetensors file, read anchor by anchor; opened at the first read.
 
-    A file that is written to meanwhile is an error. One that was only touched, or put back from a copy, is not: where
+    A file that was written to since raises an error. One that was only touched, or restored from a copy, does not: if
     its time has changed, its content is compared with its checksum, once.
 
     Args:
         path: The file.
         count: Number of anchors that it must hold.
-        size: Its size in bytes.
+        size: Size of the file in bytes.
         encodings: Input name -> {"formula": ..., "dtype": ...}, for inputs stored as bytes.
-        sha256: Its checksum.
-        folder: Its folder, if that may be renamed.
+        sha256: Checksum of the file.
+        folder: The file's folder, if that may be renamed.
 
     Raises:
-        AnchorCacheError: The file is missing, has another size, or its header is not that of such a shard.
+        AnchorCacheError: The file is missing, has another size, or its header does not fit.
     """
 
     def __init__(
@@ -196,14 +196,14 @@ class Shard:
         return {**self.__dict__, "_file": None}  # open files do not travel to other processes
 
     def close(self) -> None:
-        """Gives the file descriptor back, once nobody reads any more; the next read opens it again."""
+        """Releases the file descriptor once no read needs it; the next read opens it again."""
         self._file = None
 
     def opened(self) -> OpenFile:
-        """The file to read from; it stays open as long as somebody refers to it.
+        """The file to read from; it stays open as long as it is referenced.
 
         Raises:
-            AnchorCacheError: It is not the file that the cache was opened with.
+            AnchorCacheError: The file is not the one that the cache was opened with.
         """
         file = self._file
         if file is None:
@@ -222,7 +222,7 @@ class Shard:
         except OSError as error:
             self._file = None
             raise self._bad(f"it cannot be read any more ({error.strerror or error})") from error
-        # Not by its inode, which some file systems make up at every look
+        # Not by its inode, which some file systems change at every look
         if status.st_size == self.size and (status.st_mtime_ns == self._modified or self._touched >= _TIMES):
             return
         if status.st_size != self.size or not self.sha256 or self._digest(file) != self.sha256:
@@ -289,7 +289,7 @@ class Shard:
         return f"lengths.{key}" in self.entries
 
     def index(self, key: str) -> _Index | None:
-        """The places of the anchors of a packed tensor; None if it is not packed. Read once."""
+        """Places of the anchors in a packed tensor; None if it is not packed. Read once."""
         if self.is_packed(key) and key not in self._indices:
             lengths = self.whole(f"lengths.{key}").long()
             starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -304,7 +304,7 @@ class Shard:
         return self._indices.get(key)
 
     def width(self, key: str, anchor: int) -> int:
-        """Size of dimension 1 of one anchor: its own, without what pads it beside longer ones."""
+        """Size of one anchor's dimension 1, without padding beside longer anchors."""
         index = self.index(key)
         return self.entries[key].shape[1] if index is None else int(index.widths[anchor])
 
@@ -341,9 +341,9 @@ class Shard:
 
 
 def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> None:
-    """Reads anchors of a tensor that is not packed, one after another, into `out`.
+    """Reads anchors of an unpacked tensor, one after another, into `out`.
 
-    The loop that most of the reading is: a call of the system for each anchor, and little else.
+    Most reading is this loop: a system call for each anchor, and little else.
     """
     read, view, begin = getattr(os, "preadv", _no_preadv), out.data, 0
     for shard, anchor, descriptor in places:
@@ -352,7 +352,7 @@ def read_plain(key: str, places: list[Place], out: Bytes, row_bytes: int) -> Non
             got = read(descriptor, (view[begin:end],), offset)
         except OSError:
             got = 0
-        if got != row_bytes:  # the slow way goes on, or knows what is wrong
+        if got != row_bytes:  # the slow way continues, or names the error
             shard._read_into(out[begin:end], offset)
         begin = end
 

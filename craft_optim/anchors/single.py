@@ -1,4 +1,4 @@
-"""A batch after its forward, taken apart into single anchors: one forward, and a comparison of each."""
+"""Single anchors of a batch after one forward, to compare each."""
 
 from collections.abc import Collection, Iterator
 
@@ -17,15 +17,14 @@ __all__ = ["single_anchors"]
 def single_anchors(
     outcome: Outcome, batch: AnchorBatch, joined: Collection[str], batch_dim: int = 0
 ) -> Iterator[tuple[Outcome, AnchorBatch]]:
-    """Each anchor's part of a forward's results and of the batch that it was run on, in the batch's order.
+    """Each anchor's part of a forward's results and of its batch, in the batch's order.
 
-    Nothing is copied. An anchor keeps the padding of its batch: what is compared at valid positions is what it would be
-    in a batch of its own.
+    Nothing is copied. An anchor keeps the padding of its batch: at valid positions it compares as in its own batch.
 
     Args:
         outcome: Results of the whole batch; its outputs and hidden states have one entry per anchor.
-        batch: As the cache gives it.
-        joined: Names of the features that hold the valid positions only, anchor after anchor.
+        batch: Batch from the cache.
+        joined: Names of features that hold the valid positions only, anchor after anchor.
         batch_dim: Dimension of the anchors in hidden states `[B, T, D]`.
     """
     size, features = flatten(batch.inputs, batch.lengths).count, batch.features

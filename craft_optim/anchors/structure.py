@@ -1,4 +1,4 @@
-"""A batch as named tensors, and back."""
+"""Structure of a batch: named tensors from a batch, and back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ _TOKENIZE = 'tokenize texts first, such as tokenizer(texts, return_tensors="pt",
 
 @dataclass(frozen=True)
 class Structure:
-    """The form of a batch: its kind, and the names of its tensors.
+    """Form of a batch: its kind, and the names of its tensors.
 
     Attributes:
         kind: "tensor", "tuple" or "mapping".
         names: One per stored tensor: "0", "1", ... by place, or the mapping's keys.
-        skipped: Places of a tuple that are None, or keys of a mapping whose values are not tensors.
-        ragged: Names of those that hold the rows of all anchors, one anchor after another.
+        skipped: Places of None in a tuple, or keys of values in a mapping that are not tensors.
+        ragged: Names of tensors that hold the rows of all anchors, one anchor after another.
     """
 
     kind: str
@@ -34,9 +34,9 @@ class Structure:
     ragged: tuple[str, ...] = ()
 
     def rebuild(self, tensors: Mapping[str, Tensor]) -> Inputs:
-        """The batch in its original structure; what was skipped is None in a tuple and absent from a mapping.
+        """The batch in its original structure; skipped entries are None in a tuple and absent from a mapping.
 
-        So is what has no rows: as where no anchor of a batch has a picture.
+        So are tensors without rows, as when no anchor of a batch has a picture.
         """
         if self.kind == "tensor":
             return tensors[self.names[0]]
@@ -50,11 +50,11 @@ class Flat:
     """A batch taken apart.
 
     Attributes:
-        structure: Its form.
-        tensors: By name. First dimension the anchors, except for those that have lengths.
+        structure: Form of the batch.
+        tensors: Tensors by name. The first dimension is the anchors, except in tensors with lengths.
         count: Number of anchors.
         lengths: Name -> rows of each anchor, int64 `[count]`, on the CPU.
-        categories: The text of each anchor in the entry "category" of a mapping; empty without one.
+        categories: Text of each anchor in a mapping's entry "category"; empty without one.
     """
 
     structure: Structure
@@ -64,7 +64,7 @@ class Flat:
     categories: tuple[str, ...] = ()
 
     def anchors(self, first: int, last: int) -> "Flat":
-        """Those from `first` to `last`, in the same memory."""
+        """The anchors from `first` to `last`, in the same memory."""
         lengths = {name: x[first:last] for name, x in self.lengths.items()}
         tensors = cut(self.tensors, first, last, self.lengths)
         return Flat(self.structure, tensors, last - first, lengths, self.categories[first:last])
@@ -74,17 +74,17 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
     """Structure, named tensors and number of anchors of a batch.
 
     A batch is a tensor, a tuple or list of tensors, or a mapping from names to tensors. Entries of a mapping that are
-    not tensors (task strings, None) are skipped and recorded; a tuple may hold None besides tensors. The entry
-    "category" of a mapping has a text for each anchor, or None for one that has no category.
+    not tensors (task strings, None) are skipped and recorded; a tuple may hold None besides tensors. A mapping's entry
+    "category" has a text for each anchor, or None for one without a category.
 
     Args:
         batch: The batch.
-        lengths: See `Reading`; or what it has returned.
+        lengths: Function as in `Reading`, or its result.
 
     Raises:
-        TypeError: The batch, or an entry of it, is something else.
+        TypeError: The batch, or an entry of it, has another type.
         ValueError: The tensors do not share a first dimension of at least 1, the anchors; lengths do not add up; or
-            categories are something else.
+            categories are not texts.
     """
     if isinstance(batch, Tensor):
         kind, entries = "tensor", [("0", batch)]
@@ -135,12 +135,12 @@ def flatten(batch: Any, lengths: Lengths | Mapping[str, Tensor] | None = None) -
 
 
 def _names_categories(key: object, value: object) -> bool:
-    """True for the entry "category" of a batch, unless it is an input of the model's."""
+    """True for the entry "category" of a batch, unless it is a model input."""
     return key == "category" and not isinstance(value, Tensor)
 
 
 def _categories(batch: Any, count: int) -> tuple[str, ...]:
-    """A text for each anchor, empty for those without a category; none at all if the batch has none."""
+    """Category of each anchor, an empty text if it has none; an empty tuple if the batch has none."""
     found = batch.get("category") if isinstance(batch, Mapping) else None
     if found is None or isinstance(found, Tensor) or (isinstance(found, list | tuple) and not any(found)):
         return ()
@@ -164,7 +164,7 @@ def _called(lengths: Lengths, batch: Any) -> Mapping[str, Tensor | Sequence[int]
 
 
 def _told(lengths: Mapping[str, Tensor | Sequence[int]], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The lengths, checked. Of what a batch lacks they are all zero: it has no pictures, say."""
+    """The lengths, checked. All are zero for an input that the batch lacks, such as pictures."""
     told = {name: torch.as_tensor(x, device="cpu").long() for name, x in lengths.items()}
     for name, x in told.items():
         rows = len(named[name]) if name in named else 0
@@ -198,7 +198,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _has_numbers(value: Any) -> bool:
-    """True of lists and arrays that a model would miss if they were left out."""
+    """True for lists and arrays of numbers, which a model would miss."""
     if isinstance(value, np.ndarray):
         return bool(value.dtype.kind in "biufc")
     return isinstance(value, list | tuple) and any(
@@ -207,10 +207,10 @@ def _has_numbers(value: Any) -> bool:
 
 
 def model_inputs(batch: Any) -> Any:
-    """A collated batch as a model is called with it: unchanged, but for texts and None in a mapping, left out.
+    """A collated batch as the model's arguments: unchanged, without texts and None in a mapping.
 
     Raises:
-        TypeError: It is nothing that a model could be called with.
+        TypeError: A model cannot be called with it.
     """
     if isinstance(batch, Mapping):
         inputs = {name: x for name, x in batch.items() if not (x is None or _is_text(x) or _names_categories(name, x))}
@@ -231,7 +231,7 @@ def model_inputs(batch: Any) -> Any:
 def cut(
     tensors: Mapping[str, Tensor], first: int, last: int, lengths: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The anchors from `first` to `last`; of tensors that have `lengths`, their rows."""
+    """The anchors from `first` to `last`; their rows in tensors with `lengths`."""
     parts = {}
     for key, x in tensors.items():
         begin, end = first, last
@@ -251,5 +251,5 @@ def anchors_of(inputs: Inputs, first: int, last: int, lengths: Mapping[str, Tens
 
 
 def map_tensors(function: Callable[[Any], Any], inputs: Any) -> Any:
-    """The batch with `function` applied to each of its tensors, and to objects of libraries that can be moved."""
+    """The batch with `function` applied to each tensor, and to library objects that can be moved."""
     return pytree.tree_map(lambda x: function(x) if callable(getattr(x, "to", None)) else x, inputs)

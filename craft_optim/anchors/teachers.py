@@ -1,6 +1,6 @@
-"""A model as it was before it is fine-tuned, for the length of a pass: adapters switched off, or weights swapped.
+"""Teachers without a second model: for one pass, adapters are switched off or old weights are swapped in.
 
-Neither needs a second model beside the one in training.
+Both make the model in training what it was before fine-tuning.
 """
 
 import sys
@@ -17,33 +17,33 @@ __all__ = ["Snapshot", "adapters_off", "find_adapters"]
 
 
 class Snapshot:
-    """A model's trainable weights as they are now, on the CPU: a teacher that takes device memory only in its own pass.
+    """Copy of a model's current trainable weights on the CPU: a teacher that takes device memory only in its own pass.
 
         retention = OnlineRetention(model, anchors, teacher=Snapshot(model))
 
-    `with snapshot():` makes the model what it was when the snapshot was made; afterwards it has its current weights
+    `with snapshot():` gives the model its weights at the time of the snapshot; afterwards it has its current weights
     again, bit for bit, also after an exception. Values are swapped in place: views, compiled code, DDP and FSDP2 keep
-    their pointers, each process swaps its own shard. A swap between a forward and its backward makes autograd raise,
-    where that backward needs a weight.
+    their pointers, each process swaps its own shard. After a swap between a forward and its backward, autograd raises
+    if that backward needs a weight.
 
-    Make it before the first step, of the model as it is trained: frozen, with its adapters, sharded by `fully_shard`;
+    Make it before the first step, from the model as it is trained: frozen, with its adapters, sharded by `fully_shard`;
     best on its device. DDP, `torch.compile`, moves and casts may come later; after a cast the teacher is the cast
-    original. It is no part of a checkpoint: a resumed run makes it from the pretrained weights, and then loads the
+    original. Checkpoints do not hold it: a resumed run makes it from the pretrained weights, and then loads the
     checkpoint.
 
     Covers the parameters that require gradients now, and persistent buffers such as BatchNorm's statistics; tied
-    parameters once. What is frozen must stay as it is.
+    parameters once. Frozen tensors must not change.
 
     Cost: host memory for these tensors (page-locked for those on CUDA, which torch rounds up to powers of two). In its
-    pass a second copy of them on their own device, their transfer there, and two copies within the device.
+    pass a second copy on their own device, the transfer there, and two copies within the device.
 
     Args:
         model: The model before fine-tuning, on a real device.
 
     Raises:
         TypeError: The model is sharded by FSDP1.
-        ValueError: No parameter is trainable. In a block also: parameters were replaced, reshaped, or made trainable
-            since; the message names them.
+        ValueError: No parameter is trainable. In a block: parameters were replaced, reshaped, or made trainable since;
+            the message names them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,7 +59,7 @@ class Snapshot:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within the block the model has the snapshot's weights."""
+        """Gives the model the snapshot's weights within the block."""
         _reshard(self.model)
         current, original = self._pairs()
         kept = [x.clone() for x in current]
@@ -93,7 +93,7 @@ def _refuse(names: Sequence[str], done: str) -> None:
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """By name and not by identity: moves and casts, unlike those of parameters, replace them."""
+    """Persistent buffers by name, not by identity: moves and casts replace buffers, unlike parameters."""
     return {
         plain_name(f"{prefix}.{name}"): buffer
         for prefix, module in model.named_modules()
@@ -103,7 +103,7 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _local(tensor: Any) -> Tensor:
-    """A DTensor's shard, or the tensor itself, outside of autograd and in the same memory."""
+    """The shard of a DTensor, or the tensor itself, outside of autograd and in the same memory."""
     tensor = tensor.detach()
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
@@ -119,12 +119,12 @@ def _write(tensors: list[Tensor], values: list[Tensor]) -> None:
         torch.accelerator.synchronize()  # FSDP2's offloaded weights may still be on their way to the device
     # One call, which Ctrl-C cannot cut in two.
     torch._foreach_copy_(tensors, values, non_blocking=True)
-    # Autocast keeps casts of the weights by their address: they are of other values now.
+    # Autocast keeps casts of the weights by their address: the values there are others now.
     torch.clear_autocast_cache()
 
 
 def _reshard(model: nn.Module) -> None:
-    """Frees what FSDP2 leaves gathered after a forward, its root at least: the next one would not gather it anew."""
+    """Frees parameters that FSDP2 keeps gathered after a forward, such as the root's; the next gathers them."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
@@ -139,7 +139,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def find_adapters(model: nn.Module) -> nn.Module:
-    """The module within its wrappers that knows how to switch its adapters off.
+    """The module within the model's wrappers that can switch its adapters off.
 
     That is a `peft.PeftModel`, or any model that PEFT's layers were put into (transformers' `add_adapter`, PEFT's
     `inject_adapter_in_model`).
@@ -167,13 +167,13 @@ def find_adapters(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes what it did without its adapters; afterwards everything is as before.
+    """Switches the model's adapters off within the block; afterwards everything is as before.
 
     Switching costs a walk over the modules and no memory.
 
     Raises:
-        ValueError: As `find_adapters`; or the adapters are merged or switched off already; or parameters are trainable
-            that stay in use without the adapters, so that what is left is not the model before fine-tuning.
+        ValueError: As `find_adapters`; or the adapters are merged or switched off already; or trainable parameters stay
+            in use without the adapters, so that the rest is not the model before fine-tuning.
     """
     owner = find_adapters(model)
     layers = _layers(owner)
@@ -193,7 +193,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     try:
         with _off(owner, layers):
-            # PEFT freezes what it switches off; what is still trainable is in use.
+            # PEFT freezes adapters that it switches off; parameters that are still trainable are in use.
             left = [name for name, p in model.named_parameters() if p.requires_grad]
             # At once: FSDP2 takes the flags over at its first forward.
             restore_flags()
@@ -226,5 +226,5 @@ def _off(owner: Any, layers: list[Any]) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> list[Any]:
-    """PEFT's layers: those with a switch. The core does not import PEFT."""
+    """PEFT's layers, found by their switch. The core does not import PEFT."""
     return [m for m in model.modules() if isinstance(getattr(type(m), "disable_adapters", None), property)]

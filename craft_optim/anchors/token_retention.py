@@ -1,4 +1,4 @@
-"""Retention of what the teacher would write: the likelihood of the tokens that it generated."""
+"""Retention of generated tokens: the likelihood of the tokens that the teacher wrote."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from .reading import AnchorMismatchError
 
 __all__ = ["TokenRetention"]
 
-_AGREEMENT = 0.9  # of greedy tokens, the least share that must be the model's likeliest ones before the first step
+_AGREEMENT = 0.9  # least share of greedy tokens that must be the model's likeliest before the first step
 
 
 class TokenRetention(CachedRetention):
@@ -22,18 +22,18 @@ class TokenRetention(CachedRetention):
 
         L_ret = mean over tokens i of  log p(y_i) - log q(y_i)
 
-    y are the tokens that the teacher generated greedily, p is the teacher's probability and q the model's now: the
-    cross-entropy beyond the teacher's own. It is 0 for an unmodified model and negative for one that is surer of these
-    tokens. Where the cache lacks log p (imported ones do), L_ret is the whole cross-entropy, and epsilon has to leave
+    y are the tokens that the teacher generated greedily, p is the teacher's probability and q the model's current one:
+    the cross-entropy beyond the teacher's own. It is 0 for an unmodified model and negative for one that is surer of
+    these tokens. If the cache lacks log p (imported ones do), L_ret is the whole cross-entropy, and epsilon must leave
     room for the teacher's.
 
-    It compares one token of each position where `LogitRetention` compares distributions, and holds less; it needs less
-    disk, and the teacher's own words as inputs.
+    It compares one token per position where `LogitRetention` compares distributions: it holds less, needs less disk,
+    and has the teacher's own words as inputs.
 
     Args:
-        model, cache, batch_size, **settings: See `CachedRetention`. The cache must hold tokens. The tolerance by
-            precision is its square root: rounding enters linearly here. Without log p the check of pass 0 wants 9 of 10
-            tokens to be the likeliest ones.
+        model, cache, batch_size, **settings: Arguments of `CachedRetention`. The cache must hold tokens. The tolerance
+            is the square root of that by precision: rounding enters linearly here. Without log p the check of pass 0
+            requires 9 of 10 tokens to be the likeliest ones.
 
     Raises:
         ValueError: The cache has no tokens, or fewer anchors than a batch.

@@ -1,4 +1,4 @@
-"""The vocabulary head, run only at the positions whose logits count, or left out where it is known what it computes."""
+"""Vocabulary head: run only at the positions whose logits count, or left out if its function is known."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -32,16 +32,16 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class HeadUse:
-    """The head in a forward under `head_at` or `head_left_out`.
+    """Use of the head in a forward under `head_at` or `head_left_out`.
 
     Attributes:
-        used: True if the logits are `[1, P, V]`, those of the P valid positions in row-major order; of a head that was
-            left out `[1, 0, V]`.
-        calls: Number of times that the head has run. After more than one the output is of no use: run again without.
-        hidden: What a head that was left out would have been given, `[P, D]`.
-        weight, bias: The parameters that it would have computed with: under FSDP2 those of its forwards.
-        dtype: What it would have computed in.
-        shape: Of all positions, `(B, T)`.
+        used: True if the logits are `[1, P, V]`, at the P valid positions in row-major order; `[1, 0, V]` if the head
+            was left out.
+        calls: Number of calls of the head. After more than one the output is useless: run again without.
+        hidden: Input that a left-out head would have had, `[P, D]`.
+        weight, bias: Parameters that it would have used: under FSDP2 those of its forwards.
+        dtype: Dtype that it would have computed in.
+        shape: Shape of all positions, `(B, T)`.
     """
 
     used: bool = False
@@ -55,12 +55,12 @@ class HeadUse:
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A head of which it is known that the model's logits are `cap tanh(scale y / cap)` of its output y.
+    """Head with output y, for which the model's logits are `cap tanh(scale y / cap)`.
 
     Attributes:
-        head: A plain linear module.
-        scale, cap: As of `HeadRows`.
-        owner: The module of FSDP2 that gathers the head's parameters for a forward; None if they are always here.
+        head: The head, a plain linear module.
+        scale, cap: Scale and cap as in `HeadRows`.
+        owner: FSDP2 module that gathers the head's parameters for a forward; None if they are always here.
     """
 
     head: nn.Linear
@@ -72,8 +72,8 @@ class LinearHead:
         """The logits of a forward that left the head out.
 
         Args:
-            seen: The head in it.
-            output: What the model returned.
+            seen: Use of the head in it.
+            output: Output of the model.
         """
         hidden, weight, empty = seen.hidden, seen.weight, logits_of(output)
         assert hidden is not None
@@ -86,9 +86,9 @@ class LinearHead:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within the block the parameters of the last forward have their values; afterwards all is as it was before.
+        """Gives the parameters of the last forward their values within the block; afterwards all is as before.
 
-        A root of FSDP2 has its parameters gathered until the backward. Others have shared them out again.
+        A root of FSDP2 keeps its parameters gathered until the backward; others have resharded them.
         """
         away = self.owner is not None and _is_spread(self.head)
         if away:
@@ -101,7 +101,7 @@ class LinearHead:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The one module that the model, or a model within it, calls its output embeddings; None of none or several."""
+    """The output embeddings of the model, or of a model within it; None if there are none or several."""
     getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
     heads = {id(head): head for get in getters if callable(get) and isinstance(head := get(), nn.Module)}
     return next(iter(heads.values())) if len(heads) == 1 else None
@@ -109,21 +109,21 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def head_at(model: nn.Module, valid: Tensor, head: nn.Module | None = None) -> Iterator[HeadUse]:
-    """Within the block, a forward runs the vocabulary head at the valid positions only, if it can.
+    """Makes a forward within the block run the vocabulary head at the valid positions only, if it can.
 
     The head, `get_output_embeddings()` as in Hugging Face, is given the hidden states `[1, P, D]` of the P positions
     instead of `[B, T, D]`: time and memory of the head and of the logits shrink by P / (B T). What the model does to
     logits position by position (softcapping, a cast) it does to `[1, P, V]`; what it does along positions would be
     wrong, and labels of `[B, T]` do not fit: `head_agrees` finds out. A compiled model runs as it is written.
 
-    Nothing happens, and `used` stays False, where there is no such head or more than one, every position or none is
-    valid, or what the head is given is not a plain tensor `[B, T, D]` (sequence and tensor parallelism), or is given
-    within an activation checkpoint, whose second run would be another.
+    Nothing happens, and `used` stays False, if there is no such head or more than one, every position or none is valid,
+    the head's input is not a plain tensor `[B, T, D]` (sequence and tensor parallelism), or the head runs within an
+    activation checkpoint, whose second run would differ.
 
     Args:
-        model: Unmodified, and not modified; in any wrapper.
+        model: The unmodified model, in any wrapper; it is not modified.
         valid: `[B, T]`, true where logits are compared. On the CPU: the host does not wait for an accelerator.
-        head: The head, if it is known: to look for it is a walk over the modules.
+        head: The head, if known: the search walks over all modules.
     """
     seen, places = HeadUse(), valid.flatten().nonzero().flatten()
     head = head or output_head(model)
@@ -140,11 +140,11 @@ def head_at(model: nn.Module, valid: Tensor, head: nn.Module | None = None) -> I
 
 @contextmanager
 def head_left_out(known: LinearHead, valid: Tensor | None) -> Iterator[HeadUse]:
-    """Within the block, a forward runs the head at no position, if it can; the result has what it would be given.
+    """Makes a forward within the block run the head at no position, if it can; the result has the head's input.
 
-    `LinearHead.rows` are the logits, to be computed in pieces by whoever compares them. As for `head_at`, nothing
-    happens where the head is given something else than a plain tensor, or within an activation checkpoint; nor where
-    something else looks at what it returns.
+    `LinearHead.rows` are the logits, which the comparison computes in pieces. As for `head_at`, nothing happens if the
+    head's input is not a plain tensor or is given within an activation checkpoint, or if other hooks see the head's
+    output.
 
     Args:
         known: The head.
@@ -168,7 +168,7 @@ def head_left_out(known: LinearHead, valid: Tensor | None) -> Iterator[HeadUse]:
 
 @contextmanager
 def _given(head: nn.Module, instead: Callable[[Tensor], Tensor | None], seen: HeadUse) -> Iterator[None]:
-    """Within the block the head is given something else than its first input, `[B, T, D]`."""
+    """Replaces the head's first input, `[B, T, D]`, within the block."""
     outside = torch.is_grad_enabled(), saving_hooks()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,10 +191,10 @@ def _given(head: nn.Module, instead: Callable[[Tensor], Tensor | None], seen: He
 
 
 def _is_plain(head: nn.Module, hooks: int = 0) -> bool:
-    """True if the head is a linear module whose output depends on its two parameters alone, which are all here.
+    """True if the head is a linear module whose output depends on its two parameters only, both whole and here.
 
-    Not one with adapters, quantised or parametrised weights, nor with weights that a framework has split or taken away:
-    FSDP2 has them here in a forward. `hooks` of its forward may be there: our own.
+    False with adapters, quantised or parametrised weights, or weights that a framework has split or taken away; FSDP2
+    has them here in a forward. `hooks` is the number of forward hooks that are our own.
     """
     if not _is_linear(head, hooks):
         return False
@@ -213,7 +213,7 @@ def _is_plain(head: nn.Module, hooks: int = 0) -> bool:
 
 
 def _is_linear(head: nn.Module, hooks: int = 0) -> TypeGuard[nn.Linear]:
-    """True if the head is a linear module that nothing but FSDP2 has changed, wherever its parameters are."""
+    """True if the head is a linear module that only FSDP2 may have changed, wherever its parameters are."""
     kind = type(head)
     own = kind is nn.Linear or (kind.__bases__[-1] is nn.Linear and kind.__bases__[0].__name__ == "FSDPModule")
     return (
@@ -225,30 +225,30 @@ def _is_linear(head: nn.Module, hooks: int = 0) -> TypeGuard[nn.Linear]:
 
 
 def _others(hooks: Iterable[Any]) -> list[Any]:
-    """Hooks but for those of FSDP2, which gather the weights, and let them go."""
+    """Hooks other than those of FSDP2, which gather and free the weights."""
     return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("torch.distributed.fsdp.")]
 
 
 def _is_spread(head: nn.Linear) -> bool:
-    """True if the parameters are DTensors, of which each process has a part."""
+    """True if the parameters are DTensors: each process has a part."""
     return any(hasattr(p, "device_mesh") for p in head.parameters())
 
 
 def _is_plain_tensor(x: Any) -> bool:
-    """True of no tensor that stands for parts of one; of a tensor without values, which stands for a plain one."""
+    """True for a plain tensor, or one without values that stands for it; not for a tensor in parts."""
     return type(x) is Tensor or type(x).__name__ == "FakeTensor"
 
 
 def head_agrees(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: Forward | None = None) -> bool:
-    """True if the model's logits under `head_at` are its logits at the valid positions.
+    """True if the model's logits under `head_at` equal its logits at the valid positions.
 
-    Runs two forwards without gradients, one of them with every logit: ask once, in the conditions of the passes.
+    Runs two forwards without gradients, one with all logits: call it once, under the conditions of the passes.
 
     Args:
-        model: As for `head_at`.
+        model: The model, as for `head_at`.
         inputs: A batch, on the model's device.
         valid: `[B, T]`, true where logits are compared.
-        forward: As for `run`.
+        forward: Function to run instead of the model's call, as for `run`.
     """
     if output_head(model) is None:
         return False
@@ -257,7 +257,7 @@ def head_agrees(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: For
         try:
             with head_at(model, valid) as seen:
                 found = logits_of(call(model, inputs, forward))
-        except Exception:  # whatever a model does with logits of another shape, such as a loss over labels
+        except Exception:  # a model may fail on logits of another shape, as in a loss over labels
             return False
     if not seen.used or whole is None or found is None or whole.shape[:-1] != valid.shape:
         return False
@@ -266,14 +266,14 @@ def head_agrees(model: nn.Module, inputs: Inputs, valid: Tensor, *, forward: For
 
 
 def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = None) -> LinearHead | None:
-    """What the model's logits are of its head's output, if that is one of the forms that are known; else None.
+    """The head with the form of the model's logits, if that form is known; else None.
 
-    Runs two forwards: ask once, in the conditions of the passes, with few inputs. The first has autograd say what
-    becomes of the head's output: what is masked in one batch and not in another would not be seen in its numbers.
-    Scales and caps are looked for among the numbers of the model's configs.
+    Runs two forwards: call it once, under the conditions of the passes, with few inputs. In the first, autograd's graph
+    shows the operations on the head's output: numbers alone would not show a mask that acts in other batches only.
+    Scales and caps are searched among the numbers of the model's configs.
 
     Args:
-        model, inputs, forward: As for `head_agrees`.
+        model, inputs, forward: Arguments as for `head_agrees`.
     """
     head = output_head(model)
     if head is None or not _is_linear(head):
@@ -281,7 +281,7 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
     around = fsdp2_around(model, head)
     known = LinearHead(head, owner=around[-1] if around else None)
     if known.owner is not None:
-        known.owner.reshard()  # of a root whose last forward had no backward: now it can be asked for its mesh
+        known.owner.reshard()  # for a root whose last forward had no backward: now its mesh can be read
     elif not _is_plain(head):
         return None
     mesh = getattr(head.weight, "device_mesh", None)
@@ -292,7 +292,7 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
         try:
             with head_left_out(known, None) as seen:
                 call(model, inputs, forward)
-        except Exception:  # whatever a model does with no logits, such as a loss over labels
+        except Exception:  # a model may fail without logits, as in a loss over labels
             return None
         if not seen.used or seen.calls > 1 or whole.shape[:-1] != seen.shape:
             return None
@@ -305,7 +305,7 @@ def linear_head(model: nn.Module, inputs: Inputs, *, forward: Forward | None = N
             apart = [_apart(form.rows(seen).logits(), expected) for form in forms]
         apart = _largest_anywhere(apart, mesh, expected.device)
     best, *others = sorted(range(len(forms)), key=apart.__getitem__)
-    # Small logits are the same with a cap and without, but they may grow
+    # Small logits are equal with and without a cap, but they may grow
     told = all(apart[i] > apart[best] + eps for i in others)
     return forms[best] if apart[best] <= 8.0 * eps and told else None
 
@@ -314,10 +314,10 @@ _SCALING = ("Mul", "Div", "Tanh", "ToCopy", "Clone", "Alias", "View", "UnsafeVie
 
 
 def only_scaled(model: nn.Module, inputs: Inputs, forward: Forward | None, head: nn.Module) -> Tensor | None:
-    """The model's logits, if they are the head's output but for factors and a tanh; else None. One forward.
+    """The model's logits, if they are the head's output up to factors and a tanh; else None. One forward.
 
     Args:
-        model, inputs, forward: As for `head_agrees`.
+        model, inputs, forward: Arguments as for `head_agrees`.
         head: The model's `output_head`.
     """
     given: list[Tensor] = []
@@ -344,7 +344,7 @@ def only_scaled(model: nn.Module, inputs: Inputs, forward: Forward | None, head:
 
 
 def _forms(model: nn.Module) -> set[tuple[float, float | None]]:
-    """Scales and caps that a model's configs may mean."""
+    """Possible scales and caps from a model's configs."""
     configs = {id(c): c for m in model.modules() if hasattr(c := vars(m).get("config"), "__dict__")}
     found: set[tuple[float, float | None]] = {(1.0, None)}
     for name, value in (pair for config in configs.values() for pair in vars(config).items()):
@@ -357,7 +357,7 @@ def _forms(model: nn.Module) -> set[tuple[float, float | None]]:
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a multiple of the largest number."""
+    """The largest difference, relative to the largest number."""
     if found.shape != expected.shape:
         return math.inf
     apart = float((found.to(expected.dtype) - expected).abs().max()) / (_largest(expected) or 1.0)
@@ -365,7 +365,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 def _largest_anywhere(values: list[float], mesh: Any, device: torch.device) -> list[float]:
-    """Each the largest of all processes that share the weights: they have to decide alike."""
+    """Element-wise maximum over all processes that share the weights: they must decide alike."""
     if mesh is None:
         return values
     from torch.distributed.tensor import DTensor, Partial

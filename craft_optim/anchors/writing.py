@@ -1,4 +1,4 @@
-"""A stream of batches, checked and cut into shards; what is complete already is compared and left out."""
+"""Writing: a stream of batches is checked and cut into shards; complete shards are compared and not rewritten."""
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +23,7 @@ _log = logging.getLogger("craft_optim")
 class Writer:
     """Takes the batches of a build one after another, and writes every shard of this process that becomes full.
 
-    A context manager: its thread ends with the block. After an exception, what is being written is still completed.
+    A context manager: its thread ends with the block. After an exception, a write in progress is still completed.
 
     Args:
         folder: The folder to write to, within `building`.
@@ -51,7 +51,7 @@ class Writer:
             self._buffer.close()
 
     def expect(self, batch: Flat) -> None:
-        """Raises ValueError unless inputs look like those before, up to the number of anchors and their length."""
+        """Raises ValueError unless inputs look like earlier ones, except for the anchors' number and length."""
         structure, inputs = batch.structure, batch.tensors
         ragged = structure.ragged
         signature = {n: (x.dtype, x.ndim, *x.shape[1 if n in ragged else 2 :]) for n, x in inputs.items()}
@@ -80,13 +80,13 @@ class Writer:
                 )
 
     def _other_width(self, key: str, x: Tensor) -> int | None:
-        """The size of dimension 1 in the first batch, if it is another one now."""
+        """Size of dimension 1 in the first batch, if it differs now."""
         if x.ndim < 2 or x.shape[1] == self._widths.setdefault(key, x.shape[1]):
             return None
         return self._widths[key]
 
     def _shares(self, batch: Flat) -> Iterator[tuple[int, int, int]]:
-        """This process' shards in the next batch: (shard, first and last + 1 of its anchors in the batch)."""
+        """This process' shards in the next batch: (shard, first and last + 1 of their anchors in the batch)."""
         at, size = 0, batch.count
         while at < size:
             shard = (self._seen + at) // self._size
@@ -96,9 +96,9 @@ class Writer:
             at = end
 
     def skips(self, batch: Flat) -> bool:
-        """True if all anchors of a batch are in complete shards, or in those of other processes: it is done with.
+        """True if all anchors of a batch are in complete shards or in other processes' shards: it is done.
 
-        Raises AnchorCacheError if the complete shards are not made of them.
+        Raises AnchorCacheError if the complete shards hold other anchors.
         """
         shares = list(self._shares(batch))
         if any(shard not in self.folder.complete for shard, _, _ in shares):
@@ -127,14 +127,14 @@ class Writer:
         joined: Collection[str] = (),
         batch: Flat | None = None,
     ) -> None:
-        """Takes a batch with its features.
+        """Adds a batch with its features.
 
         Args:
-            inputs: After `expect`. Tensors must not change any more.
-            features: By name, on the CPU; first dimension the anchors.
-            outputs: What the model gives, of what is kept.
-            joined: Names of features that hold, instead, the positions of their mask (see `cover`) one after another.
-            batch: The batch as it was given, if `inputs` were made of it by generating.
+            inputs: Batch that has passed `expect`. Its tensors must not change afterwards.
+            features: Features by name, on the CPU; first dimension the anchors.
+            outputs: Outputs of the model that are kept.
+            joined: Names of features whose first dimension is instead the positions of their mask (see `cover`).
+            batch: The given batch, if `inputs` were generated from it.
         """
         batch = inputs if batch is None else batch
         self.folder.same_outputs({name: asdict(output) for name, output in outputs.items()})

@@ -1,4 +1,4 @@
-"""Anchors for language models: chats, prompts and texts as tokens, of which those that count are known."""
+"""Anchors for language models: chats, prompts and texts as tokens, with a mark on those that count."""
 
 from craft_optim.chat.anchors import chat_anchors
 from craft_optim.chat.models import load_language_model

@@ -49,34 +49,35 @@ def chat_anchors(
     autocast: torch.dtype | None = None,
     **settings: Any,
 ) -> AnchorCache:
-    """Builds a cache of a language model's anchors: what it says, before it is fine-tuned, at the tokens that count.
+    """Builds a cache of a language model's anchors: its distributions, before fine-tuning, at the tokens that count.
 
         cache = chat_anchors(model, tokenizer, "old_chats.jsonl", "anchors/")
         retention = cache.retention(model)
 
-    A *position* is a token of an anchor whose distribution is compared: L_ret, and so epsilon, is the mean over them in
-    nats. By default they are those of answers. System prompts and templates are the same in every anchor and hardly
-    move: if they counted, too, most of the mean would be of them.
+    A *position* here is a token of an anchor whose distribution is compared: L_ret, and so epsilon, is the mean over
+    positions in nats. By default these are the tokens of answers. System prompts and templates are the same in every
+    anchor and hardly move: if they counted, they would be most of the mean.
 
-    Rows of about the same length are in a batch. Those longer than `max_length` are cut, and left out if nothing that
-    counts is left; a line of the log says how many. Prompts that the model is to answer are not cut but left out.
+    Rows of about the same length share a batch. Rows longer than `max_length` are cut, or left out if no counted token
+    remains; a log line says how many. Too long prompts for the model to answer are left out, not cut.
 
     Args:
         model: A causal language model of transformers, before it is fine-tuned; with adapters or without.
-        tokenizer: Its own, with its chat template.
-        data: Records or where they are, see `read_records`. "self": the model writes the questions, too, see
-            `self_questions`; they are kept as `questions.jsonl` in the cache's folder, and read again from there.
-        path: The cache's folder. A finished cache of the same is opened, a half-built one goes on; see `anchors.build`.
-        answers: "given": those of the records, which is the default where there are any. "sampled" or "greedy": the
-            model writes its own after each prompt, at most `max_new_tokens`, sampled at `temperature` with seeds of
-            their own, or the likeliest. On one machine they are the same each time.
-        counted: "assistant", what answers say; or "all" tokens. Only of given answers.
-        count: At most so many records, evenly apart. None: all.
-        max_length: Tokens of a row, prompt and answer.
-        max_new_tokens: Tokens of an answer that the model writes.
-        temperature: Of "sampled".
+        tokenizer: The model's tokenizer, with its chat template.
+        data: Records or their source, see `read_records`. "self": the model also writes the questions, see
+            `self_questions`; they are kept as `questions.jsonl` in the cache's folder, and read from there next time.
+        path: The cache's folder. A finished cache with the same settings is opened, a half-built one is continued; see
+            `anchors.build`.
+        answers: Source of the answers. "given": the records, the default if they have any. "sampled" or "greedy": the
+            model answers each prompt, with at most `max_new_tokens`, sampled at `temperature` with its own seed for
+            each, or the likeliest. On one machine they are the same each time.
+        counted: "assistant", the tokens of answers, or "all" tokens. For given answers only.
+        count: Largest number of records, evenly spaced. None: all.
+        max_length: Largest number of tokens of a row, prompt and answer.
+        max_new_tokens: Largest number of tokens of an answer that the model writes.
+        temperature: Temperature of "sampled".
         batch_size: Rows per forward of the teacher.
-        autocast: As of `Reading`.
+        autocast: Dtype of autocast, as in `Reading`.
         settings: Further arguments of `anchors.build`, such as `top_k`, `dtype` and `overwrite`.
 
     Returns:
@@ -84,8 +85,8 @@ def chat_anchors(
 
     Raises:
         ImportError: datasets is not installed, and a file is to be read.
-        ValueError: A record, or an argument, is not what it must be, or no row is left.
-        AnchorCacheError: As of `anchors.build`.
+        ValueError: A record or an argument is invalid, or no row is left.
+        AnchorCacheError: As for `anchors.build`.
     """
     if answers is None:
         answers = "sampled" if data == "self" else "given"
@@ -120,9 +121,9 @@ def chat_anchors(
 def _own_questions(
     model: nn.Module, tokenizer: Any, file: Path, count: int, team: Team, *, anew: bool
 ) -> list[dict[str, Any]]:
-    """The model's questions, written once: what goes on after an interruption has to have the same.
+    """The model's questions, written once: a build that continues after an interruption needs the same ones.
 
-    Of several processes all run the model, and the first one's questions are those of all.
+    Several processes all run the model, and all take the first one's questions.
     """
     there = None
     if file.is_file() and not anew:
@@ -139,7 +140,7 @@ def _own_questions(
 
 
 def _fitting(rows: Sequence[Row], most: int) -> list[Row]:
-    """The rows, cut to a length, of which something counts."""
+    """The rows cut to a length, those with counted tokens only."""
     cut = [row._replace(ids=row.ids[:most], counts=row.counts[:most]) for row in rows]
     kept = [row for row in cut if any(row.counts[1:])]
     said = Counter(
@@ -157,7 +158,7 @@ def _fitting(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def _open_ended(records: Sequence[Mapping[str, Any]], tokenizer: Any, most: int) -> list[Row]:
-    """The prompts that leave room for an answer; nothing of them counts."""
+    """The prompts that leave room for an answer; none of their tokens count."""
     prompts = [(prompted(record, tokenizer), category_of(record)) for record in records]
     kept = [Row(ids, [False] * len(ids), category=category) for ids, category in prompts if 0 < len(ids) <= most]
     _say(Counter({f"are left out: their prompt is longer than {most} tokens": len(prompts) - len(kept)}), len(prompts))
@@ -177,12 +178,12 @@ def _require(rows: Sequence[Row], otherwise: str) -> None:
 
 
 def _padding(tokenizer: Any) -> int:
-    """Any token will do: nothing attends to it, and it does not count."""
+    """A padding token, whichever: nothing attends to it, and it does not count."""
     return next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
 
 
 class _Batches:
-    """Rows of about the same length as batches, the longest first: if memory is too small, it is at once."""
+    """Batches of rows of about the same length, the longest first: too little memory shows at once."""
 
     def __init__(self, rows: Sequence[Row], size: int, padding: int, *, labelled: bool) -> None:
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))

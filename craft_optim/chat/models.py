@@ -16,15 +16,15 @@ def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, A
 
     Args:
         path: Folder or hub id of a model, or of PEFT's adapters for one; or a .gguf file, or a folder with one.
-        device: Where to put it.
+        device: Device for the model.
 
     Returns:
-        The model in eval mode, its parameters in the dtype of the checkpoint; and the tokenizer, that beside the
+        The model in eval mode, its parameters in the dtype of the checkpoint; and the tokenizer, from beside the
         adapters if there is one.
 
     Raises:
-        ImportError: transformers, or what it needs to read the file, is not installed.
-        ValueError: It is no such model, or weights are missing.
+        ImportError: transformers, or a package that it needs for the file, is not installed.
+        ValueError: It is not such a model, or weights are missing.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +41,7 @@ def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, A
     whole, revision = base_of_adapters(path) if adapters else (path, None)
     settings: dict[str, Any] = {"revision": revision, **named}
     model, loaded = AutoModelForCausalLM.from_pretrained(whole, dtype="auto", output_loading_info=True, **settings)
-    # An output layer that is tied to the embedding is in no file
+    # Files do not hold an output layer that is tied to the embedding
     tied = {key for key in loaded["missing_keys"] if key in (getattr(model, "_tied_weights_keys", None) or ())}
     if missing := sorted(set(loaded["missing_keys"]) - tied):
         raise ValueError(
@@ -59,10 +59,10 @@ def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, A
 
 
 def _of_gguf(tokenizer: Any, config: Any) -> Any:
-    """A tokenizer from a GGUF file as it has to be.
+    """Repairs a tokenizer from a GGUF file.
 
-    transformers 5.5 makes up its special tokens, while the config has those of the file; and gives it a class that,
-    when it is saved and loaded, splits texts in another way than the file says.
+    transformers 5.5 invents its special tokens, while the config has those of the file; and gives it a class that,
+    after saving and loading, splits texts in another way than the file defines.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -73,9 +73,9 @@ def _of_gguf(tokenizer: Any, config: Any) -> Any:
 
 
 def _as_plain(model: Any) -> None:
-    """Lets a model forget that its weights were quantised, which are plain numbers now.
+    """Removes a model's marks of quantisation, now that its weights are plain numbers.
 
-    With these marks transformers 5.24 does not save it, and its Trainer does not train it.
+    With them transformers 5.24 does not save it, and its Trainer does not train it.
     """
     model.config.__dict__.pop("quantization_config", None)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):

@@ -1,7 +1,7 @@
-"""Questions that a chat model writes itself: anchors for those who have no data of what it could do before.
+"""Questions that a chat model writes itself: anchors without data of the old tasks.
 
-It is given the template's opening of a user's turn and goes on from there, as it has seen users write (Xu et al. 2024,
-"Magpie"). Turns that do not end, loops and near-duplicates are dropped.
+The model continues the template's opening of a user's turn, as it has seen users write (Xu et al. 2024, "Magpie").
+Turns that do not end, loops and near-duplicates are dropped.
 """
 
 import logging
@@ -20,9 +20,9 @@ from craft_optim.anchors.sampling import mixed_seed
 __all__ = ["is_loop", "opening_and_end", "self_questions", "too_similar"]
 
 _log = logging.getLogger("craft_optim")
-_MARK = "\ue000"  # of Unicode's private use: no template has it
-_TRIES = 8  # for each question that is wanted
-_ALIKE = 0.7  # share of words that two questions have in common
+_MARK = "\ue000"  # a private-use character of Unicode: no template has it
+_TRIES = 8  # tries per wanted question
+_ALIKE = 0.7  # share of common words of two questions
 
 
 def self_questions(
@@ -35,19 +35,19 @@ def self_questions(
     max_new_tokens: int = 64,
     batch_size: int = 16,
 ) -> list[dict[str, Any]]:
-    """Records of one user's turn each, written by the model; the same at every call on one machine.
+    """Records with one user turn each, written by the model; the same at every call on one machine.
 
     Args:
         model: A chat model of transformers, before it is fine-tuned.
-        tokenizer: Its own, with its chat template.
-        count: How many; fewer if eight times as many turns do not hold them, of which a line of the log tells.
-        seed: Of the sampling.
-        temperature: Logits are divided by it; > 0. The whole distribution is sampled from.
-        max_new_tokens: Of a turn. Longer ones are dropped.
-        batch_size: Turns at a time.
+        tokenizer: The model's tokenizer, with its chat template.
+        count: Number of records; fewer if eight times as many turns do not give enough, as a log line then says.
+        seed: Seed of the sampling.
+        temperature: Divisor of the logits; > 0. Samples come from the whole distribution.
+        max_new_tokens: Largest number of tokens of a turn. Longer turns are dropped.
+        batch_size: Turns per batch.
 
     Raises:
-        ValueError: There is no chat template, it does not write a user's turn as it is, or nothing usable came.
+        ValueError: There is no chat template, it changes a user's turn, or no turn is usable.
     """
     count, batch_size = whole("count", count), whole("batch_size", batch_size)
     settings = {**sampling(temperature), "num_beams": 1, "max_new_tokens": whole("max_new_tokens", max_new_tokens)}
@@ -86,10 +86,10 @@ def self_questions(
 
 
 def opening_and_end(tokenizer: Any) -> tuple[str, str]:
-    """What the template writes before a user's first turn, and the text right after it.
+    """The template's text before a user's first turn, and the text right after the turn.
 
     Raises:
-        ValueError: There is no template, or it does not write a turn as it is.
+        ValueError: There is no template, or it changes a turn.
     """
     if not tokenizer.chat_template:
         raise ValueError(f"{type(tokenizer).__name__} has no chat template: take the tokenizer of a chat model.")
@@ -112,7 +112,7 @@ def _unusable(question: str, ended: bool, before: list[str]) -> str | None:
 
 
 def is_loop(text: str) -> bool:
-    """True if less than half of a text's runs of four words are different ones."""
+    """True if less than half of a text's runs of four words are distinct."""
     words = _words(text)
     runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     return len(runs) > 1 and 2 * len(set(runs)) < len(runs)

@@ -10,7 +10,7 @@ from craft_optim.anchors.sampling import spread
 
 __all__ = ["FORMS", "read_records", "require_form"]
 
-# Keys of a record, by what they are tried for
+# Keys of a record, by their use
 FORMS = (("messages",), ("prompt", "completion"), ("prompt",), ("text",))
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 
@@ -18,26 +18,26 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "t
 def read_records(source: str | Path | Sequence[Mapping[str, Any]], count: int | None = None) -> list[dict[str, Any]]:
     """Records of a file, a folder or the hub, in their order.
 
-    A record has `messages`, a list of {"role": ..., "content": ...}; or `prompt` and, if it is there, `completion`,
-    both texts or both lists of messages; or `text`. Other columns are left out, but for `tools` of messages, and
-    `category`, a text or a number: drift is told of each category, too.
+    A record has `messages`, a list of {"role": ..., "content": ...}; or `prompt` and optionally `completion`, both
+    texts or both lists of messages; or `text`. Other columns are left out, except `tools` of messages, and `category`,
+    a text or a number: drift is also reported per category.
 
     Args:
-        source: A .jsonl, .json or .parquet file; a .txt or .md file, of which paragraphs are texts; a folder that
-            `datasets.save_to_disk` wrote, or of such files; the id of a dataset on the hub, of which the split "train"
-            is read, or "ID:SPLIT"; or the records themselves.
-        count: At most so many, evenly apart. None: all.
+        source: A .jsonl, .json or .parquet file; a .txt or .md file, each paragraph a text; a folder of such files, or
+            one that `datasets.save_to_disk` wrote; the id of a dataset on the hub, for its split "train", or
+            "ID:SPLIT"; or the records themselves.
+        count: Largest number of records, evenly spaced. None: all.
 
     Raises:
-        ImportError: datasets is not installed, which reads all but texts.
-        ValueError: There is no such file, it cannot be read, or a record is none of these.
+        ImportError: datasets, which reads all but texts, is not installed.
+        ValueError: The file does not exist or cannot be read, or a record has none of these forms.
     """
     count = None if count is None else whole("count", count)
     rows: Any = source if not isinstance(source, str | Path) else _opened(expanded(str(source)))
     if not len(rows):
         raise ValueError(f"`data` must hold at least one record. Found none in {_name(source)}.")
     places = spread(len(rows), len(rows) if count is None else count)
-    names = getattr(getattr(rows, "features", {}).get("category"), "names", None)  # of datasets.ClassLabel
+    names = getattr(getattr(rows, "features", {}).get("category"), "names", None)  # of a datasets.ClassLabel
     found = []
     for place in places:
         record, name = rows[place], f"Record {place} of {_name(source)}"
@@ -51,7 +51,7 @@ def require_form(record: Any, name: str) -> dict[str, Any]:
     """The entries of a record that make it a chat, a prompt or a text.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: The record is none of these.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"{name} must be a mapping. Found {type(record).__name__}.")
@@ -105,7 +105,7 @@ def _opened(source: str) -> Any:
 def _read(source: str, read: Any) -> Any:
     try:
         return read()
-    except Exception as error:  # of as many kinds as there are formats
+    except Exception as error:  # each format has its own kinds
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(f"{source} cannot be read as records: {type(error).__name__}: {reason}") from error
 

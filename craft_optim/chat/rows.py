@@ -1,4 +1,4 @@
-"""Rows: the tokens that a language model reads, and which of them count."""
+"""Rows: the tokens that a language model reads, with a mark on those that count."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -18,9 +18,9 @@ class Row(NamedTuple):
 
     Attributes:
         ids: Tokens.
-        counts: For each of them, whether the model's distribution for it counts.
-        last_only: True if of several answers the last alone counts, see `answered`.
-        category: The record's; "" if it has none.
+        counts: For each token, True if the model's distribution for it counts.
+        last_only: True if only the last of several answers counts, see `answered`.
+        category: Category of the record; "" if it has none.
     """
 
     ids: list[int]
@@ -30,21 +30,21 @@ class Row(NamedTuple):
 
 
 def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assistant") -> Row:
-    """A record as a model sees it in training, written by the tokenizer's own chat template.
+    """Row of a record as a model sees it in training, by the tokenizer's own chat template.
 
-    Of messages what the assistant says counts, up to and with the token that ends its turn; of a prompt with a
-    completion the completion; of a text all of it. The first token of a row has no distribution and never counts.
+    In messages the assistant's turns count, including the token that ends each; in a prompt with a completion the
+    completion; in a text everything. The first token of a row has no distribution and never counts.
 
-    Templates that write earlier turns in another way once others follow, as those of reasoning models do, leave no way
-    to tell where these begin: then the last answer alone counts.
+    Some templates, as of reasoning models, rewrite earlier turns once others follow, and hide where these begin: then
+    only the last answer counts.
 
     Args:
-        record: From `read_records`.
-        tokenizer: Of transformers.
-        counted: "all": everything counts, the template's own tokens among it, which never change.
+        record: A record from `read_records`.
+        tokenizer: A tokenizer of transformers.
+        counted: "assistant", as above; or "all": every token counts, also the template's own, which never change.
 
     Raises:
-        ValueError: There is no template for messages, or no answer in them.
+        ValueError: There is no template for messages, or they have no answer.
     """
     messages, end = _messages(record), tokenizer.eos_token_id
     if "text" in record:
@@ -63,10 +63,10 @@ def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assi
 
 
 def prompted(record: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """The tokens of a record up to where the model is to go on: before the last answer, or after the text.
+    """The tokens of a record that the model must continue: up to the last answer, or the whole text.
 
     Raises:
-        ValueError: There is no template for messages, or nothing in them to answer.
+        ValueError: There is no template for messages, or they have nothing to answer.
     """
     messages = _messages(record, answers=False)
     if messages is None:
@@ -85,15 +85,15 @@ def category_of(record: Mapping[str, Any]) -> str:
 
 
 def batch_of(rows: Sequence[Row], padding: int = 0) -> dict[str, Tensor]:
-    """Rows as one batch that a language model of transformers takes, padded on the right.
+    """Rows as one batch for a language model of transformers, padded on the right.
 
     Args:
-        rows: At least one.
-        padding: The token after shorter rows. Nothing attends to it, and it does not count.
+        rows: The rows; at least one.
+        padding: Padding token after shorter rows. Nothing attends to it, and it does not count.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, longs `[rows, T]`. Labels are the tokens that count, else -100; the
-        first of a row never counts, since it has no distribution.
+        `input_ids`, `attention_mask` and `labels`, int64 `[rows, T]`. Labels are the tokens that count, else -100; the
+        first token of a row never counts, since it has no distribution.
     """
     shape = len(rows), max(len(row.ids) for row in rows)
     ids = torch.full(shape, padding)
@@ -107,7 +107,7 @@ def batch_of(rows: Sequence[Row], padding: int = 0) -> dict[str, Tensor]:
 
 
 def _messages(record: Mapping[str, Any], answers: bool = True) -> list[Any] | None:
-    """The messages of a record; None if it is of plain texts."""
+    """The messages of a record; None if it has plain texts."""
     if "messages" in record:
         return list(record["messages"])
     if isinstance(record.get("prompt"), str) or "prompt" not in record:
@@ -116,10 +116,10 @@ def _messages(record: Mapping[str, Any], answers: bool = True) -> list[Any] | No
 
 
 def _row(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], *, templated: bool = False) -> Row:
-    """A text's tokens; those with a character in one of the spans count.
+    """Row of a text; tokens with a character in one of the spans count.
 
-    A token may begin before a span, as the blank before a word is the word's. The special tokens that the tokenizer
-    puts before a text are there unless a template has written it, those after it are not.
+    A token may begin before a span: the blank before a word belongs to the word. The tokenizer's special tokens before
+    a text are included unless a template has written the text; those after it are not.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -167,7 +167,7 @@ def _of_messages(messages: Sequence[Any], tokenizer: Any, tools: Any) -> Row:
 
 
 def _span(messages: Sequence[Any], place: int, text: str, tokenizer: Any, tools: Any) -> tuple[int, int] | None:
-    """First and last + 1 of an answer's characters; None if the conversation up to there is written in another way."""
+    """First and last + 1 of an answer's characters; None if the template writes the text up to there in another way."""
     before = _templated(tokenizer, messages[:place], tools, add_generation_prompt=True) if place else ""
     after = _templated(tokenizer, messages[: place + 1], tools)
     if not (after.startswith(before) and text.startswith(after)) or len(after) == len(before):

@@ -1,4 +1,4 @@
-"""Multiple-choice questions by likelihood: knowledge of a model before and after. Needs the extra `evaluation`."""
+"""Evaluation of a model's knowledge by multiple-choice questions, by likelihood. Needs the extra `evaluation`."""
 
 from craft_optim.evaluation.mcq import ChoiceScore, Result, Scorer, Summary, compare, evaluate, summarise
 from craft_optim.evaluation.questions import Question, read_questions

@@ -1,4 +1,4 @@
-"""Actions of robot policies on anchors, and how far two policies are apart."""
+"""Actions of robot policies on anchors, and the distance of two policies."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ __all__ = ["ActionDrift", "action_drift", "predicted_actions"]
 
 @dataclass(frozen=True)
 class ActionDrift:
-    """How far actions are apart, in the policies' own normalised units.
+    """Distance of actions, in the policies' own normalised units.
 
     Attributes:
         mean_abs: Mean of |student - teacher| over anchors, steps of the chunk and dimensions of the action.
-        rms: Root of the mean of (student - teacher)^2 over the same.
-        each: `mean_abs` of each anchor, in their order.
+        rms: Root mean square of student - teacher over the same.
+        each: `mean_abs` of each anchor, in order.
         mean_abs_per_dimension: `mean_abs` of each dimension of the action.
         rms_per_dimension: `rms` of each dimension of the action.
     """
@@ -37,13 +37,13 @@ class ActionDrift:
 
 
 def action_drift(teacher: Tensor, student: Tensor) -> ActionDrift:
-    """How far the student's actions are from the teacher's.
+    """Distance of the student's actions from the teacher's.
 
     Args:
-        teacher: `[anchors, steps, dimensions]`, as `student`.
+        teacher: Actions `[anchors, steps, dimensions]`, as `student`.
 
     Raises:
-        ValueError: The shapes differ, or are others.
+        ValueError: The shapes differ, or do not have three dimensions.
 
     Example:
         >>> apart = action_drift(torch.zeros(2, 1, 2), torch.tensor([[[0.0, 3.0]], [[0.0, 1.0]]]))
@@ -76,22 +76,22 @@ def predicted_actions(
     progress: bool | None = False,
     title: str = "the policy",
 ) -> Tensor:
-    """The chunks of actions that a policy of lerobot would take on the anchors, before they are un-normalised.
+    """Chunks of actions that a lerobot policy predicts on the anchors, still normalised.
 
-    Inputs are those of the cache, which its teacher's preprocessor has made. What a policy draws (the noise of flow
-    matching) depends on `seed`, the batch size and the anchors alone, so that two policies draw the same; pi0_fast
-    decodes at temperature 0. Queues of actions, flags and the temperature are afterwards what they were.
+    Inputs come from the cache, made by its teacher's preprocessor. Random numbers (the noise of flow matching) depend
+    only on `seed`, the batch size and the anchors, so that two policies draw the same; pi0_fast decodes at temperature
+    0. Queues of actions, flags and the temperature are restored afterwards.
 
     Args:
-        policy: With `predict_action_chunk`, on its device.
+        policy: Policy with `predict_action_chunk`, on its device.
         indices: Places of the anchors; at least one. None: all.
-        progress: Show a bar. None: only on a terminal.
+        progress: True to show a bar. None: only on a terminal.
 
     Returns:
         `[anchors, steps, dimensions]`, float32, on the CPU.
 
     Raises:
-        ValueError: The policy has no `predict_action_chunk`, or the anchors lack an input that it acts on.
+        ValueError: The policy has no `predict_action_chunk`, or the anchors lack one of its inputs.
     """
     predict = getattr(policy, "predict_action_chunk", None)
     if predict is None:
@@ -141,14 +141,14 @@ def _as_found(policy: Any) -> Iterator[None]:
 
 
 def _empty_queues(policy: Any) -> None:
-    """Gives the policy queues without a past; those that it has are not touched."""
+    """Gives the policy empty queues; its own are not touched."""
     for name, value in _queues(policy).items():
         empty = {key: deque[Any](maxlen=queue.maxlen) for key, queue in _named(value).items()}
         setattr(policy, name, empty if isinstance(value, dict) else empty[""])
 
 
 def _queues(policy: Any) -> dict[str, Any]:
-    """Its attributes that are queues, or several by name."""
+    """Attributes of the policy that are queues, or mappings of queues."""
     own = {name: value for name, value in vars(policy).items() if isinstance(value, deque | dict) and _named(value)}
     return {name: value for name, value in own.items() if all(isinstance(q, deque) for q in _named(value).values())}
 

@@ -1,4 +1,4 @@
-"""The tokens of a choice, and how likely a model finds them: the common part of all scorers."""
+"""Answer tokens of a choice, and their likelihood: the common part of all scorers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,11 +14,11 @@ _SAME_CONTEXT = 0.05
 
 
 class AnswerTokens(NamedTuple):
-    """Which tokens of each choice's row are scored: `row[start:stop]`.
+    """Tokens of each choice's row to score: `row[start:stop]`.
 
     Attributes:
-        start: The first, of all rows alike: what is before is the same in all of them.
-        stops: Place after the last one of each row.
+        start: Place of the first, the same in all rows: the tokens before are equal.
+        stops: Place after the last in each row.
     """
 
     start: int
@@ -31,20 +31,20 @@ def answer_tokens(
     heads: Sequence[int],
     lasts: Sequence[int] | None = None,
 ) -> AnswerTokens:
-    """Finds the tokens of the choices in rows of a prompt and a choice that were tokenised together.
+    """Finds the tokens of the choices in rows of a prompt and a choice tokenised together.
 
     A tokenizer may merge the end of the prompt and the beginning of some choices into one token. All choices are then
-    scored from the last place up to which all rows agree, so that their likelihoods have the same condition.
+    scored from the first place where rows differ, so that their likelihoods have the same condition.
 
     Args:
         rows: Token ids of each choice's row, without padding.
         ends: End of each token in its row's text, in characters; 0 for tokens that the tokenizer adds, such as BOS
             and EOS, wherever they are.
         heads: Beginning of the choice in its row's text.
-        lasts: Its end; None: the text ends with it.
+        lasts: End of the choice; None if it ends the text.
 
     Raises:
-        ValueError: A choice has no token, nothing is before it, or two choices are the same tokens.
+        ValueError: A choice has no token or nothing before it, or two choices have the same tokens.
 
     Example:
         >>> rows = [[1, 5, 6, 7, 2], [1, 5, 8, 2]]  # BOS a :b c EOS, BOS a :d EOS
@@ -73,10 +73,10 @@ def answer_tokens(
 
 
 def log_likelihoods(logits: Tensor, targets: Tensor, lengths: Sequence[int]) -> list[ChoiceScore]:
-    """The sum over each row's tokens of log p(token | what is before), for each row.
+    """Sum over each row's tokens of log p(token | tokens before), for each row.
 
     Args:
-        logits: `[B, L, vocabulary]`; entry i of a row is for entry i of its targets.
+        logits: Logits `[B, L, vocabulary]`; entry i of a row predicts entry i of its targets.
         targets: Token ids, `[B, L]`.
         lengths: Number of tokens of each row that count.
 
@@ -90,7 +90,7 @@ def log_likelihoods(logits: Tensor, targets: Tensor, lengths: Sequence[int]) -> 
 
 
 def _require_same_context(logprobs: Tensor) -> None:
-    """Raises if distributions at the same context `[B, vocabulary]` are not the same, but for rounding."""
+    """Raises if distributions `[B, vocabulary]` at the same context differ by more than rounding."""
     first = logprobs.exp()
     distance = float((first - first[:1]).abs().sum(-1).max()) / 2.0
     if distance > _SAME_CONTEXT:

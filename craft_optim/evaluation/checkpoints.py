@@ -1,4 +1,4 @@
-"""Drift of several checkpoints side by side: their names, and everything about them as JSON."""
+"""Checkpoints side by side: names, and drift and all else about them as JSON."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ class Checkpoint:
     """The measurements of one model.
 
     Attributes:
-        path: Folder or hub id that it came from.
-        drifts: By kind.
-        actions: Against its teacher's; None if they were not compared.
+        path: Folder or hub id of the model.
+        drifts: Drift by kind.
+        actions: Distance of its actions from the teacher's; None if not compared.
     """
 
     path: str
@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Paths without the folders at their beginnings and ends that all of them share.
+    """Paths without the folders that all share at the beginning and end.
 
     Example:
         >>> short_names(["out/checkpoints/000100/pretrained_model", "out/checkpoints/000200/pretrained_model"])
@@ -45,7 +45,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def _shared(parts: Sequence[tuple[str, ...]]) -> int:
-    """How many folders at the beginning are the same."""
+    """Number of equal folders at the beginning."""
     alike = (len(set(folders)) == 1 for folders in zip(*parts, strict=False))
     return next((count for count, same in enumerate(alike) if not same), min(map(len, parts)))
 
@@ -62,13 +62,13 @@ def record(
     worst: int = 5,
     categories: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Everything measured on the anchors at these places, with the `worst` named, in the types of JSON.
+    """All measurements on the anchors at these places, with the `worst` named, in the types of JSON.
 
     Numbers that are not finite are None.
 
     Args:
         epsilon: Kind, or "actions", -> threshold.
-        categories: Of each of these anchors; empty if they have none.
+        categories: Category of each of these anchors; empty if they have none.
     """
 
     def numbers(

@@ -1,4 +1,4 @@
-"""Drift of a model from its teacher's outputs on anchors: on the whole, per layer, and of each anchor."""
+"""Drift of a model from its teacher's outputs on anchors: total, per layer, and per anchor."""
 
 import math
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ class LayerDrift:
     """Drift of the hidden states of one layer, over one span of positions.
 
     Attributes:
-        layer: Its number or the module's name, as in the cache.
+        layer: Number or module name of the layer, as in the cache.
         span: Name of the span.
         pooling: Pooling of the span's positions.
-        value: Mean over all vectors that are compared: one per anchor where they are pooled.
-        each: The same of each anchor, in their order.
+        value: Mean over all compared vectors: one per anchor if pooled.
+        each: The same for each anchor, in order.
     """
 
     layer: int | str
@@ -45,12 +45,12 @@ class Drift:
     Attributes:
         kind: One of the cache's `kinds`.
         unit: Unit of all numbers here, in words.
-        value: Mean over the valid positions of all anchors measured, a long anchor counting more than a short one: what
-            the closure's `drift()` returns, and what a training holds at epsilon. Of hidden states the mean over layers
-            and spans, each of which is such a mean.
-        each: The same of each anchor alone, in their order.
-        tolerance: Largest drift that is rounding; None if the teacher itself is not at 0.
-        layers: Each layer and span of hidden states by itself.
+        value: Mean over the valid positions of all measured anchors, so that long anchors count more: the result of the
+            closure's `drift()`, which training holds at epsilon. For hidden states the mean of such means over layers
+            and spans.
+        each: The same for each anchor alone, in order.
+        tolerance: Largest drift that may be rounding; None if the teacher's own is not 0.
+        layers: Drift of each layer and span of hidden states.
     """
 
     kind: str
@@ -63,13 +63,13 @@ class Drift:
 
 @dataclass(frozen=True)
 class Spread:
-    """Spread of the numbers of single anchors, every anchor counting once.
+    """Spread of single anchors' numbers; every anchor counts once.
 
     Attributes:
-        anchor_mean: Their mean.
+        anchor_mean: Mean of the numbers.
         quantiles: Name as in `QUANTILES` -> value, interpolated linearly between neighbours.
-        over: Share of anchors whose number is above the threshold, or is none (NaN); None without a threshold.
-        worst: Anchors with the largest numbers, the largest first: (its place in the cache, its number).
+        over: Share of anchors whose number is above the threshold, or NaN; None without a threshold.
+        worst: Anchors with the largest numbers, largest first: (place in the cache, number).
     """
 
     anchor_mean: float
@@ -90,24 +90,24 @@ def drifts(
 ) -> list[Drift]:
     """Drift of the model from the cache on these anchors, for each kind that the cache holds.
 
-    Hidden states and values are compared by "mse", in units of the teacher's variance, or by "cosine" where that is
-    zero.
+    Hidden states and values are compared by "mse", in units of the teacher's variance, or by "cosine" if that variance
+    is zero.
 
     Args:
-        model: On its device; its flags are left as they are.
+        model: The model on its device; its flags do not change.
         cache: Anchors of this model or an earlier state of it.
         indices: Places of the anchors; at least one. None: all.
-        reading: That of `build`. None: the cache's own.
+        reading: The `Reading` of `build`. None: the cache's own.
         batch_size: Anchors per forward.
-        progress: Show a bar. None: only on a terminal.
+        progress: True to show a bar. None: only on a terminal.
         title: Name of the model on the bar.
 
     Raises:
         ValueError: The model does not fit the cache (`AnchorMismatchError`: other shapes than its teacher's, another
             reading), or an anchor has no valid position.
 
-    Cost: one forward without gradients per batch, up to the deepest layer where only hidden states are compared, and
-    the comparison of each anchor. Memory: as for `drift()` of the closures.
+    Cost: one forward without gradients per batch, up to the deepest layer if only hidden states are compared, and the
+    comparison of each anchor. Memory: as for `drift()` of the closures.
     """
     places = list(range(len(cache))) if indices is None else list(indices)
     if not places or batch_size < 1:
@@ -149,10 +149,10 @@ def spread_over(
     """Spread of the numbers of single anchors.
 
     Args:
-        each: One number per anchor; at least one.
+        each: Number of each anchor; at least one.
         places: The anchors' places in the cache. None: 0, 1, 2, ...
-        threshold: Anchors above it are counted.
-        worst: How many of the worst anchors to name.
+        threshold: Number above which anchors are counted.
+        worst: Number of worst anchors to name.
 
     Example:
         >>> spread = spread_over([0.1, 0.4, 0.2, 0.3], threshold=0.25, worst=1)

@@ -18,16 +18,16 @@ from craft_optim.evaluation.templates import ANSWER_EN, CHAT, QUESTION_ANSWER, T
 
 __all__ = ["LanguageModelScorer", "VisionLanguageScorer"]
 
-_MARK = "\ue000"  # of Unicode's private use: no question and no chat template has it
+_MARK = "\ue000"  # a private-use character of Unicode: no question or chat template has it
 
 
 class _Encoded(NamedTuple):
-    """Some choices of a question, each after the prompt, as the model takes them.
+    """Some choices of a question, each after the prompt, as inputs of the model.
 
     Attributes:
-        ends: End of each token in its text, `[B, T]`, as `answer_tokens` takes it.
+        ends: End of each token in its text, `[B, T]`, for `answer_tokens`.
         heads: Beginning of each choice in its text.
-        lasts: Its end.
+        lasts: End of each choice in its text.
     """
 
     inputs: Mapping[str, Tensor]
@@ -36,14 +36,14 @@ class _Encoded(NamedTuple):
     lasts: list[int]
 
     def valid(self, x: Tensor) -> list[list[int]]:
-        """The entries of each row `[B, T]` that are no padding."""
+        """The entries of each row `[B, T]` that are not padding."""
         return [row[there].tolist() for row, there in zip(x, self.inputs["attention_mask"].bool(), strict=True)]
 
 
 class _TransformersScorer(ABC):
-    """A decoder of transformers as a scorer; how it reads a question is up to the subclasses.
+    """A decoder of transformers as a scorer; subclasses define how it reads a question.
 
-    Dropout is off while it scores; the model's flags are afterwards what they were.
+    Dropout is off while it scores; the model's flags are restored afterwards.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
@@ -63,7 +63,7 @@ class _TransformersScorer(ABC):
         self._accepted = inspect.signature(unwrapped(model).forward).parameters
 
     def __call__(self, question: Question) -> list[ChoiceScore]:
-        """Scores the choices, at most a batch of them in one forward."""
+        """Scores the choices, at most one batch of them per forward."""
         size, choices = self._batch_size, question.choices
         batches = [self._encode(question, choices[at : at + size]) for at in range(0, len(choices), size)]
         rows = [row for batch in batches for row in batch.valid(batch.inputs["input_ids"])]
@@ -86,9 +86,9 @@ class _TransformersScorer(ABC):
     @torch.no_grad()
     def _score(self, inputs: Mapping[str, Tensor], start: int, lengths: list[int]) -> list[ChoiceScore]:
         ids, device = inputs["input_ids"], device_of(self._model)
-        keep = ids.shape[1] - start + 1  # the choices, and the position before them: no logits of the prompt
+        keep = ids.shape[1] - start + 1  # the choices and the position before them, without the prompt's logits
         settings = {"use_cache": False, "logits_to_keep": keep}
-        dtype = getattr(unwrapped(self._model), "dtype", None)  # of pictures, too: not all models see to it themselves
+        dtype = getattr(unwrapped(self._model), "dtype", None)  # of pictures, too: not all models cast them
         passed = {
             name: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
             for name, x in inputs.items()
@@ -105,7 +105,7 @@ class _TransformersScorer(ABC):
             raise ValueError(f"The question has {length} tokens, of which the model takes {limit}.")
 
     def _adds_specials(self, head: str) -> bool:
-        """True if the tokenizer shall add its BOS: chat templates write it themselves."""
+        """True if the tokenizer must add its BOS: chat templates write it themselves."""
         bos = self._tokenizer.bos_token
         return not (bos and head.startswith(bos))
 
@@ -117,7 +117,7 @@ class LanguageModelScorer(_TransformersScorer):
         template: Text for `parse_template`, or "chat" for the tokenizer's chat template.
 
     Raises:
-        ValueError: The model is none of that, its tokenizer is not a fast one, or the template cannot be used.
+        ValueError: The model is of another kind, its tokenizer is not a fast one, or the template is unusable.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class LanguageModelScorer(_TransformersScorer):
             add_special_tokens=self._adds_specials(head),
             return_offsets_mapping=True,
         )
-        # Padded here: some tokenizers have no token for it, and what stands there is never seen.
+        # Padded here: some tokenizers have no padding token, and padding is never seen.
         ids = [torch.tensor(row) for row in found["input_ids"]]
         ends = [torch.tensor([end for _, end in row]) for row in found["offset_mapping"]]
         return _Encoded(
@@ -153,21 +153,21 @@ class LanguageModelScorer(_TransformersScorer):
 class VisionLanguageScorer(_TransformersScorer):
     """Scores the choices of questions about pictures, or none, by a vision-language model, `batch_size` in one forward.
 
-    Pictures go through the processor: it scales them as the model wants them, and makes room for them in the text. In
-    PaliGemma the prompt is attended in both directions and the choice causally, as in its training.
+    The processor scales pictures for the model, and makes room for them in the text. PaliGemma's attention is
+    bidirectional in the prompt and causal in the choice, as in its training.
 
     Args:
-        template: Text for `parse_template`, or "chat" for the processor's chat template. None: that, where there is
-            one; else "answer en {question}" for PaliGemma, and "Question: {question}\\nAnswer:" for others. The
-            processor's image token is put in front where a template does not have it.
+        template: Text for `parse_template`, or "chat" for the processor's chat template. None: "chat" if there is a
+            chat template; else "answer en {question}" for PaliGemma, and "Question: {question}\\nAnswer:" for others.
+            The processor's image token is put in front if a template lacks it.
 
     Raises:
-        ValueError: The model is none of that, its tokenizer is not a fast one, or the template cannot be used.
+        ValueError: The model is of another kind, its tokenizer is not a fast one, or the template is unusable.
     """
 
     def __init__(self, model: nn.Module, processor: Any, *, template: str | None = None, batch_size: int = 16) -> None:
         tokenizer = getattr(processor, "tokenizer", None)
-        # Without a token for padding rows cannot share a forward.
+        # Without a padding token rows cannot share a forward.
         super().__init__(model, tokenizer, batch_size if getattr(tokenizer, "pad_token", None) is not None else 1)
         self._processor = processor
         self._is_paligemma = getattr(self._config, "model_type", None) == "paligemma"
@@ -189,7 +189,7 @@ class VisionLanguageScorer(_TransformersScorer):
         if self._is_paligemma:
             if pictures is None:
                 raise ValueError("PaliGemma needs a picture. Found a question without one.")
-            # The processor ends the prompt with a new line, and marks the choice as what follows.
+            # The processor ends the prompt with a new line, and marks the text after it as the choice.
             texts = [head.removesuffix("\n")] * len(choices)
             found = self._processor(text=texts, images=pictures, suffix=list(choices), **settings)
             ends = found["offset_mapping"][..., 1] * found["token_type_ids"]
@@ -220,7 +220,7 @@ class VisionLanguageScorer(_TransformersScorer):
 
 
 def _parsed(template: str, renderer: Any) -> Template | None:
-    """The template in parts; None for the chat template, which the tokenizer or processor must have."""
+    """The parsed template; None for the chat template, which the tokenizer or processor must have."""
     if template != CHAT:
         return parse_template(template)
     if not renderer.chat_template:
@@ -229,7 +229,7 @@ def _parsed(template: str, renderer: Any) -> Template | None:
 
 
 def _chat_head(renderer: Any, question: Any, mark: Any) -> str:
-    """Everything before the answer in a chat with this question."""
+    """Text before the answer in a chat with this question."""
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": mark}]
     before, found, _ = renderer.apply_chat_template(chat, tokenize=False).partition(_MARK)
     if not found:

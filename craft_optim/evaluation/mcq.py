@@ -1,4 +1,4 @@
-"""Multiple-choice questions by likelihood: does a model find the right choice likelier than every other?
+"""Multiple-choice questions by likelihood: a model must find the right choice likelier than every other.
 
     questions = read_questions("questions.jsonl")
     before = evaluate(questions, load_scorer("pretrained/"))
@@ -6,9 +6,9 @@
     print(summarise(after), compare(before, after))
 
 A choice's score is the log-likelihood of its tokens after the question: their sum, or their mean, which does not favour
-short choices. A question is answered rightly if the right choice's score is above all others'. A tie is not right: it
-would be the file's order that decides. A question that could not be scored is not right either: it stays in the
-denominator, and is counted.
+short choices. An answer is right if the right choice's score is above all others'. A tie is not right, as the file's
+order would decide. A question that could not be scored is not right either: it stays in the denominator, and is
+counted.
 """
 
 import math
@@ -38,10 +38,10 @@ Score = Literal["normalized", "sum"]
 
 
 class ChoiceScore(NamedTuple):
-    """How likely a model finds a choice.
+    """Likelihood of a choice for a model.
 
     Attributes:
-        log_likelihood: Sum over its tokens after the question, in nats; <= 0.
+        log_likelihood: Sum over the choice's tokens after the question, in nats; <= 0.
         tokens: Number of these tokens; >= 1.
     """
 
@@ -49,7 +49,7 @@ class ChoiceScore(NamedTuple):
     tokens: int
 
     def by(self, score: Score) -> float:
-        """The sum, or the mean over the tokens."""
+        """The sum or the mean over the tokens."""
         return self.log_likelihood if score == "sum" else self.log_likelihood / self.tokens
 
 
@@ -57,7 +57,7 @@ class Scorer(Protocol):
     """Scores the choices of a question: a model with its tokenizer and its template, or any function."""
 
     def __call__(self, question: Question) -> Sequence[ChoiceScore]:
-        """One score for each choice, in their order; a ValueError says why the question cannot be scored."""
+        """Scores of the choices, in order; a ValueError has the reason why the question cannot be scored."""
         ...
 
 
@@ -66,7 +66,7 @@ class Result:
     """The scores of one question.
 
     Attributes:
-        failure: Why it could not be scored, then without scores; None if it could.
+        failure: Reason why it could not be scored, then without scores; None if it could.
     """
 
     question: Question
@@ -74,7 +74,7 @@ class Result:
     failure: str | None = None
 
     def margin(self, score: Score) -> float | None:
-        """The right choice's score minus the best wrong one's, in nats (per token); None if there are none."""
+        """The right choice's score minus the best wrong one's, in nats (per token); None without scores."""
         if self.failure is not None:
             return None
         by_place = [choice.by(score) for choice in self.scores]
@@ -88,14 +88,14 @@ class Result:
 
 
 def evaluate(questions: Iterable[Question], scorer: Scorer) -> list[Result]:
-    """Scores all questions, in their order. One that cannot be scored is a result, too: with the reason why.
+    """Scores all questions, in order. One that cannot be scored is a result, too, with the reason.
 
     Args:
         scorer: Scorer of a model. Its ValueErrors (a missing picture, a question too long, ...) and scores that are not
             finite are failures of the question; other errors are raised.
 
     Raises:
-        ValueError: The scorer returns what cannot be scores at all.
+        ValueError: The scorer's results cannot be scores.
 
     Example:
         >>> question = Question("2 + 2 =", ("4", "5"), answer=0)
@@ -130,12 +130,12 @@ class Measure:
 
     Attributes:
         right: Questions answered rightly.
-        accuracy: Their share of all questions, those that failed included.
-        accuracy_interval: Wilson's.
-        accuracy_answered: Their share of the questions that did not fail; None if all did.
+        accuracy: Share of all questions, including failed ones, answered rightly.
+        accuracy_interval: Wilson's interval.
+        accuracy_answered: Share of the questions that did not fail answered rightly; None if all failed.
         ties: Questions on which the right choice and the best wrong one have the same score.
-        margin: Mean over the questions that did not fail, in nats (per token); None if all did.
-        margin_interval: Student's; None for fewer than two.
+        margin: Mean over the questions that did not fail, in nats (per token); None if all failed.
+        margin_interval: Student's interval; None for fewer than two questions.
     """
 
     right: int
@@ -152,10 +152,10 @@ class Summary:
     """Accuracy and margin of a model.
 
     Attributes:
-        failed: Number of those that could not be scored.
-        chance: The accuracy that guessing would have.
-        normalized: By the mean over a choice's tokens.
-        sum: By their sum.
+        failed: Number of questions that could not be scored.
+        chance: Accuracy of guessing.
+        normalized: Measure by the mean over a choice's tokens.
+        sum: Measure by the sum over a choice's tokens.
     """
 
     questions: int
@@ -206,15 +206,15 @@ class Comparison:
 
     Attributes:
         both: Questions that both answer rightly.
-        lost: Only the first does.
-        won: Only the second does.
-        neither: None does.
-        failed_in_one: Questions that only one of them could not score; it counts as not right.
+        lost: Questions that only the first answers rightly.
+        won: Questions that only the second answers rightly.
+        neither: Questions that none answers rightly.
+        failed_in_one: Questions that only one could not score; that counts as not right.
         accuracy: The second's minus the first's, over all questions.
-        accuracy_interval: Newcombe's for pairs.
-        p_value: McNemar's test, exact, two-sided: of `lost` against `won`.
-        margin: Mean difference of the margins where both could score, in nats (per token); None if they could nowhere.
-        margin_interval: Student's, of the differences; None for fewer than two.
+        accuracy_interval: Newcombe's interval for pairs.
+        p_value: McNemar's test of `lost` against `won`, exact and two-sided.
+        margin: Mean difference of the margins of questions that both scored, in nats (per token); None without any.
+        margin_interval: Student's interval of the differences; None for fewer than two.
     """
 
     both: int
@@ -233,8 +233,8 @@ def compare(first: Sequence[Result], second: Sequence[Result], score: Score = "n
     """Counts the questions that the second model has lost and won against the first, and tests the difference.
 
     Args:
-        first: From `evaluate`: before fine-tuning, say.
-        second: On the same questions in the same order.
+        first: Results of `evaluate`, such as before fine-tuning.
+        second: Results on the same questions in the same order.
 
     Raises:
         ValueError: The questions are not the same, there are none, or there is no such score.

@@ -15,7 +15,7 @@ _WORDS: dict[Score, str] = {"normalized": "mean over the tokens", "sum": "sum ov
 
 
 def summary_rows(names: Sequence[str], summaries: Sequence[Summary], score: Score) -> list[tuple[str, str]]:
-    """A table of one model, or of several side by side: labels and texts. Intervals are those of 95 %."""
+    """Table of one model, or several side by side: labels and texts. Intervals are those of 95 %."""
     other: Score = "sum" if score == "normalized" else "normalized"
     measures = [summary.by(score) for summary in summaries]
     rows = [
@@ -32,7 +32,7 @@ def summary_rows(names: Sequence[str], summaries: Sequence[Summary], score: Scor
 
 
 def change_rows(change: Comparison, score: Score) -> list[tuple[str, str]]:
-    """A table of what the second model has lost and won: labels and texts."""
+    """Table of the questions that the second model has lost and won: labels and texts."""
     return [
         ("Right before, wrong now", f"{change.lost} of {change.both + change.lost}"),
         ("Wrong before, right now", f"{change.won} of {change.won + change.neither}"),
@@ -44,7 +44,7 @@ def change_rows(change: Comparison, score: Score) -> list[tuple[str, str]]:
 
 
 def doubts(name: str, summary: Summary, score: Score) -> list[str]:
-    """Sentences on why the numbers of a model may not mean what they seem to."""
+    """Sentences with reasons to doubt a model's numbers."""
     low, high = summary.by(score).accuracy_interval
     if low > summary.chance:
         return []
@@ -56,7 +56,7 @@ def doubts(name: str, summary: Summary, score: Score) -> list[str]:
 
 
 def failures(name: str, results: Sequence[Result], most: int = 5) -> list[str]:
-    """Why questions could not be scored, the most frequent reasons first; lines."""
+    """Lines with the reasons why questions could not be scored, the most frequent first."""
     reasons = Counter(result.failure for result in results if result.failure is not None)
     if not reasons:
         return []
@@ -72,7 +72,7 @@ def as_json(
     change: Comparison | None,
     score: Score,
 ) -> dict[str, Any]:
-    """Everything about one model, or two and the change, as `json.dumps` takes it.
+    """Data of one model, or of two and the change, for `json.dumps`.
 
     Returns:
         "score"; "models", each with "name" and "summary"; "comparison"; and "questions": each with its entries of the

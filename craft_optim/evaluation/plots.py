@@ -1,4 +1,4 @@
-"""Pictures of drift over checkpoints. Needs matplotlib, the extra `report`."""
+"""Plots of drift over checkpoints. Needs matplotlib, the extra `report`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _BLUE = "#1b6ca8"
 
 
 def require_matplotlib() -> None:
-    """Checks that there is something to draw with, before anything is measured.
+    """Checks that matplotlib is installed, before anything is measured.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -26,11 +26,11 @@ def require_matplotlib() -> None:
 
 
 def draw_checkpoints(checkpoints: Sequence[Checkpoint], epsilon: Mapping[str, float], path: str | Path) -> None:
-    """Draws the drift of each checkpoint, in their order, against epsilon: a panel per kind, layers and actions.
+    """Draws the drift of each checkpoint, in order, against epsilon: a panel per kind, layers and actions.
 
     Args:
-        checkpoints: At least one; all with the same kinds.
-        epsilon: Kind, or "actions", -> threshold; drawn where there is one.
+        checkpoints: The checkpoints, at least one, all with the same kinds.
+        epsilon: Kind, or "actions", -> threshold to draw.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -68,7 +68,7 @@ def _draw_spread(
     places = list(range(len(measured)))
     quantiles = [spread_over(each).quantiles for _, each in measured]
     low, middle, high = ([q[name] for q in quantiles] for name in ("5%", "50%", "95%"))
-    if len(places) == 1:  # a band of no width would not be seen
+    if len(places) == 1:  # a band without width would be invisible
         axis.vlines(places, low, high, color=_BLUE, alpha=0.3, lw=8, label="anchors, 5 % to 95 %")
     else:
         axis.fill_between(places, low, high, color=_BLUE, alpha=0.15, lw=0, label="anchors, 5 % to 95 %")

@@ -15,16 +15,16 @@ _KEYS = {"image_path", "question", "choices", "answer_index", "id"}
 
 @dataclass(frozen=True)
 class Question:
-    """A question, what may be answered, and what is right.
+    """A question, its choices, and the right one.
 
     Attributes:
         text: The question, without its choices.
         choices: At least two answers, all different, without blanks around them.
         answer: Place of the right one.
-        image: File of the picture that it is about; None for a question about none.
+        image: File of the question's picture; None without one.
 
     Raises:
-        ValueError: It is none of that.
+        ValueError: A value is invalid.
     """
 
     text: str
@@ -54,13 +54,13 @@ def read_questions(path: str | Path) -> list[Question]:
     """The questions of a JSONL file in UTF-8; blank lines are skipped.
 
     Each line is an object with "question", "choices" (a list of texts) and "answer_index" (from 0), and may have
-    "image_path" (relative to the file; null is none) and "id". Blanks around texts are taken off.
+    "image_path" (relative to the file; null for none) and "id". Blanks around texts are removed.
 
     Args:
-        path: The file. Pictures are looked at when they are needed, not here.
+        path: The file. Pictures are opened when needed, not here.
 
     Raises:
-        ValueError: A line is none of that, or there are no lines; the message has the file and the line.
+        ValueError: A line has another form, or there are no lines; the message has the file and the line.
         OSError: The file cannot be read.
 
     Example:
@@ -97,7 +97,7 @@ def _question(row: Any, folder: Path) -> Question:
     if missing:
         raise ValueError(f"{missing[0]!r} is missing. Found keys {sorted(row)}.")
     unknown = sorted(row.keys() - _KEYS)
-    if unknown:  # else a picture under another name would be a question without one
+    if unknown:  # else a misnamed picture would make a question without one
         raise ValueError(f"{unknown[0]!r} is not known. Keys are {sorted(_KEYS)}: rename it, or take it out.")
     text, choices, answer = row["question"], row["choices"], row["answer_index"]
     image, name = row.get("image_path"), row.get("id")
@@ -133,10 +133,10 @@ def open_picture(path: Path) -> Any:
         raise ImportError(f"Pictures need Pillow ({error}): pip install 'craft-optim[evaluation]'.") from error
     try:
         with Image.open(path) as picture:
-            if picture.mode[0] in "IF":  # PIL would cut them off at 255
+            if picture.mode[0] in "IF":  # PIL would clip them at 255
                 raise ValueError(f"Pictures must have 8 bits per colour. Found mode {picture.mode!r} in {path}.")
             return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"There is no picture {path}.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's words for what it finds broken
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's errors for broken files
         raise ValueError(f"The picture {path} cannot be read: {error}.") from error

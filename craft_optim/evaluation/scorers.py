@@ -1,4 +1,4 @@
-"""A scorer for a checkpoint, whatever it is: a lerobot policy, a language model, a vision-language model."""
+"""Scorers for checkpoints: a lerobot policy, a language model, or a vision-language model."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ _ADAPTERS = "adapter_config.json"
 
 
 def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, batch_size: int = 16) -> Scorer:
-    """The scorer of a checkpoint. Its config.json says what it is; code from the checkpoint is not run.
+    """Loads the scorer of a checkpoint, by its config.json; code from the checkpoint is not run.
 
     Args:
         path: Folder or hub id: a pi0_fast of lerobot; a causal language model, or a vision-language model, of
@@ -23,7 +23,7 @@ def load_scorer(path: str, *, device: str = "cpu", template: str | None = None, 
             `craft_optim.lerobot.answers.PI0FastScorer`. None: the scorer's own.
 
     Raises:
-        ValueError: It is none of these, or cannot be loaded.
+        ValueError: The checkpoint is none of these, or cannot be loaded.
         ImportError: lerobot or transformers is not installed.
     """
     settings: dict[str, Any] = {"batch_size": batch_size} | ({} if template is None else {"template": template})
@@ -38,7 +38,7 @@ def require_checkpoint(path: str) -> dict[str, Any]:
     """The config.json of a checkpoint, or the adapter_config.json of adapters; loads no weights.
 
     Raises:
-        ValueError: It has none of them, or is a policy without words.
+        ValueError: It has neither, or is a policy without a language model.
         ImportError: Neither lerobot nor transformers is installed.
     """
     path = expanded(path)
@@ -98,7 +98,7 @@ def _of_transformers(path: str, config: dict[str, Any], device: str, settings: d
 
     whole, revision = base_of_adapters(path) if "peft_type" in config else (path, None)
     about = transformers.AutoConfig.from_pretrained(whole, revision=revision)
-    # Beside adapters there may be a tokenizer, or none: then it is the model's.
+    # There may be a tokenizer beside adapters, else it is the model's.
     words = path if _json(path, "tokenizer_config.json") else whole
     for kind in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
         if type(about) in kind._model_mapping:

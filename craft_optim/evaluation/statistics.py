@@ -39,7 +39,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         values: Independent measurements, finite.
 
     Returns:
-        Both ends; None for fewer than two values, which do not tell how much they vary.
+        Both ends; None for fewer than two values, which show no variation.
     """
     if len(values) < 2:
         return None
@@ -49,11 +49,11 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """McNemar's test, exact and two-sided: were as many lost as won but for chance?
+    """McNemar's test, exact and two-sided, of equally many losses and wins except by chance.
 
     Args:
-        lost: Trials that the first of two did and the second did not.
-        won: Trials that the second did and the first did not.
+        lost: Trials in which only the first of two succeeds.
+        won: Trials in which only the second succeeds.
 
     Returns:
         The p-value; 1 if they differ in no trial.
@@ -69,14 +69,14 @@ def mcnemar(lost: int, won: int) -> float:
 def paired_difference(both: int, lost: int, won: int, neither: int, confidence: float = 0.95) -> Interval:
     """The interval of a difference of two proportions of the same trials: the second's minus the first's.
 
-    Newcombe's score interval (Statistics in Medicine 17, 1998, method 10). It has a width also where no trial differs:
-    an interval from the differences alone would then claim to know that there are none.
+    Newcombe's score interval (Statistics in Medicine 17, 1998, method 10). It has a width even if no trial differs: an
+    interval from the differences alone would then claim certainty.
 
     Args:
-        both: Trials that both did.
-        lost: Only the first did.
-        won: Only the second did.
-        neither: None did.
+        both: Trials in which both succeed.
+        lost: Trials in which only the first succeeds.
+        won: Trials in which only the second succeeds.
+        neither: Trials in which none succeeds.
 
     Returns:
         Both ends, in [-1, 1].

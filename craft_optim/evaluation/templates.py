@@ -1,40 +1,40 @@
-"""How a question is put to a model: the text before a choice."""
+"""Templates of a question to a model: the text before a choice."""
 
 from dataclasses import dataclass
 
 __all__ = ["ANSWER_EN", "CHAT", "QUESTION_ANSWER", "Template", "parse_template"]
 
 QUESTION_ANSWER = "Question: {question}\nAnswer: {choice}"
-"""The usual one for language models"""
+"""The usual template for language models"""
 
 ANSWER_EN = "answer en {question}\n{choice}"
-"""How PaliGemma, and so the backbone of pi0_fast, was taught to answer questions about pictures in English"""
+"""Template of PaliGemma's training, and so of pi0_fast's backbone, for English questions about pictures"""
 
 CHAT = "chat"
-"""The word for the chat template of the model's own processor or tokenizer, in the place of a template"""
+"""Stands for the chat template of the model's own processor or tokenizer, instead of a template"""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template in parts: the text before the question, and that between it and the choice."""
+    """Template in parts: the text before the question, and the text between it and the choice."""
 
     before: str
     after: str
 
     def head(self, question: str) -> str:
-        """Everything before the choice."""
+        """Text before the choice."""
         return f"{self.before}{question}{self.after}"
 
 
 def parse_template(text: str) -> Template:
-    r"""A template from text.
+    r"""Parses a template.
 
     Args:
-        text: With "{question}", and "{choice}" at its end; without the latter, a blank and the choice follow. A
-            backslash and an n, as a shell hands them over, are a new line. Other braces are what they are.
+        text: Text with "{question}", and "{choice}" at its end; without the latter, a blank and the choice follow. A
+            backslash and an n, as from a shell, are a new line. Other braces are plain text.
 
     Raises:
-        ValueError: It has no question, more than one of either, or something after the choice, which would not be
+        ValueError: The text has no question, more than one of either, or text after the choice, which would not be
             scored.
 
     Example:

@@ -1,4 +1,4 @@
-"""One line in the place of the hundred that lerobot logs where torchcodec cannot be loaded, for each dataset again."""
+"""One log line instead of lerobot's hundred per dataset if torchcodec cannot be loaded."""
 
 import logging
 
@@ -8,7 +8,7 @@ _said: list[str] = []
 
 
 def shorten() -> None:
-    """From now on, in this process; other messages stay as they are, and so does the fall back to pyav."""
+    """Shortens that message in this process from now on; other messages, and the fallback to pyav, stay the same."""
     logger = logging.getLogger("lerobot.utils.import_utils")
     if _in_one_line not in logger.filters:
         logger.addFilter(_in_one_line)

@@ -31,11 +31,11 @@ def prefix_spans(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def run_paligemma(policy: Any, embeddings: Tensor, valid: Tensor, attention: Tensor) -> Tensor:
-    """Embedded tokens through the PaliGemma decoder of the pi0 family; no action expert.
+    """Runs embedded tokens through the PaliGemma decoder of the pi0 family, without the action expert.
 
     Args:
-        valid: Bool `[B, T]`.
-        attention: Bool `[B, T, T]`: who attends to whom.
+        valid: True at real tokens, bool `[B, T]`.
+        attention: Attention mask, bool `[B, T, T]`.
 
     Returns:
         The normalised last hidden states, `[B, T, D]`.

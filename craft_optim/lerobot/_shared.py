@@ -1,4 +1,4 @@
-"""Shared parts of the adapters: batch keys, noise that stays the same, masks over a prefix, what hooks see."""
+"""Shared parts of the adapters: batch keys, fixed noise, masks over a prefix, views for hooks."""
 
 import hashlib
 import os
@@ -38,7 +38,7 @@ __all__ = [
 
 STATE = "observation.state"
 ENVIRONMENT_STATE = "observation.environment_state"
-IMAGES = "observation.images"  # what a policy that stacks its cameras has made of them
+IMAGES = "observation.images"  # key of the stacked cameras in policies that stack them
 TOKENS = "observation.language.tokens"
 TOKENS_MASK = "observation.language.attention_mask"
 ACTION = "action"
@@ -48,7 +48,7 @@ TIME = "anchor.time"
 
 
 def speaks() -> bool:
-    """True in the process that speaks for the others of its machine."""
+    """True in the one process per machine that logs."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -76,10 +76,10 @@ def only(batch: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Tensor]:
 
 
 def observations(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Cameras and states of a batch: all that the policy is configured for.
+    """The cameras and states of a batch that the policy is configured for.
 
     Raises:
-        ValueError: Some are not there.
+        ValueError: Some are missing.
     """
     config = policy.config
     wanted = list(config.image_features)
@@ -102,7 +102,7 @@ def cameras(policy: Any, batch: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block the flags of these modules alone, not of those within them, say eval mode."""
+    """Sets the eval flag of these modules within the block, but not of their submodules."""
     turned = [module for module in modules if module.training]
     for module in turned:
         module.training = False
@@ -119,16 +119,16 @@ def with_noise(
     chunk: int | None = None,
     draw: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """The inputs of a policy that denoises actions, and for each anchor one noise and one time of its training.
+    """Inputs of a policy that denoises actions, with one training noise and time for each anchor.
 
-    They are drawn once and stored, because the teacher's prediction means nothing at another noise. The seed is what
-    the anchor holds besides pictures: the same frame has the same noise in every batch, on every machine.
+    They are drawn once and stored, because the teacher's prediction is meaningless at another noise. The anchor's data
+    other than pictures is the seed: a frame has the same noise in every batch, on every machine.
 
     Args:
-        inputs: With actions `[B, chunk, action]`.
+        inputs: Batch with actions `[B, chunk, action]`.
         chunk: Number of actions. None: `policy.config.chunk_size`.
-        draw: Noise `[1, chunk, ...]` and time `[1]` from the CPU's random numbers. None: those of flow matching,
-            `policy.model.sample_noise` and `.sample_time`.
+        draw: Function that draws noise `[1, chunk, ...]` and time `[1]` from the CPU's random numbers. None: that of
+            flow matching, `policy.model.sample_noise` and `.sample_time`.
 
     Returns:
         The inputs with "anchor.noise" `[B, chunk, ...]` and "anchor.time" `[B]`.
@@ -165,7 +165,7 @@ def with_noise(
 
 
 def action_spans(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The actions that the episode still holds: "all", bool `[B, chunk]`; empty where the batch does not say."""
+    """Span of the actions within the episode: "all", bool `[B, chunk]`; empty if the batch has no such mask."""
     return {"all": ~batch[ACTION_IS_PAD].bool()} if ACTION_IS_PAD in batch else {}
 
 
@@ -173,7 +173,7 @@ def spans_of(parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Masks over a prefix from those of its parts.
 
     Args:
-        parts: Names and valid positions, bool `[B, n]`, in the prefix' order. Names "image.<key>" are cameras.
+        parts: Names and valid positions, bool `[B, n]`, in the order of the prefix. Names "image.<key>" are cameras.
 
     Returns:
         For each name, for "image" (all cameras) and for "all", a bool mask `[B, T]`, T the sum of the parts' n.
@@ -192,11 +192,11 @@ def spans_of(parts: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 @contextmanager
 def observed(module: nn.Module, view: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block hooks that were on the module before it see `view(output)`; its callers get the output.
+    """Shows `view(output)` to earlier hooks of the module within the block; its callers get the output.
 
     Args:
-        view: A slice: it must keep no tensor for the backward, because activation checkpointing repeats forwards
-            without it.
+        view: Function that slices: it must save no tensor for the backward, because activation checkpointing repeats
+            forwards without it.
     """
     whole: list[Tensor] = []
 
@@ -217,9 +217,9 @@ def observed(module: nn.Module, view: Callable[[Tensor], Tensor]) -> Iterator[No
 
 
 def real_actions(batch: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Velocities `[B, chunk, max_action_dim]` -> those of the action dimensions that the anchors have.
+    """Makes a slice of velocities `[B, chunk, max_action_dim]`: the action dimensions of the anchors.
 
-    The others are padding, and no loss of lerobot's looks at them: they may go where they like.
+    The others are padding, which no loss of lerobot reads: they are free to move.
     """
     width = batch[ACTION].shape[-1]
     return lambda velocities: velocities[..., :width]

@@ -8,17 +8,17 @@ __all__ = ["freeze_statistics"]
 
 
 def freeze_statistics(model: nn.Module) -> list[str]:
-    """From now on batch normalisation uses its running statistics as they are, in train mode, too.
+    """Fixes the running statistics of batch normalisation from now on, in train mode, too.
 
-    Otherwise training moves them with no gradient, normalises by those of its own batches, and is not the function that
-    acts: retention then holds what the policy did by means of the statistics, the task is learnt without them, and the
-    policy that acts has learnt little of it. Weights and biases of these layers train on.
+    Otherwise training changes them without gradients, and normalises by its own batches' statistics, unlike the policy
+    that acts: retention then holds a function that uses the statistics, the task is learned without them, and the
+    policy that acts has learned little of it. Weights and biases of these layers still train.
 
     Args:
-        model: Of any kind; state dicts, copies and modes stay as they are.
+        model: Any model; state dicts, copies and modes do not change.
 
     Returns:
-        Names of the layers; none where statistics are not kept, as in layer and group normalisation.
+        Names of the layers; empty if none keeps statistics, as with layer and group normalisation.
     """
     layers = {
         name: module

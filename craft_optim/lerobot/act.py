@@ -1,7 +1,7 @@
 """lerobot's ACTPolicy as the anchors see it: the actions that it predicts.
 
-ACT's hidden states have the anchors as second dimension; its action head's output `[B, chunk, action]` has them first
-and is the whole policy's function. A batch is what the policy's own preprocessor returns; actions are not needed.
+The anchors are the second dimension of ACT's hidden states, but the first of its action head's output `[B, chunk,
+action]`, the whole policy's function. A batch comes from the policy's own preprocessor; actions are not needed.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,15 @@ def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The part of a preprocessed batch that `run_actions` reads: cameras and states.
 
     Raises:
-        ValueError: Some are not there.
+        ValueError: Some are missing.
     """
     return observations(policy, batch) | only(batch, (ACTION_IS_PAD,))
 
 
 def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Runs the policy as at inference: the latent is zero, the VAE's encoder, a help of training, does not run.
+    """Runs the policy as at inference: the latent is zero; the VAE's encoder, used in training only, does not run.
 
-    The actions are `model.action_head`'s output.
+    The actions are the output of `model.action_head`.
     """
     policy = policy_of(model)
     network, cameras = policy.model, policy.config.image_features

@@ -1,11 +1,11 @@
-"""One way to anchor any of lerobot's policies that are known here.
+"""Adapters: one interface to anchor any of lerobot's policies that are known here.
 
     adapter = adapter_for(policy)
     batches = anchor_batches(dataset, preprocessor, adapter, count=256)
     cache = adapter.build(policy, batches, "anchors/")  # before fine-tuning
     retention = adapter.retention(policy, cache, batch_size=16)
 
-What is kept of a policy:
+Outputs of a policy that can be kept:
 
     "logits"   pi0_fast          distributions of action tokens: the whole policy
     "actions"  all others        predicted velocities (pi0, pi05, smolvla) or noise (diffusion), at stored noise and
@@ -37,9 +37,9 @@ _log = logging.getLogger("craft_optim")
 
 
 class _Known(NamedTuple):
-    """A policy: its module here, choices of what to keep (the default first), and names of modules within it.
+    """Known policy: its module here, outputs that can be kept (the default first), and names of modules within it.
 
-    `head` is the one whose output are its actions, `backbone` its vision-language model.
+    `head` is the module whose output is the actions, `backbone` the vision-language model.
     """
 
     source: Any
@@ -61,17 +61,17 @@ _POLICIES = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """The way in which a policy is anchored. `dataclasses.replace` changes a part.
+    """Way to anchor a policy. `dataclasses.replace` changes a part.
 
     Attributes:
-        policy: Its name in lerobot.
-        keep: "logits", "tokens", "actions" or "prefix".
-        kind: "logits", "tokens" or "hidden": which retention measures it.
-        inputs: Preprocessed batch -> the tensors that `reading.forward` reads, and that are stored.
-        reading: As `anchors.build` takes it. Spans of a prefix: "image.<key>" for each camera, "image", "text", "all",
-            and for smolvla "state".
-        layers: As `anchors.build` takes them; none for logits.
-        frozen: Names of the outermost modules of which nothing is trained, such as the vision tower.
+        policy: Name of the policy in lerobot.
+        keep: Output to keep: "logits", "tokens", "actions" or "prefix".
+        kind: Kind of retention that measures it: "logits", "tokens" or "hidden".
+        inputs: Function preprocessed batch -> the tensors that `reading.forward` reads, which are stored.
+        reading: The `Reading` for `anchors.build`. Spans of a prefix: "image.<key>" for each camera, "image", "text",
+            "all", and for smolvla "state".
+        layers: Layers for `anchors.build`; none for logits.
+        frozen: Names of the outermost modules without trained parameters, such as the vision tower.
     """
 
     policy: str
@@ -85,7 +85,7 @@ class Adapter:
     def build(
         self, model: nn.Module, batches: Iterable[Any], path: str | os.PathLike[str], **settings: Any
     ) -> anchors.AnchorCache:
-        """`anchors.build` of this policy; `settings` are its further arguments, or replace what the adapter says.
+        """Calls `anchors.build` for this policy; `settings` are further arguments, or replace the adapter's own.
 
         Args:
             model: The policy, before it is fine-tuned.
@@ -99,13 +99,13 @@ class Adapter:
     def retention(
         self, model: nn.Module, cache: anchors.AnchorCache, *, freeze_statistics: bool = True, **settings: Any
     ) -> anchors.AnchorRetention:
-        """The retention closure on a cache of this adapter; `settings` are those of its class.
+        """The retention closure on a cache of this adapter; `settings` are arguments of its class.
 
         Args:
             model: The policy in training.
-            cache: From `build`.
-            freeze_statistics: Batch normalisation (in lerobot: diffusion's, unless `use_group_norm`) keeps its running
-                statistics from now on, see `craft_optim.lerobot.freeze_statistics`.
+            cache: Cache from `build`.
+            freeze_statistics: True to fix the running statistics of batch normalisation (in lerobot: diffusion's,
+                unless `use_group_norm`) from now on, see `craft_optim.lerobot.freeze_statistics`.
             **settings: Arguments of `LogitRetention`, `TokenRetention` or `HiddenRetention`.
         """
         if freeze_statistics and (frozen := _statistics.freeze_statistics(model)):
@@ -119,11 +119,11 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
     Args:
         model: pi0_fast, pi0, pi05, smolvla, diffusion or act; wrapped (DDP, torch.compile, PEFT) or not. Names of
             layers are those within the wrapper: build and train with the same.
-        keep: "logits", "tokens", "actions" or "prefix". None: the first that the policy has.
+        keep: Output to keep: "logits", "tokens", "actions" or "prefix". None: the policy's first.
 
     Raises:
-        ValueError: The policy is not known, has nothing of that name, or nothing that is kept can move: its
-            vision-language model is frozen.
+        ValueError: The policy is unknown or has no such output, or the output cannot move, as its vision-language model
+            is frozen.
     """
     found = find_policy(model)
     name = getattr(found[1], "name", None) if found else None
@@ -169,16 +169,19 @@ def adapter_for(model: nn.Module, keep: str | None = None) -> Adapter:
 
 
 def kept_of(policy: str, keep: str | None = None) -> str:
-    """What is kept of a policy of lerobot's by its name.
+    """Name of the output to keep of a lerobot policy, by the policy's name.
 
     Args:
-        keep: What was asked for. None: the first that there is.
+        keep: Requested output. None: the policy's first.
 
     Raises:
-        ValueError: The policy is not known, or has nothing of that name.
+        ValueError: The policy is unknown, or has no such output.
     """
     if policy not in _POLICIES:
-        raise ValueError(f"craft knows lerobot's policies {', '.join(_POLICIES)}. Found {policy}: see docs/guide.md.")
+        raise ValueError(
+            f"craft knows lerobot's policies {', '.join(_POLICIES)}. Found {policy}: for another, "
+            "build anchors with craft_optim.anchors.build, and wrap its optimizer in a loop of your own."
+        )
     choices = _POLICIES[policy].choices
     if keep not in (None, *choices):
         raise ValueError(f"`keep` must be one of {choices} for {policy}. Found {keep!r}.")
@@ -189,11 +192,11 @@ def adapter_of(model: nn.Module, cache: anchors.AnchorCache) -> Adapter:
     """The adapter that a cache was built with.
 
     Args:
-        model: As for `adapter_for`.
-        cache: From `Adapter.build` of a policy of the same type.
+        model: The policy, as for `adapter_for`.
+        cache: Cache from `Adapter.build` for a policy of the same type.
 
     Raises:
-        ValueError: None of this policy's was.
+        ValueError: The cache was not built with an adapter of this policy.
     """
     for keep in ("logits", "tokens", "actions", "prefix"):
         try:
@@ -211,7 +214,7 @@ def adapter_of(model: nn.Module, cache: anchors.AnchorCache) -> Adapter:
 
 
 def _frozen(model: nn.Module) -> tuple[str, ...]:
-    """The outermost modules that have parameters, none of them trained."""
+    """Names of the outermost modules that have parameters, none of them trained."""
     names: list[str] = []
     for name, module in model.named_modules():
         flags = [p.requires_grad for p in module.parameters()]

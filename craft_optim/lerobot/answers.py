@@ -1,8 +1,8 @@
-"""Multiple-choice questions to lerobot's PI0FastPolicy: what is left of its vision-language model's knowledge.
+"""Multiple-choice questions to lerobot's PI0FastPolicy: they test the knowledge of its vision-language model.
 
-The question stands where the instruction does, after the picture: both are attended in both directions. A choice stands
-where the action tokens do, and is attended causally. The last token of the prompt predicts its first, as in PaliGemma's
-training; pi0_fast's own puts a BOS before the action tokens, which no answer in words has ever followed.
+The question takes the instruction's place after the picture: attention in both is bidirectional. A choice takes the
+action tokens' place, with causal attention. The last token of the prompt predicts the choice's first, as in PaliGemma's
+training; pi0_fast's training puts a BOS before action tokens, which has never preceded an answer in words.
 """
 
 from typing import Any
@@ -26,17 +26,17 @@ __all__ = ["PI0FastScorer"]
 class PI0FastScorer:
     """Scores the choices of questions about pictures by a pi0_fast policy.
 
-    A picture goes the way of a camera's: through the policy's preprocessor and `_preprocess_images`. The text is
-    tokenised by the preprocessor's own tokenizer, without its padding and its limit of length. Other cameras are
-    absent, and masked, as lerobot has them. Dropout is off; the policy's flags are afterwards what they were.
+    A picture is processed like a camera's, by the policy's preprocessor and `_preprocess_images`. The preprocessor's
+    own tokenizer tokenises the text, without padding and limit of length. Other cameras are absent and masked, as in
+    lerobot. Dropout is off; the policy's flags are restored afterwards.
 
     Args:
-        template: As `parse_template` takes it. The default is how PaliGemma was taught to answer, and where its
-            knowledge can be found. How robots ask is "Task: {question}, State: 128 128;\\n{choice}".
+        template: Text for `parse_template`. The default is the form in which PaliGemma was trained to answer, and in
+            which its knowledge shows. The form of robot tasks is "Task: {question}, State: 128 128;\\n{choice}".
         camera: Key of the camera that shows the picture; None: the policy's first.
 
     Raises:
-        ValueError: The model is no pi0_fast, the preprocessor has no tokenizer, or another argument cannot be used.
+        ValueError: The model is not a pi0_fast, the preprocessor has no tokenizer, or another argument is unusable.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class PI0FastScorer:
         return scores
 
     def _picture(self, question: Question) -> Tensor:
-        """`[1, 3, H, W]`, as the preprocessor makes it."""
+        """Picture `[1, 3, H, W]` from the preprocessor."""
         if question.image is None:
             raise ValueError("pi0_fast needs a picture. Found a question without one.")
         pixels = torch.from_numpy(np.array(open_picture(question.image))).permute(2, 0, 1)
-        sample = {self._camera: pixels / 255.0, "task": ""}  # as frames of a dataset are
+        sample = {self._camera: pixels / 255.0, "task": ""}  # like a dataset's frames
         if (state := self._policy.config.robot_state_feature) is not None:
-            sample[STATE] = torch.zeros(state.shape)  # it becomes words of the instruction, which is not used
+            sample[STATE] = torch.zeros(state.shape)  # it becomes text of the instruction, which is not used
         picture: Tensor = self._preprocessor(sample)[self._camera]
         return picture
 
@@ -97,7 +97,7 @@ class PI0FastScorer:
     @torch.no_grad()
     def _score(self, picture: Tensor, prompt: Tensor, answers: list[Tensor]) -> list[ChoiceScore]:
         device, count = device_of(self._policy), len(answers)
-        # What pads comes after a choice, which cannot see it
+        # Padding comes after a choice, which cannot see it
         suffix = pad_sequence(answers, batch_first=True).to(device)
         tokens = prompt.to(device).expand(count, -1)
         batch = {

@@ -1,4 +1,4 @@
-"""What can be wrong with a training run, found before its policy and its data are loaded."""
+"""Checks of a training run, before its policy and its data are loaded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -28,18 +28,18 @@ __all__ = [
 ]
 
 _SOURCES = f"{PREFIX}anchors.repo_id or {PREFIX}anchors.root (a LeRobotDataset), {PREFIX}anchors.prompts (a .jsonl)"
-# Which quantiles a normalisation divides by
+# Quantiles that a normalisation divides by
 _QUANTILES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90")}
 _NO_WIDTH = 1e-6
-_FEW = 64  # with so many the held-out drift in docs/choosing.md is 28 times epsilon
+_FEW = 64  # with this many the held-out drift in docs/choosing.md is 19 times epsilon
 
 
 def check_run(cfg: Any, settings: CraftSettings, saved: Mapping[str, Any] | None) -> None:
-    """Raises SettingsError unless it is a policy that is trained, and known what it must not lose.
+    """Raises SettingsError unless the run trains a policy, and its anchors are defined.
 
     Args:
         cfg: lerobot's TrainPipelineConfig, validated.
-        saved: What the checkpoint that the run goes on from says of its retention; None if there is none.
+        saved: Retention's record in the checkpoint that the run resumes; None if there is none.
     """
     if cfg.is_reward_model_training:
         raise SettingsError("craft constrains policies, and this run trains a reward model: leave the flag out.")
@@ -59,8 +59,7 @@ def check_run(cfg: Any, settings: CraftSettings, saved: Mapping[str, Any] | None
 
 
 def check_source(anchors: AnchorSettings) -> None:
-    """Raises SettingsError unless the anchors of a run that begins are there, or what they are made of; of the hub's
-    datasets that is not asked."""
+    """Raises SettingsError unless a new run's anchors or their local source exist; does not ask the hub."""
     if not anchors.has_source:
         if anchors.path is None:
             raise SettingsError(
@@ -86,12 +85,12 @@ def find_cache(folder: Path, begun_with: str | None = None, *, trained: bool = F
     """The finished cache in a folder.
 
     Args:
-        begun_with: Fingerprint of its teacher, if it is known.
-        trained: The policy has been trained: anchors of it cannot be made any more.
+        begun_with: Fingerprint of the cache's teacher, if known.
+        trained: True if the policy has been trained: its anchors cannot be built any more.
 
     Raises:
-        SettingsError: There is none, or it is another teacher's.
-        AnchorCacheError: It is damaged.
+        SettingsError: There is none, or it has another teacher.
+        AnchorCacheError: The cache is damaged.
     """
     if trained and not folder.is_dir():
         raise SettingsError(
@@ -121,11 +120,11 @@ def find_cache(folder: Path, begun_with: str | None = None, *, trained: bool = F
 
 
 def warn_of_few(anchors: int, batch: int) -> None:
-    """Warns of anchors that hold little beside themselves.
+    """Warns of too few anchors, which hold little but themselves.
 
     Args:
-        anchors: How many there are to train on.
-        batch: How many a step would take, on all processes together.
+        anchors: Number of anchors to train on.
+        batch: Number of anchors per step, on all processes together.
     """
     if anchors >= max(_FEW, batch):
         return
@@ -133,12 +132,12 @@ def warn_of_few(anchors: int, batch: int) -> None:
     warn(
         f"There are {anchors} anchors{less}. So few hold little but themselves: on other frames of the old task the "
         f"policy may drift as if there were none. Take hundreds ({PREFIX}anchors.count, {PREFIX}anchors.episodes), and "
-        "watch the held-out drift; docs/choosing.md has what numbers of anchors have held."
+        "watch the held-out drift."
     )
 
 
 def warn_of_no_effect(begun_with: AnchorSettings, now: AnchorSettings) -> None:
-    """Warns of settings of a run that goes on which would make other anchors: it goes on with those that it has."""
+    """Warns of settings that would make other anchors in a resumed run, which keeps its anchors."""
     changed = [x.name for x in fields(now) if x.name != "path" and getattr(begun_with, x.name) != getattr(now, x.name)]
     if changed:
         names = ", ".join(f"{PREFIX}anchors.{name}" for name in changed)
@@ -146,7 +145,7 @@ def warn_of_no_effect(begun_with: AnchorSettings, now: AnchorSettings) -> None:
 
 
 def check_task(cfg: Any, anchors: AnchorSettings) -> None:
-    """Warns if frames that the policy is trained on are its anchors."""
+    """Warns if the policy is trained on frames that are its anchors."""
     data = cfg.dataset
     same_root = anchors.root is not None and data.root is not None and _same_folder(anchors.root, data.root)
     same_name = anchors.repo_id is not None and anchors.repo_id == data.repo_id and anchors.root is None is data.root
@@ -165,7 +164,7 @@ def _same_folder(one: Path, other: Path) -> bool:
 
 
 def _share_episodes(anchors: str | None, trained: Sequence[int] | None) -> bool:
-    """True if some episodes are surely in both; parts that are counted from the end are not known yet."""
+    """True if both surely share episodes; slices counted from the end are unknown yet."""
     if anchors is None or trained is None:
         return True
     wanted = parse_episodes(anchors)
@@ -179,10 +178,10 @@ def _share_episodes(anchors: str | None, trained: Sequence[int] | None) -> bool:
 
 
 def check_quantiles(preprocessor: Any) -> None:
-    """Warns of dimensions that a policy's normalisation divides by nearly nothing.
+    """Warns of dimensions that a policy's normalisation divides by almost zero.
 
-    lerobot's quantiles of a dataset are means of its episodes' quantiles. Of what is constant within episodes, and
-    differs between them, they may all be one number, which is then no measure of its width.
+    lerobot's quantiles of a dataset are means over its episodes' quantiles. For values that are constant within
+    episodes but differ between them, all quantiles may be one number, which does not measure the width.
     """
     for step in preprocessor.steps:
         if not isinstance(step, NormalizerProcessorStep):
@@ -196,7 +195,7 @@ def check_quantiles(preprocessor: Any) -> None:
                 torch.as_tensor(stats[name]).double().flatten() for name in ("min", low, high, "max")
             )
             width = (q_high - q_low).abs()
-            flat = (width < _NO_WIDTH) & (most - least > 100.0 * width)  # not of values that are all so small
+            flat = (width < _NO_WIDTH) & (most - least > 100.0 * width)  # not if all values are that small
             if flat.any():
                 places = flat.nonzero().flatten().tolist()
                 warn(

@@ -1,4 +1,4 @@
-"""From a dataset to anchor batches: which frames, which pictures, which instructions."""
+"""Anchor batches from a dataset: choice of frames, pictures and instructions."""
 
 import math
 import os
@@ -19,13 +19,13 @@ __all__ = ["anchor_batches", "camera_keys", "image_keys", "open_dataset", "promp
 
 
 def image_keys(dataset: Any) -> list[str]:
-    """The keys of all cameras of a dataset, whatever they are called.
+    """Keys of all cameras of a dataset, whatever their names.
 
-    They are what the dataset says they are (`meta.camera_keys`, or features of dtype "image" or "video"), and else the
-    first sample's uint8 or floating tensors of three dimensions with 1 or 3 channels, first or last.
+    They are declared by the dataset (`meta.camera_keys`, or features of dtype "image" or "video"), or else the first
+    sample's uint8 or floating tensors of three dimensions with 1 or 3 channels, first or last.
 
     Raises:
-        ValueError: There are none.
+        ValueError: None is found.
     """
     keys = camera_keys(dataset)
     if not keys:
@@ -34,7 +34,7 @@ def image_keys(dataset: Any) -> list[str]:
 
 
 def camera_keys(dataset: Any) -> list[str]:
-    """`image_keys`, or none."""
+    """Result of `image_keys`, or an empty list."""
     meta = getattr(dataset, "meta", None)
     keys = list(getattr(meta, "camera_keys", None) or ())
     if not keys:
@@ -53,15 +53,15 @@ def _is_image(value: Any) -> bool:
 
 
 def prompts(source: Any) -> list[str]:
-    """Instructions: a dataset's own, each once, or those of a file.
+    """Instructions of a dataset, each once, or of a file.
 
     Args:
-        source: A dataset with `meta.tasks`, as lerobot's; any other with samples that have a "task", all of which are
-            read; or the path of a text file in UTF-8, one instruction per line, without blank lines and those that
-            begin with "#".
+        source: A dataset with `meta.tasks`, as in lerobot; any other whose samples have a "task", which are all read;
+            or the path of a text file in UTF-8, one instruction per line; blank lines and lines that begin with "#" are
+            skipped.
 
     Raises:
-        ValueError: There are none.
+        ValueError: None is found.
     """
     if isinstance(source, str | os.PathLike):
         lines = [line.strip() for line in local(source).read_text(encoding="utf-8").splitlines()]
@@ -76,9 +76,9 @@ def prompts(source: Any) -> list[str]:
 
 
 def spread_frames(dataset: Any, count: int) -> list[int]:
-    """`count` frames, the same at every call: as many of each task, evenly over the frames of its episodes.
+    """Chooses `count` frames, the same at every call: equally many of each task, evenly over its episodes' frames.
 
-    Where a task has too few frames, the others have more.
+    If a task has too few frames, the others get more.
 
     Args:
         dataset: A LeRobotDataset, or anything with a length; without `hf_dataset` its frames count as one task.
@@ -96,7 +96,7 @@ def spread_frames(dataset: Any, count: int) -> list[int]:
     task = np.zeros(len(dataset), dtype=np.int64) if columns is None else np.asarray(columns["task_index"])
     groups = sorted((np.flatnonzero(task == one) for one in np.unique(task)), key=len)
     chosen: list[int] = []
-    for number, rows in enumerate(groups):  # the shortest first: what it cannot give is shared among the rest
+    for number, rows in enumerate(groups):  # the shortest first: its missing frames are shared among the rest
         share = min(len(rows), (count - len(chosen)) // (len(groups) - number))
         chosen += rows[((np.arange(share) + 0.5) * len(rows) / max(share, 1)).astype(np.int64)].tolist()
     return sorted(chosen)
@@ -113,15 +113,15 @@ def anchor_batches(
     prompts: Sequence[str] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Batches of anchors as `Adapter.build` and `anchors.build` take them, read one at a time; their category the task.
+    """Batches of anchors for `Adapter.build` and `anchors.build`, read one at a time; their category is the task.
 
     Args:
-        dataset: From `open_dataset`, or a LeRobotDataset with `delta_timestamps` that fit the policy. Every camera of
-            the policy that it has is used.
-        preprocessor: The teacher's own, with the statistics it was trained with: prompts and states depend on them.
-        count: So many frames, see `spread_frames`. None, with `indices` None: all.
-        indices: Frames by their places, instead.
-        prompts: Instructions that take the place of the frames' own, in turn.
+        dataset: Dataset from `open_dataset`, or a LeRobotDataset with `delta_timestamps` that fit the policy. All
+            cameras that it shares with the policy are used.
+        preprocessor: The teacher's own preprocessor, with its training statistics: prompts and states depend on them.
+        count: Number of frames, see `spread_frames`. None, with `indices` None: all.
+        indices: Places of the frames, instead of `count`.
+        prompts: Instructions instead of the frames' own, in turn.
         workers: Processes that read frames ahead; 0 for none.
 
     Raises:
@@ -147,7 +147,7 @@ def anchor_batches(
                     batch[key] = batch[key].float() / 255.0  # as lerobot-train does before its preprocessor
             if prompts is not None:
                 batch["task"] = [prompts[(done + i) % len(prompts)] for i in range(len(some))]
-            # The instruction as it is in the dataset: preprocessors write it anew
+            # The dataset's own instruction: preprocessors rewrite it
             told = batch.get("task")
             texts = isinstance(told, list | tuple) and all(isinstance(task, str) for task in told)
             tasks = {"category": list(told)} if texts else {}
@@ -158,7 +158,7 @@ def anchor_batches(
 
 
 class _Batches(Iterator[dict[str, Any]]):
-    """An iterator that knows how many batches it has in all, for a bar that knows its end."""
+    """Iterator with a known number of batches, for a bar with a known end."""
 
     def __init__(self, batches: Iterator[dict[str, Any]], number: int) -> None:
         self._batches, self._number = batches, number
@@ -171,11 +171,11 @@ class _Batches(Iterator[dict[str, Any]]):
 
 
 class _Unreadable(str):
-    """What another process says of a frame that it cannot read; an exception would come with its traceback as text."""
+    """Message of another process about an unreadable frame; an exception would bring its traceback as text."""
 
 
 class _Frames:
-    """A dataset whose frames that cannot be read are said to be so, in one line."""
+    """A dataset that reports unreadable frames in one line."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset

@@ -1,8 +1,8 @@
-"""lerobot's DiffusionPolicy as the anchors see it: what its network predicts.
+"""lerobot's DiffusionPolicy as the anchors see it: the predictions of its network.
 
 The prediction, of the noise or of the actions (`config.prediction_type`), is the U-Net's output `[B, horizon, action]`
-and the whole policy's function. It is taken at the noise and the denoising step that each anchor holds. A batch is what
-the policy's own preprocessor returns, observations with the `n_obs_steps` last frames as second dimension.
+and the whole policy's function. It is taken at the noise and the denoising step that each anchor holds. A batch comes
+from the policy's own preprocessor; the second dimension of observations is the last `n_obs_steps` frames.
 """
 
 from collections.abc import Mapping
@@ -31,11 +31,11 @@ __all__ = ["action_inputs", "action_spans", "run_actions"]
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The part of a preprocessed batch that `run_actions` reads, and the noise and denoising step of each anchor.
 
-    Which actions are padding is kept where the policy's loss leaves these out (`do_mask_loss_for_padding`); otherwise
-    it has learnt them like the others, and they are held like the others.
+    The mask of padded actions is kept if the policy's loss leaves these out (`do_mask_loss_for_padding`); otherwise it
+    has learned them like the others, and they are held like the others.
 
     Raises:
-        ValueError: There are no cameras, states or actions as the policy reads them.
+        ValueError: Cameras, states or actions that the policy reads are missing.
     """
     config, steps = policy.config, policy.diffusion.noise_scheduler.config.num_train_timesteps
     read = (ACTION, ACTION_IS_PAD) if config.do_mask_loss_for_padding else (ACTION,)
@@ -54,7 +54,7 @@ def _observed_frames(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]
     """Cameras `[B, n_obs_steps, C, H, W]` and states `[B, n_obs_steps, D]`.
 
     Raises:
-        ValueError: Some are not there, or not of so many frames.
+        ValueError: Some are missing, or have another number of frames.
     """
     inputs, steps = observations(policy, batch), policy.config.n_obs_steps
     for key, x in inputs.items():
@@ -71,7 +71,7 @@ def _observed_frames(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]
 
 
 def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """Runs the training forward at the anchors' own noise and step; the predictions are `diffusion.unet`'s.
+    """Runs the training forward at the anchors' own noise and step; predictions are the output of `diffusion.unet`.
 
     Pictures are cropped in the middle, as at inference.
     """

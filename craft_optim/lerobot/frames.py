@@ -19,25 +19,25 @@ from craft_optim.lerobot.opening import open_dataset
 
 __all__ = ["OF_DATASET", "SOURCES", "AnchorFrames", "keep_without_actions", "open_frames", "require_count"]
 
-# Arguments of `open_frames`: of the dataset, and all
+# Arguments of `open_frames`: those of the dataset, and all
 OF_DATASET = (
     "repo_id", "root", "episodes", "rename_map", "revision", "tolerance_s", "video_backend", "depth_output_unit",
 )  # fmt: skip
 SOURCES = (*OF_DATASET, "prompts", "keep")
 
-# What can be kept of a policy without demonstrated actions, the default first; of those not named here, the prefix
+# Outputs of a policy that can be kept without demonstrated actions, the default first; else the prefix
 _WITHOUT_ACTIONS = {"pi0_fast": ("tokens", "prefix"), "act": ("actions",), "diffusion": ()}
-_SEE_ALL = ("act", "diffusion")  # the others go on without a camera
+_SEE_ALL = ("act", "diffusion")  # the others work without a camera
 _READ_NO_TASK = ("act", "diffusion")
 
 
 @dataclass(frozen=True)
 class AnchorFrames:
-    """A source of anchors, as `anchor_batches` takes it.
+    """Source of anchors for `anchor_batches`.
 
     Attributes:
-        dataset: A LeRobotDataset, what `open_dataset` returns, or a `FramesFile`.
-        prompts: Instructions that take the place of the frames' own; None: there are none.
+        dataset: A LeRobotDataset, a result of `open_dataset`, or a `FramesFile`.
+        prompts: Instructions instead of the frames' own, or None.
     """
 
     dataset: Any
@@ -53,17 +53,17 @@ def open_frames(
     keep: str | None = None,
     **dataset: Any,
 ) -> AnchorFrames:
-    """Frames of datasets, which are named as for `open_dataset`, or of a .jsonl; neither needs the policy's weights.
+    """Frames of datasets, named as for `open_dataset`, or of a .jsonl; needs no weights of the policy.
 
     Args:
         **dataset: Arguments of `open_dataset`.
-        prompts: A .jsonl is a `FramesFile`, in the place of a dataset; any other file has instructions for the
+        prompts: A .jsonl, read as a `FramesFile` instead of a dataset; or another file with instructions for the
             dataset's frames, one per line, in turn.
-        keep: What to keep of the policy; None: by the policy, and by what the frames have.
+        keep: Output of the policy to keep. None: depends on the policy and the frames.
 
     Raises:
-        ValueError: There is neither or both of a dataset and a .jsonl, one of them cannot be read, the policy does not
-            find there what it looks at, or `keep` needs actions that are not there.
+        ValueError: There is neither or both of a dataset and a .jsonl, one of them cannot be read, or inputs of the
+            policy or actions for `keep` are missing in it.
     """
     if prompts is not None and Path(prompts).suffix == ".jsonl":
         if also := [name for name in OF_DATASET if dataset.get(name) not in (None, {})]:
@@ -82,7 +82,7 @@ def open_frames(
 
 
 def require_count(path: str | os.PathLike[str], count: int) -> None:
-    """Raises ValueError if a folder holds a finished cache of another number of anchors than was asked for."""
+    """Raises ValueError if a folder holds a finished cache with another number of anchors than requested."""
     if (local(path) / MANIFEST).is_file() and (found := len(AnchorCache.open(path))) != count:
         raise ValueError(
             f"{path} holds a finished cache of {found} anchors, and {count} were asked for: take another folder, or "
@@ -91,13 +91,13 @@ def require_count(path: str | os.PathLike[str], count: int) -> None:
 
 
 def keep_without_actions(policy: str, keep: str | None = None) -> str:
-    """The kind of anchors of a policy at frames without demonstrated actions.
+    """Output of a policy to keep at frames without demonstrated actions.
 
     Args:
-        keep: What was asked for. None: the first that there is.
+        keep: Requested output. None: the first possible one.
 
     Raises:
-        ValueError: It needs demonstrated actions.
+        ValueError: The output needs demonstrated actions.
     """
     possible = _WITHOUT_ACTIONS.get(policy, ("prefix",))
     if not possible:
@@ -116,7 +116,7 @@ def keep_without_actions(policy: str, keep: str | None = None) -> str:
 
 
 def _check_observations(config: Any, preprocessor: Any, dataset: Any, where: str, *, renamed: bool) -> None:
-    """Raises unless the policy finds in the dataset what it looks at; the rule for cameras is lerobot-train's."""
+    """Raises if the dataset lacks the policy's inputs; the rule for cameras is lerobot-train's."""
     names: dict[str, str] = {}
     for step in preprocessor.steps:
         if isinstance(step, RenameObservationsProcessorStep):

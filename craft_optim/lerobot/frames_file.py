@@ -1,11 +1,10 @@
-"""Anchors without a robot: a file with an instruction and pictures per line, read as a dataset of frames is.
+"""Anchors without a robot: a file with an instruction and pictures per line, read like a dataset of frames.
 
     {"task": "open the drawer", "image_path": "img/0.png"}
     {"task": "push the button", "images": {"observation.images.top": "img/1.png"}, "state": [0.1, 0.2]}
 
-Paths are relative to the file. Where a policy looks at several moments, the picture stands for all of them, as at the
-beginning of an episode. Where a line has no state, it is the mean of the checkpoint's statistics: the middle of what
-the policy was trained on.
+Paths are relative to the file. If a policy looks at several moments, the picture stands for all, as at the beginning of
+an episode. The default state is the mean in the checkpoint's statistics: the middle of the training data.
 """
 
 import json
@@ -29,7 +28,7 @@ from craft_optim.lerobot.joined import about_dataset
 __all__ = ["FramesFile", "mean_state"]
 
 _KEYS = {"task", "images", "image_path", "state", "action"}
-# What PIL turns into bytes of three colours without a loss that matters
+# Modes that PIL converts to RGB bytes without a relevant loss
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _ORIENTATION = 0x0112  # EXIF's tag
 
@@ -43,25 +42,25 @@ class _Line:
 
 
 class FramesFile:
-    """Frames of a file, as `anchor_batches` and `spread_frames` take a dataset's.
+    """Frames of a file, for `anchor_batches` and `spread_frames` like a dataset's.
 
-    All lines are checked at once, the headers of the pictures too; the pictures are read when they are asked for.
+    All lines and the pictures' headers are checked at once; pictures are read when needed.
 
     Attributes:
-        meta: `features` (the cameras), `camera_keys` and `tasks` as of a LeRobotDataset.
-        hf_dataset: The columns "task_index" and "episode_index"; each line is an episode.
+        meta: Metadata with `features` (the cameras), `camera_keys` and `tasks`, as in a LeRobotDataset.
+        hf_dataset: Table with the columns "task_index" and "episode_index"; each line is an episode.
 
     Args:
         path: The file, in UTF-8; each line that is not blank is a JSON object. "task" is the instruction, "images" has
-            a path for each of the policy's cameras that is there, the same ones in every line; "image_path" is the
-            picture of the only camera; "state" may be left out; "action" is not used.
-        config: The policy's.
-        state: What stands where a line has none, `[state]`; see `mean_state`.
+            a path for some or all of the policy's cameras, the same ones in every line; "image_path" is the picture of
+            the only camera; "state" is optional; "action" is not used.
+        config: Config of the policy.
+        state: State of lines without one, `[state]`; see `mean_state`.
 
     Raises:
         ValueError: The file is empty, or a line cannot be a frame of this policy; the message has the line, what was
             found and what to do.
-        OSError: The file, or a picture, is not there.
+        OSError: The file or a picture is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: Any, state: Tensor | None = None) -> None:
@@ -101,7 +100,7 @@ class FramesFile:
     def __getitem__(self, index: int) -> dict[str, Any]:
         line, moments = self._lines[index], self._config.observation_delta_indices
         sample = {key: _read(file, f"{line.where}: {key}") for key, file in line.pictures.items()}
-        if moments is not None and len(moments) > 1:  # of a single moment the frames of a video have no time, either
+        if moments is not None and len(moments) > 1:  # a single moment of a video has no time dimension, either
             sample = {key: torch.stack([picture] * len(moments)) for key, picture in sample.items()}
         if line.state is not None:
             sample[STATE] = line.state if moments is None else torch.stack([line.state] * len(moments))
@@ -109,7 +108,7 @@ class FramesFile:
 
 
 def mean_state(preprocessor: Any) -> Tensor | None:
-    """The mean of the robot's state, `[state]`, in the statistics of a policy's preprocessor; None: it has none."""
+    """Mean of the robot's state, `[state]`, in the statistics of a policy's preprocessor; None if they have none."""
     for step in preprocessor.steps:
         if isinstance(step, NormalizerProcessorStep) and "mean" in (step.stats or {}).get(STATE, {}):
             return torch.as_tensor(step.stats[STATE]["mean"], dtype=torch.float32).cpu()
@@ -140,7 +139,7 @@ def _line(text: str, where: str, folder: Path, config: Any, state: Tensor | None
 
 
 def _pictures(read: Mapping[str, Any], where: str, config: Any) -> dict[str, str]:
-    """The paths in a line, by the policy's cameras."""
+    """Paths in a line, by the policy's cameras."""
     empty = [f"observation.images.empty_camera_{i}" for i in range(getattr(config, "empty_cameras", 0))]
     known = [key for key in config.image_features if key not in empty]
     if ("images" in read) == ("image_path" in read):
@@ -184,7 +183,7 @@ def _state(found: Any, where: str, config: Any, otherwise: Tensor | None) -> Ten
 
 
 def _size(file: Path, where: str) -> tuple[int, int]:
-    """Width and height, by the picture's header alone."""
+    """Width and height from the picture's header alone."""
     try:
         with Image.open(file) as image:
             turned = image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) != 1
@@ -201,7 +200,7 @@ def _size(file: Path, where: str) -> tuple[int, int]:
 
 
 def _read(file: Path, where: str) -> Tensor:
-    """`[3, height, width]` in [0, 1]."""
+    """The picture `[3, height, width]` in [0, 1]."""
     try:
         with Image.open(file) as image:
             pixels: Tensor = to_tensor(image.convert("RGB"))

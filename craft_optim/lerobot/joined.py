@@ -1,4 +1,4 @@
-"""LeRobotDatasets read as one, and under other names: what a folder of recordings needs to be a dataset."""
+"""Several LeRobotDatasets read as one, with renamed features: a folder of recordings as a dataset."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ PADDING = "_is_pad"
 
 
 def about_dataset(features: Mapping[str, Any], tasks: Mapping[str, int]) -> SimpleNamespace:
-    """The part of a LeRobotDataset's `meta` that is read.
+    """Makes the part of a LeRobotDataset's `meta` that is read.
 
     Args:
-        features: Names -> {"dtype": ..., "shape": ...}.
-        tasks: Instructions -> their numbers.
+        features: Name -> {"dtype": ..., "shape": ...}.
+        tasks: Instruction -> its number.
     """
     cameras = [key for key, value in features.items() if value["dtype"] in ("image", "video")]
     table = pd.DataFrame({"task_index": list(tasks.values())}, index=list(tasks))
@@ -28,15 +28,15 @@ def about_dataset(features: Mapping[str, Any], tasks: Mapping[str, int]) -> Simp
 
 
 class JoinedDatasets:
-    """Datasets one after the other; a task is the same in two of them if it has the same words.
+    """Datasets one after the other; equal words are the same task.
 
     Attributes:
-        meta: `features`, `camera_keys` and `tasks` as of a LeRobotDataset, under the new names.
-        hf_dataset: The columns "task_index" and "episode_index" of all frames.
+        meta: Metadata with `features`, `camera_keys` and `tasks`, as in a LeRobotDataset, under the new names.
+        hf_dataset: Table with the columns "task_index" and "episode_index" of all frames.
 
     Args:
         datasets: LeRobotDatasets, at least one; their features have the same names and shapes.
-        names: Old -> new names of features.
+        names: Old name -> new name of each feature.
 
     Raises:
         ValueError: The features of two datasets differ.
@@ -75,7 +75,7 @@ class JoinedDatasets:
 
 
 def _check_alike(datasets: Sequence[Any]) -> None:
-    """Raises unless samples of all datasets can stand in one batch."""
+    """Raises unless samples of all datasets can share a batch."""
     first = datasets[0]
     shapes = {key: tuple(value["shape"]) for key, value in first.meta.features.items()}
     for other in datasets[1:]:

@@ -20,10 +20,10 @@ from craft_optim.lerobot.joined import JoinedDatasets
 
 __all__ = ["MARK", "dataset_folders", "open_dataset", "readable"]
 
-MARK = os.path.join("meta", "info.json")  # what every LeRobotDataset has
-# Choices of lerobot, which looks at them at the first frame or not at all
+MARK = os.path.join("meta", "info.json")  # in every LeRobotDataset
+# Choices of lerobot, which checks them at the first frame or never
 _CHOICES = {"video_backend": ("torchcodec", "pyav", "video_reader"), "depth_output_unit": ("m", "mm")}
-# What lerobot-eval records are an environment's own names; its policies see these in their place
+# Names of observations: lerobot-eval records an environment's own, its policies see these
 _OF_ENVIRONMENTS = {
     "pixels": "observation.image",
     "agent_pos": "observation.state",
@@ -43,30 +43,30 @@ def open_dataset(
     video_backend: str | None = None,
     depth_output_unit: str | None = None,
 ) -> Any:
-    """A dataset as a policy reads it: with the actions that follow each frame, under the names that it knows.
+    """Opens a dataset as a policy reads it: with the actions after each frame, under the policy's names.
 
     Names of observations in a simulator's recording (`lerobot-eval --eval.recording=true` writes "pixels" and
     "agent_pos") become those that lerobot gives them in rollouts.
 
     Args:
         repo_id: Hub id of a LeRobotDataset.
-        root: Its folder, if it is local. Or a folder that holds several LeRobotDatasets, however deep below it, as
-            lerobot-eval leaves them: they are read as one, in the order of their paths.
-        episodes: Numbers of episodes; or text: "12" the first 12, "[0,3,5]" these, "40:", "-10:", "5:20" a part in
-            Python's sense. Of several datasets they count on from one to the next. None: all.
-        rename_map: Names of observations -> the policy's names for them, as lerobot's `--rename_map`.
-        revision: Branch, tag or commit of a dataset of the hub. None: lerobot's choice, here and below.
-        tolerance_s: Most that a frame's time stamp may lie beside the video's, in seconds; 1e-4 in lerobot.
-        video_backend: "torchcodec" or "pyav".
-        depth_output_unit: "m" or "mm", of depth cameras.
+        root: Folder of a local dataset; or a folder with several LeRobotDatasets at any depth, as lerobot-eval writes:
+            they are read as one, in the order of their paths.
+        episodes: Numbers of episodes; or text: "12" for the first 12, "[0,3,5]" for a list, "40:", "-10:", "5:20" for a
+            slice as in Python. Numbers continue from one dataset to the next. None: all.
+        rename_map: Name of an observation -> the policy's name for it, as lerobot's `--rename_map`.
+        revision: Branch, tag or commit of a dataset on the hub. None: lerobot's choice, here and below.
+        tolerance_s: Largest difference of a frame's time stamp from the video's, in seconds; 1e-4 in lerobot.
+        video_backend: Reader of videos, "torchcodec" or "pyav".
+        depth_output_unit: Unit of depth cameras, "m" or "mm".
 
     Returns:
-        A LeRobotDataset; or, of several or under other names, what `anchor_batches`, `spread_frames`, `image_keys` and
-        `prompts` take in the place of one.
+        A LeRobotDataset; or, for several or renamed ones, an object that `anchor_batches`, `spread_frames`,
+        `image_keys` and `prompts` take instead.
 
     Raises:
         ValueError: There is no dataset or no such episode, it cannot be read, the datasets in the folder do not fit
-            together, a name is none of the dataset's, or a value is none of those above.
+            together, a name is not in the dataset, or a value is none of those above.
 
     Example:
         dataset = open_dataset(policy.config, root="outputs/eval/recordings", episodes="-10:")
@@ -92,10 +92,10 @@ def open_dataset(
 
 @contextmanager
 def readable(what: str) -> Iterator[None]:
-    """Within the block whatever goes wrong is a ValueError of one line, which says what could not be read.
+    """Turns any error within the block into a ValueError of one line that names the unreadable object.
 
-    lerobot looks a dataset's parts up as it goes along: what a broken one ends in may be any error. Those of the hub
-    and of files that are not there say so themselves.
+    lerobot reads a dataset's parts as it goes along, so a broken one may end in any error. Errors of the hub and of
+    missing files are clear themselves.
     """
     try:
         yield
@@ -116,10 +116,10 @@ def readable(what: str) -> Iterator[None]:
 
 
 def _reading(**settings: Any) -> dict[str, Any]:
-    """How frames are read, as lerobot takes it, without what is None.
+    """lerobot's arguments for reading frames, without those that are None.
 
     Raises:
-        ValueError: A value is none that lerobot has.
+        ValueError: lerobot does not have the value.
     """
     for name, choices in _CHOICES.items():
         if settings[name] not in (None, *choices):
@@ -133,7 +133,7 @@ def _reading(**settings: Any) -> dict[str, Any]:
 def _open_metadata(
     repo_id: str | None, root: str | os.PathLike[str] | None, revision: str | None
 ) -> list[tuple[Any, Any]]:
-    """The datasets' metadata, each with its folder, None for one of the hub; at least one has episodes."""
+    """The datasets' metadata, each with its folder, or None on the hub; at least one has episodes."""
     if root is None and repo_id is None:
         raise ValueError("There is no dataset: pass `repo_id` or `root`.")
     folders = [] if root is None else dataset_folders(root)
@@ -169,7 +169,7 @@ def _open_metadata(
 
 
 def dataset_folders(root: str | os.PathLike[str]) -> list[Path]:
-    """The LeRobotDatasets in a folder: itself, or those below it, in the order of their paths, numbers as numbers."""
+    """LeRobotDatasets in a folder: itself, or those below it, in the order of their paths, numbers as numbers."""
     found = []
     for folder, below, _ in os.walk(local(root)):
         if os.path.isfile(os.path.join(folder, MARK)):
@@ -183,10 +183,10 @@ def _number(part: str) -> tuple[int, str]:
 
 
 def _names(features: Mapping[str, Any], rename_map: Mapping[str, str], where: str) -> dict[str, str]:
-    """Old -> new names of a dataset's features, those alone that change.
+    """Old name -> new name of the dataset's features that are renamed.
 
     Raises:
-        ValueError: A name is none of the dataset's, or two would get the same.
+        ValueError: A name is not in the dataset, or two new names are equal.
     """
     bridged = {
         key: _OF_ENVIRONMENTS[key] if key in _OF_ENVIRONMENTS and _OF_ENVIRONMENTS[key] not in features else key
@@ -204,7 +204,7 @@ def _names(features: Mapping[str, Any], rename_map: Mapping[str, str], where: st
 
 
 def _delta_timestamps(config: Any, meta: Any, names: Mapping[str, str]) -> dict[str, list[float]] | None:
-    """lerobot's, which goes by the names that the policy knows."""
+    """lerobot's time stamps, under the policy's names."""
     old = {names.get(key, key): key for key in meta.features}
     found = resolve_delta_timestamps(config, SimpleNamespace(features=old, fps=meta.fps))
     return found and {old[key]: deltas for key, deltas in found.items()}

@@ -2,7 +2,7 @@
 
 The prefix (all cameras, then the prompt) runs through PaliGemma alone and needs neither noise nor time. The velocity
 that the action expert predicts is the whole policy's function; it is taken at the noise and the time that each anchor
-holds. A batch is what the policy's own preprocessor returns.
+holds. A batch comes from the policy's own preprocessor.
 """
 
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ __all__ = ["action_inputs", "action_spans", "prefix_inputs", "prefix_spans", "ru
 
 
 def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The part of a preprocessed batch that `run_prefix` reads: the cameras that are there, and the prompt."""
+    """The part of a preprocessed batch that `run_prefix` reads: the cameras present, and the prompt."""
     return only(batch, (TOKENS, TOKENS_MASK, *policy.config.image_features))
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs of `run_actions`: besides the prefix the actions, noise and time of each anchor, for pi0 the state.
+    """The inputs of `run_actions`: the prefix; actions, noise and time of each anchor; for pi0 the state.
 
     Raises:
         ValueError: The batch has no chunk of actions for each anchor.
@@ -58,7 +58,7 @@ def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s.
+    """Runs the training forward at the anchors' noise and time; `model.action_out_proj` gives the velocities.
 
     Hooks see the action dimensions that the anchors have, without the padding.
     """

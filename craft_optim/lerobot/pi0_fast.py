@@ -1,8 +1,8 @@
-"""lerobot's PI0FastPolicy as the anchors see it: action-token logits, prefix hidden states, and where they are valid.
+"""lerobot's PI0FastPolicy as the anchors see it: action-token logits, prefix hidden states, and their valid positions.
 
-A batch is what the policy's own preprocessor returns: `observation.images.*` in [0, 1], `observation.language.tokens`
-and `.attention_mask`, and for logits `action.tokens` and `action.token_mask`. Cache it *after* the teacher's
-processors: the prompt holds the discretised, normalised state, so other statistics ask another question.
+A batch comes from the policy's own preprocessor: `observation.images.*` in [0, 1], `observation.language.tokens` and
+`.attention_mask`, and for logits `action.tokens` and `action.token_mask`. Cache it *after* the teacher's processors:
+the prompt holds the discretised, normalised state, so other statistics make another prompt.
 
 Example:
     batches = (anchor_inputs(preprocessor(batch)) for batch in dataloader)
@@ -52,14 +52,14 @@ def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs of `action_logits`: as `prefix_inputs`, and the action tokens."""
+    """The inputs of `action_logits`: those of `prefix_inputs`, and the action tokens."""
     return prefix_inputs(policy, batch) | only(batch, (ACTION_TOKENS, ACTION_MASK))
 
 
 def action_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The logits of every action token given the ones before it (teacher forcing).
 
-    The same computation as `policy.forward`, without its loss; no gradient checkpointing of its own. Entry i predicts
+    The same computation as `policy.forward`, without its loss and without gradient checkpointing. Entry i predicts
     `action.tokens[:, i + 1]`.
 
     Args:
@@ -84,12 +84,12 @@ def action_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def action_mask(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which of `action_logits` predict a real token: bool of shape `[B, T - 1]`."""
+    """Mask of the `action_logits` that predict a real token: bool `[B, T - 1]`."""
     return batch[ACTION_MASK][:, 1:].bool()
 
 
 def generated_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """The policy's own action tokens, decoded at temperature 0, in the place of the demonstrated ones.
+    """The policy's own action tokens, decoded at temperature 0, instead of the demonstrated ones.
 
     For `anchors.Reading(action_logits, tokens=generated_actions)`: frames without actions are anchors, too.
 
@@ -97,9 +97,9 @@ def generated_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[di
         batch: A preprocessed batch; action tokens in it are ignored.
 
     Returns:
-        The batch with `action.tokens` and `action.token_mask`: the start token, then what was decoded, up to and with
-        the end-of-action marker. And the labels of `action_logits`, -100 after the marker. lerobot's decoding lets
-        images and prompt see the start token, training does not: now and then a token is not the likeliest one in
+        The batch with `action.tokens` and `action.token_mask`: the start token, then the decoded tokens up to and
+        including the end-of-action marker. And the labels of `action_logits`, -100 after the marker. lerobot's decoding
+        lets images and prompt see the start token, training does not: rarely a token is not the likeliest one in
         `action_logits`.
     """
     policy = policy_of(model)
@@ -109,7 +109,7 @@ def generated_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[di
     )
     tokenizer = policy.model._paligemma_tokenizer
     ends = (decoded == tokenizer.convert_tokens_to_ids("|")).long()
-    written = (ends.cumsum(1) - ends) == 0  # up to and with the first marker
+    written = (ends.cumsum(1) - ends) == 0  # up to and including the first marker
     start = torch.full_like(decoded[:, :1], tokenizer.bos_token_id)
     mask = torch.cat([torch.ones_like(start, dtype=torch.bool), written], dim=1)
     actions = torch.where(mask, torch.cat([start, decoded], dim=1), 0)
@@ -126,11 +126,11 @@ def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def last_hidden(policy: Any, batch: Mapping[str, Tensor], suffix: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Images, prompt and, if given, the tokens after it through the decoder, which attends to these causally.
+    """Runs images, prompt and, if given, tokens after it through the decoder, with causal attention in the latter.
 
     Args:
-        suffix: Token ids, `[B, T]`: of actions in training, of any text elsewhere.
-        mask: Which of them are no padding: bool `[B, T]`.
+        suffix: Token ids after the prompt, `[B, T]`: of actions in training, of any text elsewhere.
+        mask: True at suffix tokens that are not padding, bool `[B, T]`.
 
     Returns:
         The normalised last hidden states of all positions.

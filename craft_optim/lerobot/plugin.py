@@ -3,9 +3,9 @@
     lerobot-train --craft.discover_packages_path=craft_optim.lerobot --craft.anchors.repo_id=you/old_task \
         --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/new_task ...
 
-lerobot imports the package that the first flag names, and with it this module, before it reads its own flags. What its
-training script calls by name (factories, the update, the checkpoint) is replaced there by functions that call the
-original and `craft_optim.lerobot.run`. Imported without that flag, this module changes nothing.
+lerobot imports the package that the first flag names, and with it this module, before it reads its own flags. The
+module replaces functions that lerobot's training script calls by name (factories, the update, the checkpoint) by ones
+that call the original and `craft_optim.lerobot.run`. Imported without that flag, it changes nothing.
 """
 
 import functools
@@ -38,13 +38,13 @@ REPLACED = (
 
 
 def install(arguments: Sequence[str], *, debug: bool = False) -> None:
-    """Replaces what lerobot's training script calls, for a command line without its program. A second time: nothing.
+    """Replaces functions of lerobot's training script, for a command line without its program; only once.
 
     Args:
-        debug: What goes wrong before the first step keeps its traceback.
+        debug: True to keep the traceback of errors before the first step.
 
     Raises:
-        SystemExit: A setting cannot be, or lerobot's script is not the one that this was written for.
+        SystemExit: A setting is invalid, or lerobot's script is not the one that this was written for.
     """
     script = _script()
     if hasattr(script, "craft_run"):
@@ -61,7 +61,7 @@ def install(arguments: Sequence[str], *, debug: bool = False) -> None:
 
     explained = contextmanager(functools.partial(_explained, debug=debug))
     with explained():
-        # A config file may belong to a run that goes on: then the checkpoint has the other settings
+        # A config file may belong to a resumed run: then the checkpoint has the other settings
         run = CraftRun(own_flags(arguments), complete=parse_arg("config_path", arguments) is None)
     _hide_flags()
     script.craft_run = run  # type: ignore[attr-defined]
@@ -70,10 +70,10 @@ def install(arguments: Sequence[str], *, debug: bool = False) -> None:
 
 
 def _explained(*kinds: type[Exception], debug: bool) -> Iterator[None]:
-    """Turns what is wrong with the settings or the anchors into a message and exit status 2, without a traceback.
+    """Turns errors about settings or anchors into a message and exit status 2, without a traceback.
 
     Args:
-        *kinds: Of errors. None: those of values, of files and of packages that are not there.
+        *kinds: Kinds of errors. None: errors of values, files and missing packages.
     """
     try:
         yield
@@ -87,7 +87,7 @@ def _explained(*kinds: type[Exception], debug: bool) -> Iterator[None]:
 
 
 class _Later:
-    """A bar that is drawn when it is first asked for anything: after the anchors', which are built before."""
+    """A bar that is drawn at its first use: after the bar of the anchors, which are built earlier."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
@@ -101,7 +101,7 @@ class _Later:
 
 
 def _script() -> ModuleType:
-    """lerobot's training script: as `python -m` runs it, or as the console script imports it."""
+    """Module of lerobot's training script: as `python -m` runs it, or as the console script imports it."""
     main = sys.modules.get("__main__")
     if main is not None and hasattr(main, "update_policy") and hasattr(main, "make_optimizer_and_scheduler"):
         return main
@@ -112,7 +112,7 @@ def _script() -> ModuleType:
 
 
 def _hide_flags() -> None:
-    """lerobot takes the flag that names a plugin off its command line by this function; ours go with it."""
+    """Hides our flags together with the one that names a plugin, which lerobot removes by this function."""
     from lerobot.configs import parser
 
     original = parser.filter_arg
@@ -154,7 +154,7 @@ def _replacements(
         if run.retention is None:
             with explained():
                 run.begin(policy, kwargs.get("accelerator") or args[3], train_metrics.steps)
-            for bar in bars:  # of the first process
+            for bar in bars:  # in the first process
                 bar.refresh()
         with explained(AnchorMismatchError):  # the first pass compares
             updated = original["update_policy"](train_metrics, policy, *args, **kwargs)

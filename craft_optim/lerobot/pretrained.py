@@ -1,4 +1,4 @@
-"""A lerobot policy and its preprocessor from a checkpoint, and proof that the weights are the checkpoint's."""
+"""Loads a lerobot policy and its preprocessor from a checkpoint, and verifies the weights."""
 
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ WEIGHTS = "model.safetensors"
 
 
 def load_policy(path: str, device: str) -> Any:
-    """The policy in a folder or on the hub by its own `from_pretrained`, in eval mode.
+    """Loads the policy in a folder or on the hub by its own `from_pretrained`, in eval mode.
 
-    A checkpoint of `lerobot-train --peft...` holds adapters only: the policy that they belong to is loaded, and they
-    are merged into it, so that modules have the names of the policy without adapters.
+    A checkpoint of `lerobot-train --peft...` holds adapters only: they are merged into the policy that they belong to,
+    so that modules have the names of the policy without adapters.
 
     Raises:
         ImportError: The checkpoint holds adapters, and peft is not installed.
-        ValueError: The weights cannot be read, lerobot could not use them and went on with untrained ones, or the
-            adapters do not fit their policy.
+        ValueError: The weights cannot be read, lerobot fell back to untrained ones, or the adapters do not fit their
+            policy.
     """
     path = expanded(path)
     config = load_config(path)
@@ -40,11 +40,11 @@ def load_policy(path: str, device: str) -> Any:
 
 
 def load_config(path: str) -> Any:
-    """The config of a checkpoint's policy: what it sees and how far it looks, without its weights.
+    """Config of a checkpoint's policy, such as its inputs and chunk length, without its weights.
 
     Raises:
         ValueError: The path is neither a folder nor a hub id.
-        OSError: There is no such checkpoint.
+        OSError: The checkpoint does not exist.
     """
     path = expanded(path)
     try:
@@ -54,16 +54,16 @@ def load_config(path: str) -> Any:
 
 
 def load_preprocessor(policy: Any, path: str, device: str, revision: str | None = None) -> Any:
-    """The preprocessor that a checkpoint of this policy holds, with the statistics it was trained with; takes a batch.
+    """The preprocessor in a checkpoint of this policy, with its training statistics; it takes a batch.
 
     Args:
-        policy: From `load_policy`, or its config.
-        revision: Branch, tag or commit of a checkpoint of the hub.
+        policy: Policy from `load_policy`, or its config.
+        revision: Branch, tag or commit of a checkpoint on the hub.
     """
     overrides: dict[str, dict[str, Any]] = {"device_processor": {"device": device}}
     config = getattr(policy, "config", policy)
     if config.type == "pi0_fast":
-        # Of the action tokenizer lerobot saves neither, and would take the defaults
+        # lerobot saves neither for the action tokenizer, and would take the defaults
         overrides["action_tokenizer_processor"] = {
             "paligemma_tokenizer_name": config.text_tokenizer_name,
             "fast_skip_tokens": config.fast_skip_tokens,
@@ -80,7 +80,7 @@ def _plain(config: Any, path: str, revision: str | None = None) -> Any:
 
 
 def _check_weights(policy: nn.Module, path: str, revision: str | None) -> None:
-    """Raises unless most of some tensors are those in the file: lerobot's pi0 family survives an unreadable one."""
+    """Raises unless most of a sample of tensors equal the file's: lerobot's pi0 family ignores an unreadable file."""
     from huggingface_hub import hf_hub_download
 
     file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(hf_hub_download(path, WEIGHTS, revision=revision))
@@ -99,7 +99,7 @@ def _check_weights(policy: nn.Module, path: str, revision: str | None) -> None:
 
 
 def _with_adapters(config: Any, path: str) -> Any:
-    """The policy of a checkpoint that holds adapters only, the adapters merged into it."""
+    """Policy of a checkpoint that holds adapters only, with these merged."""
     policy = _plain(config, *base_of_adapters(path))
     trained = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
     model = with_adapters(policy, path)
@@ -111,5 +111,5 @@ def _with_adapters(config: Any, path: str) -> Any:
     merged = model.merge_and_unload()
     for name, parameter in merged.named_parameters():  # PEFT froze them
         parameter.requires_grad_(trained[name])
-    merged.config.use_peft = False  # what it holds now is a whole policy
+    merged.config.use_peft = False  # it is a whole policy now
     return merged

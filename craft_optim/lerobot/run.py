@@ -1,10 +1,10 @@
-"""One run of lerobot-train with retention: what it wraps, what it builds at its first step, what it keeps and reports.
+"""Run of lerobot-train with retention: wrapped optimizer, anchors built at the first step, checkpoints and reports.
 
 The hooks of `craft_optim.lerobot.plugin` call it, in this order:
 
-    prepare   before anything is loaded: the settings, and where anchors come from
+    prepare   before anything is loaded: the settings, and the source of the anchors
     wrap      the optimizer that lerobot has made of the policy's preset
-    begin     before the first update: the anchors of the policy as it is then, or those that it was begun with; when a
+    begin     before the first update: the anchors of the policy as it is then, or those that it began with; when a
               run goes on also lambda, the step, which anchors come next
     report    after every update
     save      beside lerobot's own training state
@@ -53,7 +53,7 @@ __all__ = ["FOLDER", "STATE_FILE", "CraftRun"]
 FOLDER = "craft"
 STATE_FILE = "craft.json"
 _VERSION = 1
-# In the console's line; the others go to the trackers alone
+# Metrics in the console's line; others go to the trackers only
 _SHOWN = {
     "drift": ("drift", ":.3g"),
     "epsilon": ("eps", ":.3g"),
@@ -75,20 +75,19 @@ class _Quiet(AverageMeter):  # type: ignore[misc]  # lerobot is not typed for my
 
 
 class CraftRun:
-    """State of one run.
+    """One run, with its state.
 
     Args:
-        flags: As `settings.own_flags` returns them.
-        complete: False: the run may go on from a checkpoint, which has the other settings.
+        flags: Flags from `settings.own_flags`.
+        complete: False if the run may resume a checkpoint, which has the other settings.
 
     Raises:
-        SettingsError: A setting cannot be.
+        SettingsError: A setting is invalid.
 
     Attributes:
-        settings: Those of the flags and files; from `prepare` on also those of the checkpoint that the run goes on
-            from.
-        optimizer: None before `wrap`.
-        retention: None before `begin`.
+        settings: Settings from flags and files; after `prepare` also from the checkpoint that the run resumes.
+        optimizer: The CraftOptimizer; None before `wrap`.
+        retention: The closure; None before `begin`.
     """
 
     def __init__(self, flags: Sequence[str], *, complete: bool = True) -> None:
@@ -99,7 +98,7 @@ class CraftRun:
         self._forget()
 
     def _forget(self) -> None:
-        """One process may train more than once."""
+        """Resets the state: one process may train more than once."""
         self.optimizer: CraftOptimizer | None = None
         self.retention: AnchorRetention | None = None
         self._cfg: Any = None
@@ -113,9 +112,9 @@ class CraftRun:
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def with_statistics(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Keywords of lerobot's processor factory; without the new dataset's statistics where the old ones shall stay.
+        """Keywords of lerobot's processor factory, without the new dataset's statistics if the old ones must stay.
 
-        A run that goes on has the processors of its checkpoint either way.
+        A resumed run has the processors of its checkpoint either way.
         """
         if self.settings.statistics == "dataset" or not arguments.get("pretrained_path"):
             return arguments
@@ -128,13 +127,13 @@ class CraftRun:
         return changed
 
     def prepare(self, cfg: Any) -> None:
-        """Opens what anchors come from, or the anchors: whatever is wrong with them or the settings is told now.
+        """Opens the anchors or their source, so that errors in them or the settings are raised now.
 
         Args:
             cfg: lerobot's TrainPipelineConfig, validated.
 
         Raises:
-            SettingsError: The run is none that can be constrained, or a setting cannot be.
+            SettingsError: The run cannot be constrained, or a setting is invalid.
             ValueError: The anchors' dataset cannot be read, or does not fit the policy.
         """
         self._forget()
@@ -164,7 +163,7 @@ class CraftRun:
             self._require_heldout()
 
     def _require_heldout(self) -> None:
-        """Raises SettingsError unless there is what --craft.epsilon_of=heldout needs."""
+        """Raises SettingsError if --craft.epsilon_of=heldout lacks held-out anchors."""
         wanted = f"{PREFIX}epsilon_of=heldout needs frames that are held out"
         if self._source is not None:
             if counts_of(self.settings.anchors, self._source)[1] == 0:
@@ -182,22 +181,22 @@ class CraftRun:
             )
 
     def _folder(self) -> Path:
-        """Where the anchors are, or go."""
+        """Folder of the anchors."""
         cfg, own = self._cfg, self.settings.anchors.path
         if self._saved is not None and own == _path_or_none(self._saved["settings"]["anchors"]["path"]):
             return _moved(self._saved, cfg.checkpoint_path)
         return own or Path(cfg.output_dir) / FOLDER / "anchors"
 
     def wrap(self, policy: nn.Module, base: Any) -> CraftOptimizer:
-        """The optimizer that training gets: lerobot's own, under the constraint.
+        """Wraps lerobot's optimizer under the constraint, for training.
 
         Args:
-            policy: On its device, not yet prepared by accelerate.
+            policy: Policy on its device, not yet prepared by accelerate.
             base: Result of lerobot's factory.
 
         Raises:
-            SettingsError: There are several of it.
-            ValueError: Nothing that is kept of the policy can move.
+            SettingsError: There are several optimizers.
+            ValueError: The kept output of the policy cannot move.
         """
         cfg, settings = self._cfg, self.settings
         if isinstance(base, dict):
@@ -205,19 +204,19 @@ class CraftRun:
                 f"craft wraps one optimizer, and {cfg.policy.type} has {len(base)} ({', '.join(base)}): leave the flag "
                 "out."
             )
-        adapter_for(policy, settings.anchors.keep)  # raises now, not after the dataset was read
+        adapter_for(policy, settings.anchors.keep)  # raises here, before the dataset is read
         optimizer = CraftOptimizer(base, **settings.rules(cfg.optimizer.grad_clip_norm))
         _keep_state_dicts_plain(optimizer)
         self.optimizer = optimizer
         return optimizer
 
     def begin(self, model: nn.Module, accelerator: Any, step: int) -> None:
-        """Builds or opens the anchors, and begins to constrain, or goes on with it. Collective.
+        """Builds or opens the anchors, and starts or resumes retention. Collective.
 
         Args:
-            model: As accelerate has prepared it.
-            accelerator: accelerate's.
-            step: Updates that lerobot has done before.
+            model: Policy prepared by accelerate.
+            accelerator: The `Accelerator`.
+            step: Number of updates that lerobot has done.
         """
         settings, optimizer, cfg = self.settings, self.optimizer, self._cfg
         assert optimizer is not None
@@ -258,9 +257,9 @@ class CraftRun:
         )
         if self._saved is not None:
             for group in optimizer.param_groups:
-                # Another --craft.dual has other numbers, which begin anew
+                # Another --craft.dual has other floats, which start anew
                 group.update({name: value for name, value in self._saved["state"].items() if name in group})
-        done = int(optimizer.param_groups[0]["craft_step"])  # less than `step`, if a part was trained without craft
+        done = int(optimizer.param_groups[0]["craft_step"])  # less than `step` if part of the run was without craft
         optimizer.rules = replace(optimizer.rules, total_steps=done + cfg.steps - step)
         if cfg.resume:
             # lerobot restores it earlier; making the data loader draws from it
@@ -275,9 +274,9 @@ class CraftRun:
     # -- from then on --------------------------------------------------------------------------------------------------
 
     def report(self, tracker: Any) -> None:
-        """Hands the metrics of the update that has just been to lerobot's tracker, and appends them to the log.
+        """Passes the last update's metrics to lerobot's tracker, and appends them to the log.
 
-        Measures the drift where that is due; collective then.
+        Measures drift when due; collective then.
         """
         settings, optimizer, cfg = self.settings, self.optimizer, self._cfg
         assert optimizer is not None
@@ -308,7 +307,7 @@ class CraftRun:
         }
 
     def _judge(self, drifts: Mapping[str, float]) -> None:
-        """Warns once, on one process, if drift is held on the anchors alone; the optimizer does so with epsilon_of."""
+        """Warns once, on one process, if drift is held only on the anchors; with epsilon_of the optimizer does."""
         assert self.optimizer is not None
         if self._writer is None or self._ran_away or "drift_heldout" not in drifts:
             return
@@ -344,7 +343,7 @@ class CraftRun:
 
 
 def _keep_state_dicts_plain(optimizer: CraftOptimizer) -> None:
-    """State dicts without our floats: lerobot's checkpoints can then be read by, and made by, runs without them."""
+    """Removes our floats from state dicts: lerobot's checkpoints stay exchangeable with runs without them."""
 
     def leave_out(_: Any, state: dict[str, Any]) -> dict[str, Any]:
         groups = [{k: v for k, v in group.items() if not k.startswith("craft_")} for group in state["param_groups"]]
@@ -359,7 +358,7 @@ def _keep_state_dicts_plain(optimizer: CraftOptimizer) -> None:
 
 
 def _within(model: nn.Module) -> nn.Module:
-    """The policy itself where its wrapper may be passed by."""
+    """The policy itself if its wrapper may be bypassed."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
@@ -384,15 +383,15 @@ def _path_or_none(text: str | None) -> Path | None:
 
 
 def _moved(saved: Mapping[str, Any], checkpoint: Path) -> Path:
-    """Folder of a checkpoint's anchors: at the same place seen from it, if it was moved with them."""
+    """Folder of a checkpoint's anchors: at the same relative path, if both were moved together."""
     beside = (Path(checkpoint).resolve() / saved["anchors_from_here"]).resolve()
     return beside if beside.is_dir() else Path(saved["anchors"])
 
 
 def _meter(tracker: Any, names: Mapping[str, Any], values: Mapping[str, float]) -> None:
-    """Adds values to lerobot's tracker: its log line and W&B. `names` beyond those shown there stay out of the line."""
+    """Adds values to lerobot's tracker, its log line and W&B; names not shown in the line go to W&B only."""
     for name in names:
-        if name not in values or math.isnan(values[name]):  # one that is not measured yet would make a mean NaN
+        if name not in values or math.isnan(values[name]):  # a value not yet measured would make a mean NaN
             continue
         key = f"craft/{name}"
         if key not in tracker.metrics:
@@ -422,7 +421,7 @@ def _in_words(settings: CraftSettings, found: RunAnchors) -> str:
 
 
 def _forget_rows_after(file: Path, step: int) -> None:
-    """Rows of steps that the resumed run will do again, and a last one that a killed run left half written."""
+    """Removes rows of steps that the resumed run repeats, and a half-written last one of a killed run."""
     kept = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:

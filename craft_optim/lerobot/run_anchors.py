@@ -1,7 +1,7 @@
-"""The anchors of a training run: built of the pretrained policy before the first step, with some held out; or opened.
+"""Anchors of a training run: built from the pretrained policy before the first step, some held out; or opened.
 
-The frames pass through the *pretrained* policy's own processors: its prompts and states are normalised as it was
-trained with, whatever the new dataset's statistics are.
+The frames pass through the *pretrained* policy's own processors: prompts and states are normalised as in its training,
+whatever the new dataset's statistics are.
 """
 
 import math
@@ -40,12 +40,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunAnchors:
-    """The anchors of a run.
+    """Anchors of a run.
 
     Attributes:
-        adapter: How the policy is anchored.
-        cache: The anchors that it is trained on.
-        heldout: Others, of the same kind, that it is not; None if there are none.
+        adapter: Adapter of the policy.
+        cache: Anchors that are trained on.
+        heldout: Held-out anchors of the same kind; None if there are none.
     """
 
     adapter: Adapter
@@ -57,8 +57,8 @@ class Part:
     """Part of a dataset, as a dataset.
 
     Args:
-        dataset: As `anchor_batches` takes it, with the columns of `hf_dataset`.
-        rows: Places in it.
+        dataset: Dataset for `anchor_batches`, with the columns of `hf_dataset`.
+        rows: Places in the dataset.
     """
 
     def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
@@ -74,19 +74,19 @@ class Part:
 
 
 def heldout_folder(folder: Path) -> Path:
-    """Folder of a cache's held-out anchors: beside it."""
+    """Folder of a cache's held-out anchors, beside the cache."""
     return folder.with_name(f"{folder.name}-heldout")
 
 
 def split_episodes(dataset: Any, share: float) -> tuple[Part, Part | None]:
-    """Frames to train on and frames to hold out, of different episodes; the same at every call.
+    """Splits frames to train on and to hold out, from different episodes; the same at every call.
 
     Args:
-        dataset: With the column "episode_index" in its `hf_dataset`.
-        share: Share of the episodes to hold out, rounded up, evenly apart; at least one stays.
+        dataset: Dataset with the column "episode_index" in its `hf_dataset`.
+        share: Share of the episodes to hold out, rounded up, evenly spaced; at least one is not held out.
 
     Returns:
-        Both parts; None for the second if `share` is 0 or there is one episode only.
+        Both parts; the second is None if `share` is 0 or there is only one episode.
     """
     of_frame = np.asarray(dataset.hf_dataset.with_format(None)["episode_index"])
     episodes = np.unique(of_frame)
@@ -98,12 +98,12 @@ def split_episodes(dataset: Any, share: float) -> tuple[Part, Part | None]:
 
 
 def split_count(count: int | None, share: float, train: int, held: int) -> tuple[int, int]:
-    """Of how many frames anchors are made, and how many are held out, `count` together; None: all.
+    """Numbers of frames for anchors and for held-out ones, `count` together; None: all.
 
     Args:
-        share: Of those that are held out, rounded; at least one, if there is any and another to train on.
+        share: Share to hold out, rounded; at least one frame, if there is one and another to train on.
         train: Frames of the episodes to train on; at least one.
-        held: Frames of the others.
+        held: Frames of the held-out episodes.
 
     Example:
         >>> split_count(128, 0.1, 3600, 400), split_count(128, 0.1, 3600, 0), split_count(None, 0.1, 3600, 400)
@@ -116,10 +116,10 @@ def split_count(count: int | None, share: float, train: int, held: int) -> tuple
 
 
 def open_source(settings: AnchorSettings, cfg: Any) -> AnchorFrames:
-    """The frames that the settings name, checked against the policy; how they are read they share with the training's.
+    """The frames that the settings name, checked against the policy; they are read as the training's are.
 
     Args:
-        settings: With a source.
+        settings: Settings with a source.
         cfg: lerobot's TrainPipelineConfig, validated.
 
     Raises:
@@ -142,7 +142,7 @@ def open_source(settings: AnchorSettings, cfg: Any) -> AnchorFrames:
 
 
 def counts_of(settings: AnchorSettings, source: AnchorFrames) -> tuple[int, int]:
-    """How many frames of a source are anchors, and how many are held out."""
+    """Numbers of a source's frames for anchors, and for held-out ones."""
     train, held = split_episodes(source.dataset, settings.heldout)
     return split_count(settings.count, settings.heldout, len(train), 0 if held is None else len(held))
 
@@ -157,13 +157,13 @@ def build_anchors(
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> RunAnchors:
-    """Builds both caches, or goes on with half-built ones. Collective where there are several processes.
+    """Builds both caches, or continues half-built ones. Collective if there are several processes.
 
     Args:
-        model: The policy, with the weights that it is not to forget.
-        source: From `open_source` of these settings.
-        folder: Folder of the cache; the held-out one goes beside it.
-        pretrained: Folder or hub id of the checkpoint that the policy comes from, for its preprocessor.
+        model: The policy, with the pretrained weights.
+        source: Frames from `open_source` for these settings.
+        folder: Folder of the cache; the held-out cache is written beside it.
+        pretrained: Folder or hub id of the policy's checkpoint, for its preprocessor.
         device: Device of the policy.
         autocast: Dtype that training runs under; None for none.
 
@@ -204,7 +204,7 @@ def build_anchors(
 
 
 def open_anchors(model: nn.Module, cache: AnchorCache) -> RunAnchors:
-    """A cache that is there, and the held-out one beside it.
+    """Opens a run's anchors from an existing cache and the held-out one beside it.
 
     Args:
         model: The policy.

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 PREFIX = "--craft."
-# What a value of each type must be
+# Descriptions of valid values by type
 _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -43,13 +43,13 @@ _KINDS: dict[Any, str] = {
     list[str]: "a list, such as [8, 16]",
     dict[str, str]: 'names for names, such as {"observation.image": "observation.images.top"}',
 }
-# Fields that the run itself tells
+# Fields that the run sets
 _FROM_LEROBOT = ("total_steps",)
 _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be; the message names it, and has the remedy."""
+    """A setting is invalid; the message has its name and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +57,29 @@ class AnchorSettings:
     """Examples of what the policy must keep.
 
     Attributes:
-        path: Folder of the cache: opened if it is there, else built there. None: `craft/anchors` in the output folder.
+        path: Folder of the cache, opened if it exists, else built. None: `craft/anchors` in the output folder.
         repo_id: LeRobotDataset with the anchors, such as the old task's.
-        root: Where it is, if it is local. May hold several datasets, such as what lerobot-eval records.
-        episodes: Which: "12" the first twelve, "[0, 3]" these, "40:" or "-10:" a part in Python's sense. None: all.
-        prompts: A .txt with instructions for the frames, or a .jsonl with instructions and pictures, and no dataset.
-        rename_map: Names of the dataset's observations -> those of the policy, where they differ.
-        revision: Branch, tag or commit of a dataset of the hub. None: the training's, if that is the same dataset.
-        tolerance_s: Most that a frame's time stamp may lie beside the video's, in seconds. None, here and in the next
-            two: the training's.
-        video_backend: "torchcodec" or "pyav": what reads videos.
-        depth_output_unit: "m" or "mm": of depth cameras.
-        count: At most so many frames in all, those that are held out among them, spread over tasks and episodes. None:
+        root: Folder of a local dataset, or of several, such as the recordings of lerobot-eval.
+        episodes: Episodes to use: "12" the first twelve, "[0, 3]" a list, "40:" or "-10:" a slice as in Python. None:
             all.
-        keep: "logits", "tokens", "actions" or "prefix", see `craft_optim.lerobot.adapters`. None: by the policy.
+        prompts: A .txt with instructions for the frames, or a .jsonl with instructions and pictures instead of a
+            dataset.
+        rename_map: Name of a dataset's observation -> the policy's name, where they differ.
+        revision: Branch, tag or commit of a dataset on the hub. None: the training's, if that is the same dataset.
+        tolerance_s: Largest difference of a frame's time stamp from the video's, in seconds. None, here and in the next
+            two: the training's.
+        video_backend: Reader of videos, "torchcodec" or "pyav".
+        depth_output_unit: Unit of depth cameras, "m" or "mm".
+        count: Largest number of frames in all, including held-out ones, spread over tasks and episodes. None: all.
+        keep: Output to keep: "logits", "tokens", "actions" or "prefix", see `craft_optim.lerobot.adapters`. None:
+            depends on the policy.
         layers: Hidden states to keep instead of the adapter's; numbers or names of modules.
-        top_k: Keep the K likeliest classes; "all"; or "auto": all up to 4,096 classes, else 64.
-        dtype: "float16", "bfloat16" or "float32": of what is stored.
+        top_k: Number of likeliest classes to keep; "all"; or "auto": all up to 4,096 classes, else 64.
+        dtype: Dtype on disk: "float16", "bfloat16" or "float32".
         batch_size: Frames per forward of the teacher.
         workers: Processes that read frames ahead while the cache is built.
-        heldout: Share of the episodes, and of `count`, that is not trained on: drift on these frames is reported beside
-            the anchors'. 0: none.
+        heldout: Share of the episodes, and of `count`, to hold out: drift on these frames is reported beside the
+            anchors'. 0: none.
     """
 
     path: Path | None = None
@@ -111,11 +113,11 @@ class AnchorSettings:
 
     @property
     def is_file(self) -> bool:
-        """True if frames are those of a .jsonl."""
+        """True if the frames come from a .jsonl."""
         return self.prompts is not None and self.prompts.suffix == ".jsonl"
 
     def check(self) -> None:
-        """Raises SettingsError for what is wrong in itself, whatever the policy and the dataset."""
+        """Raises SettingsError for settings that are wrong whatever the policy and the dataset."""
         if not 0.0 <= self.heldout < 1.0:
             raise SettingsError(f"{PREFIX}anchors.heldout must be in [0, 1). Found {self.heldout}.")
         if self.layers is not None and self.keep != "prefix":
@@ -134,28 +136,28 @@ class AnchorSettings:
 
 @dataclass(frozen=True)
 class CraftSettings(Rules):
-    """One run: the fields of `craft_optim.Rules`, but for `total_steps`, which is lerobot's `steps`; and these.
+    """Settings of one run: the fields of `craft_optim.Rules`, except `total_steps` (lerobot's `steps`); and these.
 
     Attributes:
-        epsilon: The drift to allow; of a schedule, where it ends. Nats for logits and tokens, for actions and hidden
-            states the share of the teacher's variance.
-        epsilon_of: What it is the drift on: the "anchors", or the "heldout" frames, see `craft_optim.Constraint`.
-        epsilon_schedule: None for a constant, or "linear", "cosine", "exponential".
-        epsilon_start: Where a schedule starts.
-        epsilon_steps: How long it takes. None: half of the training.
-        dual: How lambda is found: "pi", "ascent", "nupi" or "augmented_lagrangian".
+        epsilon: The allowed drift; the end of a schedule. In nats for logits and tokens, in shares of the teacher's
+            variance for actions and hidden states.
+        epsilon_of: Frames whose drift epsilon bounds: "anchors" or "heldout", see `craft_optim.Constraint`.
+        epsilon_schedule: Schedule of epsilon: "linear", "cosine" or "exponential". None: a constant.
+        epsilon_start: Epsilon at the start of a schedule.
+        epsilon_steps: Length of a schedule in steps. None: half of the training.
+        dual: Controller of lambda: "pi", "ascent", "nupi" or "augmented_lagrangian".
         lambda_init: lambda at the start. None, here and in the next two: the controller's default.
         lambda_lr: Gain of the integral or ascent term.
         lambda_max: Upper bound of lambda; "pi" has none but `rho`.
-        max_grad_norm: None: the clipping of the policy's optimizer.
+        max_grad_norm: Cap on the norm of the merged gradient. None: the clipping of the policy's optimizer.
         batch_size: Anchors per step and process. None: the training's batch size.
-        loss: Of hidden states and actions: "mse", "cosine" or "l1".
-        statistics: The normalisation that training uses and the checkpoint will hold: the new "dataset"'s, as without
-            this package, or the "pretrained" policy's, so that one checkpoint serves old and new tasks.
-        drift_every: Measure the drift on anchors and held-out frames every so many steps, and at the end. None: as
-            often as lerobot saves. 0: only at the end.
-        drift_anchors: On so many of each, evenly apart.
-        anchors: See `AnchorSettings`.
+        loss: Distance of hidden states and actions: "mse", "cosine" or "l1".
+        statistics: Normalisation in training and in the checkpoint: the new "dataset"'s, as without this package, or
+            the "pretrained" policy's, so that one checkpoint serves old and new tasks.
+        drift_every: Steps between measurements of drift on anchors and held-out frames; also measured at the end. None:
+            as often as lerobot saves. 0: only at the end.
+        drift_anchors: Number of each to measure on, evenly spaced.
+        anchors: The anchors, see `AnchorSettings`.
     """
 
     epsilon: float = 0.05
@@ -175,7 +177,7 @@ class CraftSettings(Rules):
     anchors: AnchorSettings = field(default_factory=AnchorSettings)
 
     def check(self) -> None:
-        """Raises SettingsError for what is wrong in itself, whatever the policy and the dataset."""
+        """Raises SettingsError for settings that are wrong whatever the policy and the dataset."""
         choices: dict[str, tuple[object, ...]] = {
             "epsilon_of": ("anchors", "heldout"),
             "epsilon_schedule": (None, *_SCHEDULES),
@@ -215,7 +217,7 @@ class CraftSettings(Rules):
             )
 
     def schedule(self, steps: int) -> float | Schedule:
-        """`epsilon` as `CraftOptimizer` takes it, for a training of so many steps."""
+        """`epsilon` for `CraftOptimizer`, for a training of that many steps."""
         if self.epsilon_schedule is None:
             return self.epsilon
         length = self.epsilon_steps or max(1, steps // 2)
@@ -223,7 +225,7 @@ class CraftSettings(Rules):
         return made
 
     def controller(self) -> Controller:
-        """`dual` and the three settings of lambda as an object."""
+        """Controller from `dual` and the three settings of lambda."""
         return make_controller(self.dual, initial=self.lambda_init, gain=self.lambda_lr, maximum=self.lambda_max)
 
     def rules(self, clip: float) -> dict[str, Any]:
@@ -236,18 +238,18 @@ class CraftSettings(Rules):
         return held | {"max_grad_norm": self.max_grad_norm or (clip if clip > 0 else None)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The settings in the types of JSON."""
         encoded: dict[str, Any] = draccus.encode(self)
         return {name: value for name, value in encoded.items() if name not in _FROM_LEROBOT}
 
 
 def own_flags(arguments: Sequence[str]) -> list[str]:
-    """The `--craft.*` of a command line without their prefix, and without the one that names a package to load."""
+    """The `--craft.*` flags of a command line without prefix, and without the one that names a package to load."""
     return [f"--{name.removeprefix(PREFIX)}={value}" for name, value in _flags(arguments)[0]]
 
 
 def without_flags(arguments: Sequence[str]) -> list[str]:
-    """A command line without its `--craft.*`."""
+    """A command line without its `--craft.*` flags."""
     return _flags(arguments)[1]
 
 
@@ -259,7 +261,7 @@ def _flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
             rest.append(argument)
             continue
         name, equals, value = argument.partition("=")
-        name = f"--{name[2:].replace('-', '_')}"  # as in all our commands, both are the same
+        name = f"--{name[2:].replace('-', '_')}"  # both are the same in all our commands
         if not equals:
             # As lerobot reads flags: the next word is the value, unless it is a flag itself
             if not waiting or waiting[0].startswith("--"):
@@ -276,13 +278,13 @@ def read_settings(
     """The settings of a run: flags first, then the file, then what a checkpoint holds, then the defaults.
 
     Args:
-        arguments: Flags as `own_flags` returns them, `--config=FILE` among them: YAML or JSON, with the names of
-            `CraftSettings`, at its top or under "craft".
-        saved: `CraftSettings.to_dict` of the run that goes on.
-        complete: False: others are to come, and what belongs together is not checked yet.
+        arguments: Flags from `own_flags`, `--config=FILE` among them: YAML or JSON, with the names of `CraftSettings`,
+            at its top or under "craft".
+        saved: Result of `CraftSettings.to_dict` from the run that is resumed.
+        complete: False if other settings will follow: combinations are not checked yet.
 
     Raises:
-        SettingsError: A file or name that is not there, or a value that cannot be.
+        SettingsError: A file or name does not exist, or a value is invalid.
     """
     merged: dict[str, Any] = {}
     _merge(merged, copy.deepcopy(dict(saved or {})))
@@ -308,7 +310,7 @@ def read_settings(
 
 
 def _made(kind: Any, values: Any, place: str = "") -> Any:
-    """An object of one of the classes above, with each of the values checked by itself."""
+    """An object of one of the classes above; each value is checked by itself."""
     if not isinstance(values, Mapping):
         raise SettingsError(f"{PREFIX}{place.rstrip('.')} must hold names and values. Found {values!r}.")
     types, made = _types(kind), {}
@@ -335,7 +337,7 @@ def _made(kind: Any, values: Any, place: str = "") -> Any:
 
 
 def _in_words(kind: Any) -> str:
-    """What a value of a type must be."""
+    """Description of a type's valid values."""
     if get_origin(kind) is not Literal:
         return _KINDS[kind]
     names = get_args(kind)
@@ -343,16 +345,16 @@ def _in_words(kind: Any) -> str:
 
 
 def _types(kind: Any) -> dict[str, Any]:
-    """Name -> type of the settings in one of the classes above."""
+    """Name -> type of each setting in one of the classes above."""
     return {name: of for name, of in get_type_hints(kind).items() if name not in _FROM_LEROBOT}
 
 
 @contextmanager
 def under_our_names(names: Mapping[str, str]) -> Iterator[None]:
-    """Within the block the library's errors about a value name the flag that it came from.
+    """Makes the library's errors about a value name its flag, within the block.
 
     Args:
-        names: The library's -> those of the settings.
+        names: Name in the library -> name of the setting.
     """
     try:
         yield
@@ -366,7 +368,7 @@ def under_our_names(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def _value(name: str, text: str) -> Any:
-    """A flag's text: YAML, except where text or a path is wanted."""
+    """The value of a flag's text: YAML, except for texts and paths."""
     kind: Any = CraftSettings
     for part in name.split("."):
         fields = _types(kind) if is_dataclass(kind) else {}

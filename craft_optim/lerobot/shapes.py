@@ -1,4 +1,4 @@
-"""A lerobot policy without weights, and the shapes of its batches: all that a plan needs, from a config alone."""
+"""Shapes: a lerobot policy without weights, and its batches' shapes, from a config alone, for a plan."""
 
 import importlib
 from collections.abc import Iterator
@@ -22,16 +22,16 @@ _NETWORK = {"pi0_fast": "lerobot.policies.pi0_fast.modeling_pi0_fast"}
 
 
 def policy_without_weights(config: Any) -> Any:
-    """The policy of a config on the meta device, in seconds whatever its size.
+    """Builds a config's policy on the meta device, in seconds whatever its size.
 
-    Of pi0_fast neither tokenizer is made, which would have to be downloaded and which no forward of training reads:
-    two names in lerobot's module stand for nothing meanwhile. ACT's backbone is not loaded.
+    pi0_fast's two tokenizers, which training's forwards do not use, are not downloaded: their names in lerobot's module
+    are replaced meanwhile. ACT's backbone is not loaded.
 
     Args:
-        config: Of lerobot. Its device is "meta" afterwards.
+        config: A lerobot config. Its device is "meta" afterwards.
 
     Raises:
-        ValueError: It is of a policy of which batches are not known here.
+        ValueError: The policy's batches are not known here.
     """
     if config.type not in _KNOWN:
         raise ValueError(
@@ -57,7 +57,7 @@ def _without_tokenizers(module: str | None) -> Iterator[None]:
 
 
 def plan_settings(adapter: Adapter) -> dict[str, Any]:
-    """What `plan` is to be told of a policy with this adapter: its loss, and how it is run on anchors."""
+    """Arguments of `plan` for a policy with this adapter: its loss, and its forward on anchors."""
     return {
         "reading": replace(adapter.reading, output="classes" if adapter.kind == "logits" else None),
         "layers": adapter.layers,
@@ -66,13 +66,13 @@ def plan_settings(adapter: Adapter) -> dict[str, Any]:
 
 
 def batch_of_shapes(config: Any, size: int) -> dict[str, Tensor]:
-    """A batch as the policy's preprocessor would return it: shapes and dtypes on the meta device.
+    """A batch as from the policy's preprocessor: shapes and dtypes on the meta device.
 
-    Prompts and action tokens are as long as the config allows, pictures as large as the policy's cameras.
+    Prompts and action tokens have the config's largest length, pictures the size of the policy's cameras.
 
     Args:
-        config: As for `policy_without_weights`.
-        size: Frames.
+        config: The config, as for `policy_without_weights`.
+        size: Number of frames.
     """
 
     def of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

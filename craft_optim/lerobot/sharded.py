@@ -1,8 +1,7 @@
-"""Functions that run parts of a policy, on a policy that FSDP shards.
+"""Sharded policies: functions that run parts of a policy that FSDP shards.
 
-FSDP gathers parameters in hooks of the modules that it wraps. What the adapters run are modules within the policy, so
-that the outermost hooks, and the parameters that they gather, would be missed: here they run within the wrapper's own
-forward.
+FSDP gathers parameters in hooks of the modules that it wraps. The adapters run modules within the policy, which would
+miss the outermost hooks and their parameters: here they run within the wrapper's own forward.
 """
 
 import functools
@@ -24,9 +23,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def within_wrapper(forward: Forward) -> Forward:
-    """The same function of a policy and a batch, run in the place of the policy's forward when its wrapper is called.
+    """The same function of a policy and a batch, run instead of the policy's forward when its wrapper is called.
 
-    Its result must depend on what it runs: FSDP begins its backward there.
+    Its result must depend on the modules that it runs: FSDP begins its backward there.
     """
 
     @functools.wraps(forward)

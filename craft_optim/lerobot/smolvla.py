@@ -1,9 +1,9 @@
 """lerobot's SmolVLAPolicy as the anchors see it: velocities of actions, and prefix hidden states.
 
-Its vision-language model is frozen by default, and prefix hidden states then move no trainable parameter: keep the
+Its vision-language model is frozen by default, and prefix hidden states then reach no trainable parameter: keep the
 velocities, which pass through the action expert. They are taken at the noise and the time that each anchor holds. The
-prefix is all cameras, the prompt, and one token for the state, which the others do not attend to. A batch is what the
-policy's own preprocessor returns.
+prefix is all cameras, the prompt, and one token for the state, to which the others do not attend. A batch comes from
+the policy's own preprocessor.
 """
 
 from collections.abc import Mapping
@@ -36,17 +36,17 @@ __all__ = ["action_inputs", "action_spans", "prefix_inputs", "prefix_spans", "ru
 
 
 def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs of `run_prefix` in a preprocessed batch: the cameras that are there, the prompt, the state."""
+    """The inputs of `run_prefix` in a preprocessed batch: the cameras present, the prompt, the state."""
     keys = list(policy.config.image_features)
     inputs = only(batch, (*keys, *(f"{key}_padding_mask" for key in keys), TOKENS, TOKENS_MASK, STATE))
-    # Prompts are padded to the longest of their batch, and the state comes after them: positions must not depend on
-    # which anchors a batch happens to hold.
+    # Prompts are padded to the longest of their batch, and the state comes after them: positions must not depend on the
+    # batch's other anchors.
     missing = policy.config.tokenizer_max_length - inputs[TOKENS].shape[1]
     return inputs | {key: F.pad(inputs[key], (0, max(0, missing))) for key in (TOKENS, TOKENS_MASK)}
 
 
 def action_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs of `run_actions`: besides the prefix the actions, noise and time of each anchor.
+    """The inputs of `run_actions`: those of the prefix, and the actions, noise and time of each anchor.
 
     Raises:
         ValueError: The batch has no chunk of actions for each anchor.
@@ -75,7 +75,7 @@ def run_prefix(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Runs the training forward at the anchors' own noise and time; the velocities are `model.action_out_proj`'s.
+    """Runs the training forward at the anchors' noise and time; `model.action_out_proj` gives the velocities.
 
     Hooks see the action dimensions that the anchors have, without the padding.
     """
@@ -90,9 +90,9 @@ def prefix_spans(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Ten
     """Valid positions of the prefix, in its order: all cameras, the prompt, the state.
 
     Returns:
-        "image.<key>" for each camera, "image" for all of them, "text", "state" and "all": bool masks of shape
-        `[B, prefix tokens]`. An absent camera and padding are False everywhere. The marks around images, if the policy
-        has them, count in "all" alone.
+        "image.<key>" for each camera, "image" for all of them, "text", "state" and "all": bool masks of shape `[B,
+        prefix tokens]`. An absent camera and padding are False everywhere. Marks around images, if the policy has them,
+        count in "all" only.
     """
     policy = policy_of(model)
     config = policy.model.vlm_with_expert.config

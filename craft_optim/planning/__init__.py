@@ -1,4 +1,4 @@
-"""What a run will need, counted before it: memory, disk, operations. Of shapes alone, without weights."""
+"""Planning: memory, disk and operations of a run, counted before it from shapes alone, without weights."""
 
 from craft_optim.planning.gpus import Fit
 from craft_optim.planning.make import plan

@@ -18,9 +18,9 @@ def value_bytes(shape: Sequence[int], dtype: torch.dtype) -> float:
 
 
 def class_bytes(positions: float, classes: int, k: int, dtype: torch.dtype) -> float:
-    """Bytes of the classes at an anchor's positions; in float16 2 V for each position, or 6 k + 2.
+    """Bytes of the classes at an anchor's positions; in float16 2 V per position, or 6 k + 2.
 
-    That is V log-probabilities; or k of them, their numbers in int32, and that of the rest.
+    That is V log-probabilities; or k of them, their indices in int32, and one for the rest.
     """
     if k >= classes:
         return positions * classes * dtype.itemsize
@@ -28,6 +28,6 @@ def class_bytes(positions: float, classes: int, k: int, dtype: torch.dtype) -> f
 
 
 def input_bytes(batch: Any) -> float:
-    """Bytes per anchor of the inputs, padding included, which a cache leaves out; pictures as the bytes they were."""
+    """Bytes per anchor of the inputs, including padding, which a cache leaves out; pictures as original bytes."""
     found = flatten(batch)
     return bytes_on_disk(found.tensors, {}, "uint8") / found.count

@@ -14,11 +14,11 @@ _PICTURES = ("ForImageClassification",)
 
 
 def model_without_weights(path: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a config on the meta device, in seconds whatever its size.
+    """Builds a config's model on the meta device, in seconds whatever its size.
 
     Args:
-        path: A folder with a config.json, the file itself, or a hub id.
-        dtype: Of its parameters. None: as the config says.
+        path: Folder with a config.json, the file itself, or a hub id.
+        dtype: Dtype of the parameters. None: the config's.
 
     Raises:
         ImportError: transformers is not installed.
@@ -46,12 +46,12 @@ def batch_of_shapes(model: Any, size: int, length: int) -> dict[str, Tensor]:
     Pictures have the config's size, or 224 pixels.
 
     Args:
-        model: From `model_without_weights`.
-        size: Examples.
-        length: Tokens of each.
+        model: Model from `model_without_weights`.
+        size: Number of examples.
+        length: Tokens per example.
 
     Raises:
-        ValueError: The model's inputs are not known here, or it takes fewer tokens.
+        ValueError: The model's inputs are unknown here, or it takes fewer tokens.
     """
 
     def of(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -64,7 +64,7 @@ def batch_of_shapes(model: Any, size: int, length: int) -> dict[str, Tensor]:
             raise ValueError(f"--length must be <= {most}, the positions of {name}. Found {length}.")
         return {"input_ids": of(length), "labels": of() if name.endswith("ForSequenceClassification") else of(length)}
     if name.endswith(_PICTURES):
-        side = getattr(config, "image_size", 224)  # convolutions take any
+        side = getattr(config, "image_size", 224)  # convolutions take any size
         height, width = (side, side) if isinstance(side, int) else side
         pictures = of(getattr(config, "num_channels", 3), height, width, dtype=torch.float32)
         return {"pixel_values": pictures, "labels": of()}

@@ -1,4 +1,4 @@
-"""GPUs that a run needs, by one simple rule for sharded parameters."""
+"""GPUs that a run needs, by a simple rule for sharded parameters."""
 
 import math
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ _USABLE = 0.9
 
 @dataclass(frozen=True)
 class Blocks:
-    """The units that FSDP gathers: each element of the outermost lists of layers, and everything else; bytes.
+    """Units that FSDP gathers: each element of the outermost lists of layers, and everything else; bytes.
 
     Attributes:
         largest: Parameters of the largest element.
-        rest: Those in no list, which are there from the first layer to the last.
+        rest: Parameters in no list, gathered from the first layer to the last.
     """
 
     largest: int
@@ -24,20 +24,20 @@ class Blocks:
 
     @property
     def gathered(self) -> int:
-        """What is there at a time: the rest, a block, the one that is fetched meanwhile, and a block's gradients."""
+        """Bytes gathered at a time: the rest, a block, the next block, and a block's gradients."""
         return self.rest + 3 * self.largest
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The GPUs of a size that a run needs.
+    """Number of GPUs of one size that a run needs.
 
     Attributes:
-        gib: The size, GiB.
-        one: True if a single one is enough.
-        ddp: True if any number of them does under DDP, whose buckets are another copy of the gradients.
-        fsdp: The least number under FSDP2, everything sharded, each with the batch of the plan; None if no number is
-            enough, as activations and what is gathered are not sharded.
+        gib: Size of the GPUs, GiB.
+        one: True if one GPU is enough.
+        ddp: True if any number is enough under DDP, whose buckets are another copy of the gradients.
+        fsdp: Least number under FSDP2 with everything sharded, each with the plan's batch; None if no number is enough,
+            as activations and gathered parameters are not sharded.
     """
 
     gib: float
@@ -63,18 +63,18 @@ def blocks_of(model: nn.Module) -> Blocks:
 
 
 def _bytes(module: nn.Module, seen: set[int]) -> int:
-    """Bytes of the parameters that were not seen yet."""
+    """Bytes of the parameters not seen yet."""
     new = {id(p): p.nbytes for p in module.parameters() if id(p) not in seen}
     seen.update(new)
     return sum(new.values())
 
 
 def usable(gib: float) -> float:
-    """Bytes of a GPU that tensors may take: nine tenths, the rest is its context's, workspaces' and gaps'."""
+    """Bytes of a GPU for tensors: nine tenths; context, workspaces and gaps take the rest."""
     return _USABLE * gib * 2.0**30
 
 
 def processes(sharded: float, own: float, gib: float) -> int | None:
-    """The least N with sharded / N + own <= what is usable; None if there is none."""
+    """The least N with sharded / N + own <= usable bytes; None if there is none."""
     room = usable(gib) - own
     return max(1, math.ceil(sharded / room)) if room > 0.0 else None

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, at every moment, and floating-point operations: of real tensors or of stand-ins."""
+"""Live memory: bytes of live tensors at every moment, and floating-point operations, real or with stand-ins."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,8 +15,8 @@ __all__ = ["LiveMemory"]
 
 @cache
 def _flops() -> Mapping[Any, Callable[..., int]]:
-    """Operation -> its floating-point operations, of its arguments; torch's own, and those that it does not count."""
-    # Imports Triton where that is: a part of a second
+    """Operation -> function that counts its floating-point operations: torch's own, and ones that torch lacks."""
+    # Imports Triton if installed: a fraction of a second
     from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
@@ -38,26 +38,25 @@ def _flops() -> Mapping[Any, Callable[..., int]]:
 
 
 def _with_heads_of(q: Tensor, *others: Tensor) -> list[tuple[int, ...]]:
-    """Shapes of keys and values; heads that several queries share count once for each."""
+    """Shapes of keys and values; heads shared by several queries count once for each."""
     return [(*q.shape[:-2], *x.shape[-2:]) for x in others]
 
 
 _COPIES_INPUT = {torch.ops.aten.logsumexp.default}
-"""Operations of torch's that work with a copy of what they are given, on every device"""
+"""Operations of torch that copy their input, on every device"""
 
 
 class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it, sees every operation: what it returns is alive until its storage is freed.
+    """Tracks every operation within it: results are alive until their storage is freed.
 
-    Views share a storage, which counts once. What an operation needs inside itself is not seen, but for what is known
-    of some.
+    Views share a storage, which counts once. Memory inside an operation is not seen, except for known operations.
 
     Attributes:
-        live: Bytes now.
-        peak: The most since `begin`.
-        rest: The most since `begin` without what was set aside.
-        flops: Of matrix products, convolutions and attention since `begin`.
-        read: Numbers of tensors without values that were asked for, and answered with 1; see `plan`.
+        live: Bytes alive now.
+        peak: Most bytes since `begin`.
+        rest: Most bytes since `begin` without tensors that were set aside.
+        flops: Operations of matrix products, convolutions and attention since `begin`.
+        read: Count of reads of numbers from tensors without values, answered with 1; see `plan`.
     """
 
     def __init__(self) -> None:
@@ -68,7 +67,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._set_aside: set[int] = set()
 
     def begin(self) -> int:
-        """Counts anew from here; returns what is alive."""
+        """Restarts counting; returns the bytes alive."""
         self.peak, self.rest, self.flops = self.live, self.live - self._aside, 0
         return self.live
 
@@ -80,7 +79,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._aside += self._storages[key][0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "prim":  # asks for a property, and often
+        if func.namespace == "prim":  # reads a property, and often
             return func(*args, **(kwargs or {}))
         out = self._run(func, args, kwargs or {})
         for x in tree_leaves(out):
@@ -100,7 +99,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             if type(error).__name__ != "DataDependentOutputException":
                 raise
-        self.read += 1  # what models do with such a number is to log it
+        self.read += 1  # models usually log such a number
         return 1.0
 
     def _add(self, x: Tensor) -> None:

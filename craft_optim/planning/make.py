@@ -1,4 +1,4 @@
-"""`plan`: of a model and batches, their shapes alone, what a run will need."""
+"""`plan`: the needs of a run, from a model and batches, by their shapes alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = ["adamw", "plan"]
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
-    """torch's AdamW as it steps on a GPU by default, over lists of tensors: with a copy of them to work with."""
+    """torch's AdamW with its default step on a GPU, over lists of tensors, which works on a copy of them."""
     return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
 
 
@@ -43,33 +43,33 @@ def plan(
     values: bool = False,
     **fields: Any,
 ) -> Plan:
-    """What a run will need: memory of a step, disk of the cache, operations. Of shapes alone, without memory.
+    """Plans a run: memory of a step, disk of the cache, operations; from shapes alone, without memory.
 
-    The model's own code runs on tensors without memory, forward and backward, of the task and of a pass over anchors;
-    so does the base optimizer. Every tensor that torch would make counts from then on until it is freed. Attention
-    runs as torch's kernels do, which keep no scores. Activations that are checkpointed, casts of autocast (call it in
-    that context) and a head in pieces count as they happen. Not seen: what most operations need inside themselves, and
-    gaps between blocks. docs/performance.md has plans beside measured peaks.
+    The model's own code runs on tensors without memory, forward and backward of the task and of a pass over anchors; so
+    does the base optimizer. Every tensor that torch would make counts until it is freed. Attention counts like torch's
+    kernels, which keep no scores. Checkpointed activations, casts of autocast (call it in that context) and a head in
+    pieces count as they happen. Not counted: memory inside most operations, and gaps between blocks.
+    docs/performance.md has plans beside measured peaks.
 
     Cost: seconds for small models; a minute or two for one of billions of parameters, whatever the batch.
 
     Args:
-        model: With or without weights: `torch.device("meta")` is enough, as for a model of 3 billion parameters. It is
-            not changed.
-        batch: A batch of the task, with what `loss` needs; shapes and dtypes count.
+        model: Model with or without weights: `torch.device("meta")` is enough, also for 3 billion parameters. It is not
+            changed.
+        batch: Batch of the task, with the inputs of `loss`; only shapes and dtypes count.
         anchors: Inputs of a pass over anchors. None: those of `batch`, without `labels`.
-        loss: `loss(model, batch) -> scalar`. By default the loss that the model returns. None: the pass over
-            anchors stands for it, on `batch` without `labels`.
-        base: Makes the base optimizer of the run, such as `lambda parameters: torch.optim.SGD(parameters, lr=0.1)`. By
-            default AdamW, as on a GPU.
-        rules: Those of the run; `trust_region` counts. None: the defaults.
-        reading, layers, top_k, dtype, fields: As `anchors.build` takes them; frozen modules run here.
-        valid: Share of the positions whose classes count, where there is a mask; its values are not looked at.
+        loss: Function `loss(model, batch) -> scalar`. Default: the loss that the model returns. None: the pass over
+            anchors instead, on `batch` without `labels`.
+        base: Function that makes the base optimizer, such as `lambda parameters: torch.optim.SGD(parameters, lr=0.1)`.
+            Default: AdamW, as on a GPU.
+        rules: Rules of the run; `trust_region` counts. None: the defaults.
+        reading, layers, top_k, dtype, fields: Arguments as for `anchors.build`; frozen modules run here.
+        valid: Share of the positions whose classes count, if there is a mask; its values are not read.
         count: Anchors in the cache.
-        values: Run copies with their values on the CPU, at the cost of a few steps, for models that need some.
+        values: True to run copies with values on the CPU, for models that need them; costs a few steps.
 
     Raises:
-        ValueError: The model needs values, has parts of parameters, gives no loss, or nothing trains.
+        ValueError: The model needs values, has sharded parameters, gives no loss, or nothing trains.
 
     Example:
         >>> import torch

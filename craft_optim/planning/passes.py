@@ -1,4 +1,4 @@
-"""The losses of a step on stand-ins: the task's, and the one of a pass over anchors as the closures compute it."""
+"""Passes of a step on stand-ins: the task's loss, and the loss over anchors as the closures compute it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -32,7 +32,7 @@ def task_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a model returns: a scalar, the first of a tuple, `.loss` or `["loss"]`.
 
     Raises:
-        ValueError: It returns none.
+        ValueError: The model returns no loss.
     """
     if isinstance(batch, Mapping):
         output = model(**batch)
@@ -55,22 +55,22 @@ def _named(output: Any) -> Any:
 
 @dataclass
 class AnchorPass:
-    """The loss of a pass over anchors: KL of classes, or squared distances of hidden states or of other outputs.
+    """Loss of a pass over anchors: KL of classes, or squared distances of hidden states or other outputs.
 
     The teacher's outputs are on the device, as in a pass.
 
     Args:
-        model: Itself.
-        reading: As `anchors.build` takes it.
+        model: The model.
+        reading: The `Reading`, as for `anchors.build`.
         layers: Hidden states to keep.
-        top_k: As `anchors.build` takes it.
-        dtype: Of what is stored.
+        top_k: Number of classes to keep, as for `anchors.build`.
+        dtype: Dtype on disk.
         valid: Share of the positions whose classes count.
 
     Attributes:
-        kept: Bytes per anchor that a cache holds of the outputs; known after the first call, as the following.
+        kept: Bytes per anchor of the outputs in a cache; known after the first call, as are the following.
         logits: Bytes of all logits in float32; 0 without classes.
-        piece: Bytes of those that the pass has at a time.
+        piece: Bytes of logits that the pass has at a time.
         left_out: True if the head runs in pieces and its logits never exist.
     """
 
@@ -102,9 +102,9 @@ class AnchorPass:
         self.layers = resolve_layers(self.model, self.layers)
 
     def ask(self, inputs: Any) -> None:
-        """Finds out whether the head can be left to the comparison, by a forward of one anchor, as a first pass does.
+        """Finds out if the comparison can run the head, by a forward of one anchor, as a first pass does.
 
-        Of the numbers, which a pass compares as well, it is taken that they agree.
+        Numbers, which a pass compares as well, are assumed to agree.
         """
         head = output_head(self.model)
         if self._kind != "classes" or self.layers or not isinstance(head, nn.Linear):
@@ -114,10 +114,10 @@ class AnchorPass:
         self._head = None if found is None else LinearHead(head)
 
     def __call__(self, inputs: Any) -> Tensor:
-        """L_ret, a scalar.
+        """Computes L_ret, a scalar.
 
         Args:
-            inputs: A batch without labels.
+            inputs: Batch without labels.
         """
         self.kept, wanted = 0.0, self._kind is not None
         with steady(self.model) as remember, autocast_to(_CPU, self.reading.autocast):
@@ -188,19 +188,19 @@ def _owner(model: nn.Module) -> Any:
 
 
 def can_checkpoint(model: nn.Module) -> bool:
-    """True if it is known how to turn activation checkpointing on."""
+    """True if activation checkpointing can be turned on here."""
     owner = _owner(model)
     return owner is not None and getattr(owner, "supports_gradient_checkpointing", True)
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """True if a module of it does, by the flag that libraries set."""
+    """True if a module of the model checkpoints activations, by the flag that libraries set."""
     return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
 
 
 @contextmanager
 def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
-    """Within the block the model repeats its forwards in the backward, or does not; afterwards it is what it was."""
+    """Turns activation checkpointing on or off within the block; afterwards the model is what it was."""
     owner, before = _owner(model), is_checkpointing(model)
     if owner is None or on == before:
         yield

@@ -1,4 +1,4 @@
-"""What the phases of a step hold, measured on stand-ins: no memory, no arithmetic, the model's own code."""
+"""Phases of a step, measured on stand-ins: no memory, no arithmetic, the model's own code."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,9 +23,9 @@ class Pass:
     """A forward and its backward; bytes.
 
     Attributes:
-        peak: The most that it holds, gradients that it makes included.
-        activations: The most without these: what the backward needs, and what forward and backward work with.
-        flops: Its matrix products, convolutions and attention.
+        peak: Most bytes that it holds, including the gradients that it makes.
+        activations: Most bytes without these: activations for the backward, and working memory.
+        flops: Operations of its matrix products, convolutions and attention.
     """
 
     peak: int
@@ -35,24 +35,24 @@ class Pass:
 
 @dataclass(frozen=True)
 class Phases:
-    """What there is all the time, and what the phases of a step hold beyond it; bytes.
+    """Memory held all the time, and beyond it in the phases of a step; bytes.
 
     Attributes:
         weights: Parameters and buffers.
         inputs: The task's batch.
         state: The base's state, after its first step.
-        gradients: Those of the task.
-        rounded: The same as `gradient_memory="bfloat16"` keeps them.
-        trained: The parameters that have them; `trained_count` their number.
-        base_step: What the base's step works with.
-        passes: ("task" or "anchors", whether activations are checkpointed) -> the pass; what is not known how to turn
-            on is not there.
-        checkpointing: Whether the model does it as it is.
-        question: What a first pass holds while it looks at the model's head.
-        look: A forward of anchors without gradients.
-        kept: Bytes that a cache holds of each anchor's outputs.
-        logits, piece, left_out: As of `AnchorPass`.
-        read: Numbers that the model asked for, and was told 1.
+        gradients: Gradients of the task.
+        rounded: The same with `gradient_memory="bfloat16"`.
+        trained: Parameters with gradients; `trained_count` is their number.
+        base_step: Working memory of the base's step.
+        passes: ("task" or "anchors", True if activations are checkpointed) -> pass; without passes that cannot be
+            switched.
+        checkpointing: True if the model as given checkpoints activations.
+        question: Memory of a first pass while it examines the model's head.
+        look: Memory of a forward on anchors without gradients.
+        kept: Bytes per anchor of the outputs in a cache.
+        logits, piece, left_out: Values of `AnchorPass`.
+        read: Count of numbers that the model read, answered with 1.
     """
 
     weights: int
@@ -77,19 +77,19 @@ class Phases:
 def measured(
     model: nn.Module, batch: Any, anchor_batch: Any, loss: Loss, base: Base, anchors: AnchorPass, *, values: bool
 ) -> Phases:
-    """Goes through the phases of a step.
+    """Measures the phases of a step.
 
     Args:
-        model: On any device, the meta device included; neither its values nor its flags are changed.
-        batch: Inputs of the task, and what its loss needs.
+        model: Model on any device, also the meta device; its values and flags are not changed.
+        batch: Inputs of the task and of its loss.
         anchor_batch: Inputs of a pass over anchors.
-        loss: The task's.
-        base: Makes the base optimizer.
-        anchors: The pass, of this model.
-        values: Run copies with their values in the place of stand-ins.
+        loss: Loss of the task.
+        base: Function that makes the base optimizer.
+        anchors: Pass over anchors, of this model.
+        values: True to run copies with values instead of stand-ins.
 
     Raises:
-        ValueError: The model needs values, or nothing trains; or as `standing_in`.
+        ValueError: The model needs values, or nothing trains; or as for `standing_in`.
     """
     memory = LiveMemory()
     checkpointed = is_checkpointing(model)
@@ -154,16 +154,16 @@ class _Walk:
 
     def __init__(self, memory: LiveMemory, parameters: list[nn.Parameter]) -> None:
         self._memory, self._parameters = memory, parameters
-        self.reached: list[nn.Parameter] = []  # by the last backward
+        self.reached: list[nn.Parameter] = []  # reached by the last backward
 
     def through(self, phase: Callable[[], Any]) -> Pass:
-        """What a function holds at most beyond what is there."""
+        """Measures the most memory that a function holds beyond the present."""
         before = self._memory.begin()
         phase()
         return Pass(self._memory.peak - before, self._memory.rest - before, self._memory.flops)
 
     def backward(self, compute: Callable[[], Tensor]) -> Pass:
-        """The same of a forward and its backward, whose gradients are let go of."""
+        """Measures a forward and its backward, and frees the gradients."""
         found = self.through(lambda: _scalar(compute()).backward())  # type: ignore[no-untyped-call]
         self.reached = [p for p in self._parameters if p.grad is not None]
         for p in self._parameters:
@@ -187,7 +187,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def _shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Within the block tensors are made without memory; operations that need values are refused by name."""
+    """Makes tensors without memory within the block; an operation that needs values raises an error with its name."""
     from torch._subclasses.fake_tensor import (  # takes a second
         DataDependentOutputException,
         DynamicOutputShapeException,

@@ -1,4 +1,4 @@
-"""`Plan`: what a run will need, as sums over what the phases of a step were found to hold."""
+"""`Plan`: the needs of a run, as sums over the measured phases of a step."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -16,19 +16,19 @@ MEMORIES: tuple[GradientMemory, ...] = get_args(GradientMemory)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need. Sizes are bytes, of one process, at the batch sizes of the plan.
+    """Needs of a run. Sizes are bytes of one process, at the batch sizes of the plan.
 
     Attributes:
-        phases: What there is all the time, and what each phase of a step holds beside it.
+        phases: Memory held all the time, and besides it in each phase of a step.
         parameters: Number of parameters.
-        trained: Number of those that the task's backward reaches.
+        trained: Number of parameters that the task's backward reaches.
         batch_size: Examples of the task per step.
         anchor_batch_size: Anchors per pass.
         count: Anchors in the cache.
-        per_anchor: Bytes on disk of an anchor, at most: padding is left out there.
+        per_anchor: Most bytes on disk per anchor: a cache leaves padding out.
         blocks: Parameters that FSDP gathers.
-        rules: Those of the run.
-        notes: What was taken for granted, in words.
+        rules: Rules of the run.
+        notes: Assumptions, in words.
     """
 
     phases: Phases
@@ -44,12 +44,12 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes of the cache, at most."""
+        """Most bytes of the cache."""
         return round(self.per_anchor * self.count)
 
     @property
     def persistent(self) -> int:
-        """Weights, the base's state, and the task's batch."""
+        """Bytes of weights, the base's state, and the task's batch."""
         return self.phases.weights + self.phases.state + self.phases.inputs
 
     def waiting(self, memory: GradientMemory) -> int:
@@ -57,11 +57,11 @@ class Plan:
         return {"copy": self.phases.gradients, "bfloat16": self.phases.rounded, "host": 0}[memory]
 
     def passed(self, which: Literal["task", "anchors"], checkpointing: bool | None = None) -> Pass | None:
-        """The task's pass, or that over anchors; None if it is not known how to turn checkpointing on.
+        """The task's pass, or the pass over anchors; None if checkpointing cannot be switched here.
 
         Args:
-            which: The pass.
-            checkpointing: Of activations. None: as the model is.
+            which: Name of the pass.
+            checkpointing: True for checkpointed activations. None: as the model is.
         """
         on = self.phases.checkpointing if checkpointing is None else checkpointing
         return self.phases.passes.get((which, on))
@@ -69,18 +69,18 @@ class Plan:
     def peak(self, held: Held = "copy", checkpointing: bool | None = None) -> int | None:
         """The most bytes that a step holds.
 
-        With S what is there all the time, G the task gradients, W the same as they wait, V the trust region's copy of
-        the trained parameters, and the most that passes, a look at anchors and the base's step hold beside these:
+        S is held all the time, G the task gradients, W the same as stored, V the trust region's copy of the trained
+        parameters; passes, a look at anchors and the base's step hold beside these:
 
             base alone       max(S + task, S + G + step)
             with retention   max(S + task, S + W + anchors, S + W + G + V + look, S + W + G + V + step)
 
-        V is there in the start of every run, unless `trust_region` is None. With "host" W and V are in host memory, and
-        a copy of G comes back for the merge.
+        V exists at the start of every run, unless `trust_region` is None. With "host" W and V are in host memory, and a
+        copy of G comes back for the merge.
 
         Args:
-            held: A `gradient_memory`; "base" is the base optimizer's step alone.
-            checkpointing: As for `passed`.
+            held: A `gradient_memory`, or "base" for the base optimizer's step alone.
+            checkpointing: Flag as for `passed`.
 
         Returns:
             Bytes; None as for `passed`.
@@ -100,14 +100,14 @@ class Plan:
         return self.phases.trained if self.rules.trust_region is not None and memory != "host" else 0
 
     def cost(self, every: int, share: float = 1.0) -> float:
-        """Operations of a step, as a multiple of those of a step of the base alone: 1 + share anchors / (every task).
+        """Operations of a step relative to a step of the base alone: 1 + share anchors / (every task).
 
-        Matrix products, convolutions and attention count; the merge's traffic of memory, which matters more the smaller
-        the batches, does not. In its start, a run also looks at anchors four times in a step, by forwards alone.
+        Matrix products, convolutions and attention count; the merge's memory traffic, which matters more for smaller
+        batches, does not. At its start, a run also has four forwards on anchors in a step.
 
         Args:
-            every: K, the steps for each pass.
-            share: Anchors per pass, as a multiple of those of the plan.
+            every: K, steps per pass.
+            share: Anchors per pass, relative to the plan's.
         """
         task, anchors = self.passed("task"), self.passed("anchors")
         assert task is not None
@@ -117,8 +117,8 @@ class Plan:
     def fits(self, gib: float, memory: GradientMemory = "copy", checkpointing: bool | None = None) -> Fit | None:
         """The GPUs of `gib` GiB that are enough. Nine tenths of each count, see `Fit`.
 
-        FSDP2 shards weights, state, gradients and their copies; activations, blocks that are gathered and the batch are
-        each process' own.
+        FSDP2 shards weights, state, gradients and their copies; each process has its own activations, gathered blocks
+        and batch.
         """
         peak = self.peak(memory, checkpointing)
         if peak is None:
@@ -137,7 +137,7 @@ class Plan:
         return Fit(gib, peak <= room, peak + gradients <= room, fsdp)
 
     def as_dict(self, gpus: tuple[float, ...] = ()) -> dict[str, Any]:
-        """Everything as numbers and words that JSON knows."""
+        """The plan in the types of JSON."""
         of = self.phases
         ways = {name: on for name, on in _WAYS.items() if self.passed("task", on) is not None}
         return {

@@ -18,8 +18,8 @@ def stand_in(x: Tensor, values: bool = False) -> Tensor:
     """A tensor like `x` on the CPU; within a mode of fake tensors it has no memory.
 
     Args:
-        x: On any device.
-        values: Copy its values.
+        x: Tensor on any device.
+        values: True to copy its values.
     """
     new = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
     if values:
@@ -29,19 +29,19 @@ def stand_in(x: Tensor, values: bool = False) -> Tensor:
 
 
 def batch_like(batch: Any, values: bool = False) -> Any:
-    """A batch of stand-ins; what is no tensor stays. A mapping of a library's own becomes a dict."""
+    """A batch of stand-ins; other values stay. A library's own mapping becomes a dict."""
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     return map_tensors(lambda x: stand_in(x, values) if isinstance(x, Tensor) else x, batch)
 
 
 @contextmanager
 def standing_in(model: nn.Module, values: bool = False) -> Iterator[None]:
-    """Within the block parameters and buffers are stand-ins; afterwards they are those of before.
+    """Replaces parameters and buffers by stand-ins within the block; restores them afterwards.
 
-    What is shared stays shared. Modules are in train mode.
+    Shared tensors stay shared. Modules are in train mode.
 
     Raises:
-        ValueError: A parameter has no shape yet, or is a part of one.
+        ValueError: A parameter has no shape yet, or is a shard.
     """
     tables: list[Any] = [table for module in model.modules() for table in (module._parameters, module._buffers)]
     kept = [dict(table) for table in tables]

@@ -13,7 +13,7 @@ _EVERY = (1, 2, 5, 10)
 
 
 def in_words(plan: Any, gpus: Sequence[float] = ()) -> str:
-    """All tables of a `Plan`, and of how many GPUs of these sizes, GiB, it needs."""
+    """All tables of a `Plan`, with the number of GPUs of these sizes, GiB, that it needs."""
     parts = [_held(plan), _peaks(plan, gpus), *([_head(plan)] if plan.phases.logits else []), _cost(plan), _disk(plan)]
     return "\n\n".join([*parts, *plan.notes])
 

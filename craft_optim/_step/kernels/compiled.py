@@ -1,4 +1,4 @@
-"""One pass of C++ over gradients in host memory; see compiled.cpp, and `loading` for how it comes to run."""
+"""Compiled: one pass of C++ over gradients in host memory; see compiled.cpp, and `loading`."""
 
 import ctypes
 import threading
@@ -16,15 +16,15 @@ from .pairs import Vectors, common_length, cut, share_memory
 
 __all__ = ["DTYPES", "CompiledPairs", "library"]
 
-# The kinds that compiled.cpp knows. Half precision is not among them: gradients of models that train in it on a CPU are
-# rare, and it would need conversions of its own.
+# Kinds that compiled.cpp knows. Half precision is missing: it is rare in training on a CPU, and would need its own
+# conversions.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
-# Elements per piece, and per thread at least: to start a thread takes the time of a hundred thousand.
+# Elements per piece, and least number per thread: starting a thread takes as long as a hundred thousand.
 _PIECE = 1 << 18
 _PER_THREAD = 1 << 23
 
-# As an argument the address of a buffer, from some byte on
+# Address of a buffer from some byte on, as an argument
 _At: Any = ctypes.c_char * 0
 
 
@@ -32,10 +32,10 @@ class CompiledPairs:
     """Pairs of contiguous gradients in host memory.
 
     Args:
-        functions: From `library`.
-        of_t: Task gradients, of `DTYPES`. Whoever has made these keeps the tensors.
-        of_r: Retention gradients; as many elements as their partner's.
-        segments: Number of each pair's sums; None if there is one.
+        functions: Functions from `library`.
+        of_t: Task gradients, of `DTYPES`. The caller keeps the tensors alive.
+        of_r: Retention gradients, each with as many elements as its partner.
+        segments: Segment number of each pair; None if there is one segment.
 
     Attributes:
         share_memory: True if the gradients of any pair lie in the same place.
@@ -68,7 +68,7 @@ class CompiledPairs:
         """<g_t, g_t>, <g_r, g_r> and <g_t, g_r> per segment, `[3, n_segments]`, formed in float64."""
         of_pieces = np.empty((3, len(self._length)))
         self._run(self._functions.craft_dots, *of_pieces)
-        if self._segment is None:  # one after another, as in a bin
+        if self._segment is None:  # in sequence, as in a bin
             return np.add.accumulate(of_pieces, axis=1)[:, -1:] if len(self._length) else np.zeros((3, 1))
         return np.array([np.bincount(self._segment, row, minlength=n_segments) for row in of_pieces])
 
@@ -102,8 +102,8 @@ class CompiledPairs:
             return
         done = np.cumsum(columns[2])
         bounds = [0, *np.searchsorted(done, done[-1] * np.arange(1, threads) / threads).tolist(), n]
-        # Threads of its own, for this call: a pool would not survive a fork, and OpenMP's would be a second one beside
-        # torch's. ctypes lets go of the interpreter's lock.
+        # Own threads for this call: a pool would not survive a fork, and OpenMP's would be a second one beside torch's.
+        # ctypes releases the interpreter's lock.
         others = [threading.Thread(target=work, args=part) for part in list(pairwise(bounds))[1:]]
         for thread in others:
             thread.start()

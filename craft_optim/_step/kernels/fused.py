@@ -1,8 +1,8 @@
-"""Triton kernels over all gradients of one CUDA device at once.
+"""Fused: Triton kernels over all gradients of one CUDA device at once.
 
-Every program works on a chunk of one pair of gradients; tables of addresses tell it which. So the number of launches
-depends on the number of pairs of dtypes alone: one each for the products, one that adds them up, one each for the
-merge. Products are added up in a fixed order: the same gradients give the same bits.
+Every program works on a chunk of one pair of gradients; tables of addresses select it. So the number of launches
+depends only on the number of pairs of dtypes: one each for the products, one to sum them, one each for the merge.
+Products are summed in a fixed order: equal gradients give equal bits.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
-# Elements per program, and per round of its loop. A chunk is small enough that the last wave of programs is a small
-# part of all, and large enough that tables and partial sums are nothing beside the gradients.
+# Elements per program, and per round of its loop. A chunk is small enough to keep the last wave of programs short, and
+# large enough to keep tables and partial sums negligible.
 _CHUNK = 1 << 16
 _BLOCK = 1 << 12
 _WARPS = 8
@@ -42,8 +42,8 @@ _UNDERFLOW = tl.constexpr(UNDERFLOW)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _chunk(  # type: ignore[no-untyped-def]
-    tensors,  # int64 [5, tensors_stride]: addresses of both gradients, length, segment, which of them are given
-    programs,  # int64 [3, programs_stride]: tensor, first element, where the result belongs
+    tensors,  # int64 [5, tensors_stride]: addresses of both gradients, length, segment, flags of those given
+    programs,  # int64 [3, programs_stride]: tensor, first element, place of the result
     tensors_stride,
     programs_stride,
     T: tl.constexpr,
@@ -51,7 +51,7 @@ def _chunk(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """This program's tensor, where its chunk begins in both gradients, and the chunk's length."""
+    """This program's tensor, the chunk's start in both gradients, and its length."""
     program = tl.program_id(0)
     tensor = tl.load(programs + program)
     start = tl.load(programs + programs_stride + program)
@@ -66,7 +66,7 @@ def _chunk(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _added(squares, of, n, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sum of squares. If it came to zero the elements are read again: are they, too?"""
+    """The sum of squares. A sum of zero has the elements read again, in case it underflowed."""
     total = tl.sum(squares).to(tl.float64)
     if WIDE != tl.float64:  # noqa: SIM102, SIM300 - known when it is compiled, unlike what follows
         if total == 0.0:
@@ -95,7 +95,7 @@ def _dots(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     tensor, t, r, n = _chunk(tensors, programs, tensors_stride, programs_stride, T, R, ALIGNED, CHUNK)
-    whole = n // BLOCK * BLOCK  # a mask would keep these loads from being vectors
+    whole = n // BLOCK * BLOCK  # a mask would prevent vector loads here
     offsets = tl.arange(0, BLOCK)
     tt = tl.zeros([BLOCK], WIDE)
     rr = tl.zeros([BLOCK], WIDE)
@@ -170,7 +170,7 @@ def _merge(  # type: ignore[no-untyped-def]
 
 
 class _Group(NamedTuple):
-    """Pairs that one launch works on."""
+    """Pairs of one launch."""
 
     t: torch.dtype
     r: torch.dtype
@@ -201,14 +201,14 @@ class FusedPairs:
     """Pairs of gradients on one CUDA device.
 
     Args:
-        device: Theirs.
-        of_t: Task gradients, of the dtypes in `DTYPES`. Whoever has made these keeps the tensors.
+        device: Device of the gradients.
+        of_t: Task gradients, of the dtypes in `DTYPES`. The caller keeps the tensors alive.
         of_r: Retention gradients, in the same order in memory.
         segments: Number of each pair's sums; None if there is one.
         n_segments: Number of segments.
 
     Attributes:
-        device: As given.
+        device: Device of the gradients, as given.
         share_memory: True if the gradients of any pair lie in the same place.
 
     Raises:
@@ -238,7 +238,7 @@ class FusedPairs:
             groups.append(_Group(dtypes[kinds // len(KINDS)], dtypes[kinds % len(KINDS)], bool(on_bounds)))
             tables += [tensors, np.stack([owner, start, start])]
             segments_of.append(tensors[3][owner])
-        # Results lie in the order of their segments: each segment's are added up from one slot to another.
+        # Results are ordered by segment: each segment's sum runs from one slot to another.
         of_program = np.concatenate(segments_of)
         order = np.argsort(of_program, kind="stable")
         slots = np.empty(len(order), np.int64)
@@ -259,7 +259,7 @@ class FusedPairs:
         """<g_t, g_t>, <g_r, g_r> and <g_t, g_r> per segment, float64 `[3, n_segments]`, on the device.
 
         Args:
-            dtype: In which chunks are summed, if the gradients' is not wider.
+            dtype: Dtype in which chunks are summed, unless the gradients' is wider.
         """
         partial = torch.empty(3, self._n_slots, dtype=torch.float64, device=self.device)
         sums = torch.empty(3, self._n_segments, dtype=torch.float64, device=self.device)
@@ -288,7 +288,7 @@ class FusedPairs:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _moved(self, tables: Sequence[NDArray[np.int64]]) -> list[Tensor]:
-        """The tables on the device, after one copy. Rows begin at multiples of 16 bytes: no kernel is made twice."""
+        """The tables on the device, by one copy. Rows begin at multiples of 16 bytes: no kernel compiles twice."""
         padded = [np.pad(table, ((0, 0), (0, table.shape[1] % 2))) for table in tables]
         flat = to_device(torch.from_numpy(np.concatenate([table.reshape(-1) for table in padded])), self.device)
         pieces = torch.split(flat, [table.size for table in padded])

@@ -1,8 +1,8 @@
-"""The functions of compiled.cpp: compiled when they are first needed, and kept for the processes that come after.
+"""Loading of compiled.cpp: its functions are compiled at the first use, and kept for later processes.
 
-What is loaded runs with the user's rights. So a kept file counts only if it and its folder are this user's and nobody
-else can write to them, and if it is what was compiled, by its checksum. Loaded are the bytes that were compared, not
-whatever has the file's name by then.
+Loaded code runs with the user's rights. So a kept file is used only if it and its folder belong to this user, nobody
+else can write to them, and its checksum proves that it is the compiled one. The compared bytes are loaded, not whatever
+has the file's name by then.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ __all__ = ["library"]
 
 _SOURCE = Path(__file__).with_name("compiled.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# By what torch says of the processor, not -march=native: a home folder may be shared between machines.
+# By the processor's features as torch reports them, not -march=native: machines may share a home folder.
 _FLAGS_OF_PROCESSOR = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"),
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled functions. None without a compiler, where a system is not POSIX, and if the user wants none."""
+    """The compiled functions. None without a compiler, on a system other than POSIX, or if the user turned it off."""
     return None if os.environ.get("CRAFT_OPTIM_COMPILE") == "0" or os.name != "posix" else _library()
 
 
@@ -80,7 +80,7 @@ def _kept_or_compiled() -> ctypes.CDLL:
 
 
 def _compiled(flags: Sequence[str]) -> bytes:
-    """The library's bytes.
+    """Bytes of the compiled library.
 
     Raises:
         OSError, ValueError, subprocess.SubprocessError: If there is no compiler, or it fails.
@@ -101,24 +101,24 @@ def _loaded(content: bytes) -> ctypes.CDLL:
     try:
         with _in_memory(content) as path:
             return _functions(path)
-    except (AttributeError, OSError):  # a system without such files, or one that executes none of them
+    except (AttributeError, OSError):  # a system without such files, or without their execution
         with _on_disk(content) as path:
             return _functions(path)
 
 
 @contextmanager
 def _in_memory(content: bytes) -> Iterator[str]:
-    """The path of a file that is nowhere on disk."""
+    """The path of a file in memory only."""
     with open(os.memfd_create("craft-optim-surgery"), "wb") as file:
         file.write(content)
         file.flush()
-        # Spelt so that no other has loaded something by this name: the linker would give that again
+        # A unique name: the linker would return an earlier library of the same name
         yield f"/proc/{os.getpid()}/task/{threading.get_native_id()}/fd/{file.fileno()}"
 
 
 @contextmanager
 def _on_disk(content: bytes) -> Iterator[str]:
-    """The path of a file of this process' own. It is gone afterwards: what is loaded does not need it any more."""
+    """The path of this process' own file. It is removed afterwards: the loaded library no longer needs it."""
     with tempfile.TemporaryDirectory(prefix="craft-optim-") as folder:
         path = Path(folder, "surgery.so")
         path.write_bytes(content)
@@ -132,12 +132,12 @@ def _functions(path: str) -> ctypes.CDLL:
     return loaded
 
 
-# The folder of kept files. All goes by its descriptor: its path may lead elsewhere a moment later.
+# The folder of kept files. Accessed by descriptor only: its path may lead elsewhere a moment later.
 
 
 @contextmanager
 def _cache_folder() -> Iterator[int | None]:
-    """The folder's descriptor; None if there is no folder that is this user's alone."""
+    """The folder's descriptor; None if no folder belongs to this user alone."""
     try:
         folder = _opened_folder()
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
@@ -152,7 +152,7 @@ def _cache_folder() -> Iterator[int | None]:
 
 def _opened_folder() -> int:
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # to be ignored, says the XDG specification
+    if not base.is_absolute():  # ignored, as the XDG specification says
         base = Path.home() / ".cache"
     if not base.is_absolute():
         raise FileNotFoundError(f"HOME must be an absolute path. Found {str(base.parent)!r}")
@@ -163,7 +163,7 @@ def _opened_folder() -> int:
     opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if missing and os.fstat(opened).st_uid == os.geteuid():
-            os.fchmod(opened, 0o700)  # whatever the umask has taken away
+            os.fchmod(opened, 0o700)  # whatever the umask removed
         _require_own(opened, path)
     except BaseException:
         os.close(opened)
@@ -181,7 +181,7 @@ def _require_own(descriptor: int, path: Path | str) -> None:
 
 
 def _sealed(name: str, content: bytes) -> bytes:
-    """The content and, behind it, where the system's linker does not look, a checksum of name and content."""
+    """The content followed by a checksum of name and content, which the system's linker ignores."""
     return content + hashlib.sha256(name.encode() + content).digest()
 
 
@@ -189,7 +189,7 @@ def _read(folder: int, name: str) -> bytes | None:
     """The content of a kept file; None if there is none.
 
     Raises:
-        OSError, ValueError: It is another's, or damaged.
+        OSError, ValueError: The file is another user's, or damaged.
     """
     try:
         opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
@@ -205,7 +205,7 @@ def _read(folder: int, name: str) -> bytes | None:
 
 
 def _keep(folder: int, name: str, content: bytes) -> None:
-    """Writes aside, makes sure that it is on disk, and renames: several processes may do so at once."""
+    """Writes under another name, syncs to disk, and renames: several processes may do so at once."""
     aside = f"{name}.{secrets.token_hex(8)}"
     try:
         opened = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)

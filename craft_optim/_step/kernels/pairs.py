@@ -1,4 +1,4 @@
-"""The gradients of one parameter, the addresses of many, and how their memory is cut into pieces."""
+"""Pairs: gradients of one parameter, addresses of many, and pieces of their memory."""
 
 from collections.abc import Collection, Sequence
 from itertools import chain
@@ -12,15 +12,15 @@ from torch import Tensor
 
 __all__ = ["KINDS", "PLAIN", "UNDERFLOW", "Pair", "Vectors", "common_length", "cut", "share_memory", "to_device"]
 
-# What tables call the kinds of elements; compiled.cpp knows the first three.
+# Codes of the kinds of elements in tables; compiled.cpp knows the first three.
 KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Others keep what they hold elsewhere than where `data_ptr` says. These too may hold it with another sign, as the
-# imaginary part of a conjugate does: `is_neg`.
+# Other tensors have their elements elsewhere than at `data_ptr`. These may have another sign, too, as the imaginary
+# part of a conjugate does: `is_neg`.
 PLAIN = {Tensor, torch.nn.Parameter}
 
 UNDERFLOW = 2.0**-200
-"""The sum of squares in float32 that came to zero though not all elements are: no real one is as small"""
+"""Stands for a float32 sum of squares that underflowed to zero: no real sum is as small"""
 
 _DTYPE, _DEVICE, _IS_CPU = attrgetter("dtype"), attrgetter("device"), attrgetter("is_cpu")
 
@@ -29,8 +29,8 @@ class Pair(NamedTuple):
     """Gradients of one parameter, not both None, on one device.
 
     Attributes:
-        number: Its place in the lists.
-        segment: Number of the sums it counts towards.
+        number: Place in the lists.
+        segment: Number of the segment that it counts towards.
         task: Task gradient; None for zero.
         retention: Retention gradient; None for zero.
     """
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
 
     @property
     def given(self) -> list[Tensor]:
-        """The gradients of both that are not None."""
+        """The gradients of the pair that are not None."""
         return [g for g in (self.task, self.retention) if g is not None]
 
     @property
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
     def in_same_order(self) -> bool:
         """True if the memory of both holds the same elements in the same order, without gaps.
 
-        Gradients have their parameter's strides: those of a transposed or channels-last one may be dense, too.
+        Gradients have their parameter's strides: transposed or channels-last ones may be dense, too.
         """
         given = self.given
         if any(g.layout != torch.strided or g.is_complex() or g.is_neg() for g in given):
@@ -73,10 +73,10 @@ class Pair(NamedTuple):
 class Vectors:
     """Addresses (0 for None), lengths and kinds of tensors.
 
-    Found without a line of Python per tensor: there may be thousands of small ones.
+    Found without Python code per tensor: there may be thousands of small ones.
 
     Args:
-        tensors: Of the dtypes in `KINDS`, without gaps; entries may be None.
+        tensors: Tensors of the dtypes in `KINDS`, without gaps; entries may be None.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -87,9 +87,9 @@ class Vectors:
     def of_plain(
         cls, lists: Sequence[Sequence[Tensor | None]], device: torch.device, dtypes: Collection[torch.dtype]
     ) -> "list[Vectors]":
-        """The addresses in lists of one length, if these hold contiguous tensors on a device, of these dtypes.
+        """Addresses for lists of equal length, if these hold only contiguous tensors on a device, of these dtypes.
 
-        Empty if there is another among them. All lists are looked at together: fewer calls.
+        Empty otherwise. Checking all lists together needs fewer calls.
         """
         tensors = [*chain.from_iterable(lists)]
         given = [x for x in tensors if x is not None]
@@ -121,7 +121,7 @@ class Vectors:
 def _columns(
     tensors: Sequence[Tensor | None], given: Sequence[Tensor], dtypes: Collection[torch.dtype]
 ) -> list[NDArray[Any]]:
-    """Addresses, lengths and kinds of tensors, zeros for None, from those that are given and their dtypes."""
+    """Addresses, lengths and kinds of tensors, zeros for None, from the given ones and their dtypes."""
     n = len(given)
     columns: list[NDArray[Any]] = [
         np.fromiter(map(Tensor.data_ptr, given), np.int64, n),
@@ -142,7 +142,7 @@ def common_length(of_t: Vectors, of_r: Vectors) -> NDArray[np.int64]:
     """Number of elements of each pair.
 
     Raises:
-        ValueError: If partners differ in it.
+        ValueError: If partners differ in their number of elements.
     """
     length: NDArray[np.int64] = of_t.length
     if not np.count_nonzero(length != of_r.length):
@@ -160,14 +160,14 @@ def share_memory(of_t: Vectors, of_r: Vectors) -> bool:
 
 
 def cut(length: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pieces of at most `size` elements, one vector's after another's.
+    """Cuts vectors, one after another, into pieces of at most `size` elements.
 
     Args:
         length: Number of elements of each vector.
         size: Number of elements of a piece.
 
     Returns:
-        The number of each piece's vector, and the first of its elements.
+        For each piece, the number of its vector and its first element.
     """
     pieces = -(-length // size)
     owner = np.repeat(np.arange(len(length)), pieces)
@@ -175,7 +175,7 @@ def cut(length: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArra
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor in host memory, or its copy for which the host does not wait: for one of pageable memory it would."""
+    """Copies a tensor from host memory to the device; the host does not wait, as it would for pageable memory."""
     if device.type == "cpu":
         return tensor
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""Inner products and merge by torch operations: any device, dtype and layout.
+"""Portable: inner products and merge by torch operations, for any device, dtype and layout.
 
-Large tensors take one dot per block and product. Small ones are first copied into flat buckets, since otherwise the
-calls would cost more than the memory traffic.
+Large tensors take one dot per block and product. Small ones are first copied into flat buckets, as their calls would
+cost more than the memory traffic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from .pairs import UNDERFLOW, Pair, to_device
 __all__ = ["PortablePairs"]
 
 # Elements per block: on a CPU both blocks stay in the cache while they are read three times; elsewhere a block bounds
-# what is copied. The sum of a float32 block loses nothing that matters before it is added up in float64.
+# what is copied. The sum of a float32 block is precise enough before summation in float64.
 _BLOCK = {"cpu": 1 << 17}
 _BLOCK_ACCELERATOR = 1 << 24
 # Tensors below this many elements go through buckets, and on accelerators through foreach functions.
 _SMALL = {"cpu": 1 << 14}
 _SMALL_ACCELERATOR = 1 << 20
-# Devices whose scalars are read one by one; those of others in one read at the end, for which the host has to wait.
+# Devices whose scalars are read one by one; others have one read at the end, for which the host waits.
 _READ_AT_ONCE = frozenset({"cpu"})
 
 
@@ -40,7 +40,7 @@ class PortablePairs:
 
         Args:
             n_segments: Number of segments.
-            dtype: In which blocks are summed, if theirs is not wider.
+            dtype: Dtype in which blocks are summed, unless theirs is wider.
 
         Returns:
             The sums on the host, and for every device the sums that are still there.
@@ -58,13 +58,13 @@ class PortablePairs:
                     here[row, segment] += UNDERFLOW if may_underflow and value == 0.0 and x.any() else value
                     continue
                 product = product.double()
-                if may_underflow:  # without a look at the elements: one for each block would cost as much as a dot
+                if may_underflow:  # without reading the elements: that would cost as much as a dot per block
                     product = product.masked_fill(product == 0.0, UNDERFLOW)
                 there.setdefault(x.device, []).append((row * n_segments + segment, product))
         return here, {device: _added_up(entries, n_segments) for device, entries in there.items()}
 
     def merge_(self, coefficients: Sequence[Weights]) -> Iterator[tuple[int, Tensor]]:
-        """a g_t + w g_r, written into the retention gradients where both are present and dense.
+        """Merges a g_t + w g_r, into the retention gradients if both are present and dense.
 
         Yields:
             The number and the merged gradient of every pair that has a retention gradient and w != 0.
@@ -92,7 +92,7 @@ class PortablePairs:
             torch._foreach_add_(rs, ts, alpha=c.task)
 
 
-# Of pairs that share a bucket: segment, device, and both dtypes.
+# Key of pairs that share a bucket: segment, device, and both dtypes.
 _Kind = tuple[int, torch.device, torch.dtype | None, torch.dtype | None]
 
 
@@ -126,7 +126,7 @@ def _block(device: torch.device) -> int:
 def _buckets(
     pairs: list[tuple[Tensor | None, Tensor | None]], block: int
 ) -> Iterator[list[tuple[Tensor | None, Tensor | None]]]:
-    """The pairs in lists of about `block` elements."""
+    """Groups the pairs into lists of about `block` elements."""
     sizes = [(r if t is None else t).numel() for t, r in pairs]  # type: ignore[union-attr]
     of_pair = np.cumsum(sizes) // block
     ends = [*(np.flatnonzero(np.diff(of_pair)) + 1).tolist(), len(pairs)]
@@ -135,7 +135,7 @@ def _buckets(
 
 
 def _flattened(bucket: list[tuple[Tensor | None, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
-    """Both columns of a bucket as one vector each; in a column all are None or none is."""
+    """Both columns of a bucket as one vector each; a column has all or no entries None."""
     ts, rs = zip(*bucket, strict=True)
     t: Tensor | None = None if ts[0] is None else _flatten_dense_tensors(ts)  # type: ignore[no-untyped-call]
     r: Tensor | None = None if rs[0] is None else _flatten_dense_tensors(rs)  # type: ignore[no-untyped-call]
@@ -160,7 +160,7 @@ def _plain(t: Tensor | None, r: Tensor | None) -> tuple[Tensor | None, Tensor | 
     """A pair's stored elements as dense real numbers; if one is sparse, over the union of their entries."""
     if t is not None and r is not None and t.is_sparse and r.is_sparse:
         t, r = t.coalesce(), r.coalesce()
-        # Adding zero times the other gives both the same index set, in the same order.
+        # Adding zero times the other gives both the same indices, in the same order.
         t, r = (t + 0 * r).coalesce().values(), (r + 0 * t).coalesce().values()
     elif t is not None and r is not None:
         t, r = (g.to_dense() if g.is_sparse else g for g in (t, r))
@@ -170,7 +170,7 @@ def _plain(t: Tensor | None, r: Tensor | None) -> tuple[Tensor | None, Tensor | 
 
 
 def _merge_sparse(t: Tensor, r: Tensor, c: Weights) -> Tensor:
-    """Sparse only where both are: a dense gradient of the retention loss reaches rows that the task did not."""
+    """The merged gradient, sparse only if both are: a dense retention gradient reaches rows that the task did not."""
     if t.is_sparse and r.is_sparse:
         return (c.task * t + c.retention * r).coalesce()
     t, r = (g.to_dense() if g.is_sparse else g for g in (t, r))
@@ -178,7 +178,7 @@ def _merge_sparse(t: Tensor, r: Tensor, c: Weights) -> Tensor:
 
 
 def _added_up(entries: list[tuple[int, Tensor]], n_segments: int) -> Tensor:
-    """Sums of the values for each cell of `[3, n_segments]`; always in the same order, unlike `index_add_`."""
+    """Sums of the values in each cell of `[3, n_segments]`; in a fixed order, unlike `index_add_`."""
     of_cell: list[list[int]] = [[] for _ in range(3 * n_segments)]
     for i, (cell, _) in enumerate(entries):
         of_cell[cell].append(i)
