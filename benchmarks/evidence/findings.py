@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md and of TABLES.md here, from the results of three benchmarks.
+"""The tables of docs/findings.md and docs/tables.md, from the results of three benchmarks.
 
 python benchmarks/evidence/findings.py   # writes the pages' tables from benchmarks/evidence/results
 
@@ -26,7 +26,7 @@ PAGES = {
     _paths.ROOT / "docs" / "findings.md": (
         "pareto-fronts", "pareto-robustness", "variants-robustness", "knob-noise", "knob-price", "knob-heldout",
     ),
-    _paths.ROOT / "benchmarks" / "evidence" / "TABLES.md": (
+    _paths.ROOT / "docs" / "tables.md": (
         "pareto-targets", "variants-against-craft", "variants-against-fixed",
         "knob-learned", "knob-parameter", "knob-scale",
     ),

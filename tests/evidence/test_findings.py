@@ -1,4 +1,4 @@
-"""The tables of docs/findings.md and benchmarks/evidence/TABLES.md are what the commands' results say."""
+"""The tables of docs/findings.md and docs/tables.md are what the commands' results say."""
 
 import pytest
 from pareto.beyond import VARIANTS
