@@ -6,7 +6,7 @@ from craft_optim.cli.settings_help import settings, settings_in_words
 __all__ = ["add"]
 
 _EXAMPLES = """\
-  craft-optim train --craft.anchors.repo_id=you/old_task --craft.epsilon=0.05 \\
+  craft-optim train --craft.anchors.repo_id=you/old_task \\
       --policy.path=lerobot/pi0fast-base --dataset.repo_id=you/new_task --output_dir=outputs/train/new_task
   craft-optim train --craft.config=craft.yaml --resume=true \\
       --config_path=outputs/train/new_task/checkpoints/last/pretrained_model/train_config.json

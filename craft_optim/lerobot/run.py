@@ -238,6 +238,7 @@ class CraftRun:
                 autocast=autocast,
             )
         self._anchors = found
+        settings = self.settings = settings.for_kept(found.adapter.keep)
         size, processes = settings.batch_size or cfg.batch_size, accelerator.num_processes
         if len(found.cache) < processes:
             raise SettingsError(f"Each process takes at least one anchor. Found {len(found.cache)} for {processes}.")

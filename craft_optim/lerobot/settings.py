@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
@@ -46,6 +46,11 @@ _KINDS: dict[Any, str] = {
 # Fields that the run sets
 _FROM_LEROBOT = ("total_steps",)
 _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential": Exponential}
+
+
+# By what is kept. Logits: by the robot benchmark, where at 0.05 the new task was learned less and none of the old ones
+# kept better; hidden states of a prefix: where the old task was kept in the demo.
+_EPSILON = {"logits": 0.1, "tokens": 0.1, "actions": 0.05, "prefix": 0.005}
 
 
 class SettingsError(ValueError):
@@ -140,7 +145,8 @@ class CraftSettings(Rules):
 
     Attributes:
         epsilon: The allowed drift; the end of a schedule. In nats for logits and tokens, in shares of the teacher's
-            variance for actions and hidden states.
+            variance for actions and hidden states. None: 0.1 for logits and tokens, 0.05 for actions, 0.005 for hidden
+            states of a prefix.
         epsilon_of: Frames whose drift epsilon bounds: "anchors" or "heldout", see `craft_optim.Constraint`.
         epsilon_schedule: Schedule of epsilon: "linear", "cosine" or "exponential". None: a constant.
         epsilon_start: Epsilon at the start of a schedule.
@@ -160,7 +166,7 @@ class CraftSettings(Rules):
         anchors: The anchors, see `AnchorSettings`.
     """
 
-    epsilon: float = 0.05
+    epsilon: float | None = None
     epsilon_of: str = "anchors"
     epsilon_schedule: str | None = None
     epsilon_start: float | None = None
@@ -204,7 +210,7 @@ class CraftSettings(Rules):
                 f"{self.epsilon_schedule} and {self.epsilon_start}."
             )
         with under_our_names({"epsilon": "epsilon", "start": "epsilon_start", "end": "epsilon"}):
-            as_schedule(self.schedule(2))
+            as_schedule(self.for_kept("logits").schedule(2))
         gains = dict.fromkeys(("ki", "learning_rate"), "lambda_lr")
         named = {"dual": "dual", "initial": "lambda_init", "maximum": "lambda_max", "rho": "rho", **gains}
         with under_our_names(named):
@@ -216,8 +222,13 @@ class CraftSettings(Rules):
                 "share, such as 0.1."
             )
 
+    def for_kept(self, keep: str) -> "CraftSettings":
+        """The same with an epsilon: the default for an adapter's `keep`, if there is none."""
+        return self if self.epsilon is not None else replace(self, epsilon=_EPSILON[keep])
+
     def schedule(self, steps: int) -> float | Schedule:
         """`epsilon` for `CraftOptimizer`, for a training of that many steps."""
+        assert self.epsilon is not None, "see for_kept"
         if self.epsilon_schedule is None:
             return self.epsilon
         length = self.epsilon_steps or max(1, steps // 2)

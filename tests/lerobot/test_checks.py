@@ -36,7 +36,6 @@ DATA = ASSETS / "demonstrations" / OLD_TASK
         ("epsilon=-1", "--craft.epsilon must be a finite number >= 0. Found --craft.epsilon=-1"),
         ("epsilon=nan", "--craft.epsilon must be a finite number"),
         ("epsilon=.inf", "--craft.epsilon must be a finite number"),
-        ("epsilon=null", "--craft.epsilon must be a number. Found null"),
         ("epsilon=true", "--craft.epsilon must be a number. Found True"),
         ("epsilon=abc", "--craft.epsilon must be a number. Found 'abc'"),
         ("dual=foo", "--craft.dual must be one of 'pi', 'ascent', 'nupi', 'augmented_lagrangian'"),
@@ -98,9 +97,18 @@ def test_the_help_lists_every_setting_with_its_default_and_what_it_is():
     listed = {line.strip(): lines[place + 1] for place, line in enumerate(lines) if line.startswith("  --craft.")}
     defaults = {name: attrgetter(name)(CraftSettings()) for name in setting_names()}
     assert listed.keys() == {f"--craft.{name}={'null' if x is None else x}" for name, x in defaults.items()}
-    assert next(iter(listed)) == "--craft.epsilon=0.05"
+    assert next(iter(listed)) == "--craft.epsilon=null"
     assert all(len(text.strip()) > 10 for text in listed.values())
     assert "the clipping of the policy's optimizer" in listed["--craft.max_grad_norm=null"]  # lerobot's, not `Rules`'
+
+
+def test_epsilon_depends_on_what_is_kept_unless_it_is_given():
+    assert {keep: read_settings([]).for_kept(keep).epsilon for keep in ("logits", "tokens", "actions", "prefix")} == {
+        "logits": 0.1, "tokens": 0.1, "actions": 0.05, "prefix": 0.005,
+    }  # fmt: skip
+    assert read_settings(["--epsilon=0.3"]).for_kept("prefix").epsilon == 0.3
+    ending = read_settings(["--epsilon_schedule=linear", "--epsilon_start=0.5"]).for_kept("actions").schedule(10)
+    assert ending(10) == pytest.approx(0.05)
 
 
 # Where anchors come from

@@ -107,6 +107,13 @@ def test_metrics_go_to_the_console_the_tracker_and_a_file(act, tmp_path, monkeyp
     assert f"{written[-1]['drift_heldout']:.3g} on held-out ones" in said
 
 
+def test_without_an_epsilon_it_is_that_of_what_is_kept(act, tmp_path):
+    train("act", act, *arguments(act, tmp_path / "out"), *(flag for flag in CRAFT if "epsilon" not in flag))
+    assert {row["epsilon"] for row in rows(tmp_path / "out")} == {0.05}
+    (kept,) = {file.read_text() for file in (tmp_path / "out").rglob("checkpoints/000004/training_state/craft.json")}
+    assert json.loads(kept)["settings"]["epsilon"] == 0.05, "it goes on with the same"
+
+
 def test_drift_is_measured_as_often_as_asked(act, tmp_path):
     given = [*arguments(act, tmp_path / "out"), *CRAFT, "--craft.drift_every=3", "--craft.retention_every=2"]
     train("act", act, *given)
@@ -505,7 +512,7 @@ def test_the_help_has_the_settings(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = capsys.readouterr().out
-    assert "\n  --craft.epsilon=0.05\n      The drift to allow" in said
+    assert "\n  --craft.epsilon=null\n      The allowed drift" in said
     assert "\n  --craft.anchors.heldout=0.1\n" in said
 
 
