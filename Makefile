@@ -137,7 +137,7 @@ budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and
 vla: $(FOR_EXAMPLE)  ## 18 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
 	$(BIN)/python benchmarks/evidence/retention_vla.py
 
-skills: $(FOR_TESTS)  ## 22 ways to teach a robot policy of seven tasks more, three seeds (a working day; goes on where it stopped; QUICK=1: a look at two)
+skills: $(FOR_TESTS)  ## 24 ways to teach a robot policy of seven tasks more, three seeds (a working day; goes on where it stopped; QUICK=1: a look at two)
 	$(BIN)/python benchmarks/evidence/retention_skills.py $(if $(QUICK),--quick)
 
 # Without dependencies: they are those of an engine of its own, which nothing here runs.
