@@ -171,9 +171,12 @@ class Block(NamedTuple):
     reason: str  # why it does not run; empty if it does
 
 
+MARK = r"(?:<!-- newcomer[^\n]*-->\n)?"  # of tools/newcomer.py
+
+
 def python_blocks(text):
-    fence = r"(?:^<!-- not run: (?P<reason>.+) -->\n)?^```python\n(?P<code>.*?)^```"
-    printed = r"(?:\n+It prints:\n+```console\n(?P<printed>.*?)^```)?"
+    fence = rf"(?:^<!-- not run: (?P<reason>.+) -->\n)?{MARK}^```python\n(?P<code>.*?)^```"
+    printed = rf"(?:\n+It prints:\n+{MARK}```console\n(?P<printed>.*?)^```)?"
     for found in re.finditer(fence + printed, text, re.DOTALL | re.MULTILINE):
         section = (["", *re.findall(r"^## (.*)", text[: found.start()], re.MULTILINE)])[-1]
         line = text[: found.start("code")].count("\n")
@@ -195,7 +198,8 @@ def numbers(text):
 
 def printing_commands(text):
     """Commands of this package, and the lines that the page quotes of what each prints."""
-    for shell, printed in re.findall(r"^```bash\n([^`]*)^```\n+```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+    both = rf"^```bash\n([^`]*)^```\n+{MARK}```console\n(.*?)^```"
+    for shell, printed in re.findall(both, text, re.DOTALL | re.MULTILINE):
         words = shlex.split(shell.replace("\\\n", " "))
         assert words[0] == "craft-optim"
         yield words[1:], printed.splitlines()

@@ -57,7 +57,7 @@ def test_what_trains_moves(made, name):
     assert stage["drift"] > 0.0
     assert min(stage["drift_heldout"].values()) > 0.0
     assert list(stage["success"]) == [*KNOWN, NEW_TASK]
-    assert stage["seconds"] > stage["plain_seconds"] > 0.0
+    assert stage["seconds"] >= stage["plain_seconds"] > 0.0  # the clock may be a coarse one
     assert ("constraint" in stage) == (name == "craft")
 
 

@@ -34,13 +34,14 @@ def _draw_tasks(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     values = [[row["new"], *row["tasks"].values(), row["old_mean"], row["old_worst"]] for row in rows]
     figure = Figure(figsize=(11, 1.8 + 0.34 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(values, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
+    axis.imshow(values, vmin=0.0, vmax=1.0, cmap="RdYlBu", aspect="auto")
     for place, line in enumerate(values):
         for column, value in enumerate(line):
-            axis.text(column, place, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            colour = "black" if 0.15 < value < 0.85 else "white"
+            axis.text(column, place, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=9)
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
     for between in (0.5, len(old) + 0.5):
         axis.axvline(between, color="white", lw=4)
-    axis.set_title("Share of rollouts that solve each task after the new one was learnt", fontsize=11)
+    axis.set_title("Share of rollouts that solve each task after the new one was learned", fontsize=11)
     figure.savefig(path, dpi=110)
