@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # Doctests of modules that import what they are made for.
-_INTEGRATIONS = {
-    "lerobot": "craft_optim/lerobot/*",
-    "scipy": "craft_optim/evaluation/statistics.py",
-    "transformers": "craft_optim/transformers.py",
-    "triton": "craft_optim/*kernels/fused.py",
-}
-collect_ignore_glob = [files for library, files in _INTEGRATIONS.items() if not find_spec(library)]
+_INTEGRATIONS = (
+    ("lerobot", "craft_optim/lerobot/*"),
+    ("scipy", "craft_optim/evaluation/statistics.py"),
+    ("transformers", "craft_optim/transformers.py"),
+    ("transformers", "craft_optim/demo/*chat.py"),
+    ("triton", "craft_optim/*kernels/fused.py"),
+)
+collect_ignore_glob = [files for library, files in _INTEGRATIONS if not find_spec(library)]
 
 # The same examples on every run, and no limits of wall time.
 settings.register_profile("fixed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
