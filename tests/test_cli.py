@@ -51,6 +51,9 @@ def moved():
 def plain():
     return model(), [torch.ones(3, 6), torch.zeros(3, 6)], {"class_dim": -1}
 
+def by_fields():
+    return model(), batches(), {"forward": run, "class_dim": -1}
+
 def broken():
     raise RuntimeError("of the user's own")
 
@@ -100,6 +103,13 @@ def test_options_replace_the_factorys_settings(script):
     found = cache.features
     assert (found.top_k, found.layers, found.dtype, found.autocast) == (2, ("body", "bend"), "float32", "bfloat16")
     assert cache.settings["shard_size"] == 9
+
+
+def test_fields_of_a_reading_among_the_settings_read_the_cache_too(script, capsys):
+    assert main(["build-anchors", "a", f"--factory={script}:by_fields"]) == 0
+    assert "AnchorCache.open('a', reading)" in capsys.readouterr().out
+    assert main(["inspect", "a", f"--factory={script}:by_fields"]) == 0
+    assert "The cache fits this model" in capsys.readouterr().out
 
 
 def test_a_module_as_factory(script, monkeypatch):

@@ -205,8 +205,9 @@ OF_LEROBOT = {
 WITHIN = {  # given paths by those above
     "adapter_checkpoints.base_of_adapters",
     "adapter_checkpoints.with_adapters",
-    "cli.sources.load_policy",
-    "cli.sources.load_text_model",
+    "cli.work.sources.load_policy",
+    "cli.work.sources.load_text_model",
+    "demo.small_chat.chat_model",
     "evaluation.checkpoints.short_names",
     "lerobot.frames.require_count",
 }

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from craft_optim import anchors
 from craft_optim.anchors import AnchorCache, Reading
+from craft_optim.anchors.reading import with_fields
 from craft_optim.cli.options import UsageError
 
 __all__ = [
@@ -70,10 +71,15 @@ def factory_source(spec: str, device: str | None) -> Source:
         raise UsageError(f"--factory={spec}: settings must be a dict. Found {type(settings).__name__}.")
     if device is not None:
         model.to(device)
-    reading = settings.get("reading")
+    # A cache is read with what it was built with, be it said in a Reading or by its fields
+    said = {field.name: settings[field.name] for field in fields(Reading) if field.name in settings}
+    rest = {name: value for name, value in settings.items() if name not in said}
+    reading = rest.pop("reading", None)
+    if said:
+        reading = with_fields(reading or Reading(), said, "build")
     return Source(
         model,
-        lambda path, **more: anchors.build(model, batches, path, **{**settings, **more}),
+        lambda path, **more: anchors.build(model, batches, path, **{"reading": reading, **rest, **more}),
         reading,
         "from craft_optim.anchors import AnchorCache\n"
         f"cache = AnchorCache.open({{cache!r}}{'' if reading is None else ', reading'})\n"
