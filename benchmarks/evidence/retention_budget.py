@@ -90,7 +90,6 @@ class Bench:
         folder = self._work / "anchors"
         self.cache = craft.anchor(self.policy, old, old.frames.train_indices, folder / "anchors", common)
         self.heldout = craft.anchor(self.policy, old, old.frames.heldout_indices, folder / "held-out", common)
-        self.probe = [self.cache.read(range(0, len(self.cache), max(1, len(self.cache) // 64)))]
         self._pretrained = copy.deepcopy(self.policy.state_dict())
 
     def arguments(self, point: Point, args: argparse.Namespace) -> argparse.Namespace:
@@ -114,7 +113,7 @@ class Bench:
         costs = self.costs(point, seed, own, args.rounds)
         self.policy.load_state_dict(self._pretrained)
         retention = craft.retention_of(self.policy, self.cache, own, seed)
-        craft.fine_tune(self.policy, point.method, self.new, retention, self.probe, own, seed)
+        craft.fine_tune(self.policy, point.method, self.new, retention, self.heldout, own, seed)
         file = own.out / "runs" / f"{point.method}-seed{seed}" / "metrics.jsonl"
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         found = {

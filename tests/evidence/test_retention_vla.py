@@ -293,6 +293,6 @@ def test_the_page_has_the_table_of_the_kept_results():
 def test_numbers_of_the_text_are_those_of_the_table():
     text = command.PAGE.read_text(encoding="utf-8")
     table = text.split(command.BEGIN)[1].split(command.END)[0]
-    said = set(re.findall(r"\d+\.\d+", text.split("## What it shows")[1])) - {"0.03"}
+    said = set(re.findall(r"\d+\.\d+", text.split("### What one task shows")[1])) - {"0.03"}
     assert len(said) > 10
     assert said <= set(re.findall(r"\d+\.\d+", table))
