@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from craft_optim.cli import _parser
+from craft_optim.cli import _parser, settings_help
 from craft_optim.cli.options import existing_file
 from craft_optim.metrics import METRICS
 
@@ -44,50 +44,9 @@ def tree(*parts):
 # Tables of settings, metrics and results
 
 
-def described(docstring, section):
-    """Name -> text of one section of a docstring, as Google's style has it."""
-    lines = docstring.split(f"{section}:\n")[1].split("\n\n")[0].splitlines()
-    found, indent = {}, len(lines[0]) - len(lines[0].lstrip())
-    for line in lines:
-        if line[indent] != " ":
-            name, _, text = line.strip().partition(": ")
-            found[name] = text
-        else:
-            found[name] += f" {line.strip()}"
-    return found
-
-
-def classes(module):
-    return {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
-
-
 def settings():
-    """(name, default, what it is) of each setting, from the source."""
-    told = next(
-        ast.literal_eval(node.value)
-        for node in tree("lerobot", "settings.py").body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "_FROM_LEROBOT"
-    )
-    found = classes(tree("lerobot", "settings.py")) | classes(tree("_step", "rules.py"))
-
-    def fields(kind, place):
-        texts = described(ast.get_docstring(found[kind]), "Attributes")
-        for base in found[kind].bases:
-            yield from (
-                (name, default, texts.get(name, text)) for name, default, text in fields(ast.unparse(base), place)
-            )
-        for node in found[kind].body:
-            if not isinstance(node, ast.AnnAssign):
-                continue
-            name = node.target.id
-            if ast.unparse(node.annotation) in found:
-                yield from fields(ast.unparse(node.annotation), f"{place}{name}.")
-            else:
-                default = ast.unparse(node.value) if node.value else ""
-                default = {"field(default_factory=dict)": "{}", "10000.0": "1e4"}.get(default, default)
-                yield f"{place}{name}", default.strip("'"), texts.get(name)
-
-    return [row for row in fields("CraftSettings", "") if row[0] not in told]
+    """(name, default, what it is) of each setting, as the command's help has them."""
+    return [(flag.removeprefix("--craft."), str(default), text) for flag, default, text in settings_help.settings()]
 
 
 def table(header, rows):

@@ -1,8 +1,6 @@
 """craft-optim demo: a fine-tuning that forgets, and the same under the constraint, within minutes and without data."""
 
-import argparse
-
-from craft_optim.cli.options import AddCommand, whole
+from craft_optim.cli.options import AddCommand, positive, whole
 
 __all__ = ["add"]
 
@@ -23,17 +21,7 @@ def add(command: AddCommand) -> None:
     """The command and its options."""
     add = command("demo", "See a fine-tuning that forgets, and the same under the constraint.", _EXAMPLES).add_argument
     add("what", choices=["vision", "chat", "robot"], help="the kind of model")
-    add("--epsilon", type=_epsilon, metavar="X", help="drift to allow, in nats (default: 0.05; of robot 0.1)")
+    add("--epsilon", type=positive, metavar="X", help="drift to allow, in nats (default: 0.05; of robot 0.1)")
     add("--steps", type=whole, metavar="N", help="steps of fine-tuning (default: as many as it takes)")
     add("--out", default="craft-demo", metavar="FOLDER", help="where results go (default: craft-demo)")
     add("--model.path", dest="model", metavar="PATH", help="of chat: a causal language model, folder or hub id")
-
-
-def _epsilon(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0.0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number > 0. Found {text!r}.")
-    return found

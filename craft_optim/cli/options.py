@@ -1,4 +1,4 @@
-"""Parts of all commands: their parser, the types of their options, which model, the processes of a launcher."""
+"""Parts of all commands: their parser, the types of their options, which model."""
 
 import argparse
 import os
@@ -17,6 +17,7 @@ __all__ = [
     "completing",
     "existing_file",
     "layer",
+    "positive",
     "require_folder",
     "require_one_model",
     "top_k",
@@ -36,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         self._spelled: dict[str, str] = {}  # with hyphens alone -> as it was added
+        self.more_help: Callable[[], str] | None = None  # below the examples; made when the help is asked for
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
@@ -51,6 +53,10 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             given[place] = f"{self._spelled.get(name.replace('_', '-'), name)}{equals}{value}"
         return super().parse_known_args(given, namespace)
+
+    def format_help(self) -> str:
+        """As of the base class, and `more_help` below it."""
+        return super().format_help() + (self.more_help() if self.more_help else "")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help has examples)\n")
@@ -79,6 +85,17 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> float:
+    """A finite number > 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0.0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number > 0. Found {text!r}.")
+    return found
+
+
 def top_k(text: str) -> int | str:
     """A number of classes >= 1, or "auto" or "all"."""
     if text not in ("auto", "all") and (not text.isdecimal() or int(text) < 1):
@@ -99,7 +116,7 @@ def existing_file(text: str) -> str:
 
 
 def add_json(add: Callable[..., Any]) -> None:
-    """The option of commands that measure."""
+    """Adds the option of commands that make or measure something."""
     about = "everything as JSON: to FILE, or in the place of the tables"
     add("--json", nargs="?", const="-", metavar="FILE", help=about)
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from craft_optim.cli.options import AddCommand, add_json, top_k, whole
+from craft_optim.cli.options import AddCommand, add_json, positive, top_k, whole
 
 __all__ = ["add"]
 
@@ -44,22 +44,12 @@ def add(command: AddCommand) -> None:
     add("--autocast", choices=_DTYPES[1:], help="dtype of autocast around the passes (default: none)")
     add("--optimizer", choices=_OPTIMIZERS, default="AdamW", help="torch's base optimizer (default: AdamW)")
     add("--train", metavar="REGEX", help="only parameters whose names match train")
-    add("--gpu", nargs="+", type=_size, default=[80.0], metavar="GIB", help="sizes of GPUs in GiB (default: 80)")
+    add("--gpu", nargs="+", type=positive, default=[80.0], metavar="GIB", help="sizes of GPUs in GiB (default: 80)")
     add_json(add)
 
 
-def _size(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0.0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number > 0. Found {text!r}.")
-    return size
-
-
 def _share(text: str) -> float:
-    share = _size(text)
+    share = positive(text)
     if share > 1.0:
         raise argparse.ArgumentTypeError(f"must be a share > 0 and <= 1. Found {text!r}.")
     return share

@@ -4,11 +4,9 @@ To import them takes the seconds that lerobot takes.
 """
 
 import ast
-import inspect
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 __all__ = ["settings", "settings_in_words"]
 
@@ -28,46 +26,40 @@ def settings_in_words(width: int = 100) -> str:
 
 def settings() -> list[tuple[str, object, str]]:
     """Flag, default and description of each setting."""
-    own, texts = _declared(_SETTINGS, "CraftSettings")
-    rules, _ = _declared(_RULES, "Rules", texts)
-    return [(f"--craft.{name}", default, text) for name, default, text in own + rules if name != _OF_THE_RUN]
+    ours, rules = _classes(_SETTINGS), _classes(_RULES)
+    anew = _described(ours["CraftSettings"])  # of rules, too, where lerobot's runs differ
+    found = _declared(ours, "CraftSettings")
+    found += [(name, default, anew.get(name, text)) for name, default, text in _declared(rules, "Rules")]
+    return [(f"--craft.{name}", default, text) for name, default, text in found if name != _OF_THE_RUN]
 
 
-def _declared(
-    file: Path, kind: str, said: Mapping[str, str] = MappingProxyType({})
-) -> tuple[list[tuple[str, object, str]], dict[str, str]]:
-    """Name, default and description of the fields of a dataclass, and all descriptions in its docstring.
+def _classes(file: Path) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)}
 
-    Args:
-        file: Where it is declared. Fields of a class within it, of the same file, are named behind a dot.
-        kind: Its name.
-        said: Descriptions that go before its own.
-    """
-    classes = {node.name: node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)}
-    texts = _described(ast.get_docstring(classes[kind]) or "") | dict(said)
-    found = list[tuple[str, object, str]]()
+
+def _declared(classes: Mapping[str, ast.ClassDef], kind: str) -> list[tuple[str, object, str]]:
+    """Name, default and description of the fields of a dataclass; those of another of the classes behind a dot."""
+    texts, found = _described(classes[kind]), list[tuple[str, object, str]]()
     for node in classes[kind].body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
             continue
         name, inner = node.target.id, ast.unparse(node.annotation)
         if inner in classes:
-            found += [(f"{name}.{below}", default, text) for below, default, text in _declared(file, inner)[0]]
+            found += [(f"{name}.{below}", default, text) for below, default, text in _declared(classes, inner)]
         else:
             found.append((name, _default(node.value), texts[name]))
-    return found, texts
+    return found
 
 
 def _default(value: ast.expr) -> object:
-    if isinstance(value, ast.Call):  # field(default_factory=dict)
-        (factory,) = (ast.unparse(keyword.value) for keyword in value.keywords)
-        return {"dict": {}, "list": []}[factory]
-    return ast.literal_eval(value)
+    """The value; of the one call that there is, `field(default_factory=dict)`, an empty dict."""
+    return {} if isinstance(value, ast.Call) else ast.literal_eval(value)
 
 
-def _described(docstring: str) -> dict[str, str]:
-    """Name -> text of the attributes that a docstring lists."""
+def _described(kind: ast.ClassDef) -> dict[str, str]:
+    """Name -> text of the attributes that a class's docstring lists."""
     found, name = dict[str, str](), ""
-    _, _, listed = inspect.cleandoc(docstring).partition("Attributes:\n")
+    _, _, listed = (ast.get_docstring(kind) or "").partition("Attributes:\n")
     for line in listed.partition("\n\n")[0].splitlines():
         if line.startswith("     "):  # goes on
             found[name] += f" {line.strip()}"

@@ -27,7 +27,7 @@ def add(command: AddCommand) -> None:
     """The command; its options are lerobot's."""
     made = command("train", "Run lerobot-train under the constraint that the policy does not drift.", _EXAMPLES)
     made.set_defaults(takes_rest=True, stopped=_STOPPED)
-    made.epilog = f"{made.epilog}\nsettings and their defaults:\n\n{settings_in_words()}"
+    made.more_help = lambda: f"\nsettings and their defaults:\n\n{settings_in_words()}\n"
     if completing():  # else they are among the rest, which lerobot's parser takes
         for flag, _, about in settings():
             made.add_argument(flag, help=about)

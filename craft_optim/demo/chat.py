@@ -23,7 +23,7 @@ def main(out: Path, epsilon: float = 0.05, steps: int = 40, model_path: str | No
         out: Folder of the anchors and of a log of the constrained run, for `craft-optim report`; what is there of an
             earlier run is replaced.
         epsilon: Drift to allow, nats per token of an answer.
-        steps: Of fine-tuning, with four chats each.
+        steps: Number of steps of fine-tuning, with four chats each.
         model_path: A model of transformers: folder or hub id. None: as `small_chat.chat_model` finds one.
     """
     torch.manual_seed(0)

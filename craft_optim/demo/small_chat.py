@@ -170,7 +170,7 @@ class Comparison:
     """Models before and after, and a table of them.
 
     Args:
-        tokenizer: Of all of them.
+        tokenizer: Tokenizer of all of them.
         anchors, held_out: Caches of the first model's answers, those that are held and others.
     """
 

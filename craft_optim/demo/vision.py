@@ -25,9 +25,9 @@ class Outcome:
     """One line of the table.
 
     Attributes:
-        old, new: Shares of test pictures that are told right, of the digits 0 to 4 and 5 to 9.
-        drift: On the anchors, nats.
-        held_out: On test pictures of the old digits, which are no anchors.
+        old, new: Shares of test pictures that are classified right, for the digits 0 to 4 and 5 to 9.
+        drift: Drift on the anchors, nats.
+        held_out: Drift on test pictures of the old digits, which are no anchors.
     """
 
     name: str
@@ -41,9 +41,10 @@ def main(out: Path, epsilon: float = 0.05, steps: int = 300) -> list[Outcome]:
     """Trains, fine-tunes twice, prints a table and returns it.
 
     Args:
-        out: Folder of the anchors and of a log of each run, for `craft-optim report`; replaced where it is there.
+        out: Folder of the anchors and of the constrained run's log, for `craft-optim report`; what is there of an
+            earlier run is replaced.
         epsilon: Drift to allow, nats.
-        steps: Of fine-tuning.
+        steps: Number of steps of fine-tuning.
     """
     torch.manual_seed(0)
     pictures, labels = digits()

@@ -46,7 +46,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
 
 
 def folded(summary: str, *children: str) -> Markup:
-    """What opens on a click."""
+    """A part of the page that opens on a click."""
     return tag("details", tag("summary", summary), *children)
 
 

@@ -90,7 +90,7 @@ def _card(place: int, name: str, summaries: Sequence[Summary]) -> Markup:
 
 
 def _large(summaries: Sequence[Summary]) -> list[Markup]:
-    """What counts: drift on what epsilon is for, drift on the others, and the task's loss."""
+    """The numbers that count: drift on what epsilon is for, drift on the others, and the task's loss."""
     epsilon, elsewhere = _typical(summaries, "epsilon"), summaries[0].source == "heldout"
     words = {"anchors": "drift", "heldout": "held-out drift"}
     made = []

@@ -355,7 +355,7 @@ _ROOM = 5.0  # epsilon is so many times the lower end of a logarithmic axis, or 
 
 
 def _drift_axis(curves: Sequence[Curve], limits: Sequence[Limit]) -> tuple[bool, float, float]:
-    """Whether it is logarithmic, and its ends: epsilon has room below it, and lies on neither end."""
+    """True if it is logarithmic, and its ends: epsilon has room below it, and lies on neither end."""
     highest = max(float(curve.y.max()) for curve in curves)
     epsilons = np.concatenate([limit.y for limit in limits]) if limits else np.array([])
     epsilons = epsilons[epsilons > 0.0]
@@ -377,7 +377,7 @@ def _log_range(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def _drawn(curves: Sequence[Curve]) -> Column:
-    """What has a place on a logarithmic axis; of faint curves only if there are no others."""
+    """Values that have a place on a logarithmic axis; of faint curves only if there are no others."""
     values = np.concatenate([c.y for c in curves if c.style != "faint"] or [c.y for c in curves])
     above: Column = values[values > 0.0]
     return above

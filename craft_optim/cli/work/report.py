@@ -4,12 +4,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from craft_optim.cli.options import UsageError, require_folder
 from craft_optim.cli.output import emit_json, print_grid
+from craft_optim.evaluation.plots import require_matplotlib
 from craft_optim.inspection import bytes_in_words
-from craft_optim.report.runs import Run, named
+from craft_optim.report import Run, Summary, Verdict, judge, read_runs, render, summarise
+from craft_optim.report.numbers import number, percent
+from craft_optim.report.runs import named
+from craft_optim.report.summary import LABELS
 
 __all__ = ["run"]
 
@@ -18,9 +21,6 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if not args.runs:
         raise UsageError("name at least one RUN: a file, or a folder with metrics.jsonl in it")
-    from craft_optim.evaluation.plots import require_matplotlib
-    from craft_optim.report import judge, read_runs, render, summarise
-
     out = Path(args.out)
     require_folder("--out", args.out)
     require_folder("--json", args.json)
@@ -59,10 +59,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"Pictures: {len(pictures)} in {args.png}")
 
 
-def _print(runs: Sequence[Run], summaries: Sequence[Any], verdicts: Sequence[Any]) -> None:
-    from craft_optim.report.numbers import number, percent
-    from craft_optim.report.summary import LABELS
-
+def _print(runs: Sequence[Run], summaries: Sequence[Summary], verdicts: Sequence[Verdict]) -> None:
     rows, sentences = [], []
     for run, summary, verdict in zip(runs, summaries, verdicts, strict=True):
         drifts = number(summary.drift), number(summary.ratio), percent(summary.violated), number(summary.heldout)
