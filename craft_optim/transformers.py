@@ -248,7 +248,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
             runs = read_file(file, "training")
         for run in runs:
             verdict = judge(summarise(run))
-            level = logging.WARNING if verdict.kind == "not held" else logging.INFO
+            level = logging.WARNING if verdict.kind in ("not held", "narrow") else logging.INFO
             _log.log(level, "%s: %s", run.name, verdict.words)
 
     def _go_first(self) -> None:

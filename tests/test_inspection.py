@@ -195,6 +195,38 @@ def card(cache, place, **settings):
     return dict(named), re.findall(r'<span class="source">([^<]*)</span>', text)
 
 
+class Heads(nn.Module):
+    def forward(self, x):
+        return {"kind": x[:, :3], "tags": x[:, 3:5], "size": x[:, 5:]}
+
+
+def told(cache):
+    """What the page says of the first anchor's teacher, without elements."""
+    (_, teacher) = render(cache, [0]).split('<div class="teacher">')
+    plain = re.sub(r"<[^>]*>", "|", teacher.partition("</article>")[0]).replace("&#x27;", "'")
+    return [part.strip() for part in plain.split("|") if part.strip()]
+
+
+def test_every_output_of_the_teacher_is_shown(tmp_path):
+    x = torch.tensor([[0.0, 3.0, 1.0, -1.0, 2.0, 0.25]]) * torch.tensor([[1.0], [1.5]])
+    outputs = {"kind": "classes", "tags": "labels", "size": "values"}
+    cache = anchors.build(Heads(), [x], tmp_path, output=outputs, dtype=torch.float32, class_dim=-1)
+    found = told(cache)
+    classes, labels = (found.index(f"The teacher's likeliest {what}") for what in ("classes, kind", "labels, tags"))
+    assert found[classes + 1 : classes + 3] == ["1", f"{100 * x[0, :3].softmax(0)[1]:.0f} %"]
+    assert found[labels + 1 : labels + 5] == ["1", "88 %", "0", "27 %"]
+    values = found.index("The teacher's values, size")
+    assert found[values + 1] == "0.25"
+
+
+def test_of_the_likeliest_classes_alone_the_names_are_right(tmp_path):
+    x = torch.arange(6.0).roll(2).repeat(2, 1)
+    whole = anchors.build(nn.Identity(), [x], tmp_path / "all", class_dim=-1)
+    some = anchors.build(nn.Identity(), [x], tmp_path / "some", class_dim=-1, top_k=4)
+    assert told(whole) == told(some)
+    assert told(some)[1::2][:3] == ["1", "0", "5"]
+
+
 def test_words_come_before_numbers_and_have_names_of_everyday(model, tmp_path):
     def rows(labels):
         batch = next(batches())

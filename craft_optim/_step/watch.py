@@ -44,12 +44,12 @@ class CapWatch:
         if self._at_cap[name] >= patience and name not in self._warned:
             self._warned.add(name)
             every = rules.retention_every
-            rarely = "" if every in ("auto", 1) else f"lower retention_every (now {every}), "
+            rarely = "" if every in ("auto", 1) else f'leave retention_every at "auto" (now {every}); '
             warn(
                 f"{prefix(name)}lambda has been at its cap for {self._at_cap[name]} retention steps while the drift "
-                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met: raise epsilon, {rarely}"
-                f"lower the learning rate, or raise rho (now {rules.rho:g}), or the maximum of a controller that has "
-                "one."
+                f"({drift:.3g}) is above epsilon ({epsilon:.3g}). The constraint is not met. Try in this order: let "
+                f"the learning rate decay; {rarely}lower the learning rate; raise epsilon; raise rho (now "
+                f"{rules.rho:g}), or the maximum of a controller that has one."
             )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from craft_optim._conditions import Setting, eager, with_settings
 
@@ -21,7 +20,6 @@ from .names import unwrapped
 from .structure import Inputs, map_tensors
 
 __all__ = [
-    "Statistics",
     "autocast_dtype",
     "autocast_to",
     "call",
@@ -110,35 +108,6 @@ def checkpoints_activations(module: nn.Module) -> bool:
 @lru_cache(maxsize=1024)
 def _is_noisy_kind(kind: type[nn.Module]) -> bool:
     return issubclass(kind, _KINDS) or any(name in kind.__name__ for name in _NAMES)
-
-
-class Statistics:
-    """Current running statistics of a model's normalisations, which forwards in training change."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._then = [
-            (module, name, x.detach().clone())
-            for module in model.modules()
-            if is_noisy(module)
-            for name, x in module.named_buffers(recurse=False)
-            if not is_lazy(x)
-        ]
-
-    def moved(self) -> bool:
-        """True if the statistics have changed since."""
-        return any(not torch.equal(getattr(module, name).to(x.device), x) for module, name, x in self._then)
-
-    @contextmanager
-    def back(self) -> Iterator[None]:
-        """Gives the model the recorded statistics within the block."""
-        now = [getattr(module, name) for module, name, _ in self._then]
-        try:
-            for (module, name, then), x in zip(self._then, now, strict=True):
-                setattr(module, name, then.to(x.device))
-            yield
-        finally:
-            for (module, name, _), x in zip(self._then, now, strict=True):
-                setattr(module, name, x)
 
 
 @contextmanager

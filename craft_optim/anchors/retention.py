@@ -13,8 +13,9 @@ from craft_optim._numbers import number, whole
 from craft_optim.retention import Retention
 
 from .cache import AnchorBatch
-from .passes import Statistics, autocast_dtype, autocast_to, device_of, isolated_rng, steady
+from .passes import autocast_dtype, autocast_to, device_of, isolated_rng, steady
 from .reading import AnchorMismatchError, Reading
+from .running_statistics import Statistics, StatisticsWatch
 from .sampling import AnchorSampler, mixed_seed, spread
 
 __all__ = ["AnchorMismatchError", "AnchorRetention", "Anchors", "Settings"]
@@ -101,6 +102,7 @@ class AnchorRetention(Retention):
         self._device = None if device is None else torch.device(device)
         self._mean: Callable[[Tensor], Tensor] | None = None
         self._unchecked, self._statistics = strict, Statistics(model) if strict else None
+        self._statistics_watch = StatisticsWatch()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AnchorRetention":
         memo |= {id(x): x for x in (self._anchors, self._mean)}  # neither copied nor moved
@@ -154,6 +156,7 @@ class AnchorRetention(Retention):
         with self._pass(seed) as remember:
             values = self._weighted(self._terms(batch))
             loss = remember(self._combine(values))
+        self._statistics_watch.look(self.model)
         if number == 0:
             self._check_once({name: value.detach() for name, value in values.items()}, batch)
         return loss
@@ -290,7 +293,7 @@ class AnchorRetention(Retention):
 
     def _check(self, values: Mapping[str, Tensor], batch: AnchorBatch) -> None:
         tolerance, drift, statistics = self.tolerance, self._over_all(self._combine(values)), self._statistics
-        moved = not abs(drift) <= tolerance and statistics is not None and statistics.moved()
+        moved = not abs(drift) <= tolerance and statistics is not None and bool(statistics.moved())
         # The task's forward, which came first, may have moved them: the model before it must agree
         with torch.no_grad(), statistics.back() if moved and statistics is not None else nullcontext():
             if moved:

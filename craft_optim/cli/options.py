@@ -130,9 +130,12 @@ def add_model(add: Callable[..., Any]) -> None:
 
 
 def require_folder(option: str, file: str | None) -> None:
-    """Refuses a file in a folder that is not there, before anything is measured; "-" is standard output."""
-    if file and file != "-" and not Path(file).absolute().parent.is_dir():
-        raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
+    """Refuses a file in a folder that is not there, or a folder, before any work; "-" is standard output."""
+    if file and file != "-":
+        if not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"{option}={file} cannot be written: there is no folder {Path(file).parent}")
+        if Path(file).is_dir():
+            raise UsageError(f"{option}={file} cannot be written: it is a folder. Name a file in it")
 
 
 def require_one_model(args: argparse.Namespace) -> None:

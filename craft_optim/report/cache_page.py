@@ -44,6 +44,7 @@ _PLACES = {
 def render(
     cache: AnchorCache,
     indices: Sequence[int],
+    shown: int | None = None,
     *,
     verified: bool = False,
     measured: Sequence[Drift] = (),
@@ -53,7 +54,8 @@ def render(
     """The page.
 
     Args:
-        indices: Anchors to show; those with the largest drift come first, if one was measured.
+        indices: Anchors to choose from.
+        shown: How many to show: those with the largest drift, if one was measured; else the first. None: all.
         measured: From `evaluation.drift.drifts`, on the same anchors; `verdict` from `evaluation.drift.verdict`.
         decode: Token ids -> text. None: ids are shown as numbers.
 
@@ -65,9 +67,10 @@ def render(
     order = list(range(len(indices)))
     if measured:
         order.sort(key=lambda place: -abs(measured[0].each[place]))
-    views = _Views(cache, indices)
+    order = order[:shown]
+    views = _Views(cache, [indices[place] for place in order])
     cards, without_words = [], False
-    for place in order:
+    for rank, place in enumerate(order):
         batch = cache.read([indices[place]])
         flat = flatten(batch.inputs, batch.lengths)
         inputs = {name: x if name in flat.lengths else x[0] for name, x in flat.tensors.items()}
@@ -77,16 +80,19 @@ def render(
         head = [tag("h3", _title(cache, indices[place])), *_source(sources), *_badges(measured, place)]
         card = [
             tag("header", *head),
-            *views.pictures(place),
+            *views.pictures(rank),
             _rows(rest, views.names, decode),
             _teacher(batch.features, decode),
         ]
         cards.append(tag("article", *(part for part in card if part)))
 
-    which = (
-        f"All {len(cache):,}" if len(indices) == len(cache) else f"{len(indices):,} of {len(cache):,}, evenly spread"
-    )
-    caption = f"{which}; the largest drift first." if measured else f"{which}."
+    caption = f"All {len(cache):,}" if len(order) == len(cache) else f"{len(order):,} of {len(cache):,}, evenly spread"
+    if measured:
+        chosen = f"all {len(cache):,}" if len(indices) == len(cache) else f"{len(indices):,} of {len(cache):,}, evenly spread"
+        caption = f"The {len(order):,} with the largest drift, of {chosen}; the largest first"
+        if len(order) == len(indices):
+            caption = f"{chosen[0].upper()}{chosen[1:]}; the largest drift first"
+    caption += "."
     if without_words:
         caption += " Numbers stand for tokens: the teacher's tokenizer is not here. --tokenizer=PATH shows words."
     named = [*facts(cache), ("Checksums", "verified" if verified else "not compared (--verify does)")]
@@ -107,6 +113,11 @@ def render(
 def _title(cache: AnchorCache, place: int) -> str:
     category = cache.categories[place].encode("utf-8", "replace").decode()
     return f"Anchor {place}" + (f": {category}" if category else "")
+
+
+def _shown(name: str) -> str:
+    """The name of an input; a place in a tuple is none by itself."""
+    return f"input {name}" if name.isdigit() else name
 
 
 def _last(name: str) -> str:
@@ -228,7 +239,7 @@ class _Views:
             title = f"{name}, shown from {number(black)} to {number(white)}"
             images = [tag("img", src=_data_uri(x, black, white), alt=name, title=title) for x in views]
             more = self._hidden[place][name]
-            caption = tag("figcaption", name + (f" and {more} more" if more else ""))
+            caption = tag("figcaption", _shown(name) + (f" and {more} more" if more else ""))
             figures.append(tag("figure", *images, caption))
         return [tag("div", *figures, class_="pictures")] if figures else []
 
@@ -267,7 +278,7 @@ def _rows(inputs: Mapping[str, Tensor], pictures: set[str], decode: Decode | Non
     for name, x in sorted(inputs.items(), key=lambda item: item[0] not in ids):
         if name in pictures or x.dtype == torch.bool or "mask" in name.lower():
             continue
-        label = "counted for drift" if name in ids and name not in texts else name
+        label = "counted for drift" if name in ids and name not in texts else _shown(name)
         if name in texts and (len(texts) == 1 or "language" in name):
             label = whole
         text = _text(_trimmed(x.tolist()), decode) if name in ids else _numbers(x)
@@ -314,39 +325,52 @@ def _exact(value: Any) -> str:
 
 
 def _teacher(features: Mapping[str, Tensor], decode: Decode | None) -> Markup:
-    """The likeliest classes at the first positions that count, or what the teacher wrote."""
+    """What the teacher said, for each of its outputs that is kept: classes, labels, values, or what it wrote."""
+    parts = list[Markup]()
+    for key, x in features.items():
+        kind, _, name = key.partition(".")
+        of = f", {name}" if name else ""
+        if kind in ("logprobs", "topk_logprobs"):
+            places = features[key.replace("topk_logprobs", "topk_indices", 1)] if kind == "topk_logprobs" else None
+            parts += _chances("classes", of, x.float().exp(), places, decode)
+        elif kind == "logits":
+            parts += _chances("labels", of, x.float().sigmoid(), None, None)
+        elif kind == "values":
+            parts += [tag("h4", f"The teacher's values{of}"), tag("p", _numbers(x[0].float()), class_="numbers")]
+        elif kind == "tokens":
+            parts += [
+                tag("h4", f"The teacher wrote{of}"),
+                tag("p", _text(x.reshape(-1).tolist(), decode), class_="text"),
+            ]
+    return tag("div", *parts, class_="teacher") if parts else Markup("")
+
+
+def _chances(what: str, of: str, chances: Tensor, classes: Tensor | None, decode: Decode | None) -> list[Markup]:
+    """The likeliest at each of the first positions that count.
+
+    Args:
+        what: "classes" or "labels".
+        of: Name of the output, for the heading.
+        chances: `[1, ..., n]`, the probabilities.
+        classes: `[1, ..., n]`, what they are of, the likeliest first. None: they are of all, in order.
+        decode: Class -> text.
+    """
+    flat = chances.flatten(0, -2)
+    values, places = flat[:_POSITIONS].topk(min(3, flat.shape[-1]))
+    if classes is not None:
+        places = classes.flatten(0, -2)[:_POSITIONS].gather(-1, places)
     lines = []
-    predictions, total = _predictions(features)
-    for position, guesses in enumerate(predictions):
+    for position, (row, chosen) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
         words = [
             tag("span", tag("code", _class(index, decode)), f" {percent(chance)}", style=f"--p:{100 * chance:.0f}%")
-            for index, chance in guesses
-            if chance >= 0.005 or index == guesses[0][0]
+            for index, chance in zip(chosen, row, strict=True)
+            if chance >= 0.005 or index == chosen[0]
         ]
-        lines.append(tag("li", *([tag("small", str(position))] if total > 1 else []), *words))
-    part = f"first {len(lines)} of {total:,} positions" if len(lines) < total else f"all {total} positions"
-    heading = "The teacher's likeliest classes" if total == 1 else f"The teacher, {part}"
-    parts = [tag("h4", heading), tag("ol", *lines)] if lines else []
-    if "tokens" in features:
-        written = _text(features["tokens"].reshape(-1).tolist(), decode)
-        parts += [tag("h4", "The teacher wrote"), tag("p", written, class_="text")]
-    return tag("div", *parts, class_="teacher") if parts else Markup("")
+        lines.append(tag("li", *([tag("small", str(position))] if len(flat) > 1 else []), *words))
+    part = f"first {len(lines)} of {len(flat):,} positions" if len(lines) < len(flat) else f"all {len(flat)} positions"
+    heading = f"The teacher's likeliest {what}{of}" if len(flat) == 1 else f"The teacher{of}, {part}"
+    return [tag("h4", heading), tag("ol", *lines)]
 
 
 def _class(index: int, decode: Decode | None) -> str:
     return str(index) if decode is None else repr(decode([index]))[1:-1] or str(index)
-
-
-def _predictions(features: Mapping[str, Tensor]) -> tuple[list[list[tuple[int, float]]], int]:
-    """(class, probability) of the three likeliest at each of the first positions, and the number of positions."""
-    if "logprobs" in features:
-        logprobs = features["logprobs"].flatten(0, -2)
-        values, classes = logprobs[:_POSITIONS].float().topk(min(3, logprobs.shape[-1]))
-    elif "topk_logprobs" in features:
-        logprobs = features["topk_logprobs"].flatten(0, -2)
-        values = logprobs[:_POSITIONS, :3].float()
-        classes = features["topk_indices"].flatten(0, -2)[:_POSITIONS, :3]
-    else:
-        return [], 0
-    pairs = zip(classes.tolist(), values.exp().tolist(), strict=True)
-    return [list(zip(*pair, strict=True)) for pair in pairs], len(logprobs)

@@ -105,7 +105,7 @@ class _Table:
         self.rows += 1
 
     def columns(self) -> tuple[dict[str, Column], int]:
-        """Columns with increasing steps, and the number of rows that a resumed run has done again.
+        """Columns with increasing steps, and the number of rows left out, whose steps come again later.
 
         Of a step that was done twice the later row counts. Rows of the same step in a row are one: a Trainer writes
         one for training and one for an evaluation.
@@ -161,7 +161,10 @@ def read_file(path: Path, name: str | None = None) -> list[Run]:
         columns, again = of_run.columns()
         if not any(np.isfinite(column).any() for key, column in columns.items() if key not in ("step", "seed")):
             continue
-        repeated = f"{again} row(s) of steps that a resumed run did again were left out."
+        repeated = (
+            f"{again} row(s) were left out, as their steps come again later in the file: they are from before the run "
+            "was resumed, or from an earlier run that wrote to the same file."
+        )
         own = name or _name_of(path)
         shown = method or own
         if method is None and seed is None and (ending := _SEED.search(own)):

@@ -238,11 +238,13 @@ def judge(summary: Summary) -> Verdict:
     ended = f"{what} ended at {number(drift)}, {number(ratio)} x epsilon ({number(summary.epsilon)})"
     if ratio > BAND[1]:
         return Verdict("not held", f"{ended}: not held. {_why(summary)}{_heldout(summary)}")
-    room = "" if ratio >= BAND[0] else f", with room: {percent(1.0 - ratio)} of epsilon was left"
     above = summary.violated or 0.0
     way = f"for {percent(above)} of the steps, at most {number(summary.peak)} x" if above else "on no step"
     ended_only, beyond = above > _OF_THE_WAY, _heldout(summary)
-    held = f"{ended}: held{' at the end' if ended_only else ''}{room}. On the way it was above {_ABOVE} {way}."
+    label = LABELS["late"] if ended_only else LABELS["held"]
+    left = f"{percent(1.0 - ratio)} of epsilon was left" if ratio < BAND[0] else ""
+    room = left and (f"; {left}" if ended_only else f", with room: {left}")
+    held = f"{ended}: {label}{room}. On the way it was above {_ABOVE} {way}."
     if ended_only:
         held += " If the final model alone counts, that is no trouble; if not, lower the learning rate."
     kind = "narrow" if beyond else "late" if ended_only else "inactive" if room else "held"

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from craft_optim import CraftOptimizer
+from craft_optim._warn import CraftWarning
 from craft_optim.anchors import (
     AnchorCache,
     AnchorMismatchError,
@@ -588,3 +591,28 @@ def test_running_statistics_that_the_first_task_forward_has_moved_are_no_other_m
     with pytest.raises(AnchorMismatchError, match="other weights"):
         other()
     assert all(torch.equal(x, y) for x, y in zip(model.buffers(), moved, strict=True))
+
+
+def test_running_statistics_that_move_from_pass_to_pass_are_named(tmp_path: Path) -> None:
+    def run(*, freeze: bool) -> LogitRetention:
+        torch.manual_seed(0)
+        layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        model = nn.Sequential(OrderedDict(zip(("in", "norm", "relu", "out"), layers, strict=True)))
+        points = torch.randn(32, 4)
+        cache = build(model, [points], tmp_path / f"{freeze}", class_dim=-1)
+        retention = LogitRetention(model, cache, 16)
+        model.train()
+        if freeze:
+            model.get_submodule("norm").eval()
+        optimizer = CraftOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), retention, retention_every=1)
+        for _ in range(4):
+            model(points + 1).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return retention
+
+    with pytest.warns(CraftWarning, match=r"statistics have moved .* of 'norm': .*eval mode") as found:
+        drifted = run(freeze=False)
+    assert len(found) == 1, "it says so once"
+    assert drifted.drift() > 1e-3, "although the learning rate is 0"
+    assert run(freeze=True).drift() == pytest.approx(0.0, abs=1e-6)

@@ -59,16 +59,20 @@ def test_json_has_the_drift_of_each_anchor(here, capsys):
     assert (found["verified"], found["page"]) == (True, "page.html")
     assert Path("page.html").is_file()
     drift = found["drift"]
-    assert drift["places"] == [1, 5, 8]
+    assert drift["places"] == [*range(10)], "--count is about the page"
     assert not drift["fits"]
     assert "has drifted from the cache" in drift["words"]
-    x = torch.linspace(-1, 1, 60).reshape(10, 6)[[1, 5, 8]] @ torch.arange(18.0).reshape(3, 6).T / 18
+    x = torch.linspace(-1, 1, 60).reshape(10, 6) @ torch.arange(18.0).reshape(3, 6).T / 18
     old, new = x.log_softmax(-1), (1.5 * x).log_softmax(-1)
     each = (old.exp() * (old - new)).sum(-1)
     (logits,) = drift["measured"]
     assert (logits["kind"], logits["unit"]) == ("logits", "nats per position (KL)")
     assert logits["each"] == pytest.approx(each.tolist(), rel=1e-3)
     assert logits["value"] == pytest.approx(float(each.mean()), rel=1e-3)
+    page = Path("page.html").read_text()
+    worst = [f"Anchor {place}" for place in each.argsort(descending=True)[:3].tolist()]
+    assert re.findall(r"<h3>(.*?)</h3>", page) == worst
+    assert "The 3 with the largest drift, of all 10; the largest first." in page
 
 
 def test_json_to_a_file_and_the_tables(here, capsys):

@@ -78,7 +78,10 @@ def test_a_resumed_run_replaces_what_it_did_again(tmp_path, rows, write):
     run = only(write(tmp_path / "m.jsonl", [*first, *again, *last]))
     assert run.steps.tolist() == [*range(20)]
     assert run["loss"].tolist() == [0.0] * 6 + [1.0] * 6 + [2.0] * 8
-    assert run.notes == ("6 row(s) of steps that a resumed run did again were left out.",)
+    assert run.notes == (
+        "6 row(s) were left out, as their steps come again later in the file: they are from before the run was "
+        "resumed, or from an earlier run that wrote to the same file.",
+    )
     took = run.measured("seconds")[1]
     assert len(took) == 17
     assert set(took) == {0.25}, "the pauses are no steps"

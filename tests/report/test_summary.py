@@ -143,7 +143,7 @@ def test_the_verdict_is_about_the_whole_run(run_of):
     )
     room = judge(summarise(changed(run, drift=np.where(np.arange(100) < 66, 0.2, 0.02))))
     assert room.kind == "late"
-    assert "held at the end, with room: 60 % of epsilon was left. On the way" in room.words
+    assert "held at the end; 60 % of epsilon was left. On the way" in room.words
     early = judge(summarise(changed(run, drift=np.where(np.arange(100) < 10, 0.2, 0.05))))
     assert early.kind == "held"
     assert early.words.endswith("held. On the way it was above 1.1 x epsilon for 10 % of the steps, at most 4 x.")

@@ -31,6 +31,7 @@ class Method:
         kind: "before" is not trained; "plain" is AdamW; "l2", "ewc", "replay" and "kl" add something; "craft".
         weight: Of what is added; of "l2" the share of the way back that a step takes, per unit of the learning rate.
         rate: Factor on the learning rate.
+        length: Factor on the number of steps.
         lora: Adapters train, not the policy's own weights.
         frozen: Parts of names of parameters that do not train.
         back: After training the weights go this share of the way back to the start.
@@ -50,6 +51,7 @@ class Method:
     kind: Literal["before", "plain", "l2", "ewc", "replay", "kl", "craft"] = "plain"
     weight: float = 0.0
     rate: float = 1.0
+    length: int = 1
     lora: bool = False
     frozen: str = ""
     back: float = 0.0
@@ -93,6 +95,9 @@ METHODS = (
     Method("craft-hidden", "CRaFT, hidden states", "craft", drift="hidden"),
     Method("craft-both", "CRaFT, logits and hidden states", "craft", drift="both"),
     Method("craft-heldout", "CRaFT, epsilon .2 on held-out frames", "craft", epsilon=0.2, heldout=True),
+    Method("adamw-long", "AdamW, slow", rate=1 / 3, length=3),
+    Method("craft-long", "CRaFT, slow", "craft", rate=1 / 3, length=3),
+    Method("kl-1-long", "KL, lambda 1, slow", "kl", weight=1.0, rate=1 / 3, length=3),
     Method("craft-joint", "CRaFT, one constraint for all stages", "craft", joint=True),
 )
 """All methods; a seed's runs are made in this order"""

@@ -69,7 +69,7 @@ class Settings:
     """What the results depend on.
 
     Attributes:
-        steps, lr: Of training, of each task.
+        steps, lr: Of training, of each task; a method may have a factor on them.
         rollouts: Of each task that the policy knew; twice as many of those that it learnt.
         episodes: At most so many demonstrations of each task, for a quick look. None: all.
         known: At most so many of the tasks that it knew, for a quick look. None: all.
@@ -112,6 +112,7 @@ class _Bench:
     def __init__(self, skills: Skills, method: Method, seed: int, settings: Settings, folder: Path) -> None:
         self._skills, self._method, self._seed, self._settings = skills, method, seed, settings
         self._folder = folder
+        self._steps = settings.steps * method.length
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
         self._learnt: dict[str, PreparedFrames] = {}
         self._own: list[AnchorCache] = []  # of each task learnt, of the policy that had just learnt it
@@ -148,7 +149,7 @@ class _Bench:
             heldout,
             self._importance(tasks[:-1]),
             self._settings.lr,
-            self._settings.steps,
+            self._steps,
         )
         found = self._train(training, self._learnt[new], f"{self._method.name}, {new}, seed {self._seed}")
         alike = {new: LOOKS_LIKE[new]} if len(tasks) == 1 and new in LOOKS_LIKE else {}
@@ -157,7 +158,7 @@ class _Bench:
     def _train(self, training: Training, frames: PreparedFrames, title: str) -> dict[str, Any]:
         losses, constraint = list[float](), list[dict[str, float]]()
         torch.manual_seed(self._seed)
-        for number in tqdm(range(self._settings.steps), desc=title, mininterval=10):
+        for number in tqdm(range(self._steps), desc=title, mininterval=10):
             batch = frames.train_batch(rows_of_step(frames.train_indices, BATCH, self._seed, number))
             losses.append(training.step(batch))
             constraint.append(training.found())
@@ -166,7 +167,7 @@ class _Bench:
         found: dict[str, Any] = {"loss": fmean(losses[-50:])}
         for name in ("seconds", "plain_seconds"):
             found[name] = fmean(getattr(training, name)[1:])  # the first step makes the optimizer's state
-        first = (self._settings.steps - 1) % EVERY
+        first = (self._steps - 1) % EVERY
         return found | ({"constraint": constraint[first::EVERY]} if constraint[0] else {})
 
     def _terms(self, earlier: list[str]) -> dict[str, Callable[[], Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from craft_optim import __version__
 from craft_optim.anchors.sampling import spread
-from craft_optim.cli.options import UsageError
+from craft_optim.cli.options import UsageError, require_folder
 from craft_optim.cli.output import emit_json, print_table
 from craft_optim.cli.work.processes import device_of
 from craft_optim.cli.work.sources import user_function
@@ -57,8 +57,7 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
     from craft_optim.evaluation.scorers import require_checkpoint
     from craft_optim.evaluation.templates import CHAT, parse_template
 
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
-        raise UsageError(f"--json must be a file in a folder that is there. Found {args.json}")
+    require_folder("--json", args.json)
     if any(_is_function(name) for name in names):
         device = None if args.device == "auto" else args.device
         given = {"--template": args.template, "--batch-size": args.batch_size, "--device": device}

@@ -1,4 +1,4 @@
-"""The work of craft-optim inspect: tables, the page, and drift of a model on a few anchors."""
+"""The work of craft-optim inspect: tables, the page, and drift of a model on some anchors."""
 
 import argparse
 import json
@@ -21,6 +21,8 @@ from craft_optim.inspection import as_json, bytes_in_words
 from craft_optim.report.numbers import number
 
 __all__ = ["run"]
+
+_MEASURED = 256  # anchors that drift is measured on, or --count: a mean of 24 says little, and the worst are elsewhere
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,7 +52,8 @@ def _inspected(args: argparse.Namespace) -> dict[str, Any]:
     judged = None
     if args.policy or args.model or args.factory:
         model, reading = _loaded(args, cache)
-        measured = drifts(model, cache, indices, reading=reading)
+        indices = spread(len(cache), max(args.count, _MEASURED))
+        measured = drifts(model, cache, indices, reading=reading, progress=None)
         judged = verdict(cache, model, measured)
         rows = [(x.kind, f"{number(x.value)} {x.unit}, worst {number(max(x.each))}") for x in measured]
         print_table(f"Drift on {len(indices)} of {len(cache)} anchors", rows)
@@ -61,7 +64,13 @@ def _inspected(args: argparse.Namespace) -> dict[str, Any]:
         from craft_optim.report.cache_page import render
 
         page = render(
-            cache, indices, verified=args.verify, measured=measured, verdict=judged, decode=_decoder(args, cache)
+            cache,
+            indices,
+            args.count,
+            verified=args.verify,
+            measured=measured,
+            verdict=judged,
+            decode=_decoder(args, cache),
         )
         Path(args.html).write_text(page, encoding="utf-8")
         about["page"] = args.html
