@@ -27,7 +27,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test evidence core text lowest newest lint ruff types docs dist mutants bench plan pareto knob budget vla skills llm newcomer experiments assets clean
+.PHONY: help setup demo test evidence core text lowest newest lint ruff types docs dist mutants bench plan pareto knob budget skills llm newcomer experiments assets clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
@@ -133,9 +133,6 @@ knob: $(FOR_TESTS)  ## is the drift where epsilon says? (half an hour; AGAINST=P
 
 budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
 	$(BIN)/python benchmarks/evidence/retention_budget.py
-
-vla: $(FOR_EXAMPLE)  ## 18 ways to fine-tune a robot policy, three seeds (one to two hours; goes on where it stopped)
-	$(BIN)/python benchmarks/evidence/retention_vla.py
 
 skills: $(FOR_TESTS)  ## 24 ways to teach a robot policy of seven tasks more, three seeds (a working day; goes on where it stopped; QUICK=1: a look at two)
 	$(BIN)/python benchmarks/evidence/retention_skills.py $(if $(QUICK),--quick)

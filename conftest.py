@@ -62,7 +62,6 @@ LONGEST = (
     "tests/test_cli.py",
     "tests/lerobot/test_drift.py",
     "tests/lerobot/test_opening.py",
-    "tests/evidence/test_retention_vla.py",
     "tests/kernels/test_compiled.py",
     "tests/test_optimizer.py",
 )

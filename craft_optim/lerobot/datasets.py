@@ -17,6 +17,8 @@ from craft_optim.lerobot.opening import open_dataset, readable
 
 __all__ = ["anchor_batches", "camera_keys", "image_keys", "open_dataset", "prompts", "spread_frames"]
 
+_SOURCE = ("episode_index", "frame_index")
+
 
 def image_keys(dataset: Any) -> list[str]:
     """Keys of all cameras of a dataset, whatever their names.
@@ -115,6 +117,8 @@ def anchor_batches(
 ) -> Iterator[dict[str, Any]]:
     """Batches of anchors for `Adapter.build` and `anchors.build`, read one at a time; their category is the task.
 
+    They have "episode_index" and "frame_index", too, where the dataset does: `inspect` says where an anchor is from.
+
     Args:
         dataset: Dataset from `open_dataset`, or a LeRobotDataset with `delta_timestamps` that fit the policy. All
             cameras that it shares with the policy are used.
@@ -151,7 +155,8 @@ def anchor_batches(
             told = batch.get("task")
             texts = isinstance(told, list | tuple) and all(isinstance(task, str) for task in told)
             tasks = {"category": list(told)} if texts else {}
-            yield adapter.inputs(preprocessor(batch)) | tasks
+            source = {key: batch[key] for key in _SOURCE if isinstance(batch.get(key), Tensor)}
+            yield adapter.inputs(preprocessor(batch)) | source | tasks
             done += len(some)
 
     return _Batches(prepared(), math.ceil(len(rows) / batch_size))

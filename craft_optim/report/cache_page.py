@@ -88,7 +88,11 @@ def render(
 
     caption = f"All {len(cache):,}" if len(order) == len(cache) else f"{len(order):,} of {len(cache):,}, evenly spread"
     if measured:
-        chosen = f"all {len(cache):,}" if len(indices) == len(cache) else f"{len(indices):,} of {len(cache):,}, evenly spread"
+        chosen = (
+            f"all {len(cache):,}"
+            if len(indices) == len(cache)
+            else f"{len(indices):,} of {len(cache):,}, evenly spread"
+        )
         caption = f"The {len(order):,} with the largest drift, of {chosen}; the largest first"
         if len(order) == len(indices):
             caption = f"{chosen[0].upper()}{chosen[1:]}; the largest drift first"

@@ -88,7 +88,9 @@ def test_a_frame_is_the_same_anchor_from_a_file_as_from_a_dataset(name, tmp_path
     frames = FramesFile(write(tmp_path, *lines), policy.config)
     (expected,) = anchor_batches(dataset, preprocessor, adapter, indices=rows)
     (found,) = anchor_batches(frames, preprocessor, adapter)
-    wanted = expected.keys() - {"action_is_pad", "action", "action.tokens", "action.token_mask"}
+    assert expected["frame_index"].tolist() == rows
+    source = {"episode_index", "frame_index"}
+    wanted = expected.keys() - source - {"action_is_pad", "action", "action.tokens", "action.token_mask"}
     assert found.keys() == wanted >= {small.TOP}
     assert found.pop("category") == expected["category"] == [line["task"] for line in lines]
     for key in found:
