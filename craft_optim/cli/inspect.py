@@ -18,13 +18,7 @@ def add(command: AddCommand) -> None:
     add("cache", metavar="CACHE", help="folder of the cache")
     add("--html", metavar="FILE", help="write a page with pictures, prompts and what the teacher says")
     add("--verify", action="store_true", help="compare all checksums: reads the whole cache")
-    add(
-        "--count",
-        type=whole,
-        default=24,
-        metavar="N",
-        help="anchors to show (default: 24); with a model, those that it has drifted most on",
-    )
+    add("--count", type=whole, default=24, metavar="N", help="anchors to show (default: 24); of a model, the worst")
     add("--tokenizer", metavar="PATH", help="of token ids: folder or hub id (default: the teacher's, if it is here)")
     add_json(add)
     add_model(add)

@@ -86,17 +86,12 @@ def render(
         ]
         cards.append(tag("article", *(part for part in card if part)))
 
-    caption = f"All {len(cache):,}" if len(order) == len(cache) else f"{len(order):,} of {len(cache):,}, evenly spread"
-    if measured:
-        chosen = (
-            f"all {len(cache):,}"
-            if len(indices) == len(cache)
-            else f"{len(indices):,} of {len(cache):,}, evenly spread"
-        )
-        caption = f"The {len(order):,} with the largest drift, of {chosen}; the largest first"
-        if len(order) == len(indices):
-            caption = f"{chosen[0].upper()}{chosen[1:]}; the largest drift first"
-    caption += "."
+    few = len(order) < len(indices)
+    caption = (
+        f"all {len(cache):,}" if len(indices) == len(cache) else f"{len(indices):,} of {len(cache):,}, evenly spread"
+    )
+    caption = f"{len(order):,} of {caption}" if few else f"{caption[0].upper()}{caption[1:]}"
+    caption += "; the largest drift first." if measured else "."
     if without_words:
         caption += " Numbers stand for tokens: the teacher's tokenizer is not here. --tokenizer=PATH shows words."
     named = [*facts(cache), ("Checksums", "verified" if verified else "not compared (--verify does)")]
