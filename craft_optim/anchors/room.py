@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .images import encode, is_image
 from .shards import AnchorCacheError
 
 __all__ = ["bytes_in_words", "bytes_on_disk", "say_room"]
@@ -24,8 +25,8 @@ def bytes_in_words(size: float) -> str:
 
 
 def bytes_on_disk(inputs: Mapping[str, Tensor], features: Mapping[str, Tensor], images: str) -> int:
-    """Estimated size of a batch of anchors; floating images count as bytes if they are to be stored so."""
-    as_bytes = [x for x in inputs.values() if images == "uint8" and x.is_floating_point() and x.ndim >= 4]
+    """Estimated size of a batch of anchors; floating images that come from bytes count as those, unless "keep"."""
+    as_bytes = [x for x in inputs.values() if images == "uint8" and is_image(x) and encode(x[:1].cpu()) is not None]
     saved = sum(x.nbytes - x.numel() for x in as_bytes)
     return sum(x.nbytes for x in (*inputs.values(), *features.values())) - saved
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .build_folder import BuildFolder
 from .fingerprint import anchor_checksums
-from .images import Encoding, decode, encode, encode_alike
+from .images import Encoding, decode, encode, encode_alike, is_image
 from .packing import packed
 from .structure import Flat
 
@@ -89,8 +89,7 @@ class ShardBuffer:
         encodings: dict[str, Encoding] = {}
         if self._folder.settings["images"] == "uint8":
             for key, x in tensors.items():
-                is_image = key.startswith("inputs.") and x.is_floating_point() and x.ndim >= 4
-                encoded = encode(x) if is_image and key not in lengths else None
+                encoded = encode(x) if key.startswith("inputs.") and is_image(x) and key not in lengths else None
                 if encoded is not None:
                     tensors[key], encodings[key] = encoded[0], (encoded[1], x.dtype)
         self._parts.append(_Part(tensors, lengths, encodings, anchor_checksums(batch), _categories(batch)))

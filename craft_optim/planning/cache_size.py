@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from craft_optim.anchors.room import bytes_on_disk
+from craft_optim.anchors.images import is_image
 from craft_optim.anchors.structure import flatten
 
-__all__ = ["class_bytes", "input_bytes", "value_bytes"]
+__all__ = ["class_bytes", "has_pictures", "input_bytes", "value_bytes"]
 
 
 def value_bytes(shape: Sequence[int], dtype: torch.dtype) -> float:
@@ -30,4 +30,9 @@ def class_bytes(positions: float, classes: int, k: int, dtype: torch.dtype) -> f
 def input_bytes(batch: Any) -> float:
     """Bytes per anchor of the inputs, including padding, which a cache leaves out; pictures as original bytes."""
     found = flatten(batch)
-    return bytes_on_disk(found.tensors, {}, "uint8") / found.count
+    return sum(x.numel() if is_image(x) else x.nbytes for x in found.tensors.values()) / found.count
+
+
+def has_pictures(batch: Any) -> bool:
+    """True if `input_bytes` has counted any as bytes."""
+    return any(map(is_image, flatten(batch).tensors.values()))

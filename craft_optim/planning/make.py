@@ -12,7 +12,7 @@ from craft_optim.anchors.capture import Layer
 from craft_optim.anchors.kept import TopK, top_k_of
 from craft_optim.anchors.reading import Reading, with_fields
 from craft_optim.anchors.structure import flatten, model_inputs
-from craft_optim.planning.cache_size import input_bytes
+from craft_optim.planning.cache_size import has_pictures, input_bytes
 from craft_optim.planning.gpus import blocks_of
 from craft_optim.planning.passes import AnchorPass, Loss, task_loss
 from craft_optim.planning.phases import Base, Phases, measured
@@ -106,18 +106,28 @@ def plan(
         per_anchor=input_bytes(anchors) + phases.kept,
         blocks=blocks_of(model),
         rules=rules,
-        notes=tuple(_notes(model, loss, reading, phases, valid)),
+        notes=tuple(_notes(model, loss, reading, phases, valid, pictures=has_pictures(anchors))),
     )
 
 
-def _notes(model: nn.Module, loss: Loss | None, reading: Reading, phases: Phases, valid: float) -> list[str]:
+def _notes(
+    model: nn.Module, loss: Loss | None, reading: Reading, phases: Phases, valid: float, *, pictures: bool
+) -> list[str]:
     notes = []
     if loss is None:
         notes.append("No loss of the task was given: the pass over anchors stands for its pass.")
     if phases.read:
-        notes.append(f"{type(model).__name__} reads numbers of tensors ({phases.read} times): each was taken for 1.")
+        notes.append(
+            f"The plan has no values: where {type(model).__name__} reads one of a tensor ({phases.read} times), it was "
+            "taken for 1. Times and sizes may differ if it decides by that how much to compute."
+        )
     if reading.mask is not None and valid == 1.0:
         notes.append("Every position counts here: with a mask, passes over anchors and their disk need less (`valid`).")
+    if pictures:
+        notes.append(
+            "Pictures count as bytes on the disk: four times that unless they are bytes that were scaled to 0..1 or "
+            "-1..1, or normalised as for ImageNet or CLIP."
+        )
     if reading.frozen:
         notes.append("Frozen modules run in the plan: a cache of their outputs is larger, and its passes need less.")
     if not any(on for _, on in phases.passes):

@@ -189,7 +189,7 @@ def test_the_base_and_what_trains_count():
 def test_what_is_taken_for_granted_is_noted():
     found = planned(Words(trap="log"), loss=None)
     assert found.notes[0].startswith("No loss of the task was given")
-    assert found.notes[1].startswith("Words reads numbers of tensors (")
+    assert found.notes[1].startswith("The plan has no values: where Words reads one of a tensor (")
     assert found.notes[2] == "It is not known how to turn activation checkpointing on in Words."
     assert all(note in str(found) for note in found.notes)
     assert any("`valid`" in note for note in planned(reading=Reading(mask=lambda batch: batch > 0)).notes)
