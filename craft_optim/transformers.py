@@ -14,7 +14,6 @@ Nothing else changes: schedules, accumulation, clipping, checkpoints and `resume
 
 import gc
 import inspect
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -34,8 +33,6 @@ from craft_optim.metrics import METRICS
 from craft_optim.optimizer import CraftOptimizer
 from craft_optim.report.runs import read_file
 from craft_optim.report.summary import judge, summarise
-
-_log = logging.getLogger("craft_optim")
 
 __all__ = ["CraftCallback", "chat_anchors", "craft_optimizer"]
 
@@ -247,9 +244,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
             state.save_to_json(str(file))
             runs = read_file(file, "training")
         for run in runs:
-            verdict = judge(summarise(run))
-            level = logging.WARNING if verdict.kind in ("not held", "narrow") else logging.INFO
-            _log.log(level, "%s: %s", run.name, verdict.words)
+            print(f"{run.name}: {judge(summarise(run)).words}")  # as the Trainer says what it has logged
 
     def _go_first(self) -> None:
         """Moves this callback before those of `report_to`, which would get the same logs earlier.

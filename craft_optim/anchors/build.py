@@ -54,6 +54,7 @@ def build(
     dtype: torch.dtype = torch.float16,
     images: str = "uint8",
     shard_size: int = 256,
+    units_of: AnchorCache | None = None,
     model_id: str | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -96,6 +97,8 @@ def build(
             (see `images.FORMULAS` for the pipelines that qualify), and as they are otherwise. "keep": always as they
             are.
         shard_size: Anchors per file; one shard's anchors are held in memory.
+        units_of: Of values and hidden states, whose drift is in shares of the teacher's variance: the cache whose
+            variance that is, for held-out anchors. None: that of these anchors.
         model_id: Name of the teacher, for people.
         resume: True to continue a half-built folder; False starts over.
         overwrite: True to start over whatever the folder holds.
@@ -178,6 +181,7 @@ def build(
         extractor = Extractor(model, device, spec, dtype, reading)
         start_over = overwrite or not resume
         with building(folder, settings, team, replicated, start_over=start_over) as target, Writer(target) as writer:
+            target.units = None if units_of is None else units_of.features
             with steady(model):
                 _run(extractor, stream, writer)
             writer.finish()

@@ -25,7 +25,7 @@ from .categories import recorded
 from .fingerprint import compare_fingerprints
 from .folders import is_locked, locked, write_aside, write_json
 from .images import Encoding
-from .manifest import MANIFEST, PROGRESS, dtype_name, manifest_text, tap_key
+from .manifest import MANIFEST, PROGRESS, FeatureSpec, dtype_name, manifest_text, tap_key
 from .outputs import feature
 from .processes import Team
 from .shards import AnchorCacheError, Shard, mean_variance, variances
@@ -57,6 +57,7 @@ class BuildFolder:
         complete: This process' shards that were on disk already: number -> checksums of their anchors.
         outputs: Outputs of the model, as the manifest has them; None until known.
         structure: Structure of the inputs; None until known.
+        units: Of another cache, whose variances the manifest gets in the place of these anchors' own; None for those.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], team: Team, replicated: bool = True) -> None:
@@ -65,6 +66,7 @@ class BuildFolder:
         self.complete: dict[int, list[str]] = {}
         self.outputs: dict[str, Any] | None = None
         self.structure: Structure | None = None
+        self.units: FeatureSpec | None = None
 
     def is_mine(self, shard: int) -> bool:
         """True if this process writes the shard, one of those whose anchors it sees."""
@@ -209,6 +211,9 @@ class BuildFolder:
         features["variances"] = {tap: mean_variance(shards, f"features.{tap}") for tap in taps}
         values = {name: feature("values", name) for name, output in outputs.items() if output["kind"] == "values"}
         features["scales"] = {name: variances(shards, f"features.{key}") for name, key in values.items()}
+        if self.units is not None:
+            for what, theirs in (("variances", self.units.variances), ("scales", self.units.scales)):
+                features[what] = {name: theirs.get(name, own) for name, own in features[what].items()}
         manifest = {
             "anchors": sum(shard.count for shard in shards),
             "inputs": shared[-1][2],

@@ -5,10 +5,10 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ __all__ = ["Answers", "chat_anchors"]
 
 Answers = Literal["given", "sampled", "greedy"]
 QUESTIONS = "questions.jsonl"
+
+T = TypeVar("T")
 
 _log = logging.getLogger("craft_optim")
 
@@ -106,7 +108,7 @@ def chat_anchors(
     else:
         records = read_records(data, count)
     if answers == "given":
-        rows = _fitting([answered(record, tokenizer, counted) for record in records], max_length)
+        rows = _fitting(_each(records, lambda record: answered(record, tokenizer, counted)), max_length)
         reading = Reading(mask="labels", output="classes", class_dim=-1)
     else:
         new, heat = whole("max_new_tokens", max_new_tokens), number("temperature", temperature, least=0.0, above=True)
@@ -139,6 +141,17 @@ def _own_questions(
     return found
 
 
+def _each(records: Sequence[Mapping[str, Any]], function: Callable[[Mapping[str, Any]], T]) -> list[T]:
+    """The function of each record; errors have its number."""
+    found = []
+    for place, record in enumerate(records):
+        try:
+            found.append(function(record))
+        except ValueError as error:
+            raise ValueError(f"Record {place} of {len(records)}: {error}") from error
+    return found
+
+
 def _fitting(rows: Sequence[Row], most: int) -> list[Row]:
     """The rows cut to a length, those with counted tokens only."""
     cut = [row._replace(ids=row.ids[:most], counts=row.counts[:most]) for row in rows]
@@ -159,7 +172,7 @@ def _fitting(rows: Sequence[Row], most: int) -> list[Row]:
 
 def _open_ended(records: Sequence[Mapping[str, Any]], tokenizer: Any, most: int) -> list[Row]:
     """The prompts that leave room for an answer; none of their tokens count."""
-    prompts = [(prompted(record, tokenizer), category_of(record)) for record in records]
+    prompts = _each(records, lambda record: (prompted(record, tokenizer), category_of(record)))
     kept = [Row(ids, [False] * len(ids), category=category) for ids, category in prompts if 0 < len(ids) <= most]
     _say(Counter({f"are left out: their prompt is longer than {most} tokens": len(prompts) - len(kept)}), len(prompts))
     _require(kept, f"No prompt fits: they may have `max_length` - `max_new_tokens` = {most} tokens. Take a larger one.")

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from craft_optim._paths import expanded
+from craft_optim._paths import expanded, require_found
 from craft_optim.adapter_checkpoints import base_of_adapters, with_adapters
 
 __all__ = ["load_language_model"]
@@ -31,6 +31,7 @@ def load_language_model(path: str, *, device: str = "cpu") -> tuple[nn.Module, A
     except ImportError as error:
         raise ImportError(f"{path} needs transformers ({error}): pip install 'craft-optim[transformers]'.") from error
     path = expanded(path)
+    require_found(path, "the folder of a model, a .gguf file, or a hub id", (".gguf",))
     folder, named = Path(path), {}
     files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf"))
     if files and not (folder / "config.json").is_file():

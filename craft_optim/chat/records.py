@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_optim._numbers import whole
-from craft_optim._paths import expanded
+from craft_optim._paths import expanded, require_found
 from craft_optim.anchors.sampling import spread
 
 __all__ = ["FORMS", "read_records", "require_form"]
@@ -84,6 +84,7 @@ def _name(source: Any) -> str:
 
 
 def _opened(source: str) -> Any:
+    require_found(source, f"a file ({', '.join(_READERS)}), a folder, or the id of a dataset on the hub", _READERS)
     path = Path(source)
     kind = _READERS.get(path.suffix.lower())
     if path.is_file() and kind is None:

@@ -10,6 +10,8 @@ from craft_optim.anchors.masks import IGNORED
 
 __all__ = ["Counted", "Row", "answered", "batch_of", "category_of", "prompted"]
 
+_LET_IT = "let the model answer (answers='sampled' of `chat_anchors`, --answers=sampled of build-anchors)"
+
 Counted = Literal["assistant", "all"]
 
 
@@ -57,7 +59,7 @@ def answered(record: Mapping[str, Any], tokenizer: Any, counted: Counted = "assi
         if end is not None and row.ids[-1] != end:
             row = Row([*row.ids, end], [*row.counts, True])
     else:
-        raise ValueError("A prompt without a completion has no answer: let the model answer, answers='sampled'.")
+        raise ValueError(f"A prompt without a completion has no answer: {_LET_IT}.")
     counts = [False, *(counted == "all" or counts for counts in row.counts[1:])]
     return row._replace(counts=counts, category=category_of(record))
 
@@ -149,7 +151,7 @@ def _of_messages(messages: Sequence[Any], tokenizer: Any, tools: Any) -> Row:
     if not places:
         raise ValueError(
             "Messages must hold an answer of the assistant. Found the roles "
-            f"{', '.join(str(message['role']) for message in messages)}: let the model answer, answers='sampled'."
+            f"{', '.join(str(message['role']) for message in messages)}: {_LET_IT}."
         )
     text = _templated(tokenizer, messages, tools)
     spans = [_span(messages, place, text, tokenizer, tools) for place in places]

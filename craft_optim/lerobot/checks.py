@@ -44,6 +44,13 @@ def check_run(cfg: Any, settings: CraftSettings, saved: Mapping[str, Any] | None
     if cfg.is_reward_model_training:
         raise SettingsError("craft constrains policies, and this run trains a reward model: leave the flag out.")
     if cfg.resume:
+        home = Path(cfg.checkpoint_path).resolve()
+        if not home.is_relative_to(Path(cfg.output_dir).resolve()):
+            raise SettingsError(
+                f"The checkpoint {cfg.checkpoint_path} is not in the folder that this run would go on in, "
+                f"{cfg.output_dir}, as its config says: it was moved or copied, and rows and checkpoints of the run "
+                f"there would be replaced. Pass --output_dir={home.parents[1]}."
+            )
         if saved is None and settings.anchors.path is None:
             raise SettingsError(
                 f"The checkpoint {cfg.checkpoint_path} was made without craft: it does not say where anchors of the "

@@ -72,6 +72,8 @@ def open_frames(
         return AnchorFrames(FramesFile(prompts, config, mean_state(preprocessor)), None, keep)
     opened, where = open_dataset(config, **dataset), str(dataset.get("root") or dataset.get("repo_id"))
     _check_observations(config, preprocessor, opened, where, renamed=bool(dataset.get("rename_map")))
+    if prompts is not None and config.type in _READ_NO_TASK:
+        raise ValueError(f"`prompts` are instructions, and {config.type} reads none: leave them out. Found {prompts}.")
     instructions = None if prompts is None else read_prompts(prompts)
     if instructions is None and config.type not in _READ_NO_TASK and not all(x.strip() for x in read_prompts(opened)):
         warn(

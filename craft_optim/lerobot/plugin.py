@@ -38,7 +38,9 @@ REPLACED = (
 
 
 def install(arguments: Sequence[str], *, debug: bool = False) -> None:
-    """Replaces functions of lerobot's training script, for a command line without its program; only once.
+    """Replaces functions of lerobot's training script, for a command line without its program.
+
+    Once; a later call in this process, for another run, gives the settings of that one.
 
     Args:
         debug: True to keep the traceback of errors before the first step.
@@ -47,8 +49,6 @@ def install(arguments: Sequence[str], *, debug: bool = False) -> None:
         SystemExit: A setting is invalid, or lerobot's script is not the one that this was written for.
     """
     script = _script()
-    if hasattr(script, "craft_run"):
-        return
     missing = [name for name in REPLACED if not hasattr(script, name)]
     if missing:
         import lerobot
@@ -60,9 +60,14 @@ def install(arguments: Sequence[str], *, debug: bool = False) -> None:
     from lerobot.configs.parser import parse_arg
 
     explained = contextmanager(functools.partial(_explained, debug=debug))
+    run: CraftRun | None = getattr(script, "craft_run", None)
     with explained():
         # A config file may belong to a resumed run: then the checkpoint has the other settings
-        run = CraftRun(own_flags(arguments), complete=parse_arg("config_path", arguments) is None)
+        flags, complete = own_flags(arguments), parse_arg("config_path", arguments) is None
+        if run is not None:
+            run.read(flags, complete=complete)
+            return
+        run = CraftRun(flags, complete=complete)
     _hide_flags()
     script.craft_run = run  # type: ignore[attr-defined]
     for name, replacement in _replacements(run, script, explained).items():
@@ -132,6 +137,8 @@ def _replacements(
 
     def make_train_eval_datasets(cfg: Any) -> Any:
         with explained():
+            if _asked_for(sys.argv[1:]):  # the program may be called again, with other flags, in this process
+                run.flags = own_flags(sys.argv[1:])
             run.prepare(cfg)
         return original["make_train_eval_datasets"](cfg)
 

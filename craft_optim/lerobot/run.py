@@ -91,11 +91,15 @@ class CraftRun:
     """
 
     def __init__(self, flags: Sequence[str], *, complete: bool = True) -> None:
+        self.read(flags, complete=complete)
+        self._forget()
+
+    def read(self, flags: Sequence[str], *, complete: bool = True) -> None:
+        """Takes other flags, for another run in this process; arguments and errors as of the class."""
         self.flags = list(flags)
         self.settings = read_settings(flags, complete=complete)
         if complete:
             check_source(self.settings.anchors)
-        self._forget()
 
     def _forget(self) -> None:
         """Resets the state: one process may train more than once."""

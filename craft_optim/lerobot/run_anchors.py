@@ -179,7 +179,7 @@ def build_anchors(
     train, held = split_episodes(source.dataset, settings.heldout)
     counts = counts_of(settings, source)
 
-    def build(part: Part, count: int, path: Path) -> AnchorCache:
+    def build(part: Part, count: int, path: Path, units_of: AnchorCache | None = None) -> AnchorCache:
         require_count(path, count)
         rows = spread_frames(part, count)
         batches = anchor_batches(
@@ -193,14 +193,15 @@ def build_anchors(
         )
         dtype = getattr(torch, settings.dtype)
         reading = replace(adapter.reading, autocast=autocast)
-        how = {"reading": reading, "top_k": settings.top_k, "dtype": dtype}
+        how = {"reading": reading, "top_k": settings.top_k, "dtype": dtype, "units_of": units_of}
         progress = None if inside_slurm() else True
         return adapter.build(model, batches, path, model_id=pretrained, progress=progress, **how)
 
-    heldout = None
+    cache, heldout = build(train, counts[0], folder), None
     if held is not None and counts[1]:
-        heldout = build(held, counts[1], heldout_folder(folder))
-    return RunAnchors(adapter, build(train, counts[0], folder), heldout)
+        # In the units of the anchors, as the run measures it
+        heldout = build(held, counts[1], heldout_folder(folder), units_of=cache)
+    return RunAnchors(adapter, cache, heldout)
 
 
 def open_anchors(model: nn.Module, cache: AnchorCache) -> RunAnchors:

@@ -27,6 +27,7 @@ _FACTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "held-out drift": ("heldout", number),
     "steps above epsilon": ("violated", percent),
     "steps with a pass": ("passes", percent),
+    "kept of a step": ("kept", percent),
     "lambda at its cap": ("capped", percent),
     "in conflict": ("conflict", percent),
     "projected": ("projected", percent),

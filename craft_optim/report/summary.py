@@ -30,11 +30,12 @@ LABELS = {
 """The kind of a verdict, in the words of page and table"""
 
 _LAST = 0.05  # the part of a run whose rows stand for its end
-_AT_LEAST = 20  # rows, where there are as many
-_RECENT = 0.1  # of a run's steps: drift that was measured in these is that of the end
+_AT_LEAST = 20  # rows, if there are as many among the recent ones
+_RECENT = 0.1  # of a run's steps: what was measured in these is of the end
 _COMPLETE = 0.9  # of the steps: skipped passes have no interval
 _OF_THE_WAY = 0.1  # of the steps above the band: with more of them, drift was held at the end alone
 _WORST_FIRST = ("not held", "narrow", "late", "held", "inactive", "free")
+_SHORT = 0.75  # of a step: with less, the trust region has held the new task back
 _DECAYED = 0.5  # of its largest value: a learning rate that ended below has decayed
 
 Source = Literal["anchors", "heldout", "average", "batches"]
@@ -56,6 +57,7 @@ class Summary:
         epsilon: The last.
         violated: Share of the steps with drift above 1.1 x epsilon: of the average, where there is one.
         peak: The largest drift / epsilon of all steps.
+        kept: Mean share of a step with a pass that the trust region left.
         capped: Share of the passes with lambda at its cap.
         late: Number of the passes in the last quarter, which say why drift was not held.
         stuck: Number of these with lambda at its cap and drift above 1.1 x epsilon.
@@ -83,6 +85,7 @@ class Summary:
     epsilon: float | None
     violated: float | None
     peak: float | None
+    kept: float | None
     capped: float | None
     late: int
     stuck: int
@@ -126,8 +129,8 @@ def summarise(run: Run) -> Summary:
     level, bound = ("drift" if len(run.measured("drift")[1]) else "retention_loss"), "epsilon"
     above = _times(run, level, bound) > BAND[1]  # what lambda works on
     late = np.flatnonzero(np.isfinite(run["retention_loss"]))[-max(1, len(batch) // 4) :]
-    if len(steering := run.measured("heldout")[1]):
-        drift, source = (float(elsewhere[-1]) if len(elsewhere) else _mean(_end(steering))), "heldout"
+    if len(run.measured("heldout")[1]):
+        drift, source = (float(elsewhere[-1]) if len(elsewhere) else _mean(_end(run, "heldout"))), "heldout"
         level, bound = "heldout", "epsilon_heldout"
     times, epsilon = _times(run, level, bound), run.measured(bound)[1]
     skipped, rate = run.measured("skipped")[1], run.measured("lr")[1]
@@ -139,7 +142,7 @@ def summarise(run: Run) -> Summary:
         steps=int(run.steps[-1]),
         retention_steps=len(batch),
         passes=_passes(run),
-        loss=_mean(_end(run.measured("loss")[1])),
+        loss=_mean(_end(run, "loss")),
         drift=drift,
         source=source,
         anchors=anchors,
@@ -148,6 +151,7 @@ def summarise(run: Run) -> Summary:
         epsilon=float(epsilon[-1]) if len(epsilon) else None,
         violated=_share_above(run, times),
         peak=float(np.nanmax(times)) if np.isfinite(times).any() else None,
+        kept=_mean(run.measured("step_kept")[1]),
         capped=_mean(run.measured("capped")[1]),
         late=len(late),
         stuck=int((above & (run["capped"] == 1.0))[late].sum()),
@@ -170,8 +174,8 @@ def _on_anchors(run: Run) -> tuple[float | None, Source]:
     if len(measured) and (_recent(run, at) or not len(batch)):
         return float(measured[-1]), "anchors"
     if len(average):
-        return _mean(_end(average)), "average"
-    return (float(np.median(_end(batch))) if len(batch) else None), "batches"
+        return _mean(_end(run, "drift")), "average"
+    return (float(np.median(_end(run, "retention_loss"))) if len(batch) else None), "batches"
 
 
 def _recent(run: Run, at: Column) -> bool:
@@ -213,8 +217,14 @@ def _passes(run: Run) -> float | None:
     return len(steps) / (between + float(intervals[-1]))
 
 
-def _end(values: Column) -> Column:
-    return values[-max(_AT_LEAST, int(_LAST * len(values))) :]
+def _end(run: Run, name: str) -> Column:
+    """A column's last values: of a long run 5 %, at least 20; of a short one those of its last tenth, at least one."""
+    at, values = run.measured(name)
+    if not len(values):
+        return values
+    first, last = run.steps[0], run.steps[-1]
+    recent = int((at >= last - _RECENT * (last - first)).sum())
+    return values[-max(1, min(recent, max(_AT_LEAST, int(_LAST * len(values))))) :]
 
 
 def _mean(values: Column) -> float | None:
@@ -248,7 +258,7 @@ def judge(summary: Summary) -> Verdict:
     if ended_only:
         held += " If the final model alone counts, that is no trouble; if not, lower the learning rate."
     kind = "narrow" if beyond else "late" if ended_only else "inactive" if room else "held"
-    return Verdict(kind, f"{held}{beyond}{_skipped(summary)}")
+    return Verdict(kind, f"{held}{beyond}{_cut(summary)}{_skipped(summary)}")
 
 
 def _why(summary: Summary) -> str:
@@ -289,6 +299,15 @@ def _heldout(summary: Summary) -> str:
         return ""
     said = runs_away(drift, heldout, epsilon)
     return "" if said is None else f" {said}"
+
+
+def _cut(summary: Summary) -> str:
+    if summary.kept is None or summary.kept >= _SHORT:
+        return ""
+    return (
+        f" To hold it, the trust region left {percent(summary.kept)} of the steps, so that the new task had fewer: lower "
+        "the learning rate, train for longer, or raise epsilon."
+    )
 
 
 def _skipped(summary: Summary) -> str:

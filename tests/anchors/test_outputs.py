@@ -23,6 +23,7 @@ from craft_optim.anchors import (
     build,
 )
 from craft_optim.anchors.kinds import Output
+from craft_optim.evaluation.drift import drifts
 
 
 def mlp(outputs: int) -> nn.Sequential:
@@ -677,3 +678,17 @@ def test_what_an_output_is_may_be_said_beside_the_examples() -> None:
     assert said.drift() == read.drift() > 0.0
     with pytest.raises(TypeError, match="`OnlineRetention` and `Reading` have no `outputs`"):
         OnlineRetention(model, inputs, 4, teacher=teacher, outputs="labels")
+
+
+def test_held_out_anchors_are_measured_in_the_units_of_the_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, other = mlp(3), torch.randn(64, 6), 3.0 * torch.randn(32, 6)
+    how: dict[str, Any] = {"output": "values", "layers": ["0"], "dtype": torch.float32}
+    cache = build(model, [x], tmp_path / "anchors", **how)
+    held = build(model, [other], tmp_path / "held", units_of=cache, **how)
+    own = build(model, [other], tmp_path / "own", **how)
+    disturb(model, 0.1)
+    for kind, in_units, by_itself in zip(cache.kinds, drifts(model, held), drifts(model, own), strict=True):
+        training = cache.retention(model, kind, batch_size=16, strict=False).drift(own)
+        assert in_units.value == pytest.approx(training, rel=1e-5)
+        assert by_itself.value < 0.5 * training, "its own variance is larger"

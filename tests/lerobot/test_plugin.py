@@ -227,6 +227,23 @@ def test_two_runs_in_one_process(act, finished_run, tmp_path):
         plugin.install(CRAFT)
         first = lerobot_train.make_optimizer_and_scheduler
         assert first.__wrapped__.__module__ == "lerobot.optim.factory", "replaced once"
+        plugin.install([*CRAFT, "--craft.rho=3"])
+        assert lerobot_train.craft_run.settings.rho == 3.0
+        with pytest.raises(SystemExit):
+            plugin.install([*CRAFT, "--craft.anchor.count=3"])
+
+
+def test_the_program_called_again_in_this_process_reads_its_own_flags(monkeypatch):
+    with replaced():
+        plugin.install(CRAFT)
+        run, prepared = lerobot_train.craft_run, []
+        monkeypatch.setattr(run, "prepare", lambda cfg: prepared.append(run.flags))
+        for rho in ("2", "4"):
+            given = [plugin.TRAIN_FLAG, *CRAFT, f"--craft.rho={rho}"]
+            monkeypatch.setattr(sys, "argv", ["lerobot-train", *given])
+            with pytest.raises(AttributeError):
+                lerobot_train.make_train_eval_datasets(None)
+    assert [flags[-1] for flags in prepared] == ["--craft.rho=2", "--craft.rho=4"]
 
 
 # Its anchors

@@ -241,3 +241,20 @@ def test_one_row(run_of):
     found = summarise(run_of(steps=1))
     assert (found.steps, found.retention_steps, found.ms_per_step) == (0, 1, None)
     assert judge(found).kind == "inactive"
+
+
+@pytest.mark.parametrize("count", [12, 18, 100])
+def test_the_end_of_a_short_log_is_its_end(run_of, count):
+    """A Trainer writes few rows: what was long ago is no part of the end."""
+    run = run_of(steps=count)
+    rising = np.where(np.arange(count) < 0.9 * count - 1, 0.001, 0.9)
+    found = summarise(changed(run, drift=rising, retention_loss=rising, loss=rising, epsilon=0.05))
+    assert (found.drift, found.loss) == (pytest.approx(0.9), pytest.approx(0.9))
+    assert judge(found).kind == "not held"
+
+
+def test_steps_that_were_cut_are_told_of(run_of):
+    run = changed(run_of(), drift=0.05)
+    assert "trust region" not in judge(summarise(changed(run, step_kept=0.8))).words
+    words = judge(summarise(changed(run, step_kept=[0.25, 0.75] * 50))).words
+    assert "the trust region left 50 % of the steps" in words

@@ -27,6 +27,8 @@ from craft_optim.evaluation.actions import action_drift, predicted_actions
 from craft_optim.evaluation.checkpoints import Checkpoint, layer_name, record, short_names
 from craft_optim.evaluation.drift import QUANTILES, Drift, drifts, spread_over
 from craft_optim.evaluation.plots import draw_checkpoints, require_matplotlib
+from craft_optim.report.numbers import number
+from craft_optim.report.summary import BAND, LABELS
 
 __all__ = ["run"]
 
@@ -124,9 +126,9 @@ def _epsilons(given: Sequence[str]) -> dict[str, float]:
     """Kind -> epsilon; "" for one that is given without a kind."""
     found: dict[str, float] = {}
     for text in given:
-        kind, _, number = text.rpartition("=")
+        kind, _, given_value = text.rpartition("=")
         try:
-            value = float(number)
+            value = float(given_value)
         except ValueError:
             value = 0.0
         if not 0.0 < value < float("inf") or kind in found:
@@ -253,9 +255,9 @@ def _print(
         else:
             print_grid(f"{kind} by category{left_out}", columns, rows)
 
-    for number, drift in enumerate(found[0].drifts):
+    for place, drift in enumerate(found[0].drifts):
         threshold = epsilon.get(drift.kind)
-        of_all = [checkpoint.drifts[number] for checkpoint in found]
+        of_all = [checkpoint.drifts[place] for checkpoint in found]
         rows = [[c.name, *numbers(d.value, d.each, threshold)] for c, d in zip(found, of_all, strict=True)]
         print_grid(f"{drift.kind}: {drift.unit}", header("checkpoint", threshold), rows)
         print_categories(drift.kind, [d.each for d in of_all], threshold)
@@ -281,6 +283,14 @@ def _print(
         print_grid("actions by dimension: mean |difference|", ["checkpoint", *dimensions], rows)
         rows = [[name, *map(_short, apart.rms_per_dimension)] for name, apart in acted]
         print_grid("actions by dimension: rms", ["checkpoint", *dimensions], rows)
+    verdicts = [
+        f"\n{checkpoint.name}, {drift.kind}: {number(drift.value / threshold)} x epsilon: "
+        f"{LABELS['held' if drift.value <= BAND[1] * threshold else 'not held']}"
+        for checkpoint in found
+        for drift in checkpoint.drifts
+        if (threshold := epsilon.get(drift.kind)) is not None
+    ]
+    print("".join(verdicts))
 
 
 def _layers(drift: Drift) -> list[str]:
