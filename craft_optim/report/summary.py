@@ -305,8 +305,8 @@ def _cut(summary: Summary) -> str:
     if summary.kept is None or summary.kept >= _SHORT:
         return ""
     return (
-        f" To hold it, the trust region left {percent(summary.kept)} of the steps, so that the new task had fewer: lower "
-        "the learning rate, train for longer, or raise epsilon."
+        f" To hold it, the trust region left {percent(summary.kept)} of the steps, which the new task lacks: lower the "
+        "learning rate, train for longer, or raise epsilon."
     )
 
 

@@ -91,7 +91,7 @@ def test_drift_held_out_drift_and_loss_are_large(tmp_path, rows, write):
         return large(render(read_runs([str(write(tmp_path / "m.jsonl", content))])))
 
     content = rows(averages=True)
-    loss = ("0.103", "", "task loss")
+    loss = ("0.0861", "", "task loss")
     assert of(content) == [("1", "x epsilon", "drift 0.05"), ("–", "", "held-out drift: not measured"), loss]
     content[97] |= {"drift_anchors": 0.04, "drift_heldout": 0.123}
     assert of(content) == [("0.8", "x epsilon", "drift 0.04"), ("2.46", "x epsilon", "held-out drift 0.123"), loss]
