@@ -45,8 +45,8 @@ class Kept(NamedTuple):
     def describe(self, classes: int) -> str:
         """One line for people, for an output with that many classes."""
         return (
-            f"the {self.k} likeliest of {classes:,} classes hold {self.mass:.3f} of the probability; of a drift "
-            f"that moved all logits alike the KL over them and the rest would leave out {self.unseen:.3f}"
+            f"the {self.k} likeliest of {classes:,} classes hold {self.mass:.3f} of the probability; they and the rest "
+            f"show all of a drift but about {100 * self.unseen:.0f} %"
         )
 
 

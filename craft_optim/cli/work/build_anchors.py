@@ -154,7 +154,8 @@ def _print_built(cache: AnchorCache, source: Source, seconds: float | None) -> N
         ],
     )
     usage = source.usage.format(cache=str(cache.path), kind=kind)
-    code = f"{usage}\noptimizer = CraftOptimizer(optimizer, retention, epsilon=...)"
+    wrapped = "optimizer = CraftOptimizer(optimizer, retention, epsilon=...)"
+    code = f"from craft_optim import CraftOptimizer\n{usage}\n{wrapped}"
     if source.policy is None:
         print_code(code)
         return
