@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import craft_optim
-from craft_optim._paths import expanded, local
+from craft_optim._paths import expanded, local, require_found
 from craft_optim.anchors import AnchorCache, build, convert
 from craft_optim.anchors.importers import write_cache
 from craft_optim.anchors.manifest import FeatureSpec
@@ -308,3 +308,14 @@ def test_every_option_and_operand_of_every_command(home, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main(["train", "--dataset.root=~/a"])
     assert given == ["train", "--dataset.root=~/a"], "these are lerobot's, as they are for lerobot-train"
+
+
+@pytest.mark.parametrize("name", ["out/", "./out", "a/b/c", "model.gguf", "/nowhere"])
+def test_what_can_be_no_hub_id_must_be_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"must be a model. Found nothing there"):
+        require_found(name, "a model", (".gguf",))
+    for hub in ("gpt2", "you/model"):
+        require_found(hub, "a model", (".gguf",))
+    (tmp_path / "out").mkdir()
+    require_found("out/", "a model")

@@ -189,9 +189,9 @@ class Comparison:
 
     def show(self, epsilon: float) -> list[Outcome]:
         """Prints the table and returns its lines."""
-        print(f"{'':22} | loss on orders | drift (epsilon {epsilon:g}), held out")
+        print(f"{'':22} | loss on orders | {f'drift (epsilon {epsilon:g})':>20} | {'held out':>8}")
         for o in self.outcomes:
-            print(f"{o.name:22} | {o.new_loss:14.3f} | {o.drift:20.4f} {o.held_out:9.4f}")
+            print(f"{o.name:22} | {o.new_loss:14.3f} | {o.drift:20.4f} | {o.held_out:8.4f}")
         for place, question in enumerate(ASKED):
             print(f"\n{question}")
             for o in self.outcomes:

@@ -73,8 +73,9 @@ def test_what_cannot_be_read_is_said(tmp_path):
     (tmp_path / "b.jsonl").write_text("no json")
     with pytest.raises(ValueError, match=r"b\.jsonl cannot be read as records"):
         read_records(tmp_path / "b.jsonl")
-    with pytest.raises(ValueError, match="cannot be read as records"):
-        read_records(tmp_path / "nowhere")
+    for missing in (tmp_path / "nowhere", "nowhere.jsonl", "./nowhere", "nowhere/"):
+        with pytest.raises(ValueError, match=r"must be a file \(\.jsonl.* Found nothing there"):
+            read_records(missing)
 
 
 @pytest.mark.parametrize(("given", "found"), [("code", "code"), (3, "3"), (0, "0"), (1.5, "1.5"), (None, None)])
