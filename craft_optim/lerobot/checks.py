@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lerobot.configs.types import NormalizationMode
 from lerobot.processor import NormalizerProcessorStep
+from lerobot.utils.constants import CHECKPOINTS_DIR
 
 from craft_optim._warn import warn
 from craft_optim.anchors import AnchorCache
@@ -44,12 +45,13 @@ def check_run(cfg: Any, settings: CraftSettings, saved: Mapping[str, Any] | None
     if cfg.is_reward_model_training:
         raise SettingsError("craft constrains policies, and this run trains a reward model: leave the flag out.")
     if cfg.resume:
-        home = Path(cfg.checkpoint_path).resolve()
-        if not home.is_relative_to(Path(cfg.output_dir).resolve()):
+        at, home = Path(cfg.checkpoint_path).absolute(), Path(cfg.output_dir).absolute()
+        inside = at.is_relative_to(home) or at.resolve().is_relative_to(home.resolve())  # folders may be links
+        if not inside and (home / CHECKPOINTS_DIR).is_dir():
             raise SettingsError(
                 f"The checkpoint {cfg.checkpoint_path} is not in the folder that this run would go on in, "
-                f"{cfg.output_dir}, as its config says: it was moved or copied, and rows and checkpoints of the run "
-                f"there would be replaced. Pass --output_dir={home.parents[1]}."
+                f"{cfg.output_dir}, where there is a run: its checkpoints and the rows of its log would be replaced. "
+                f"Pass --output_dir={at.parents[1]}, or a new folder."
             )
         if saved is None and settings.anchors.path is None:
             raise SettingsError(

@@ -26,14 +26,15 @@ def policy(*cameras, name="act", renamed=None):
 
 def test_frames_of_a_dataset_with_other_instructions(tmp_path):
     (tmp_path / "prompts.txt").write_text("Press a button\n")
-    config, preprocessor = policy(small.TOP)
-    frames = open_frames(
-        config, preprocessor, root=DATA, episodes="-1:", prompts=tmp_path / "prompts.txt", keep="actions"
-    )
+    config, preprocessor = policy(small.TOP, name="pi0")
+    given = {"root": DATA, "episodes": "-1:", "prompts": tmp_path / "prompts.txt", "keep": "actions"}
+    frames = open_frames(config, preprocessor, **given)
     assert (frames.prompts, frames.keep) == (["Press a button"], "actions")
     assert len(frames.dataset.episodes) == 1
     assert frames.dataset[0]["action"].shape == (small.CHUNK, 4)
     assert open_frames(config, preprocessor, root=DATA).prompts is None
+    with pytest.raises(ValueError, match=r"`prompts` are instructions, and act reads none: leave them out. Found"):
+        open_frames(*policy(small.TOP), **given)
 
 
 def test_cameras_of_another_name():

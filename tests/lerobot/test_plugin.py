@@ -243,7 +243,17 @@ def test_the_program_called_again_in_this_process_reads_its_own_flags(monkeypatc
             monkeypatch.setattr(sys, "argv", ["lerobot-train", *given])
             with pytest.raises(AttributeError):
                 lerobot_train.make_train_eval_datasets(None)
-    assert [flags[-1] for flags in prepared] == ["--craft.rho=2", "--craft.rho=4"]
+    assert [flags[-1] for flags in prepared] == ["--rho=2", "--rho=4"]
+
+
+def test_a_copied_run_does_not_go_on_in_the_first_ones_folder(act, finished_run, tmp_path, capsys):
+    out = copied(finished_run, tmp_path / "out", until=2)
+    before = rows(finished_run)
+    there = [flag for flag in resume(out, 2) if not flag.startswith("--output_dir")]
+    said = stopped_with(capsys, "act", act, *there)
+    assert f"is not in the folder that this run would go on in, {finished_run}" in said
+    assert f"Pass --output_dir={out}, or a new folder." in said
+    assert rows(finished_run) == before
 
 
 # Its anchors
@@ -474,7 +484,7 @@ def test_a_cache_of_another_number_of_anchors(act, tmp_path, capsys):
     train("act", act, *arguments(act, tmp_path / "a", steps=1), *given)
     train("act", act, *arguments(act, tmp_path / "b", steps=1), *given)
     said = stopped_with(capsys, "act", act, *arguments(act, tmp_path / "c", steps=1), *given, "--craft.anchors.count=6")
-    assert "holds a finished cache of 4 anchors, and 2 were asked for" in said
+    assert "holds a finished cache of 8 anchors, and 4 were asked for" in said
 
 
 def test_a_policy_that_was_never_trained(act, tmp_path, capsys):

@@ -81,6 +81,7 @@ METHODS = (
     Method("craft-own", "CRaFT, its own rollouts as anchors", "craft", anchors="own"),
     Method("craft-0.05", "CRaFT, epsilon .05", "craft", epsilon=0.05),
     Method("craft-0.2", "CRaFT, epsilon .2", "craft", epsilon=0.2),
+    Method("craft-0.01", "CRaFT, epsilon .01", "craft", epsilon=0.01),
     Method("craft-8", "CRaFT, 8 anchors per pass", "craft", batch=8),
     Method("kl-0.1", "KL, lambda .1", "kl", weight=0.1),
     Method("kl-10", "KL, lambda 10", "kl", weight=10.0),
