@@ -15,7 +15,7 @@ from metaworld_pi0_fast import NEW_TASK, OLD_TASKS, environment
 from metaworld_pi0_fast.rollouts import Rollouts
 from skills import command, continuous, runs, setup, summary
 from skills.figure import draw
-from skills.methods import IN_SCENES, IN_SEQUENCE, METHODS
+from skills.methods import IN_PI0, IN_SCENES, IN_SEQUENCE, METHODS
 
 KEPT = Path(command.SCRIPT).parent / "results" / command.NAME
 KNOWN = OLD_TASKS[:2]
@@ -180,7 +180,7 @@ def _run(method, seed, success, new, drift=None):
 
 def test_methods_and_choices_are_of_what_there_is():
     assert len(BY_NAME) == len(METHODS)
-    assert set(IN_SCENES) | set(IN_SEQUENCE) <= set(BY_NAME)
+    assert {*IN_SCENES, *IN_SEQUENCE, *IN_PI0} <= set(BY_NAME)
     for method in METHODS:
         assert method.anchors in setup.ANCHORED or method.anchors == "own"
     assert all(old in OLD_TASKS for old in runs.LOOKS_LIKE.values())

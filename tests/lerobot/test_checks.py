@@ -104,11 +104,11 @@ def test_the_help_lists_every_setting_with_its_default_and_what_it_is():
 
 def test_epsilon_depends_on_what_is_kept_unless_it_is_given():
     assert {keep: read_settings([]).for_kept(keep).epsilon for keep in ("logits", "tokens", "actions", "prefix")} == {
-        "logits": 0.1, "tokens": 0.1, "actions": 0.05, "prefix": 0.005,
+        "logits": 0.1, "tokens": 0.1, "actions": 0.01, "prefix": 0.005,
     }  # fmt: skip
     assert read_settings(["--epsilon=0.3"]).for_kept("prefix").epsilon == 0.3
     ending = read_settings(["--epsilon_schedule=linear", "--epsilon_start=0.5"]).for_kept("actions").schedule(10)
-    assert ending(10) == pytest.approx(0.05)
+    assert ending(10) == pytest.approx(0.01)
 
 
 # Where anchors come from

@@ -109,9 +109,9 @@ def test_metrics_go_to_the_console_the_tracker_and_a_file(act, tmp_path, monkeyp
 
 def test_without_an_epsilon_it_is_that_of_what_is_kept(act, tmp_path):
     train("act", act, *arguments(act, tmp_path / "out"), *(flag for flag in CRAFT if "epsilon" not in flag))
-    assert {row["epsilon"] for row in rows(tmp_path / "out")} == {0.05}
+    assert {row["epsilon"] for row in rows(tmp_path / "out")} == {0.01}
     (kept,) = {file.read_text() for file in (tmp_path / "out").rglob("checkpoints/000004/training_state/craft.json")}
-    assert json.loads(kept)["settings"]["epsilon"] == 0.05, "it goes on with the same"
+    assert json.loads(kept)["settings"]["epsilon"] == 0.01, "it goes on with the same"
 
 
 def test_drift_is_measured_as_often_as_asked(act, tmp_path):

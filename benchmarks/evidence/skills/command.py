@@ -24,7 +24,7 @@ from retention_budget import positive
 from separate_runs import finished, make_unless_done, side_by_side
 
 from .figure import draw
-from .methods import IN_SCENES, IN_SEQUENCE, METHODS, Method
+from .methods import IN_PI0, IN_SCENES, IN_SEQUENCE, METHODS, Method
 from .runs import SCENARIOS, Settings, run
 from .summary import markdown
 
@@ -90,7 +90,8 @@ def _jobs(args: argparse.Namespace) -> Iterator[Callable[[], object]]:
 def _methods_of(scenario: str) -> list[Method]:
     if scenario == ALONE:
         return [method for method in TRAINED if not method.joint]
-    names = IN_SEQUENCE if len(SCENARIOS[scenario].tasks) > 1 else IN_SCENES
+    names = IN_PI0 if SCENARIOS[scenario].policy == "pi0" else IN_SCENES
+    names = IN_SEQUENCE if len(SCENARIOS[scenario].tasks) > 1 else names
     return [method for method in TRAINED if method.name in names]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from craft_optim import Constraint, CraftOptimizer
 
-__all__ = ["IN_SCENES", "IN_SEQUENCE", "METHODS", "Method", "Training", "adapted", "fisher"]
+__all__ = ["IN_PI0", "IN_SCENES", "IN_SEQUENCE", "METHODS", "Method", "Training", "adapted", "fisher"]
 
 EPSILON = 0.1  # nats: the default of craft-optim train
 HIDDEN_EPSILON = 0.005  # share of the variance
@@ -104,6 +104,7 @@ METHODS = (
 """All methods; a seed's runs are made in this order"""
 
 IN_SCENES = ("adamw", "craft", "kl-1", "replay")
+IN_PI0 = ("adamw", "craft", "craft-0.05", "craft-0.01")
 IN_SEQUENCE = ("adamw", "craft", "craft-joint", "kl-1", "replay")
 
 
