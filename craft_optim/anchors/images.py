@@ -32,7 +32,7 @@ def _has_channels(x: Tensor) -> bool:
 
 def _normalised(stats: tuple[Sequence[float], Sequence[float]], scale: float = 1.0, eps: float = 0.0) -> _Formula:
     """(k / 255 - mean) / (std + eps), in this order; or (k - scale mean) / (scale std)."""
-    mean, std = (torch.tensor(values) * scale for values in stats)
+    mean, std = (torch.tensor(values, dtype=torch.float32, device="cpu") * scale for values in stats)
     std = std + eps
     unit = 255.0 / scale
 
@@ -95,6 +95,8 @@ def decode(codes: Tensor, formula: str, dtype: torch.dtype) -> Tensor:
         return table[_of_channels(torch.arange(3, device=codes.device), codes), codes.int()]
     if dtype != torch.float32 or codes.ndim < 2:
         return function(codes.float()).to(dtype)
+    if codes.ndim == 3 and formula in _BY_CHANNEL:  # its parts would be channels
+        return decode(codes[None], formula, dtype)[0]
     out, some = torch.empty(codes.shape, dtype=dtype), max(1, _IN_CACHE * len(codes) // max(1, codes.numel()))
     for values, part in zip(torch.split(out, some), torch.split(codes, some), strict=True):
         function(values.copy_(part))

@@ -88,7 +88,7 @@ CLIP = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.268629
 @pytest.mark.parametrize("stats", [IMAGENET, CLIP])
 def test_pictures_normalised_by_channel_come_back(stats: tuple[Tensor, Tensor], last: bool, dtype: torch.dtype) -> None:
     mean, std = (x.view(3, 1, 1) for x in stats)
-    k = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 1, 1).float()  # every byte in every channel
+    k = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 200, 1).float()  # every byte in every channel
     pipelines = {
         "torchvision": k.div(255).sub(mean).div(std),
         "fast processors": (k - mean * 255.0) / (std * 255.0),

@@ -290,7 +290,8 @@ def _print(
         for drift in checkpoint.drifts
         if (threshold := epsilon.get(drift.kind)) is not None
     ]
-    print("".join(verdicts))
+    if verdicts:
+        print("".join(verdicts))
 
 
 def _layers(drift: Drift) -> list[str]:
