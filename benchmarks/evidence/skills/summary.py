@@ -100,7 +100,9 @@ def scenes_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
             ours = _of(runs, method, scenario)
             if not ours or method.kind == "before":
                 continue
-            row: dict[str, Any] = {"scenario": scenario, "name": method.name, "label": method.label}
+            plain = learnt.policy == "pi0" and method.name == "craft"  # there it is not the default
+            label = f"{method.label}, epsilon {method.epsilon:g}" if plain else method.label
+            row: dict[str, Any] = {"scenario": scenario, "name": method.name, "label": label}
             row["seeds"] = sorted({run["seed"] for run in ours})
             row["old"], row["old_interval"] = _rate(_pooled(ours, old))
             row["new"], row["new_interval"] = _rate(_pooled(ours, new))
