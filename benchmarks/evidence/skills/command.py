@@ -90,8 +90,9 @@ def _jobs(args: argparse.Namespace) -> Iterator[Callable[[], object]]:
 def _methods_of(scenario: str) -> list[Method]:
     if scenario == ALONE:
         return [method for method in TRAINED if not method.joint]
-    names = IN_PI0 if SCENARIOS[scenario].policy == "pi0" else IN_SCENES
-    names = IN_SEQUENCE if len(SCENARIOS[scenario].tasks) > 1 else names
+    names: Sequence[str] = IN_PI0 if SCENARIOS[scenario].policy == "pi0" else IN_SCENES
+    if len(SCENARIOS[scenario].tasks) > 1:
+        names = IN_SEQUENCE
     return [method for method in TRAINED if method.name in names]
 
 
