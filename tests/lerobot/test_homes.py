@@ -86,7 +86,8 @@ def test_frames(home, monkeypatch):
     monkeypatch.setattr(module, "read_prompts", lambda source: opened.append(source) or ["x"])
     config = small.build("act", home, **small.features(small.TOP)).config
     open_frames(config, SimpleNamespace(steps=()), prompts="~/f.jsonl")
-    open_frames(config, SimpleNamespace(steps=()), root="~/data", prompts="~/i.txt")
+    vla = SimpleNamespace(type="pi0_fast")
+    open_frames(vla, SimpleNamespace(steps=()), root="~/data", prompts="~/i.txt")
     assert {"~/f.jsonl", "~/data", "~/i.txt"} == set(opened), "handed to functions that know homes"
 
 
