@@ -177,7 +177,7 @@ class CraftCallback(TrainerCallback):  # type: ignore[misc]  # untyped in some v
     retention pass was not finite): in the console, in `trainer.state.log_history`, and in everything in `report_to`.
     They belong to the last step that ran retention; `loss` is a mean since the last log. Evaluations get
     `eval_craft/drift_heldout`, which may be the `metric_for_best_model`. The last log, with `train_runtime`, has them
-    once more, and the verdict of `craft-optim report` goes to the log "craft_optim": a warning if drift was not held.
+    once more, and the first process prints the verdict of `craft-optim report`.
 
     It also sets `Rules.total_steps`, the length of training, if that was not given.
 

@@ -46,6 +46,15 @@ def _normalised(stats: tuple[Sequence[float], Sequence[float]], scale: float = 1
     return forth, back
 
 
+# Those with other numbers for each channel: of torchvision; of lerobot; of the fast processors of transformers
+_BY_CHANNEL: dict[str, _Formula] = {
+    "ImageNet (k/255-mean)/std": _normalised(_IMAGENET),
+    "ImageNet (k/255-mean)/(std+1e-8)": _normalised(_IMAGENET, eps=1e-8),
+    "ImageNet (k-255*mean)/(255*std)": _normalised(_IMAGENET, scale=255.0),
+    "CLIP (k/255-mean)/std": _normalised(_CLIP),
+    "CLIP (k-255*mean)/(255*std)": _normalised(_CLIP, scale=255.0),
+}
+
 # name: (bytes as float32 -> values, in place; rough inverse). Mathematically equal formulas round differently, and only
 # one of them matches a given pipeline, so each has its own entry.
 FORMULAS: dict[str, _Formula] = {
@@ -57,14 +66,8 @@ FORMULAS: dict[str, _Formula] = {
     "(k-127.5)/127.5": (lambda k: k.sub_(127.5).div_(127.5), lambda x: (x + 1.0) * 127.5),
     "k/127.5-1": (lambda k: k.div_(127.5).sub_(1.0), lambda x: (x + 1.0) * 127.5),
     "k": (lambda k: k, lambda x: x),
-    # By channel: torchvision; lerobot; the fast processors of transformers
-    "ImageNet (k/255-mean)/std": _normalised(_IMAGENET),
-    "ImageNet (k/255-mean)/(std+1e-8)": _normalised(_IMAGENET, eps=1e-8),
-    "ImageNet (k-255*mean)/(255*std)": _normalised(_IMAGENET, scale=255.0),
-    "CLIP (k/255-mean)/std": _normalised(_CLIP),
-    "CLIP (k-255*mean)/(255*std)": _normalised(_CLIP, scale=255.0),
+    **_BY_CHANNEL,
 }
-_BY_CHANNEL = frozenset(name for name in FORMULAS if "mean" in name)
 
 _IN_CACHE = 1 << 16  # values to compute at a time
 

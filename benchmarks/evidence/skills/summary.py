@@ -101,7 +101,7 @@ def scenes_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
             if not ours or method.kind == "before":
                 continue
             plain = learnt.policy == "pi0" and method.name == "craft"  # there it is not the default
-            label = f"{method.label}, epsilon {method.epsilon:g}" if plain else method.label
+            label = f"{method.label}, epsilon {f'{method.epsilon:g}'.removeprefix('0')}" if plain else method.label
             row: dict[str, Any] = {"scenario": scenario, "name": method.name, "label": label}
             row["seeds"] = sorted({run["seed"] for run in ours})
             row["old"], row["old_interval"] = _rate(_pooled(ours, old))
