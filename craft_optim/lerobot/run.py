@@ -44,7 +44,14 @@ from craft_optim.lerobot.run_anchors import (
     open_anchors,
     open_source,
 )
-from craft_optim.lerobot.settings import PREFIX, CraftSettings, SettingsError, read_settings, under_our_names
+from craft_optim.lerobot.settings import (
+    PREFIX,
+    CraftSettings,
+    SettingsError,
+    anchors_per_pass,
+    read_settings,
+    under_our_names,
+)
 from craft_optim.metrics import METRICS, JSONLWriter
 from craft_optim.optimizer import CraftOptimizer
 
@@ -243,7 +250,7 @@ class CraftRun:
             )
         self._anchors = found
         settings = self.settings = settings.for_kept(found.adapter.keep)
-        size, processes = settings.batch_size or cfg.batch_size, accelerator.num_processes
+        size, processes = settings.batch_size or anchors_per_pass(cfg.batch_size), accelerator.num_processes
         if len(found.cache) < processes:
             raise SettingsError(f"Each process takes at least one anchor. Found {len(found.cache)} for {processes}.")
         if accelerator.is_main_process:

@@ -26,6 +26,7 @@ __all__ = [
     "AnchorSettings",
     "CraftSettings",
     "SettingsError",
+    "anchors_per_pass",
     "own_flags",
     "read_settings",
     "setting_names",
@@ -56,6 +57,15 @@ _EPSILON = {"logits": 0.1, "tokens": 0.1, "actions": 0.01, "prefix": 0.005}
 
 class SettingsError(ValueError):
     """A setting is invalid; the message has its name and the remedy."""
+
+
+def anchors_per_pass(batch_size: int) -> int:
+    """Anchors per pass and process without a setting: half of the training's batch size, or 8 if that is more.
+
+    By docs/vla_benchmark.md: of batches of 16 half as many anchors keep about as much, and cost less. A batch of less
+    than 8 may be all that memory holds: then as many.
+    """
+    return min(batch_size, max(batch_size // 2, 8))
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,8 @@ class CraftSettings(Rules):
         lambda_lr: Gain of the integral or ascent term.
         lambda_max: Upper bound of lambda; "pi" has none but `rho`.
         max_grad_norm: Cap on the norm of the merged gradient. None: the clipping of the policy's optimizer.
-        batch_size: Anchors per step and process. None: the training's batch size.
+        batch_size: Anchors per step and process. None: half of the training's batch size, or 8 if that is more; as many
+            as a smaller one.
         loss: Distance of hidden states and actions: "mse", "cosine" or "l1".
         statistics: Normalisation in training and in the checkpoint: the new "dataset"'s, as without this package, or
             the "pretrained" policy's, so that one checkpoint serves old and new tasks.

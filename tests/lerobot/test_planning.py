@@ -70,6 +70,11 @@ def test_the_command_reads_the_config_alone(pi0_fast, capsys):
         assert words in said, words
 
 
+def test_passes_are_as_large_as_in_training(pi0_fast, capsys):
+    assert main(["plan", f"--policy.path={pi0_fast}", "--batch-size=32"]) == 0
+    assert "Batches of 32, 16 anchors per pass" in capsys.readouterr().out
+
+
 def test_dtype_is_the_policys_own(pi0_fast, capsys):
     """Vision and norms stay in float32."""
     found = []

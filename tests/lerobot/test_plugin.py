@@ -114,6 +114,14 @@ def test_without_an_epsilon_it_is_that_of_what_is_kept(act, tmp_path):
     assert json.loads(kept)["settings"]["epsilon"] == 0.01, "it goes on with the same"
 
 
+def test_without_a_size_a_pass_has_half_of_a_batch_at_least_8_of_it(act, tmp_path):
+    few = ["--craft.anchors.count=16", "--craft.anchors.heldout=0"]
+    for batch, expected in ((2, 2), (8, 8), (12, 8), (24, 12)):
+        out = tmp_path / str(batch)
+        run = train("act", act, *arguments(act, out, f"--batch_size={batch}", steps=1), *CRAFT, *few)
+        assert run.retention.batch_size == expected
+
+
 def test_drift_is_measured_as_often_as_asked(act, tmp_path):
     given = [*arguments(act, tmp_path / "out"), *CRAFT, "--craft.drift_every=3", "--craft.retention_every=2"]
     train("act", act, *given)

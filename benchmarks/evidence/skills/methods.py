@@ -98,6 +98,7 @@ METHODS = (
     Method("craft-heldout", "CRaFT, epsilon .2 on held-out frames", "craft", epsilon=0.2, heldout=True),
     Method("adamw-long", "AdamW, slow", rate=1 / 3, length=3),
     Method("craft-long", "CRaFT, slow", "craft", rate=1 / 3, length=3),
+    Method("craft-8-long", "CRaFT, slow, 8 anchors per pass", "craft", rate=1 / 3, length=3, batch=8),
     Method("kl-1-long", "KL, lambda 1, slow", "kl", weight=1.0, rate=1 / 3, length=3),
     Method("craft-joint", "CRaFT, one constraint for all stages", "craft", joint=True),
 )

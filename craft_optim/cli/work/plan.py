@@ -4,7 +4,7 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from typing import Any
@@ -68,15 +68,16 @@ def _check(args: argparse.Namespace) -> None:
     require_folder("--json", args.json)
 
 
-def _sizes(args: argparse.Namespace) -> tuple[int, int]:
+def _sizes(args: argparse.Namespace, anchors: Callable[[int], int] = lambda size: size) -> tuple[int, int]:
     size = args.batch_size or 8
-    return size, args.anchor_batch_size or size
+    return size, args.anchor_batch_size or anchors(size)
 
 
 def _of_policy(args: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]:
     try:
         from craft_optim.lerobot import adapter_for
         from craft_optim.lerobot.pretrained import load_config
+        from craft_optim.lerobot.settings import anchors_per_pass
         from craft_optim.lerobot.shapes import batch_of_shapes, plan_settings, policy_without_weights
     except ImportError as error:
         raise UsageError(f"--policy.path needs lerobot ({error}): pip install 'craft-optim[lerobot]'.") from error
@@ -92,7 +93,7 @@ def _of_policy(args: argparse.Namespace) -> tuple[Any, Any, Any, dict[str, Any]]
     if args.dtype and not hasattr(config, "dtype"):
         policy.to(getattr(torch, args.dtype))
     adapter = adapter_for(policy)
-    batch, anchors = (batch_of_shapes(config, size) for size in _sizes(args))
+    batch, anchors = (batch_of_shapes(config, size) for size in _sizes(args, anchors_per_pass))
     return policy, batch, adapter.inputs(anchors), plan_settings(adapter)
 
 
