@@ -34,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
     """Fine-tunes twice, prints a table and returns it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epsilon", type=float, default=0.05, help="drift to allow, in nats per token of an answer")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, help="default: as many as the model takes to learn")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    base, tokenizer, rate = chat_model()
+    base, tokenizer, rate, enough = chat_model()
     rows = Dataset.from_list(as_prompts(chats().new))
     with tempfile.TemporaryDirectory() as folder:
         anchors, held_out = anchors_of(base, tokenizer, Path(folder))
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Outcome]:
             model = copy.deepcopy(base)
             args = SFTConfig(
                 output_dir=f"{folder}/out",
-                max_steps=options.steps,
+                max_steps=options.steps or enough,
                 per_device_train_batch_size=4,
                 learning_rate=rate,
                 logging_steps=10,

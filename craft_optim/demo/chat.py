@@ -16,18 +16,18 @@ from craft_optim.metrics import JSONLWriter
 __all__ = ["main"]
 
 
-def main(out: Path, epsilon: float = 0.05, steps: int = 40, model_path: str | None = None) -> list[Outcome]:
+def main(out: Path, epsilon: float = 0.05, steps: int | None = None, model_path: str | None = None) -> list[Outcome]:
     """Fine-tunes twice, prints a table and returns it.
 
     Args:
         out: Folder of the anchors and of a log of the constrained run, for `craft-optim report`; what is there of an
             earlier run is replaced.
         epsilon: Drift to allow, nats per token of an answer.
-        steps: Number of steps of fine-tuning, with four chats each.
+        steps: Number of steps of fine-tuning, with four chats each. None: as many as the model takes to learn.
         model_path: A model of transformers: folder or hub id. None: as `small_chat.chat_model` finds one.
     """
     torch.manual_seed(0)
-    base, tokenizer, rate = chat_model(model_path)
+    base, tokenizer, rate, enough = chat_model(model_path)
     train = [answered(record, tokenizer) for record in chats().new]
     print("The model answers the questions that it shall keep ...")
     anchors, held_out = anchors_of(base, tokenizer, out)
@@ -43,7 +43,7 @@ def main(out: Path, epsilon: float = 0.05, steps: int = 40, model_path: str | No
             retention = anchors.retention(model)
             optimizer = CraftOptimizer(optimizer, retention, epsilon=epsilon, on_metrics=JSONLWriter(log))
         order = torch.Generator().manual_seed(0)
-        for _ in range(steps):
+        for _ in range(steps or enough):
             rows = torch.randint(len(train), (4,), generator=order).tolist()
             loss_of(model, [train[row] for row in rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

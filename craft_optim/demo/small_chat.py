@@ -82,16 +82,16 @@ def smollm2() -> str | None:
     return None if found is None else next(iter(found.submodule_search_locations or ()), None)
 
 
-def chat_model(path: str | None = None) -> tuple[nn.Module, Any, float]:
-    """A chat model in float32, its tokenizer, and a learning rate at which it learns within some steps.
+def chat_model(path: str | None = None) -> tuple[nn.Module, Any, float, int]:
+    """A chat model in float32, its tokenizer, and a learning rate and a number of steps in which it learns the orders.
 
     Args:
         path: A model of transformers, as `load_language_model` takes it. None: see above.
     """
     if (folder := path or smollm2()) is not None:
         model, tokenizer = load_language_model(folder)
-        return model.float(), tokenizer, 2e-4
-    return *small_chat_model(), 3e-3
+        return model.float(), tokenizer, 2e-4, 40
+    return *small_chat_model(), 2e-3, 160
 
 
 def small_chat_model(steps: int = 150) -> tuple[nn.Module, Any]:

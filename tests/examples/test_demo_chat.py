@@ -33,6 +33,7 @@ def check(adamw, craft):
     assert craft.answers[0] == "Paris"
     assert adamw.answers[0] != "Paris"
     assert craft.answers[2].startswith("{")
+    assert max(adamw.new_loss, craft.new_loss) < 0.5, "both learn, and at a rate that suits AdamW"
 
 
 def test_in_a_loop_of_ones_own_adamw_forgets_and_craft_does_not(tmp_path, capsys):
@@ -40,7 +41,7 @@ def test_in_a_loop_of_ones_own_adamw_forgets_and_craft_does_not(tmp_path, capsys
     check(adamw, craft)
     assert before.drift == pytest.approx(0.0, abs=1e-6)
     assert before.answers[0] == "Paris"
-    assert craft.new_loss < before.new_loss / 2
+    assert before.new_loss > 5
     printed = capsys.readouterr().out
     assert all(o.name in printed and f"{o.drift:.4f}" in printed for o in (before, adamw, craft))
 
@@ -84,7 +85,7 @@ def test_the_real_model_is_taken_where_its_package_is(monkeypatch):
 
     find(monkeypatch, Found)
     monkeypatch.setattr(small_chat, "load_language_model", lambda path: (Model(), path))
-    model, tokenizer, _ = small_chat.chat_model()
+    model, tokenizer, *_ = small_chat.chat_model()
     assert isinstance(model, Model)
     assert tokenizer == "folder"
     assert small_chat.chat_model("mine")[1] == "mine"
