@@ -152,7 +152,8 @@ def with_noise(
             f"Found {found}: open the dataset with delta_timestamps=resolve_delta_timestamps(policy.config, "
             f"dataset.meta){without}."
         )
-    small = [x.detach().cpu() for _, x in sorted(inputs.items()) if x.ndim < 4]
+    # Of a plan's shapes there is no data: any noise has the shape
+    small = [x.detach().cpu() for _, x in sorted(inputs.items()) if x.ndim < 4 and not x.is_meta]
     drawn = []
     for row in range(len(actions)):
         held = hashlib.blake2b(digest_size=8)

@@ -28,7 +28,7 @@ from craft_optim.lerobot._shared import (
     with_noise,
 )
 
-__all__ = ["action_inputs", "action_spans", "prefix_inputs", "prefix_spans", "run_actions", "run_prefix"]
+__all__ = ["action_inputs", "action_spans", "mean_loss", "prefix_inputs", "prefix_spans", "run_actions", "run_prefix"]
 
 
 def prefix_inputs(policy: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -63,11 +63,23 @@ def run_actions(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Hooks see the action dimensions that the anchors have, without the padding.
     """
     policy = policy_of(model)
+    with observed(policy.model.action_out_proj, real_actions(batch)):
+        return _losses(policy, batch, batch[NOISE], batch[TIME])
+
+
+def mean_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The policy's training loss, for a plan: its own forward reads values as well, for a log, and a plan has none."""
+    policy, actions = policy_of(model), batch[ACTION]
+    size, chunk, device = len(actions), actions.shape[1], actions.device
+    noise = policy.model.sample_noise((size, chunk, policy.config.max_action_dim), device)
+    return _losses(policy, batch, noise, policy.model.sample_time(size, device)).mean()
+
+
+def _losses(policy: Any, batch: Mapping[str, Tensor], noise: Tensor, time: Tensor) -> Tensor:
     images, present = policy._preprocess_images(batch)
     state = () if policy.name == "pi05" else (policy.prepare_state(batch),)
     actions = policy.prepare_action(batch)
-    with observed(policy.model.action_out_proj, real_actions(batch)):
-        losses: Tensor = policy.model.forward(
-            images, present, batch[TOKENS], batch[TOKENS_MASK], *state, actions, batch[NOISE], batch[TIME]
-        )
+    losses: Tensor = policy.model.forward(
+        images, present, batch[TOKENS], batch[TOKENS_MASK], *state, actions, noise, time
+    )
     return losses

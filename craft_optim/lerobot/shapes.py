@@ -13,11 +13,12 @@ from torch import Tensor
 
 from craft_optim.lerobot._shared import ACTION, ACTION_IS_PAD, ENVIRONMENT_STATE, STATE, TOKENS, TOKENS_MASK
 from craft_optim.lerobot.adapters import Adapter
+from craft_optim.lerobot.pi0 import mean_loss
 from craft_optim.lerobot.pi0_fast import ACTION_MASK, ACTION_TOKENS
 
 __all__ = ["batch_of_shapes", "plan_settings", "policy_without_weights"]
 
-_KNOWN = ("act", "pi0_fast")
+_KNOWN = ("act", "pi0", "pi05", "pi0_fast")
 _NETWORK = {"pi0_fast": "lerobot.policies.pi0_fast.modeling_pi0_fast"}
 
 
@@ -61,7 +62,7 @@ def plan_settings(adapter: Adapter) -> dict[str, Any]:
     return {
         "reading": replace(adapter.reading, output="classes" if adapter.kind == "logits" else None),
         "layers": adapter.layers,
-        "loss": lambda model, given: model(given)[0],
+        "loss": mean_loss if adapter.policy in ("pi0", "pi05") else lambda model, given: model(given)[0],
     }
 
 
@@ -79,11 +80,12 @@ def batch_of_shapes(config: Any, size: int) -> dict[str, Tensor]:
         return torch.empty(size, *shape, dtype=dtype, device="meta")
 
     batch = {key: of(*feature.shape) for key, feature in config.image_features.items()}
+    if config.type != "act":
+        prompt = config.tokenizer_max_length
+        batch |= {TOKENS: of(prompt, dtype=torch.long), TOKENS_MASK: of(prompt, dtype=torch.bool)}
     if config.type == "pi0_fast":
-        prompt, actions = config.tokenizer_max_length, config.max_action_tokens
+        actions = config.max_action_tokens
         return batch | {
-            TOKENS: of(prompt, dtype=torch.long),
-            TOKENS_MASK: of(prompt, dtype=torch.bool),
             ACTION_TOKENS: of(actions, dtype=torch.long),
             ACTION_MASK: of(actions, dtype=torch.bool),
         }

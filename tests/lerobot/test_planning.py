@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # for `planned_peaks`
@@ -27,6 +28,47 @@ def test_a_small_pi0_fast_planned_and_measured(tmp_path):
     written = (tmp_path / "cache" / "shard-00000.safetensors").stat().st_size
     assert 8 * found.per_anchor == pytest.approx(written, rel=0.02)
     assert found.phases.left_out
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_a_small_flow_policy_planned_and_measured(name, tmp_path):
+    from planned_peaks import HELD, Case, real_peak
+
+    def make():
+        torch.manual_seed(0)
+        return small.pi(name)
+
+    policy = make()
+    adapter = adapter_for(policy)
+    shapes = batch_of_shapes(policy.config, 8)
+    batch = {key: (4 * torch.rand(x.shape)).to(x.dtype) for key, x in shapes.items()}
+    batch["action_is_pad"] = torch.zeros(8, small.CHUNK, dtype=torch.bool)
+    case = Case(
+        make=make,
+        batch=lambda: {key: x.clone() for key, x in batch.items()},
+        anchor_batch=lambda: adapter.inputs(batch),
+        loss=lambda model, given: model(given)[0],
+        build={"reading": adapter.reading, "output": None, "layers": adapter.layers},
+    )
+    found = plan(policy, batch, adapter.inputs(batch), base=case.base, **plan_settings(adapter))
+    for held in HELD:
+        assert found.peak(held) == pytest.approx(real_peak(case, tmp_path / "cache", held), rel=PROMISED), held
+
+
+def test_the_real_pi0_is_planned_without_weights():
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.pi0.configuration_pi0 import PI0Config
+
+    state, action = PolicyFeature(FeatureType.STATE, (7,)), PolicyFeature(FeatureType.ACTION, (7,))
+    camera = PolicyFeature(FeatureType.VISUAL, (3, 480, 640))
+    seen = {"observation.images.top": camera, "observation.state": state}
+    policy = policy_without_weights(PI0Config(input_features=seen, output_features={"action": action}))
+    assert 4.0e9 < sum(p.numel() for p in policy.parameters()) < 4.1e9
+    batch = batch_of_shapes(policy.config, 2)
+    assert batch["action"].shape == (2, 50, 7)
+    anchors = adapter_for(policy).inputs(batch)
+    assert anchors["anchor.noise"].shape == (2, 50, 32)
+    assert all(x.is_meta for x in anchors.values())
 
 
 @pytest.fixture
@@ -101,7 +143,7 @@ def test_act_too(act, capsys):
 def test_other_policies_are_told_what_to_do():
     from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
-    with pytest.raises(ValueError, match=r"act, pi0_fast. Found diffusion: give a function .* --factory"):
+    with pytest.raises(ValueError, match=r"act, pi0, pi05, pi0_fast. Found diffusion: give a function .* --factory"):
         policy_without_weights(DiffusionConfig(device="cpu"))
 
 
