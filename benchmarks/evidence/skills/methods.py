@@ -104,7 +104,7 @@ METHODS = (
 )
 """All methods; a seed's runs are made in this order"""
 
-IN_SCENES = ("adamw", "craft", "kl-1", "replay")
+IN_SCENES = ("adamw", "craft", "kl-1", "replay", "adamw-long", "craft-long")
 IN_PI0 = ("adamw", "craft", "craft-0.05", "craft-0.01")
 IN_SEQUENCE = ("adamw", "craft", "craft-joint", "kl-1", "replay")
 

@@ -180,7 +180,7 @@ def markdown(runs: Sequence[Run]) -> str:
         parts += ["**Scenes that look alike**", _scene_table(scenes)]
     matrices = {method: matrix for method in METHODS if (matrix := matrix_of(runs, method)) is not None}
     if matrices:
-        parts += ["**Four tasks in turn**", _sequence_table(matrices)]
+        parts += ["**Four tasks in turn**", _sequence_table(runs, matrices)]
     if found := predictions(runs):
         parts += ["**What predicts success**", _prediction_table(found)]
     return "\n\n".join(parts) + "\n"
@@ -223,13 +223,14 @@ def _scene_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(header, lines)
 
 
-def _sequence_table(matrices: Mapping[Method, SuccessMatrix]) -> str:
+def _sequence_table(runs: Sequence[Run], matrices: Mapping[Method, SuccessMatrix]) -> str:
     learnt = SCENARIOS["sequence"].tasks
-    header = ["", "old: mean", "worst", *(short(task) for task in learnt), "backward transfer", "forgetting"]
+    header = ["", "old: mean", "worst", *(short(task) for task in learnt), "backward transfer", "forgetting", "cost"]
     lines = []
     for method, matrix in matrices.items():
         last, old = matrix.rates[-1], len(matrix.tasks) - len(learnt)
         of = {measure.name: measure.value for measure in measures(matrix)}
+        stages = [stage for run in _of(runs, method, "sequence") for stage in run["stages"]]
         lines.append(
             [
                 method.label,
@@ -238,6 +239,7 @@ def _sequence_table(matrices: Mapping[Method, SuccessMatrix]) -> str:
                 *(f"{rate:.2f}" for rate in last[old:]),
                 f"{of['backward transfer']:+.2f}",
                 f"{of['forgetting']:.2f}",
+                f"{fmean(stage['seconds'] for stage in stages) / fmean(stage['plain_seconds'] for stage in stages):.2f}",
             ]
         )
     return markdown_table(header, lines)
