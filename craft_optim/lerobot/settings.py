@@ -50,7 +50,7 @@ _SCHEDULES: dict[str, Any] = {"linear": Linear, "cosine": Cosine, "exponential":
 
 
 # By what is kept, by docs/vla_benchmark.md. Logits: at 0.05 the new task was learned less and none of the old ones kept
-# better. Actions: at 0.05 an old task fell to 0.6 and at 0.1 to 0, with none of the new one gained. Hidden states of a
+# better. Actions: at 0.05 an old task fell to 0.5 and at 0.1 to 0, with none of the new one gained. Hidden states of a
 # prefix: where the old task was kept in the demo.
 _EPSILON = {"logits": 0.1, "tokens": 0.1, "actions": 0.01, "prefix": 0.005}
 

@@ -74,9 +74,13 @@ def rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row["cost"] = None
         if method.kind != "before" and (theirs or not method.trains_less):
             plain = [run["stages"][-1] for run in (theirs if method.trains_less else ours)]
-            row["cost"] = fmean(stage["seconds"] for stage in last) / fmean(stage["plain_seconds"] for stage in plain)
+            row["cost"] = _cost(last, plain)
         found.append(row)
     return found
+
+
+def _cost(stages: Sequence[Mapping[str, Any]], plain: Sequence[Mapping[str, Any]]) -> float:
+    return fmean(stage["seconds"] for stage in stages) / fmean(stage["plain_seconds"] for stage in plain)
 
 
 def _rate(successes: Sequence[bool]) -> tuple[float, Interval]:
@@ -239,7 +243,7 @@ def _sequence_table(runs: Sequence[Run], matrices: Mapping[Method, SuccessMatrix
                 *(f"{rate:.2f}" for rate in last[old:]),
                 f"{of['backward transfer']:+.2f}",
                 f"{of['forgetting']:.2f}",
-                f"{fmean(stage['seconds'] for stage in stages) / fmean(stage['plain_seconds'] for stage in stages):.2f}",
+                f"{_cost(stages, stages):.2f}",
             ]
         )
     return markdown_table(header, lines)
