@@ -134,7 +134,7 @@ knob: $(FOR_TESTS)  ## is the drift where epsilon says? (half an hour; AGAINST=P
 budget: $(FOR_EXAMPLE)  ## retention_every and anchors per pass against cost and drift (half an hour to an hour on a core)
 	$(BIN)/python benchmarks/evidence/retention_budget.py
 
-skills: $(FOR_TESTS)  ## 27 ways to teach a robot policy of seven tasks more, three seeds (a working day; goes on where it stopped; QUICK=1: a look at two)
+skills: $(FOR_TESTS)  ## 28 ways to teach a robot policy of seven tasks more, three seeds (a working day; goes on where it stopped; QUICK=1: a look at two)
 	$(BIN)/python benchmarks/evidence/retention_skills.py $(if $(QUICK),--quick)
 
 # Without dependencies: they are those of an engine of its own, which nothing here runs.

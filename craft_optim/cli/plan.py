@@ -35,7 +35,8 @@ def add(command: AddCommand) -> None:
     add("--config", metavar="PATH", help="a model of transformers: folder, config.json or hub id")
     add("--factory", metavar="FILE:FUNCTION", help="a function that returns (model, batches[, settings])")
     add("--batch-size", type=whole, metavar="B", help="examples of the task per step (default: 8)")
-    add("--anchor-batch-size", type=whole, metavar="B", help="anchors per pass (default: as in training)")
+    sizes = "anchors per pass (default: --batch-size; of a policy, as many as `train` takes)"
+    add("--anchor-batch-size", type=whole, metavar="B", help=sizes)
     add("--length", type=whole, metavar="T", help="of --config: tokens of each example (default: 512)")
     add("--count", type=whole, default=512, metavar="N", help="anchors in the cache (default: 512)")
     add("--top-k", type=top_k, metavar="K", help="keep the K likeliest classes, or `all` (default: by their number)")

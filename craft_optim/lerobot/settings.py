@@ -60,10 +60,10 @@ class SettingsError(ValueError):
 
 
 def anchors_per_pass(batch_size: int) -> int:
-    """Anchors per pass and process without a setting: half of the training's batch size, or 8 if that is more.
+    """Anchors per pass and process without a setting: `min(batch_size, max(batch_size // 2, 8))`.
 
-    By docs/vla_benchmark.md: of batches of 16 half as many anchors keep about as much, and cost less. A batch of less
-    than 8 may be all that memory holds: then as many.
+    By docs/vla_benchmark.md: at batches of 16, half as many anchors keep about as much and cost less. Never more than
+    the batch, which may be all that memory holds.
     """
     return min(batch_size, max(batch_size // 2, 8))
 
@@ -167,8 +167,8 @@ class CraftSettings(Rules):
         lambda_lr: Gain of the integral or ascent term.
         lambda_max: Upper bound of lambda; "pi" has none but `rho`.
         max_grad_norm: Cap on the norm of the merged gradient. None: the clipping of the policy's optimizer.
-        batch_size: Anchors per step and process. None: half of the training's batch size, or 8 if that is more; as many
-            as a smaller one.
+        batch_size: Anchors per step and process. None: half of the training's batch size, at least 8, and at
+            most all of it.
         loss: Distance of hidden states and actions: "mse", "cosine" or "l1".
         statistics: Normalisation in training and in the checkpoint: the new "dataset"'s, as without this package, or
             the "pretrained" policy's, so that one checkpoint serves old and new tasks.
